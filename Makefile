@@ -1,0 +1,37 @@
+PY ?= python3
+V := .venv
+PYTHON := $(V)/bin/python
+# Without compiled bytecode every start of JAX takes three times as long, and uv does not write it.
+export PYTHONDONTWRITEBYTECODE :=
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: test nightly demo lint lock parity clean
+
+test: $(V)/.ok $(V)/.parity ## the default suite, with the parity tests
+	$(PYTHON) -m pytest -q tests
+
+nightly: $(V)/.ok $(V)/.parity ## everything, the long ones too
+	$(PYTHON) -m pytest -q tests --slow
+
+demo: $(V)/.ok ## the main job on the bundled corpus; ends with the path of report.html
+	$(PYTHON) experiments/compare.py --config=configs/compare_sentiment.py --root=runs/demo
+
+lint: $(V)/.ok
+	$(V)/bin/ruff check . && $(V)/bin/ruff format --check .
+
+$(V)/.ok: requirements.lock
+	$(PY) -m venv $(V)
+	$(V)/bin/pip install -q uv==0.13.9 || true
+	$(V)/bin/uv pip install -q --compile-bytecode --python $(PYTHON) -r requirements.lock || $(V)/bin/pip install -q -r requirements.lock
+	touch $@
+
+# The reference models of the parity tests run on the CPU build of PyTorch; tests that need it skip without it.
+$(V)/.parity: $(V)/.ok
+	$(V)/bin/pip install -q torch==2.13.0 || echo "PyTorch could not be installed: the parity tests will be skipped"
+	touch $@
+
+lock: $(V)/.ok ## writes requirements.lock anew from setup.py
+	$(V)/bin/uv pip compile -q --universal --python-version 3.11 setup.py --extra dev --extra tensorboard -o requirements.lock
+
+clean:
+	rm -rf $(V) runs build dist *.egg-info

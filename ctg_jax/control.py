@@ -1,0 +1,111 @@
+"""`Control`: the six places where a method may act on a frozen language model, and `Chain`, their composition.
+
+Leaves of a control are what is learned and shared by all rows; what belongs to one sequence lives in its state;
+static fields (`struct.field(pytree_node=False)`) are shapes and language models. Controls form a monoid under
+`Chain` with `IDENTITY` as its unit. `Control` is abstract; every method's control is final (nobody subclasses it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from ctg_jax.types import Params, Prompts
+
+State = Any
+
+
+@struct.dataclass
+class Control:
+    """The identity control; a method overrides the hooks it needs and nothing else."""
+
+    def weights(self, params: Params) -> Params:
+        """The parameters to use instead of the frozen ones (LoRA, fine-tuning, task vectors). Called once."""
+        return params
+
+    def init(self, prompts: Prompts, length: int) -> State:
+        """Per-sequence state for prompts [B, T] and at most `length` tokens in all; called once, inside jit."""
+        return ()
+
+    def prompt(self, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array]:
+        """Edits or lengthens the embedded prompt: x float [B, T, D], mask bool [B, T]."""
+        return x, mask
+
+    def prefix(self, state: State) -> tuple[jax.Array, jax.Array] | None:
+        """Learned keys and values (k, v), each [L, B, K, P, H], that every token may attend to."""
+        return None
+
+    def hidden(self, h: jax.Array, site: jax.Array | int, pos: jax.Array, state: State) -> jax.Array:
+        """Edits the residual stream h float [B, T, D] at a site.
+
+        Args:
+          h: the residual stream.
+          site: int []; 0 is the input embeddings, l the output of block l, L+1 the state after the final norm,
+            and L+1+l the stream inside block l between attention and MLP. See `ctg_jax.models.lm`.
+          pos: int32 [B, T], the position of each token in its own sequence, counted from 0.
+          state: what `init` returned.
+        """
+        return h
+
+    def logits(
+        self, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
+    ) -> tuple[jax.Array, State]:
+        """Edits next-token logits and moves the state on.
+
+        Args:
+          z: float32 [B, M, V], the logits after the last M of the T tokens (M = 1 while decoding).
+          tokens: int32 [B, T], the tokens just read (the prompt first, then one at a time).
+          mask: bool [B, T].
+          state: what `init` or the previous call returned.
+        """
+        return z, state
+
+
+@struct.dataclass
+class Chain(Control):
+    """Controls applied left to right at every site. `Chain(())` is the identity."""
+
+    parts: tuple[Control, ...] = ()
+
+    def weights(self, params):
+        for c in self.parts:
+            params = c.weights(params)
+        return params
+
+    def init(self, prompts, length):
+        return tuple(c.init(prompts, length) for c in self.parts)
+
+    def prompt(self, x, mask, state):
+        for c, s in zip(self.parts, state, strict=True):
+            x, mask = c.prompt(x, mask, s)
+        return x, mask
+
+    def prefix(self, state):
+        found = [p for c, s in zip(self.parts, state, strict=True) if (p := c.prefix(s)) is not None]
+        if not found:
+            return None
+        return jax.tree.map(lambda *xs: jax.numpy.concatenate(xs, axis=3), *found)
+
+    def hidden(self, h, site, pos, state):
+        for c, s in zip(self.parts, state, strict=True):
+            h = c.hidden(h, site, pos, s)
+        return h
+
+    def logits(self, z, tokens, mask, state):
+        after = []
+        for c, s in zip(self.parts, state, strict=True):
+            z, s = c.logits(z, tokens, mask, s)
+            after.append(s)
+        return z, tuple(after)
+
+
+IDENTITY = Control()
+
+
+def overrides(control: Control, hook: str) -> bool:
+    """Whether a control (or any part of a chain) replaces the named hook; lets callers skip work at trace time."""
+    if isinstance(control, Chain):
+        return any(overrides(c, hook) for c in control.parts)
+    return getattr(type(control), hook) is not getattr(Control, hook)

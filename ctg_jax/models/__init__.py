@@ -1,0 +1,1 @@
+"""Language models, encoders and diffusion models; the only place with `flax.linen`."""

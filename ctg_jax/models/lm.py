@@ -1,0 +1,90 @@
+"""The protocol every language model follows, its key/value cache and its output.
+
+Sites of the residual stream, for reads (`tap`) and writes (`Control.hidden`) alike, with L blocks:
+
+    0            the input embeddings, positions included
+    l = 1 … L    the output of block l
+    L + 1        after the final norm: what the unembedding sees
+    L + 1 + l    inside block l, between attention and MLP (writes only)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.types import Params
+
+Tap = Callable[[jax.Array], Any]  # [B, T, D] -> pytree; runs inside the layer loop, so it can reduce there
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens read so far; sequences are right-aligned, so `length` is one scalar.
+
+    Attributes:
+      k, v: one array [B, K, S, H] per layer; heads before slots, as batched matrix products want them.
+      mask: bool [B, S], which slots may be attended to.
+      length: int32 [], the next slot to write.
+      offset: int32 [B], the position of the next token of each row (padding and prefixes do not count).
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    mask: jax.Array
+    length: jax.Array
+    offset: jax.Array
+
+
+@struct.dataclass
+class Out:
+    """logits float32 [B, M, V]; hidden [B, T, D] after the final norm; the cache moved on (or None); taps with
+    leaves [L + 2, …] (or None)."""
+
+    logits: jax.Array
+    hidden: jax.Array
+    cache: Cache | None
+    taps: Any
+
+
+class LM(Protocol):
+    """A frozen language model. It holds no arrays, is hashable, and so is a static argument of `jax.jit`."""
+
+    vocab: int
+    width: int
+    depth: int
+    context: int
+    kv_heads: int
+    head_dim: int
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters; layers are stacked, leaves [L, …] under `params["layers"]`."""
+
+    def unstack(self, params: Params) -> Params:
+        """The same parameters with `params["layers"]` a tuple of L trees: the layout for decoding, where a scan
+        over stacked weights would copy every layer at every token."""
+
+    def init_cache(self, params: Params, batch: int, length: int) -> Cache:
+        """An empty cache of `length` slots."""
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """int [B, T] -> [B, T, D], without positions."""
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        mask: jax.Array,
+        cache: Cache | None = None,
+        control: Control = IDENTITY,
+        state: Any = (),
+        tap: Tap | None = None,
+        last: int | None = None,
+    ) -> Out:
+        """Reads embedded tokens x [B, T, D] with mask bool [B, T] and predicts the next one after the last
+        `last` of them (all by default). Runs `control.hidden`, and `control.prefix` when there is no cache;
+        never `control.logits`, which belongs to the decode loop."""

@@ -1,0 +1,66 @@
+"""ctg_jax: controllable text generation with one frozen language model and many small controls."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ctg_jax",
+    version="0.1.0",
+    description="Controllable text generation in JAX/Flax: one frozen language model, many small controls.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ctg_jax", "ctg_jax.*"]),
+    package_data={"ctg_jax.data": ["*.json", "*.txt"]},
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "transformers>=5,<6",  # tokenizers, configurations and hub download only: it has no Flax models
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "tensorflow-datasets>=4.9.10,<5",
+        "importlib-resources",  # tensorflow-datasets 4.9.10 needs it and does not declare it
+        "array-record>=0.8",
+        "grain>=0.2.15,<0.3",
+        "datasets>=4",
+        "ml-collections>=1.1",
+        "absl-py>=2",
+        "numpy>=2.0",
+        "ml-dtypes>=0.5",
+        "scipy>=1.14",
+        "scikit-learn>=1.5",
+        "sacrebleu>=2.5",
+        "mauve-text>=0.4",
+        "nltk>=3.9",
+        "pandas>=2.2",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "tqdm>=4.66",
+        "jaxtyping>=0.3",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "parity": ["torch>=2.6"],  # reference models in tests and benchmarks
+        "notebook": ["jupyterlab>=4", "nbconvert>=7", "nbclient>=0.10", "treescope>=0.1.9"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "beartype>=0.19",
+            "ruff>=0.12",
+            "tensorboardX>=2.6",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,39 @@
+"""A hostile environment: eight simulated devices, rank promotion raises, warnings are errors, the hub is offline."""
+
+import os
+
+os.environ["NPROC"] = "16"  # XLA sizes its thread pool by it; with 8 devices fewer than 16 can deadlock collectives
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="long: run with --slow (make nightly)")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real corpora and models; tests that read it are skipped where it is not set."""
+    root = os.environ.get("CTG_DATA_DIR")
+    if not root:
+        pytest.skip("CTG_DATA_DIR is not set: this test reads real corpora and models that are not part of the project")
+    return Path(root)

@@ -1,0 +1,353 @@
+"""`stage`: a function call memoised on disk. `Artifact`: what a finished one left. `open_lm`: an LM from one.
+
+    root/<function>-<id>/spec.json       function, revision, configuration with defaults, ids of the inputs
+                         state/          what it learned or imported
+                         metrics.jsonl   one row of figures per line
+                         samples.jsonl   texts, where there are any
+                         DONE            size and SHA-256 of every file above; written last
+
+An experiment is a Python function and its data flow is its arguments: a call whose directory holds DONE is not
+run again; one that was interrupted runs again in its own directory and may go on from what it finds there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import errno
+import fcntl
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctg_jax.types import InputError
+
+log = logging.getLogger(__name__)
+
+_BAD_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO}
+_tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
+
+
+@dataclasses.dataclass
+class Tally:
+    """Directory names of the stages that were executed and of those that were found finished."""
+
+    executed: list[str] = dataclasses.field(default_factory=list)
+    reused: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def tally() -> Iterator[Tally]:
+    """Counts what `stage` does inside the `with` block."""
+    count = Tally()
+    token = _tally.set(count)
+    try:
+        yield count
+    finally:
+        _tally.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A finished stage: its directory and its id (12 hexadecimal digits)."""
+
+    path: Path
+    id: str
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The contents of spec.json: function, revision, config, inputs, and what `Run.record` added."""
+        return _read_json(self.path / "spec.json")
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the contents: a digest the stage recorded, such as that of imported weights, or the id."""
+        return self.spec.get("fingerprint", self.id)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one of its JSONL files; InputError naming the file and the line where one cannot be read."""
+        return read_jsonl(self.path / name)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; empty where the stage logged nothing."""
+        return self.rows("metrics.jsonl") if (self.path / "metrics.jsonl").exists() else []
+
+    def load(self, like: Any = None) -> Any:
+        """The pytree in state/, in the structure, types and shardings of `like` where given."""
+        from ctg_jax import checkpoint
+
+        return checkpoint.load(self.path / "state", like)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a stage function is given first: the directory it writes in."""
+
+    path: Path
+
+    def log(self, **metrics: Any) -> None:
+        """Appends one row to metrics.jsonl. An attempt that was cut short leaves no rows behind, except those with
+        a `step`, which the training loop winds back itself."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(metrics, default=_plain) + "\n")
+
+    def record(self, **facts: Any) -> None:
+        """Adds facts to spec.json, such as `method` and `init` of a control; they are no part of the id."""
+        spec = _read_json(self.path / "spec.json")
+        write_text(self.path / "spec.json", _dumps({**spec, **facts}, indent=1))
+
+
+def stage(
+    root: str | os.PathLike, fn: Callable[..., Any], config: Mapping[str, Any] | None = None, **inputs: Any
+) -> Artifact:
+    """Runs `fn(run, **config, **inputs)` once for each distinct call and returns its artifact.
+
+    Args:
+      root: the directory of all artifacts; made where it is missing.
+      fn: the stage; its keyword parameters are the schema of the configuration. An integer attribute
+        `fn.revision` (0 by default) is raised when the same call would now give something else.
+      config: JSON values. Defaults of `fn` are filled in before the id is taken.
+      **inputs: artifacts, sequences of artifacts, or None.
+
+    Raises:
+      InputError: an unknown or missing key, a value that is not JSON or not finite, a finished artifact whose files
+        have changed, an output directory that cannot be written.
+    """
+    filled = _fill(fn, dict(config or {}), inputs)
+    ids = {name: _ids(fn, name, value) for name, value in sorted(inputs.items())}
+    revision = getattr(fn, "revision", 0)
+    what = [f"{fn.__module__}.{fn.__qualname__}", revision, filled, ids]
+    id = hashlib.sha256(_dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(root).absolute() / f"{fn.__name__.strip('_')}-{id}"
+    spec = {"function": what[0], "revision": revision, "config": filled, "inputs": ids}
+    count = _tally.get()
+    if (path / "DONE").exists():
+        verify(path)
+        if count is not None and path.name not in count.executed + count.reused:
+            count.reused.append(path.name)
+        return Artifact(path, id)
+    with _disk(path), _lock(path):
+        if (path / "DONE").exists():  # somebody else finished it while this process waited
+            verify(path)
+        else:
+            _execute(fn, path, spec, filled, inputs)
+            if count is not None:
+                count.executed.append(path.name)
+    return Artifact(path, id)
+
+
+def open_artifact(path: str | os.PathLike) -> Artifact:
+    """The finished artifact at a path, verified; InputError where there is none."""
+    path = Path(path).absolute()
+    if not (path / "DONE").exists():
+        found = "is unfinished" if (path / "spec.json").exists() else "holds no artifact"
+        raise InputError(f"{path} {found}: expected a directory that a finished stage wrote (spec.json and DONE)")
+    verify(path)
+    return Artifact(path, path.name.rpartition("-")[2])
+
+
+def open_lm(artifact: Artifact, *, dtype: str = "float32") -> tuple[Any, Any, Any]:
+    """(lm, params, tokenizer) of an LM artifact: one that `load_lm` or `pretrain` of `ctg_jax.sources` made.
+
+    Raises:
+      InputError: the artifact is not an LM, or the imported files have changed since.
+    """
+    from ctg_jax.data.tokenizer import load_tokenizer
+    from ctg_jax.models import hf
+
+    spec = artifact.spec
+    if "lm" not in spec:
+        raise InputError(
+            f"{artifact.path} was made by {spec['function']} and is no language model: expected an artifact of "
+            "load_lm or pretrain"
+        )
+    path = artifact.path / "state" if spec["lm"] is None else Path(spec["lm"])
+    if digest_lm(path) != artifact.fingerprint:
+        raise InputError(
+            f"the model files in {path} have changed since {artifact.path.name} was made; delete that artifact"
+        )
+    lm, params = hf.load(str(path), dtype=dtype)
+    return lm, params, load_tokenizer(str(path))
+
+
+def digest_lm(path: Path) -> str:
+    """SHA-256 over the configuration, tokenizer and weights of a model in Hugging Face layout."""
+    files = sorted(p for p in Path(path).iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    return hashlib.sha256("\n".join(f"{p.name} {sha256(p)}" for p in files).encode()).hexdigest()
+
+
+def verify(path: Path) -> None:
+    """Compares every file of a finished stage with DONE; InputError naming the first that is missing or differs."""
+    for name, (size, digest) in _read_json(path / "DONE").items():
+        file = path / name
+        how = None
+        if not file.is_file():
+            how = "is missing"
+        elif file.stat().st_size != size:
+            how = f"has {file.stat().st_size} bytes where {size} were written"
+        elif sha256(file) != digest:
+            how = "has other contents than were written"
+        if how:
+            raise InputError(f"{file} {how}: the artifact is damaged; delete {path} and run again")
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(new, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; InputError naming the file, and the line that is not a JSON object."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}): expected a file of JSON lines") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"a {type(rows[-1]).__name__} where an object is expected")
+        except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are among them
+            raise InputError(f"{path} line {number} is not a JSON object: {e}") from None
+    return rows
+
+
+def _execute(fn, path: Path, spec: dict, config: dict, inputs: dict) -> None:
+    fresh = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(path / "spec.json", _dumps(spec, indent=1))
+    metrics = path / "metrics.jsonl"
+    if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint
+        whole = [line for line in metrics.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+        write_text(metrics, "".join(line for line in whole if "step" in json.loads(line)))
+    log.info("running %s", path.name)
+    try:
+        fn(Run(path), **config, **inputs)
+    except InputError:
+        # Bad input must leave nothing half-written; what an earlier attempt or a checkpoint holds is kept.
+        if fresh and not any(p.is_dir() for p in path.iterdir()):
+            shutil.rmtree(path)
+        raise
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "DONE")
+    sums = {p.relative_to(path).as_posix(): (p.stat().st_size, sha256(p)) for p in files}
+    write_text(path / "DONE", _dumps(sums, indent=1))
+
+
+def _fill(fn, config: dict, inputs: dict) -> dict:
+    """The configuration as JSON values, with the function's defaults; unknown and missing keys are refused."""
+    parameters = dict(list(inspect.signature(fn).parameters.items())[1:])
+    for name in [*config, *inputs]:
+        if name not in parameters:
+            raise InputError(f"{fn.__name__} has no setting {name!r}{nearest(name, parameters)}")
+    for name, p in parameters.items():
+        if name not in inputs and name not in config:
+            if p.default is p.empty:
+                raise InputError(f"{fn.__name__} needs a value for {name!r} and none was given")
+            config[name] = p.default
+    filled = {}
+    for name in sorted(set(config) - set(inputs)):
+        try:
+            filled[name] = json.loads(_dumps(config[name]))
+        except (TypeError, ValueError) as e:
+            raise InputError(
+                f"{fn.__name__}: {name}={config[name]!r} cannot be recorded ({e}); expected finite numbers, strings, "
+                "lists and dicts of them"
+            ) from None
+    return filled
+
+
+def nearest(name: str, known) -> str:
+    """`; did you mean 'x'?` or the list of what there is."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+
+
+def _ids(fn, name, value):
+    if value is None:
+        return None
+    if isinstance(value, Artifact):
+        return value.id
+    if isinstance(value, Sequence) and all(isinstance(v, Artifact) for v in value):
+        return [v.id for v in value]
+    raise InputError(f"{fn.__name__}: input {name!r} is a {type(value).__name__} where an Artifact is expected")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time. The kernel drops the lock with its holder, so a killed one blocks nobody."""
+    folder = path.parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / path.name, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for another process that is running %s", path.name)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Says a full or unwritable output directory as bad input."""
+    try:
+        yield
+    except OSError as e:
+        place = Path(e.filename) if e.filename else path
+        if e.errno in _BAD_DISK and (e.errno == errno.ENOSPC or path.parent in (place, *place.parents, place.parent)):
+            raise InputError(f"the output directory {path.parent} cannot be written ({e.strerror}: {place})") from e
+        if isinstance(e, FileExistsError | NotADirectoryError):
+            raise InputError(f"the output directory {path.parent} is not a directory ({place})") from e
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{path} cannot be read as JSON ({e}): the artifact is damaged; delete it and run again"
+        ) from e
+
+
+def _dumps(value: Any, **kw) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain, **kw)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy and JAX scalars and arrays, paths, and mappings such as ConfigDict, as JSON values."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    raise TypeError(f"a {type(value).__name__} is not JSON")

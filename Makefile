@@ -23,6 +23,7 @@ $(V)/.ok: requirements.lock
 	$(PY) -m venv $(V)
 	$(V)/bin/pip install -q uv==0.13.9 || true
 	$(V)/bin/uv pip install -q --compile-bytecode --python $(PYTHON) -r requirements.lock || $(V)/bin/pip install -q -r requirements.lock
+	$(V)/bin/uv pip install -q --python $(PYTHON) --no-deps -e . || $(V)/bin/pip install -q --no-deps -e .
 	touch $@
 
 # The reference models of the parity tests run on the CPU build of PyTorch; tests that need it skip without it.

@@ -1,0 +1,403 @@
+"""One decoder-only transformer; GPT-2, Llama and GPT-NeoX/Pythia are values of its frozen configuration.
+
+Parameters are a plain dict. Layers are stacked, leaves [L, …], and scanned; decoding reads the unstacked layout
+(`Transformer.unstack`), because a scan over stacked weights copies each layer's weights at every token. Dense
+kernels are (out, in), contracted on their last axis, and act on (B·T, D): both are measurably faster, the first
+where decoding is bound by reading weights, the second in the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ctg_jax import tree
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.models.lm import Cache, Out, Tap
+from ctg_jax.types import InputError, Params
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A decoder-only language model; see `ctg_jax.models.lm.LM` for the protocol it follows.
+
+    Attributes:
+      family: which Hugging Face family it is exported as ("gpt2", "llama", "gpt_neox").
+      vocab, width, depth, heads, kv_heads, head_dim, mlp_width, context: sizes V, D, L, query heads, K, H, F, and
+        the number of positions.
+      norm: "layer" or "rms", with `norm_eps`.
+      activation: a key of `ACTIVATIONS`; gated: whether the MLP multiplies by a gate (SwiGLU).
+      positions: "learned" or "rotary" (the first `rotary_dim` features of a head, base `rope_theta`).
+      rope_scaling: None, or ("llama3", factor, low_freq_factor, high_freq_factor, original_context), or
+        ("linear", factor).
+      parallel: attention and MLP read the same input (GPT-NeoX).
+      bias_attn, bias_out, bias_mlp: biases of the fused qkv, attention output and MLP kernels.
+      tied: the unembedding is the embedding.
+      dtype: of activations and products ("float32", "bfloat16"); norms, softmax and logits are float32.
+      param_dtype: of initialised parameters.
+      remat: recompute each block in the backward pass.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    context: int
+    family: str = "gpt2"
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    activation: str = "gelu_new"
+    gated: bool = False
+    positions: str = "learned"
+    rotary_dim: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: tuple | None = None
+    parallel: bool = False
+    bias_attn: bool = True
+    bias_out: bool = True
+    bias_mlp: bool = True
+    tied: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise InputError(f"kv_heads must divide heads, found {self.kv_heads} and {self.heads}.")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
+
+    @classmethod
+    def gpt2(cls, *, vocab=50257, width=768, depth=12, heads=12, context=1024, **more) -> Transformer:
+        """GPT-2 (Radford et al. 2019); the defaults are GPT-2 small."""
+        sizes = dict(kv_heads=heads, head_dim=width // heads, mlp_width=4 * width)
+        return cls(vocab=vocab, width=width, depth=depth, heads=heads, context=context, **(sizes | more))
+
+    @classmethod
+    def llama(cls, *, vocab, width, depth, heads, kv_heads, mlp_width, context, **more) -> Transformer:
+        """Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases."""
+        shape = dict(family="llama", norm="rms", activation="silu", gated=True, positions="rotary", tied=False)
+        shape |= dict(bias_attn=False, bias_out=False, bias_mlp=False, head_dim=width // heads)
+        given = dict(vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads)
+        given |= dict(mlp_width=mlp_width, context=context)
+        merged = shape | given | more
+        return cls(**({"rotary_dim": merged["head_dim"]} | merged))
+
+    # -- parameters
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters: normals of deviation 0.02, residual outputs scaled by 1/sqrt(2L) (GPT-2)."""
+        k_embed, k_pos, k_layers, k_head = jax.random.split(key, 4)
+        dtype = jnp.dtype(self.param_dtype)
+        normal = jax.nn.initializers.normal(0.02)
+        embed = {"tokens": normal(k_embed, (self.vocab, self.width), dtype)}
+        if self.positions == "learned":
+            embed["positions"] = normal(k_pos, (self.context, self.width), dtype)
+
+        def layer(k):
+            x = jnp.zeros((1, 1, self.width), self.dtype)
+            mask = jnp.ones((1, 1, 1), bool)
+            rope = self._rope(jnp.zeros((1, 1), jnp.int32))
+            return Block(self).init(k, x, mask, rope, None, None, None)["params"]
+
+        norm = Norm(self).init(key, jnp.zeros((1, self.width), self.dtype))["params"]
+        params = {"embed": embed, "layers": jax.vmap(layer)(jax.random.split(k_layers, self.depth)), "norm": norm}
+        if not self.tied:
+            params["head"] = {"kernel": normal(k_head, (self.vocab, self.width), dtype)}
+        return params
+
+    def unstack(self, params: Params) -> Params:
+        if isinstance(params["layers"], tuple):
+            return params
+        return {**params, "layers": tree.unstack(params["layers"])}
+
+    def init_cache(self, params: Params, batch: int, length: int) -> Cache:
+        shape = (batch, self.kv_heads, length, self.head_dim)
+
+        def empty():
+            return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.depth))
+
+        return Cache(
+            k=empty(),
+            v=empty(),
+            mask=jnp.zeros((batch, length), bool),
+            length=jnp.zeros((), jnp.int32),
+            offset=jnp.zeros((batch,), jnp.int32),
+        )
+
+    # -- computation
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return params["embed"]["tokens"][tokens].astype(self.dtype)
+
+    def unembed(self, params: Params, h: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of final hidden states [..., D]."""
+        kernel = params["embed"]["tokens"] if self.tied else params["head"]["kernel"]
+        return matmul(h, kernel, self.dtype, out=jnp.float32)
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        mask: jax.Array,
+        cache: Cache | None = None,
+        control: Control = IDENTITY,
+        state: Any = (),
+        tap: Tap | None = None,
+        last: int | None = None,
+    ) -> Out:
+        tap = tap or (lambda h: None)
+        pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        if cache is None:
+            t = jnp.arange(x.shape[1])
+            allowed = mask[:, None, :] & (t[None, :, None] >= t[None, None, :])
+            prefix = control.prefix(state)
+        else:
+            pos = pos + cache.offset[:, None]
+            cache_mask = lax.dynamic_update_slice(cache.mask, mask, (0, cache.length))
+            s, t = jnp.arange(cache_mask.shape[1]), cache.length + jnp.arange(x.shape[1])
+            allowed = cache_mask[:, None, :] & (t[None, :, None] >= s[None, None, :])
+            prefix = None  # already in the cache, see `ctg_jax.decode.prefill`
+
+        if self.positions == "learned":
+            # Padding may lie past the table; its value is never attended to.
+            x = x + params["embed"]["positions"].astype(x.dtype)[jnp.minimum(pos, self.context - 1)]
+        x = control.hidden(x.astype(self.dtype), 0, pos, state)
+        first = tap(x)
+
+        block, rope = Block(self), self._rope(pos)
+        length = None if cache is None else cache.length
+
+        def run(x, layer, site, past):
+            def between(h):
+                return control.hidden(h, self.depth + 1 + site, pos, state)
+
+            x, kv = block.apply({"params": layer}, x, allowed, rope, past, length, between)
+            return control.hidden(x, site, pos, state), kv
+
+        if self.remat:
+            run = jax.checkpoint(run, static_argnums=() if isinstance(params["layers"], dict) else (2,))
+
+        layers = params["layers"]
+        if cache is None and isinstance(layers, dict):
+
+            def body(x, layer_site_prefix):
+                layer, site, pre = layer_site_prefix
+                x, _ = run(x, layer, site, pre)
+                return x, tap(x)
+
+            x, taps = lax.scan(body, x, (layers, jnp.arange(1, self.depth + 1), prefix))
+        else:
+            layers = layers if isinstance(layers, tuple) else tree.unstack(layers)
+            ks, vs, taps = [], [], []
+            for i, layer in enumerate(layers):
+                if cache is not None:
+                    past = (cache.k[i], cache.v[i])
+                else:
+                    past = None if prefix is None else (prefix[0][i], prefix[1][i])
+                x, (k, v) = run(x, layer, i + 1, past)
+                ks.append(k)
+                vs.append(v)
+                taps.append(tap(x))
+            taps = tree.stack(taps)
+            if cache is not None:
+                cache = cache.replace(
+                    k=tuple(ks),
+                    v=tuple(vs),
+                    mask=cache_mask,
+                    length=cache.length + x.shape[1],
+                    offset=cache.offset + jnp.sum(mask, axis=1, dtype=jnp.int32),
+                )
+
+        x = Norm(self).apply({"params": params["norm"]}, x)
+        x = control.hidden(x, self.depth + 1, pos, state)
+        ends = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), first, taps, tap(x))
+        seen = x if last is None else x[:, x.shape[1] - last :]
+        return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=ends)
+
+    def _rope(self, pos: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """(cos, sin), each float32 [B, T, rotary_dim / 2], or None for learned positions."""
+        if self.positions != "rotary":
+            return None
+        r = self.rotary_dim
+        freq = self.rope_theta ** (-jnp.arange(0, r, 2, dtype=jnp.float32) / r)
+        if self.rope_scaling is not None:
+            freq = scale_frequencies(freq, self.rope_scaling)
+        angle = pos[:, :, None].astype(jnp.float32) * freq[None, None, :]
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def scale_frequencies(freq: jax.Array, scaling: tuple) -> jax.Array:
+    """Rotary frequencies for a longer context; see `Transformer.rope_scaling`."""
+    kind, factor, *rest = scaling
+    if kind == "linear":
+        return freq / factor
+    if kind != "llama3":
+        raise InputError(f"rope_scaling is {kind!r}, expected 'llama3' or 'linear'.")
+    low, high, original = rest
+    wavelength = 2 * math.pi / freq
+    smooth = jnp.clip((original / wavelength - low) / (high - low), 0, 1)
+    return (1 - smooth) * freq / factor + smooth * freq
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding on x [B, T, heads, H], halves paired (Su et al. 2021, in GPT-NeoX's order)."""
+    cos, sin = (a[:, :, None, :] for a in rope)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = [(a32 * cos - b32 * sin).astype(x.dtype), (b32 * cos + a32 * sin).astype(x.dtype)]
+    return jnp.concatenate([*turned, rest], axis=-1)
+
+
+def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
+    """x [..., in] times kernel [out, in] transposed, on (rows, in), summed in float32."""
+    dtype = jnp.dtype(dtype)
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    y = lax.dot_general(rows, kernel.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.astype(out or dtype).reshape(*x.shape[:-1], kernel.shape[0])
+
+
+class Dense(nn.Module):
+    """y = x Wᵀ + b with kernel (out, in)."""
+
+    features: int
+    lm: Transformer
+    bias: bool
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.lm.param_dtype)
+        init = jax.nn.initializers.normal(0.02 * self.scale)
+        y = matmul(x, self.param("kernel", init, (self.features, x.shape[-1]), dtype), self.lm.dtype)
+        if self.bias:
+            b = self.param("bias", jax.nn.initializers.zeros, (self.features,), dtype)
+            y = y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32."""
+
+    lm: Transformer
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.lm.param_dtype)
+        last = (1,) * (x.ndim - 1) + (-1,)
+        y = x.astype(jnp.float32)
+        if self.lm.norm == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.lm.norm_eps)
+        y = y * self.param("scale", jax.nn.initializers.ones, x.shape[-1:], dtype).astype(jnp.float32).reshape(last)
+        if self.lm.norm == "layer":
+            bias = self.param("bias", jax.nn.initializers.zeros, x.shape[-1:], dtype)
+            y = y + bias.astype(jnp.float32).reshape(last)
+        return y.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP around the residual stream."""
+
+    lm: Transformer
+
+    @nn.compact
+    def __call__(self, x, allowed, rope, past, length, between):
+        """x [B, T, D], allowed bool [B, T, S], rope or None -> (x, (k, v)); `past` and `length` as in `Attention`.
+
+        between: edits the stream [B, T, D] between attention and MLP, or None.
+        """
+        lm = self.lm
+        with jax.named_scope("attention"):
+            y = Norm(lm, name="attn_norm")(x)
+            attended, kv = Attention(lm, name="attn")(y, allowed, rope, past, length)
+        mid = x + attended
+        if between is not None:
+            mid = between(mid)
+        with jax.named_scope("mlp"):
+            y = Norm(lm, name="mlp_norm")(x if lm.parallel else mid)
+            return mid + Mlp(lm, name="mlp")(y), kv
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with one fused query-key-value kernel."""
+
+    lm: Transformer
+
+    @nn.compact
+    def __call__(self, x, allowed, rope, past, length):
+        """x [B, T, D] -> ([B, T, D], (k, v)).
+
+        past: None; a prefix (k, v) [B, K, P, H] that every query may attend to, when length is None; or cached
+        (k, v) [B, K, S, H], into which this call's keys and values are written at slot `length`.
+        """
+        lm, (batch, t, _) = self.lm, x.shape
+        heads, kv, h = lm.heads, lm.kv_heads, lm.head_dim
+        qkv = Dense((heads + 2 * kv) * h, lm, lm.bias_attn, name="qkv")(x)
+        parts = jnp.split(qkv, [heads * h, (heads + kv) * h], axis=-1)
+        q, k, v = (a.reshape(batch, t, -1, h) for a in parts)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        if length is not None:
+            k = lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), (0, 0, length, 0))
+            v = lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), (0, 0, length, 0))
+        elif past is not None:
+            k, v = (jnp.concatenate([p.astype(a.dtype), a], axis=2) for p, a in zip(past, (k, v)))
+            visible = jnp.ones((batch, t, past[0].shape[2]), bool)
+            allowed = jnp.concatenate([visible, allowed], axis=2)
+        y = attend(q, k, v, allowed).reshape(batch, t, heads * h)
+        return Dense(lm.width, lm, lm.bias_out, 1 / math.sqrt(2 * lm.depth), name="out")(y), (k, v)
+
+
+class Mlp(nn.Module):
+    """The feed-forward layer, gated or not."""
+
+    lm: Transformer
+
+    @nn.compact
+    def __call__(self, x):
+        lm, act = self.lm, ACTIVATIONS[self.lm.activation]
+        y = Dense(lm.mlp_width, lm, lm.bias_mlp, name="up")(x)
+        if lm.gated:
+            y = act(Dense(lm.mlp_width, lm, lm.bias_mlp, name="gate")(x)) * y
+        else:
+            y = act(y)
+        return Dense(lm.width, lm, lm.bias_mlp, 1 / math.sqrt(2 * lm.depth), name="down")(y)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Grouped-query attention: q [B, T, heads, H], k and v [B, K, S, H], allowed bool [B, T, S] -> [B, T, heads, H].
+
+    Scores and softmax are float32. A query that may attend to nothing (padding) gets a uniform average.
+    """
+    batch, t, heads, h = q.shape
+    kv, s = k.shape[1:3]
+    group = heads // kv
+    q = q.reshape(batch, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(batch, kv, group * t, h)
+    dims = (((3,), (3,)), ((0, 1), (0, 1)))
+    scores = lax.dot_general(q, k, dims, preferred_element_type=jnp.float32) / math.sqrt(h)
+    scores = scores.reshape(batch, kv, group, t, s)
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv, group * t, s)
+    y = lax.dot_general(p, v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    y = y.astype(v.dtype).reshape(batch, kv, group, t, h)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, h)

@@ -1,0 +1,32 @@
+"""Figures of samples and of models, each with a bootstrap interval over prompts."""
+
+from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
+from ctg_jax.evaluation.fluency import LMScorer, Perplexity, kl_figure, kl_to_base, token_repetition
+from ctg_jax.evaluation.protocol import FIELD, Protocol, attribute, evaluate, smooth_control
+from ctg_jax.evaluation.similarity import cosine, mauve, similarity
+from ctg_jax.evaluation.text import coverage, distinct, diversity, ngrams, repetition, self_bleu, unique_words
+
+__all__ = [
+    "FIELD",
+    "Bootstrap",
+    "Figure",
+    "LMScorer",
+    "Perplexity",
+    "Protocol",
+    "attribute",
+    "cosine",
+    "coverage",
+    "distinct",
+    "diversity",
+    "evaluate",
+    "kl_figure",
+    "kl_to_base",
+    "mauve",
+    "ngrams",
+    "repetition",
+    "self_bleu",
+    "similarity",
+    "smooth_control",
+    "token_repetition",
+    "unique_words",
+]

@@ -1,0 +1,26 @@
+"""Rewards: functions from prompts and texts to float32 [n], higher is better, that run locally and carry a version.
+
+A metric is a reward that nobody optimises. Text is the border: a reward never sees the tokens of the model that it
+judges, so two tokenizers never meet.
+"""
+
+from ctg_jax.rewards.bag import BagOfWords
+from ctg_jax.rewards.check import Reward, TextReward, checked
+from ctg_jax.rewards.classifier import SequenceClassifier
+from ctg_jax.rewards.embed import Embedder, sentence_embedder
+from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words
+from ctg_jax.rewards.probe import LinearProbe
+
+__all__ = [
+    "BagOfWords",
+    "Embedder",
+    "LinearProbe",
+    "Lexicon",
+    "Reward",
+    "SequenceClassifier",
+    "TextReward",
+    "checked",
+    "read_weights",
+    "read_words",
+    "sentence_embedder",
+]

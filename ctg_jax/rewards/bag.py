@@ -1,0 +1,166 @@
+"""Logistic regression on tf-idf weighted n-grams: the classifier for worlds with no encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ctg_jax.rewards.check import check_reads, checked, digest, readable
+from ctg_jax.rewards.probe import (
+    check_training,
+    class_probabilities,
+    fit_logistic,
+    read_model,
+    same_version,
+    write_model,
+)
+from ctg_jax.types import InputError
+
+
+class BagOfWords:
+    """Probability of one class from the words (and word pairs) of a text.
+
+    Attributes:
+      terms: the vocabulary, in the order of the columns.
+      idf: float32 [F]; coef, intercept: float32 [C, F], [C], as in `LinearProbe`.
+    """
+
+    threshold = 0.5
+
+    def __init__(
+        self,
+        terms: Sequence[str],
+        idf: np.ndarray,
+        coef: np.ndarray,
+        intercept: np.ndarray,
+        classes: Sequence[int],
+        *,
+        ngrams: int = 2,
+        name: str = "bag-of-words",
+        target: int = 1,
+        reads: str = "text",
+        trained_on: str = "",
+    ):
+        self.terms, self.ngrams = list(terms), int(ngrams)
+        self.idf = np.asarray(idf, np.float32)
+        self.coef, self.intercept = np.asarray(coef, np.float32), np.asarray(intercept, np.float32)
+        self.classes, self.target = [int(c) for c in classes], int(target)
+        self.name, self.reads, self.trained_on = name, check_reads(reads), trained_on
+        if self.target not in self.classes:
+            raise InputError(f"target is {target}; this classifier knows the labels {self.classes}")
+        weights = digest(self.terms, self.idf, self.coef, self.intercept, self.classes, self.ngrams, trained_on)
+        self.version = f"bag-of-words[{self.target}]:{reads}@{weights}"
+        self._vectorizer = _vectorizer(self.ngrams, vocabulary={t: i for i, t in enumerate(self.terms)})
+        self._vectorizer.idf_ = self.idf.astype(np.float64)
+
+    @classmethod
+    def fit(
+        cls,
+        texts: Sequence[str],
+        labels: Sequence[int],
+        *,
+        ngrams: int = 2,
+        features: int = 50_000,
+        min_count: int = 2,
+        name: str = "bag-of-words",
+        target: int = 1,
+        reads: str = "text",
+        strength: float = 10.0,
+        seed: int = 0,
+    ) -> BagOfWords:
+        """Fits on texts and labels; keeps the `features` most frequent n-grams seen in `min_count` texts.
+
+        Raises:
+          InputError: unequal lengths, fewer than two labels, or no n-gram that is frequent enough.
+        """
+        labels = check_training(texts, labels)
+        vectorizer = _vectorizer(ngrams, max_features=features, min_df=min(min_count, len(texts)))
+        try:
+            x = vectorizer.fit_transform(texts)
+        except ValueError as e:  # scikit-learn's word for an empty vocabulary
+            raise InputError(f"texts give no features ({e}); give longer texts or a smaller min_count") from None
+        coef, intercept, classes = fit_logistic(x, labels, strength, seed)
+        terms = vectorizer.get_feature_names_out().tolist()
+        return cls(
+            terms,
+            vectorizer.idf_,
+            coef,
+            intercept,
+            classes,
+            ngrams=ngrams,
+            name=name,
+            target=target,
+            reads=reads,
+            trained_on=digest(list(texts), labels.tolist()),
+        )
+
+    def of_class(self, target: int, *, name: str | None = None) -> BagOfWords:
+        """The same classifier as the probability of another label."""
+        return BagOfWords(
+            self.terms,
+            self.idf,
+            self.coef,
+            self.intercept,
+            self.classes,
+            ngrams=self.ngrams,
+            name=name or self.name,
+            target=target,
+            reads=self.reads,
+            trained_on=self.trained_on,
+        )
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, number of classes], columns in the order of `classes`."""
+        x = self._vectorizer.transform(list(texts))
+        return class_probabilities(x @ self.coef.T + self.intercept[None])
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        rows = readable(self.name, prompts, texts, self.reads)
+        if not rows:
+            return np.zeros((0,), np.float32)
+        return checked(self.name, self.probabilities(rows)[:, self.classes.index(self.target)], len(texts))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes probe.npz (weights) and probe.json (vocabulary and settings)."""
+        meta = {
+            "kind": "bag-of-words",
+            "name": self.name,
+            "classes": self.classes,
+            "target": self.target,
+            "reads": self.reads,
+            "ngrams": self.ngrams,
+            "trained_on": self.trained_on,
+            "terms": self.terms,
+            "version": self.version,
+        }
+        write_model(directory, meta, coef=self.coef, intercept=self.intercept, idf=self.idf)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> BagOfWords:
+        """Reads what `save` wrote; `InputError` names a missing or damaged file."""
+        meta, arrays = read_model(directory, "bag-of-words")
+        model = cls(
+            meta["terms"],
+            arrays["idf"],
+            arrays["coef"],
+            arrays["intercept"],
+            meta["classes"],
+            ngrams=meta["ngrams"],
+            name=meta["name"],
+            target=meta["target"],
+            reads=meta["reads"],
+            trained_on=meta["trained_on"],
+        )
+        return same_version(model, meta, directory)
+
+
+def _vectorizer(ngrams: int, **more):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    # One-letter words and apostrophes carry sentiment ("don't"), so the pattern keeps them.
+    pattern = r"(?u)\b\w+(?:['’]\w+)?"
+    return TfidfVectorizer(
+        lowercase=True, ngram_range=(1, ngrams), sublinear_tf=True, token_pattern=pattern, dtype=np.float64, **more
+    )

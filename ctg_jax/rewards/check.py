@@ -1,0 +1,122 @@
+"""The protocol of a reward, the check of its output, and the digest that makes its version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ctg_jax.types import InputError
+
+READS = ("text", "both")
+
+
+class Reward(Protocol):
+    """A scorer of texts. `threshold` is the score from which a text counts as having the attribute."""
+
+    name: str
+    version: str
+    threshold: float
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        """Scores float32 [n], finite, higher is better."""
+
+
+def digest(*parts: Any) -> str:
+    """First 12 hexadecimal digits of the SHA-256 of strings, JSON values and arrays, in order."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            h.update(f"{part.dtype}{part.shape}".encode())
+            h.update(np.ascontiguousarray(part).tobytes())
+        else:
+            h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+        h.update(b"\0")
+    return h.hexdigest()[:12]
+
+
+def checked(name: str, scores: Any, n: int) -> np.ndarray:
+    """Scores as float32 [n].
+
+    Raises:
+      InputError: another shape than [n], or a value that is not finite.
+    """
+    out = np.asarray(scores, np.float32)
+    if out.shape != (n,):
+        raise InputError(
+            f"reward {name!r} returned an array of shape {list(out.shape)} for {n} texts; "
+            f"it must return one score for each text, shape [{n}]"
+        )
+    if not np.isfinite(out).all():
+        at = int(np.flatnonzero(~np.isfinite(out))[0])
+        raise InputError(f"reward {name!r} returned {out[at]} for text {at}; every score must be finite")
+    return out
+
+
+def readable(name: str, prompts: Sequence[str], texts: Sequence[str], reads: str) -> list[str]:
+    """The strings that a reward reads: the continuations (`reads="text"`) or prompts and continuations joined
+    (`reads="both"`).
+
+    Raises:
+      InputError: unequal lengths, or an entry that is not a string.
+    """
+    if isinstance(prompts, str) or isinstance(texts, str):
+        raise InputError(f"reward {name!r} was given one string where it needs a list of strings; wrap it in a list")
+    if len(prompts) != len(texts):
+        raise InputError(
+            f"reward {name!r} was given {len(prompts)} prompts and {len(texts)} texts; give one prompt for each text"
+        )
+    for what, values in (("prompt", prompts), ("text", texts)):
+        for i, value in enumerate(values):
+            if not isinstance(value, str):
+                raise InputError(f"{what} {i} given to reward {name!r} is {type(value).__name__}; expected a string")
+    return list(texts) if reads == "text" else [p + t for p, t in zip(prompts, texts)]
+
+
+def check_reads(reads: str) -> str:
+    if reads not in READS:
+        raise InputError(
+            f"reads is {reads!r}; it must be 'text' (the continuation) or 'both' (prompt and continuation)"
+        )
+    return reads
+
+
+class TextReward:
+    """A reward from any function of texts, e.g. the oracle of a corpus whose sentiment is known.
+
+    Args:
+      name: what it measures.
+      version: what would change if its answers changed (a digest, a revision).
+      fn: list of n strings -> n numbers.
+      reads: "text" for the continuation, "both" for prompt and continuation.
+      threshold: the score from which a text counts as having the attribute.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        fn: Callable[[list[str]], Any],
+        *,
+        reads: str = "text",
+        threshold: float = 0.5,
+    ):
+        self.name, self.version, self.fn = name, version, fn
+        self.reads, self.threshold = check_reads(reads), threshold
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        return checked(self.name, self.fn(readable(self.name, prompts, texts, self.reads)), len(texts))
+
+
+def read_json(path) -> Mapping[str, Any]:
+    """A JSON object from a file; `InputError` names the file when it is missing or malformed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {e}; expected a JSON file written by this library") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}; expected an object written by this library")
+    return value

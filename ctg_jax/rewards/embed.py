@@ -1,0 +1,106 @@
+"""Texts through an encoder: batches by length, a fixed set of shapes, so that few programs are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax.rewards.check import digest
+from ctg_jax.tree import flatten
+from ctg_jax.types import Params
+
+_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+class Embedder:
+    """`embed(texts) -> float32 [n, D]`, with a version that names the weights.
+
+    Args:
+      encoder: `ctg_jax.models.encoder.Encoder` (anything with its `embed`, `context` and `pad`).
+      params: its parameters.
+      encode: texts -> token ids with the special tokens the encoder was trained with.
+      batch: rows of a compiled batch.
+      length: longest input in tokens, the rest is cut off; by default the encoder's context.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        params: Params,
+        encode: Callable[[list[str]], list[list[int]]],
+        *,
+        name: str = "encoder",
+        batch: int = 32,
+        length: int | None = None,
+    ):
+        self.encoder, self.params, self.encode = encoder, params, encode
+        self.batch, self.length = batch, min(length or encoder.context, encoder.context)
+        self.version = f"{name}@{params_digest(params)}"
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return self.run(self.encoder.embed, texts, self.encoder.embed_width)
+
+    def run(self, fn: Callable[..., jax.Array], texts: Sequence[str], width: int) -> np.ndarray:
+        """float32 [n, width]: `fn(params, tokens [B, T], mask [B, T])` over all texts, in their order."""
+        rows = [ids[: self.length] for ids in self.encode(list(texts))]
+        out = np.zeros((len(rows), width), np.float32)
+        for indices, tokens, mask in length_batches(rows, self.batch, self.encoder.pad, self.length):
+            got = fn(self.params, jnp.asarray(tokens), jnp.asarray(mask))
+            out[indices] = np.asarray(got, np.float32)[: len(indices)]
+        return out
+
+
+def sentence_embedder(
+    path: str | Path, *, batch: int = 32, length: int | None = None, dtype: str = "float32"
+) -> Embedder:
+    """An `Embedder` from a Hugging Face directory or hub id of a sentence encoder.
+
+    Raises:
+      InputError: the model cannot be read (see `ctg_jax.models.hf.load_encoder`).
+    """
+    encoder, params, encode = load_text_encoder(path, dtype=dtype)
+    return Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
+
+
+def load_text_encoder(path: str | Path, *, dtype: str = "float32"):
+    """(encoder, params, encode) of a model directory or hub id; `encode` adds [CLS], [SEP] and the like and cuts at
+    the encoder's context without losing the last special token."""
+    from transformers import AutoTokenizer
+
+    from ctg_jax.models.hf import load_encoder
+
+    encoder, params = load_encoder(path, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return tokenizer(texts, truncation=True, max_length=encoder.context)["input_ids"]
+
+    return encoder, params, encode
+
+
+def params_digest(params: Params) -> str:
+    """Digest of all weights and their paths."""
+    return digest(*(part for path, x in sorted(flatten(params).items()) for part in (path, np.asarray(x))))
+
+
+def length_batches(rows: Sequence[Sequence[int]], batch: int, pad: int, longest: int):
+    """Yields (indices [b], tokens int32 [batch, T], mask bool [batch, T]) with b <= batch and T from a short list of
+    widths. Short rows go together; a batch that is not full repeats its first row, so shapes stay few and no row is
+    all padding. An empty row is read as one padding token."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    for start in range(0, len(order), batch):
+        indices = order[start : start + batch]
+        need = max(1, max(len(rows[i]) for i in indices))
+        width = next((w for w in _WIDTHS if w >= need), need)
+        width = max(need, min(width, longest))
+        tokens, mask = np.full((batch, width), pad, np.int32), np.zeros((batch, width), bool)
+        for r, i in enumerate(indices + [indices[0]] * (batch - len(indices))):
+            tokens[r, : len(rows[i])] = rows[i]
+            mask[r, : max(1, len(rows[i]))] = True
+        yield np.asarray(indices), tokens, mask

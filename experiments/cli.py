@@ -1,0 +1,175 @@
+"""What every experiment script shares: flags, bad input as exit code 2, the compilation cache, the last lines."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ctg_jax.stage import Tally, nearest, tally
+from ctg_jax.types import InputError
+
+
+def parse(
+    argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage: str, positional: bool = False
+) -> tuple[flags.FlagValues, list[str]]:
+    """Flags and remaining arguments of one command line, in `FlagValues` of its own; prints help and exits on --help.
+
+    Raises:
+      InputError: an unknown flag or configuration key (with the nearest name), or a value of another type.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    define(values)
+    argv = list(argv)
+    if {"--help", "-h", "-help"} & set(argv):
+        own = values.flags_by_module_dict()
+        lines = [f"  --{f.name}: {f.help}" for fs in own.values() for f in fs]
+        print(usage.strip() + "\n\nFlags:\n" + "\n".join(sorted(set(lines))))
+        raise SystemExit(0)
+    _check_keys(argv)
+    try:
+        rest = values(["ctg_jax", *argv])[1:]
+    except flags.UnrecognizedFlagError as e:
+        raise InputError(f"there is no flag --{e.flagname}{nearest(e.flagname, list(values))}") from None
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as e:
+        raise InputError(" ".join(str(e).split())) from None
+    if rest and not positional:
+        raise InputError(f"unexpected argument {rest[0]!r}: settings are given as --name=value")
+    return values, rest
+
+
+def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines --config=FILE.py[:ARGUMENT] and --config.KEY=VALUE for its keys."""
+    config_flags.DEFINE_config_file(
+        "config", None, "FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE replaces a setting in it",
+        flag_values=values, sys_argv=["ctg_jax", *argv],
+    )  # fmt: skip
+    flags.DEFINE_string("root", "runs", "directory of all artifacts and reports", flag_values=values)
+
+
+def module_of(spec: str) -> Any:
+    """The configuration file of `FILE.py[:ARGUMENT]` as a module."""
+    file = Path(spec.partition(":")[0])
+    if not file.is_file():
+        siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        hint = nearest(file.name, siblings) if siblings else ""
+        raise InputError(f"there is no configuration file {file}{hint}")
+    found = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{file} defines no get_config(arg) and is no configuration file")
+    return module
+
+
+def config_of(spec: str) -> ConfigDict:
+    """`get_config(argument)` of `FILE.py[:ARGUMENT]`."""
+    _, colon, argument = spec.partition(":")
+    get = module_of(spec).get_config
+    return get(argument) if colon else get()
+
+
+def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one."""
+    config = ConfigDict(config.to_dict())
+    for key, value in changes.items():
+        _check_key(config, key)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as e:
+            raise InputError(f"{key}={value!r}: {e}") from None
+    return config
+
+
+def chosen(values: flags.FlagValues) -> ConfigDict:
+    """The parsed --config; InputError where it was not given."""
+    if values.config is None:
+        raise InputError("--config is missing: give --config=configs/NAME.py, or --config=configs/NAME.py:ARGUMENT")
+    return values.config
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a script: bad input is one sentence on stderr and exit code 2; the last line but the script's own says
+    how many stages were executed and how many reused."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ctg_jax").setLevel(logging.INFO)
+    argv = sys.argv[1:] if argv is None else argv
+    _compilation_cache()
+    count = Tally()
+    try:
+        with tally() as count:
+            main(argv)
+        return 0
+    except InputError as e:
+        print(" ".join(str(e).split()), file=sys.stderr)
+        return 2
+    except SystemExit as e:
+        return int(e.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        if count.executed or count.reused:
+            print(f"stages: {len(count.executed)} executed, {len(count.reused)} reused", file=sys.stderr)
+
+
+def _compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that a second start compiles nothing."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # a user's own choice stands
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "ctg_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _check_keys(argv: Sequence[str]) -> None:
+    spec = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    if not spec:
+        return
+    config = config_of(spec[-1])
+    for a in argv:
+        if a.startswith("--config."):
+            key, equals, text = a.removeprefix("--config.").partition("=")
+            _check_key(config, key)
+            if not equals and not isinstance(_get(config, key), bool):
+                raise InputError(f"--config.{key} has no value: write --config.{key}=VALUE")
+            if isinstance(_get(config, key), tuple | list):
+                try:
+                    ast.literal_eval(text)
+                except (ValueError, SyntaxError):
+                    raise InputError(f"--config.{key}={text}: expected a tuple such as '(1, 2)'") from None
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    here, done = config, []
+    for part in key.split("."):
+        if not isinstance(here, ConfigDict) or part not in here:
+            known = list(here) if isinstance(here, ConfigDict) else _flat(config)
+            name = part if isinstance(here, ConfigDict) else key
+            where = ".".join(done) or "the configuration"
+            raise InputError(f"{where} has no setting {part!r} (in config.{key}){nearest(name, known)}")
+        here, done = here[part], [*done, part]
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for k, v in config.items():
+        keys += _flat(v, f"{prefix}{k}.") if isinstance(v, ConfigDict) else [prefix + k]
+    return keys

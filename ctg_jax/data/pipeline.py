@@ -1,0 +1,201 @@
+"""From records to batches of tokens: deterministic, sharded by host, resumable at the exact example.
+
+Everything is addressed by index (grain `MapDataset`): example n of the stream is a function of the seed and n, so
+batches do not depend on the number of threads or hosts, and the state is one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ctg_jax.data.sources import Source
+from ctg_jax.data.tokenizer import Tokenizer, pad_rows
+from ctg_jax.types import InputError
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch]):
+    """An endless or finite stream of batches. `get_state` after a batch and `set_state` later, in another process,
+    continue with exactly the next one."""
+
+    def __init__(self, dataset: Any, signature: dict[str, Any], threads: int, prefetch: int):
+        import grain
+
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._iterator = iter(dataset.to_iter_dataset(options, allow_nones=False))
+        self._signature = signature
+        self._next = 0
+        self.length: int | None = None if signature["epochs"] is None else len(dataset)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """A JSON-able description of the place in the stream: batches given so far and what the stream is."""
+        return {"next": self._next, "stream": dict(self._signature)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to the place that `get_state` described.
+
+        Raises:
+          InputError: the state belongs to a stream of other data, seed, batch size, length, hosts or packing.
+        """
+        for name, mine in self._signature.items():
+            theirs = state["stream"].get(name)
+            if theirs != mine:
+                raise InputError(f"pipeline state is of another stream: {name} was {theirs!r} and is now {mine!r}")
+        self._iterator.set_state({"next_index": int(state["next"])})
+        self._next = int(state["next"])
+
+
+def pipeline(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    length: int,
+    seed: int,
+    epochs: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    fields: Sequence[str] = (),
+    shuffle: bool = True,
+    pack: bool = False,
+    drop_last: bool = True,
+    threads: int = 1,
+    prefetch: int = 4,
+) -> Batches:
+    """Batches of token sequences.
+
+    A sequence is the text (after the beginning-of-text token, for models that expect one) and the end token, cut at
+    `length` and padded on the right. Each epoch is a new permutation; batches run across epochs.
+
+    Args:
+      source: records; see `ctg_jax.data.load`.
+      batch: rows of this host's batch, B; with `hosts` hosts the global batch is B * hosts rows.
+      length: tokens of a row, T.
+      seed: of the permutations.
+      epochs: passes over the source; None is endless.
+      host, hosts: this host takes rows host, host + hosts, … of the one stream that a single host would see.
+      fields: numeric fields of the records to add to each batch, [B] or [B, …].
+      shuffle: False keeps the order of the source.
+      pack: join all sequences, in the order of the source, and cut them into full rows; then `ids` number the rows.
+      drop_last: whether to drop the last B * hosts rows that are not all there. Otherwise they are filled up with rows
+        whose mask is False and whose id is 0.
+      threads, prefetch: threads that read ahead and batches held ready; 0 threads reads when asked.
+
+    Returns:
+      An iterator of {"tokens": int32 [B, T], "mask": bool [B, T], "ids": int32 [B], and `fields`}.
+
+    Raises:
+      InputError: an empty or too small source, a field that is missing or not numeric, impossible sizes.
+    """
+    import grain
+
+    if batch < 1 or length < 1 or not 0 <= host < hosts:
+        raise InputError(f"pipeline: batch={batch}, length={length}, host={host} of {hosts} hosts is impossible")
+    if pack and fields:
+        raise InputError(f"pipeline: packed rows mix records, so they have no fields {tuple(fields)}")
+    if not len(source):
+        raise InputError(f"{source.spec} split {source.split!r} is empty: there is nothing to train on")
+    for name in fields:
+        _number(source[0], name, 0)
+    rows: Any = _Packed(source, tokenizer, length) if pack else _Rows(source, tokenizer, length, tuple(fields))
+    dataset = grain.MapDataset.source(rows).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat(epochs)
+    if epochs is not None:
+        full = len(dataset) // (batch * hosts) * batch * hosts
+        if drop_last and full == 0:
+            raise InputError(
+                f"{source.spec} split {source.split!r} gives {len(dataset)} rows, fewer than one batch of {batch * hosts}: "
+                "take a smaller batch, more epochs or drop_last=False"
+            )
+        if drop_last:
+            dataset = dataset[:full]
+        else:
+            short = -len(dataset) % (batch * hosts)
+            blank = grain.MapDataset.source([rows.blank()] * short) if short else None
+            dataset = dataset if blank is None else grain.MapDataset.concatenate([dataset, blank])
+    dataset = dataset[host::hosts].batch(batch, drop_remainder=True, batch_fn=_collate)
+    signature = {
+        "spec": source.spec, "split": source.split, "records": len(source), "seed": seed, "batch": batch,
+        "length": length, "epochs": epochs, "host": host, "hosts": hosts, "shuffle": shuffle, "pack": pack,
+    }  # fmt: skip
+    return Batches(dataset, signature, threads, prefetch)
+
+
+def _collate(rows: Sequence[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _sequences(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    before = [tokenizer.bos] if tokenizer.adds_bos else []
+    after = [] if tokenizer.eos is None else [tokenizer.eos]
+    return [before + row + after for row in tokenizer.encode(texts)]
+
+
+def _fill(tokenizer: Tokenizer, row: Sequence[int], length: int, id: int) -> Batch:
+    pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
+    tokens, mask = pad_rows([row[:length]], length, pad, left=False)
+    return {"tokens": tokens[0], "mask": mask[0], "ids": np.int32(id)}
+
+
+def _number(record: dict[str, Any], name: str, index: int) -> np.ndarray:
+    try:
+        value = np.asarray(record[name])
+    except KeyError:
+        raise InputError(f"record {index} has no field {name!r}, only {', '.join(sorted(record))}") from None
+    if value.dtype.kind not in "biuf":
+        raise InputError(f"field {name!r} of record {index} is {record[name]!r}, expected numbers")
+    return value.astype({"b": bool, "f": np.float32}.get(value.dtype.kind, np.int32))
+
+
+class _Rows(Sequence):
+    """Row i is record i."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, length: int, fields: tuple[str, ...]):
+        self.source, self.tokenizer, self.length, self.fields = source, tokenizer, length, fields
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Batch:
+        record = self.source[i]
+        row = _fill(self.tokenizer, _sequences(self.tokenizer, [record["text"]])[0], self.length, i)
+        return {**row, **{name: _number(record, name, i) for name in self.fields}}
+
+    def blank(self) -> Batch:
+        extra = {name: np.zeros_like(_number(self.source[0], name, 0)) for name in self.fields}
+        return {**_fill(self.tokenizer, [], self.length, 0), **extra}
+
+
+class _Packed(Sequence):
+    """Row i is tokens [i * length, (i + 1) * length) of all sequences joined; the last row may be padded."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, length: int):
+        self.tokenizer, self.length = tokenizer, length
+        parts = []
+        for start in range(0, len(source), 1024):
+            texts = [source[i]["text"] for i in range(start, min(start + 1024, len(source)))]
+            parts += [np.asarray(row, np.int32) for row in _sequences(tokenizer, texts)]
+        self.stream = np.concatenate(parts)
+
+    def __len__(self) -> int:
+        return -(-len(self.stream) // self.length)
+
+    def __getitem__(self, i: int) -> Batch:
+        return _fill(self.tokenizer, self.stream[i * self.length : (i + 1) * self.length], self.length, i)
+
+    def blank(self) -> Batch:
+        return _fill(self.tokenizer, [], self.length, 0)

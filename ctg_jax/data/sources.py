@@ -1,0 +1,197 @@
+"""`load`: one interface to bundled, local, Hugging Face and TensorFlow Datasets text."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ctg_jax.types import InputError
+
+Record = dict[str, Any]
+_OPEN = {".xz": lzma.open, ".gz": gzip.open}
+_SLICE = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+class Source(Sequence):
+    """Random access to records `{"text": str, …}`; values are str, int, float, bool, or lists of them.
+
+    Attributes:
+      spec, split: what was asked for.
+    """
+
+    def __init__(self, spec: str, split: str, records: Sequence[Mapping[str, Any]], text: str = "text"):
+        self.spec, self.split = spec, split
+        self._records, self._text = records, text
+        if len(records):
+            self._check(self[0])
+
+    def _check(self, record: Record) -> None:
+        if not isinstance(record.get("text"), str):
+            raise InputError(
+                f"{self.spec}: records have no text under {self._text!r}, only {', '.join(sorted(record))}; "
+                "name the field that holds the text with text=…"
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Record:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        record = {name: _plain(value) for name, value in self._records[int(i) % len(self)].items()}
+        return record if self._text == "text" else {**record, "text": record.get(self._text)}
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all records in order, as canonical JSON: the same data has the same digest in every format.
+        Reads everything once, when first asked for."""
+        h = hashlib.sha256()
+        for record in self:
+            line = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+            h.update(line.encode("utf-8", "surrogatepass") + b"\n")
+        return h.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Source({self.spec!r}, {self.split!r}, {len(self)} records)"
+
+
+def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str | Path | None = None) -> Source:
+    """Opens a data set.
+
+    Args:
+      spec: one of
+        `bundled:reviews`    the corpus of `ctg_jax.data.reviews`; splits train, validation, test
+        `jsonl:PATH`         a file of JSON objects, one a line, plain or `.gz` or `.xz`; its one split is `all` (or
+                             `train`). If PATH is a folder, split NAME is its file NAME.jsonl (or .jsonl.gz, .jsonl.xz)
+        `hf:NAME[:CONFIG]`   a data set of the Hugging Face hub, or a local folder that `datasets` can read
+        `tfds:NAME`          a data set of TensorFlow Datasets, by name or by the folder of a prepared one
+      split: the split, with an optional slice: `train`, `train[:10%]`, `train[100:200]`.
+      text: the field that holds the text.
+      cache_dir: where prepared data sets are kept; by default `~/.cache/ctg_jax`.
+
+    Raises:
+      InputError: unknown spec, split or field, a file that is missing or malformed (with the line), or no network.
+    """
+    kind, _, name = spec.partition(":")
+    if kind not in _LOADERS or not name:
+        raise InputError(f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, hf:NAME or tfds:NAME")
+    match = _SLICE.fullmatch(split)
+    if match is None:
+        raise InputError(f"split {split!r} of {spec} is malformed: write NAME, NAME[:10%] or NAME[100:200]")
+    cache = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "ctg_jax"
+    return Source(spec, split, _LOADERS[kind](name, split, match, cache), text)
+
+
+def _bundled(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+    if name != "reviews":
+        raise InputError(f"data spec 'bundled:{name}' is unknown: the only bundled data set is bundled:reviews")
+    from ctg_jax.data import builder
+
+    folder = builder.prepare(cache)
+    if match["name"] not in builder.SPLITS:
+        raise InputError(
+            f"split {match['name']!r} of bundled:reviews is unknown: use one of {', '.join(builder.SPLITS)}"
+        )
+    return _tfds(str(folder), split, match, cache)
+
+
+def _jsonl(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+    path = Path(name)
+    if path.is_dir():
+        found = [path / f"{match['name']}.jsonl{end}" for end in ("", ".gz", ".xz")]
+        path = next((p for p in found if p.is_file()), None)
+        if path is None:
+            raise InputError(f"split {match['name']!r} of jsonl:{name} is missing: expected a file {found[0]}[.gz|.xz]")
+    elif not path.is_file():
+        raise InputError(f"jsonl:{name}: there is no such file or folder")
+    elif match["name"] not in ("all", "train"):
+        raise InputError(f"split {match['name']!r} of jsonl:{name} is unknown: a single file has the split 'all'")
+    records = _read_jsonl(path)
+    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
+    return records[start:stop]
+
+
+def _read_jsonl(path: Path) -> list[Record]:
+    records, number = [], 0
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise InputError(f"{path} line {number} is not a JSON object but {line.strip()[:40]!r}")
+                if isinstance(record.get("text", ""), str):
+                    records.append(record)
+                else:
+                    raise InputError(f'{path} line {number}: "text" is {record["text"]!r}, expected a string')
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path} line {number} is not valid JSON ({e.msg} at column {e.colno})") from e
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
+        raise InputError(f"{path} cannot be read after line {number} ({e})") from e
+    return records
+
+
+def _bound(text: str | None, size: int) -> int | None:
+    if text is None:
+        return None
+    return round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def _hf(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(path, config or None, split=split, cache_dir=str(cache / "huggingface"))
+    except (OSError, ValueError, RuntimeError) as e:  # the library's own errors are kinds of these
+        raise InputError(
+            f"hf:{name} split {split!r} cannot be loaded ({_first_line(e)}): check the name, the split and the network"
+        ) from e
+
+
+def _tfds(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+    import tensorflow_datasets as tfds
+
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            builder = tfds.builder_from_directory(folder)
+        else:
+            builder = tfds.builder(name, data_dir=cache / "tfds", file_format="array_record")
+            builder.download_and_prepare()
+        return builder.as_data_source(split=split)
+    except (OSError, ValueError, AssertionError, ImportError, LookupError, NotImplementedError, RuntimeError) as e:
+        raise InputError(
+            f"tfds:{name} split {split!r} cannot be loaded ({_first_line(e)}): check the name, the split and the network"
+        ) from e
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+
+
+def _plain(value: Any) -> Any:
+    """Bytes as text, numpy values as Python ones."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "hf": _hf, "tfds": _tfds}

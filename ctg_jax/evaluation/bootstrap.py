@@ -64,7 +64,7 @@ class Bootstrap:
         if not (w != 0).any():
             return Figure(math.nan, math.nan, math.nan, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            drawn = (self.counts @ t) / (self.counts @ w)
+            drawn = self._drawn(t) / self._drawn(w)
         return self._figure(float(t.sum() / w.sum()), drawn, int((w != 0).sum()))
 
     def mean(self, values: Any) -> Figure:
@@ -80,7 +80,7 @@ class Bootstrap:
         if not known.any():
             return Figure(math.nan, math.nan, math.nan, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            drawn = (self.counts @ np.where(known, values, 0.0)) / (self.counts @ known.astype(np.float64))
+            drawn = self._drawn(np.where(known, values, 0.0)) / self._drawn(known.astype(np.float64))
         return self._figure(float(values[known].mean()), drawn, int(known.sum()))
 
     def transform(self, figure_of: Callable[[np.ndarray, np.ndarray], np.ndarray], totals: Any, weights: Any) -> Figure:
@@ -89,7 +89,7 @@ class Bootstrap:
         if not (w != 0).any():
             return Figure(math.nan, math.nan, math.nan, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            drawn = figure_of(self.counts @ t, self.counts @ w)
+            drawn = figure_of(self._drawn(t), self._drawn(w))
         return self._figure(float(figure_of(t.sum(), w.sum())), drawn, int((w != 0).sum()))
 
     def statistic(self, fn: Callable[[np.ndarray], float], *, resamples: int = 200) -> Figure:
@@ -110,6 +110,14 @@ class Bootstrap:
                 f"values has shape {list(values.shape)} for {len(self.group)} samples; give one number for each sample"
             )
         return np.bincount(self.group, weights=values, minlength=self.n)
+
+    def _drawn(self, sums: np.ndarray) -> np.ndarray:
+        """Sums [P] over prompts as sums [R] over resamples; a prompt not drawn adds 0 even where it is infinite."""
+        infinite = np.isinf(sums)
+        out = self.counts @ np.where(infinite, 0.0, sums)
+        if infinite.any():
+            out[(self.counts @ infinite.astype(np.float64)) > 0] = np.inf
+        return out
 
     def _figure(self, value: float, drawn: np.ndarray, n: int) -> Figure:
         drawn = drawn[~np.isnan(drawn)]

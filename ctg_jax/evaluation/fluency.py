@@ -129,13 +129,8 @@ class LMScorer:
             tail[r, : len(c)], tail_mask[r, : len(c)] = c, True
         keys = jax.random.split(jax.random.key(0), self.batch)  # scoring draws nothing; the field must be filled
         prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), keys)
-        logp = np.asarray(_score(self.lm, self._params, prompts, jnp.asarray(tail)), np.float64)
+        logp = np.asarray(decode.score(self.lm, self._params, prompts, jnp.asarray(tail)), np.float64)
         return -np.where(tail_mask, logp, 0.0).sum(axis=1)[: len(rows)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _score(lm, params, prompts, completion):
-    return decode.score(lm, params, prompts, completion, IDENTITY)
 
 
 @partial(jax.jit, static_argnames="lm")

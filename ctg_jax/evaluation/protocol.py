@@ -26,7 +26,7 @@ class Protocol:
     samples: int = 25
     max_new: int = 20
     top_p: float = 0.9
-    perplexity: Perplexity = Perplexity("mean", cap=1e4, over="drop")
+    perplexity: Perplexity = Perplexity("mean", cap=1e4, over="drop")  # noqa: RUF009 (frozen)
     distinct: tuple[int, ...] = (1, 2, 3)
     repetition: tuple[int, ...] = (2, 3, 4)
 

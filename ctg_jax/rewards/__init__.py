@@ -8,19 +8,20 @@ from ctg_jax.rewards.bag import BagOfWords
 from ctg_jax.rewards.check import Reward, TextReward, checked
 from ctg_jax.rewards.classifier import SequenceClassifier
 from ctg_jax.rewards.embed import Embedder, sentence_embedder
-from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words
+from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words, reviews_oracle
 from ctg_jax.rewards.probe import LinearProbe
 
 __all__ = [
     "BagOfWords",
     "Embedder",
-    "LinearProbe",
     "Lexicon",
+    "LinearProbe",
     "Reward",
     "SequenceClassifier",
     "TextReward",
     "checked",
     "read_weights",
     "read_words",
+    "reviews_oracle",
     "sentence_embedder",
 ]

@@ -57,7 +57,7 @@ class SequenceClassifier:
         cls, path: str | Path, *, batch: int = 32, length: int | None = None, dtype: str = "float32", **options
     ) -> SequenceClassifier:
         """From a Hugging Face directory or hub id; `options` are those of the class."""
-        encoder, params, encode = load_text_encoder(path, dtype=dtype)
+        encoder, params, encode = load_text_encoder(path, dtype=dtype, length=length)
         options.setdefault("name", Path(path).name)
         embedder = Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
         return cls(embedder, **options)

@@ -62,24 +62,25 @@ def sentence_embedder(
     Raises:
       InputError: the model cannot be read (see `ctg_jax.models.hf.load_encoder`).
     """
-    encoder, params, encode = load_text_encoder(path, dtype=dtype)
+    encoder, params, encode = load_text_encoder(path, dtype=dtype, length=length)
     return Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
 
 
-def load_text_encoder(path: str | Path, *, dtype: str = "float32"):
+def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int | None = None):
     """(encoder, params, encode) of a model directory or hub id; `encode` adds [CLS], [SEP] and the like and cuts at
-    the encoder's context without losing the last special token."""
+    `length`, at most the encoder's context, without losing the last special token."""
     from transformers import AutoTokenizer
 
-    from ctg_jax.models.hf import load_encoder
+    from ctg_jax.models.hf import load_encoder, resolve
 
     encoder, params = load_encoder(path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve(path)))
+    longest = min(length or encoder.context, encoder.context)
 
     def encode(texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return tokenizer(texts, truncation=True, max_length=encoder.context)["input_ids"]
+        return tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
 
     return encoder, params, encode
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ctg_jax.rewards.check import check_reads, checked, digest, readable
+from ctg_jax.rewards.check import TextReward, check_reads, checked, digest, readable
 from ctg_jax.types import InputError
 
 NORMALISE = ("sum", "mean", "compound", "any")
@@ -85,6 +85,21 @@ class Lexicon:
         if self.normalise == "mean":
             return total / max(1, len(words))
         return total if self.normalise == "sum" else total / (total * total + 15.0) ** 0.5
+
+
+def reviews_oracle(attribute: str = "sentiment") -> TextReward:
+    """The oracle of the bundled reviews: "sentiment" (0 to 1, above 0.5 is positive) or "toxic" (1 where a text holds
+    an insult of the corpus). Exact on the corpus, a lexicon with negation elsewhere."""
+    from ctg_jax.data import reviews
+
+    known = {"sentiment": reviews.sentiment_score, "toxic": lambda t: float(reviews.oracle(t)["toxic"])}
+    if attribute not in known:
+        raise InputError(f"attribute is {attribute!r}; the oracle of the reviews gives 'sentiment' or 'toxic'")
+    fn = known[attribute]
+    version = f"reviews-oracle[{attribute}]@{reviews.digest()[:12]}"
+    # 0.5 is a text without any cue, which is neutral and does not count as positive.
+    threshold = 0.5 + 1e-6 if attribute == "sentiment" else 0.5
+    return TextReward(attribute, version, lambda texts: [fn(t) for t in texts], threshold=threshold)
 
 
 def _lines(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -56,13 +57,14 @@ class Reviews(tfds.core.GeneratorBasedBuilder):
 def prepare(cache_dir: str | Path) -> Path:
     """The folder of the prepared corpus under `cache_dir`, written on the first call.
 
-    The folder's name holds a fingerprint of the grammar, so a changed grammar never meets old files. It is written
-    under a temporary name and renamed, so a reader sees all of it or nothing and two writers do no harm.
+    The folder's name holds a fingerprint of the grammar and the splits, so after a change nobody reads old files. It
+    is written under a temporary name and renamed, so a reader sees all of it or nothing and two writers do no harm.
 
     Raises:
       InputError: `cache_dir` cannot be written.
     """
-    target = Path(cache_dir) / f"reviews-{reviews.digest()[:12]}"
+    content = f"{reviews.digest()} {SEED} {SPLITS} {Reviews.VERSION}"
+    target = Path(cache_dir) / f"reviews-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     if target.is_dir():
         return target
     try:

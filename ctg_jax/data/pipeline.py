@@ -118,8 +118,8 @@ def pipeline(
         full = len(dataset) // (batch * hosts) * batch * hosts
         if drop_last and full == 0:
             raise InputError(
-                f"{source.spec} split {source.split!r} gives {len(dataset)} rows, fewer than one batch of {batch * hosts}: "
-                "take a smaller batch, more epochs or drop_last=False"
+                f"{source.spec} split {source.split!r} gives {len(dataset)} rows, fewer than a batch of "
+                f"{batch * hosts}: take a smaller batch, more epochs or drop_last=False"
             )
         if drop_last:
             dataset = dataset[:full]

@@ -8,6 +8,7 @@ opens with when and who, which say nothing about any attribute: those words are 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -83,7 +84,7 @@ class _Cell:
 
     def sentences(self, kind: str) -> list[str]:
         """All sentences of one kind (`opening`, `detail`, `closing`, `insult`, `body`), repeated if ambiguous."""
-        group = sum(self.body, []) if kind == "body" else getattr(self, kind)
+        group = itertools.chain(*self.body) if kind == "body" else getattr(self, kind)
         return [text for template, table in group for text in enumerate_all(template, table)]
 
 
@@ -175,7 +176,9 @@ def _vocabulary(tree: Any) -> set[str]:
 def vocabulary() -> set[str]:
     """Every word that the grammar can write."""
     sentences = {k: v for k, v in _load("sentences.json").items() if k not in ("skeletons", "cues")}
-    return {w for w in _vocabulary([_load("lexicon.json"), _load("topics.json"), sentences]) if w[0].isalpha()}
+    agreement = [_agree("{was} {wasnt}", aspect) for aspect in ("one", "many+")]
+    found = _vocabulary([_load("lexicon.json"), _load("topics.json"), sentences, agreement])
+    return {w for w in found if w[0].isalpha()}
 
 
 @cache

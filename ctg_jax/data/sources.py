@@ -45,11 +45,17 @@ class Source(Sequence):
     def __getitem__(self, i: int) -> Record:
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        record = {name: _plain(value) for name, value in self._records[int(i) % len(self)].items()}
-        return record if self._text == "text" else {**record, "text": record.get(self._text)}
+        return self._record(self._records[int(i) % len(self)])
 
     def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(len(self)))
+        many = getattr(self._records, "__getitems__", None)  # several at once: half the time of one by one
+        for start in range(0, len(self), 512):
+            block = range(start, min(start + 512, len(self)))
+            yield from map(self._record, many(list(block)) if many else (self._records[i] for i in block))
+
+    def _record(self, raw: Mapping[str, Any]) -> Record:
+        record = {name: _plain(value) for name, value in raw.items()}
+        return record if self._text == "text" else {**record, "text": record.get(self._text)}
 
     @cached_property
     def digest(self) -> str:
@@ -125,7 +131,7 @@ def _read_jsonl(path: Path) -> list[Record]:
     records, number = [], 0
     try:
         with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 record = json.loads(line)
@@ -173,7 +179,8 @@ def _tfds(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
         return builder.as_data_source(split=split)
     except (OSError, ValueError, AssertionError, ImportError, LookupError, NotImplementedError, RuntimeError) as e:
         raise InputError(
-            f"tfds:{name} split {split!r} cannot be loaded ({_first_line(e)}): check the name, the split and the network"
+            f"tfds:{name} split {split!r} cannot be loaded ({_first_line(e)}): "
+            "check the name, the split and the network"
         ) from e
 
 

@@ -95,7 +95,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
 
         try:
             core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            names = _special(folder)
+            names = _special(folder, core)
         except Exception as e:  # the Rust library raises bare Exception
             raise InputError(f"tokenizer files in {folder} cannot be read ({str(e).splitlines()[0][:160]})") from e
         return Tokenizer(core, **names)
@@ -111,19 +111,28 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     except (OSError, ValueError, ImportError, AttributeError) as e:
         reason = str(e).strip().splitlines()[0][:160]
         raise InputError(
-            f"tokenizer {str(path_or_id)!r} cannot be loaded ({reason}): check the folder, or the hub id and the network"
+            f"tokenizer {str(path_or_id)!r} cannot be loaded ({reason}): "
+            "check the folder, or the hub id and the network"
         ) from e
     return Tokenizer(core, fast.bos_token, fast.eos_token, fast.pad_token)
 
 
-def _special(folder: Path) -> dict[str, str | None]:
-    """Names of the special tokens, from the files beside tokenizer.json; the first that says something counts."""
-    found: dict[str, Any] = {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / file).is_file():
-            found = {**json.loads((folder / file).read_text(encoding="utf-8")), **found}
-    names = {name: found.get(f"{name}_token") for name in ("bos", "eos", "pad")}
-    return {name: t["content"] if isinstance(t, dict) else t for name, t in names.items()}
+def _special(folder: Path, core: tokenizers.Tokenizer) -> dict[str, str | None]:
+    """Names of the special tokens: from the files beside tokenizer.json, else (GPT-2 names none there) by the ids in
+    config.json. The first that says something counts."""
+    found: dict[str, str] = {}
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        if not (folder / file).is_file():
+            continue
+        said = json.loads((folder / file).read_text(encoding="utf-8"))
+        for name in ("bos", "eos", "pad"):
+            token, id = said.get(f"{name}_token"), said.get(f"{name}_token_id")
+            id = id[0] if isinstance(id, list) and id else id  # Llama 3 lists several ends
+            token = token["content"] if isinstance(token, dict) else token
+            token = core.id_to_token(id) if token is None and isinstance(id, int) else token
+            if token is not None and core.token_to_id(token) is not None:
+                found.setdefault(name, token)
+    return found
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

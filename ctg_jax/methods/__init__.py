@@ -1,0 +1,71 @@
+"""Methods: one file is one method, a way to make a `Control`. `get` is an import; there is no list to edit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax.control import Chain, Control
+from ctg_jax.models.lm import LM
+from ctg_jax.stage import Artifact, nearest
+from ctg_jax.types import InputError
+
+STRENGTHS = ("scale", "alpha")  # the leaf that a method calls its strength
+
+
+def names() -> list[str]:
+    """The methods there are: the modules of this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> ModuleType:
+    """The module of a method; InputError with the nearest name where there is none."""
+    if name not in names():
+        raise InputError(f"method is {name!r}, but there is no such method{nearest(name, names())}.")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def load(artifact: Artifact, lm: LM) -> Control:
+    """The control that a `fit` left, rebuilt for `lm` from what its spec records: {"method": …, "init": {…}}.
+
+    Raises:
+      InputError: the artifact holds no control, or one that was fitted on a model of another shape.
+    """
+    spec = artifact.spec
+    if "method" not in spec:
+        raise InputError(f"{artifact.path} holds no control: expected an artifact that the `fit` of a method made.")
+    hp = spec.get("init", {})
+    like = jax.eval_shape(lambda key: get(spec["method"]).init(lm, key, **hp), jax.random.key(0))
+    return artifact.load(like)
+
+
+def with_strength(control: Control, value: float) -> Control:
+    """The control at another strength: its leaf `scale` or `alpha` set; in a chain, that of every part that has one.
+
+    value: a finite number, or one for each row, [B]. Nothing recompiles where its shape stays.
+
+    Raises:
+      InputError: the value is not finite, or the control has no strength.
+    """
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
+        raise InputError(f"strength is {value}, expected a finite number.")
+    found = _set(control, jnp.asarray(value, jnp.float32))
+    if found is None:
+        raise InputError(f"{type(control).__name__} has no strength to set: expected a leaf called scale or alpha.")
+    return found
+
+
+def _set(control: Control, value: jax.Array) -> Control | None:
+    if isinstance(control, Chain):
+        parts = [_set(c, value) for c in control.parts]
+        if all(p is None for p in parts):
+            return None
+        return Chain(tuple(old if new is None else new for old, new in zip(control.parts, parts)))
+    fields = [f.name for f in dataclasses.fields(control) if f.name in STRENGTHS]
+    return control.replace(**{fields[0]: value}) if fields else None

@@ -1,0 +1,174 @@
+"""Decoding-time experts: combine the logits of several language models (Liu et al. 2021, eq. 2).
+
+    z' = z + alpha (z⁺ − z⁻)
+
+The base's own logits may stand for either side, which gives contrastive decoding (Li et al. 2023; O'Brien & Lewis
+2023) and classifier-free guidance (Sanchez et al. 2023). What filters before them in a `Chain` filters the base, as in
+the DExperts paper: `Chain((top_p, experts))`; the other order filters the combination.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ctg_jax import bricks, decode
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.models.lm import LM, Cache
+from ctg_jax.types import InputError, Params, Prompts
+
+CUT = -1e29  # logits at or below were removed by a filter before; they stay removed
+
+
+@struct.dataclass
+class Memory:
+    """What one member has read: its cache, its control's state, and whether the prompt is in the cache."""
+
+    cache: Cache
+    state: Any
+    started: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Member:
+    """A language model that reads along: `control.weights` has been applied to `params`.
+
+    Attributes:
+      params: parameters of `lm`, in the layout for decoding (`lm.unstack`); the stacked one works, slowly.
+      control: acts on this member only, such as a `SoftPrompt` or `LastTokens`.
+      lm: the model, with the base's vocabulary.
+    """
+
+    params: Params
+    control: Control = IDENTITY
+    lm: LM = struct.field(pytree_node=False, kw_only=True)
+
+    def init(self, prompts: Prompts, length: int) -> Memory:
+        batch, t = prompts.tokens.shape
+        state = self.control.init(prompts, length)
+        x = jax.ShapeDtypeStruct((batch, t, self.lm.width), jnp.float32)
+        longer, _ = jax.eval_shape(self.control.prompt, x, prompts.mask, state)
+        prefix = self.control.prefix(state)
+        p = 0 if prefix is None else prefix[0].shape[3]
+        cache = self.lm.init_cache(self.params, batch, p + longer.shape[1] - t + length)
+        return Memory(cache if prefix is None else decode.write_prefix(cache, prefix), state)
+
+    def read(self, tokens: jax.Array, mask: jax.Array, last: int, m: Memory) -> tuple[jax.Array, Memory]:
+        """Logits float32 [B, last, V] after the last tokens of those just read, int [B, T] with mask bool [B, T]."""
+        x = self.lm.embed(self.params, tokens)
+        seen = mask
+        if not m.started:  # the prompt comes first, and with it all but the last M - 1 tokens of a forward pass
+            t = tokens.shape[1] - last + 1
+            head, head_mask = self.control.prompt(x[:, :t], mask[:, :t], m.state)
+            x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
+            seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
+        out = self.lm.apply(self.params, x, seen, m.cache, self.control, m.state, last=last)
+        z, state = self.control.logits(out.logits, tokens, mask, m.state)
+        return z, Memory(out.cache, state, True)
+
+
+@struct.dataclass
+class Experts(Control):
+    """z + alpha (z⁺ − z⁻), with the base's own logits for a side that is None.
+
+    Attributes:
+      expert, anti: `Member`s, or None for the base.
+      alpha: float32 [] or, per row, [B]; 0 is the base model.
+      cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `alpha` row by row.
+    """
+
+    expert: Member | None
+    anti: Member | None
+    alpha: jax.Array
+    cond: str | None = struct.field(pytree_node=False, default=None)
+
+    def init(self, prompts, length):
+        members = {"expert": self.expert, "anti": self.anti}
+        memory = {k: m.init(prompts, length) for k, m in members.items() if m is not None}
+        return bricks.per_row(self.alpha, prompts, self.cond), memory
+
+    def logits(self, z, tokens, mask, state):
+        strength, memory = state
+        cut = z <= CUT
+        base = jnp.where(cut, 0.0, z)
+        sides, after = {"expert": base, "anti": base}, {}
+        for name, m in memory.items():
+            member = getattr(self, name)
+            if member.lm.vocab != z.shape[-1]:
+                raise InputError(
+                    f"The {name} has a vocabulary of {member.lm.vocab} tokens and the base model one of "
+                    f"{z.shape[-1]}: use models that share one tokenizer."
+                )
+            sides[name], after[name] = member.read(tokens, mask, z.shape[1], m)
+        mixed = base + strength * (sides["expert"] - sides["anti"])
+        return jnp.where(cut, z, mixed), (strength, after)
+
+
+@struct.dataclass
+class LastTokens(Control):
+    """Forgets all of the prompt but its last `keep` tokens (static): the unconditional side of guidance."""
+
+    keep: int = struct.field(pytree_node=False, default=1)
+
+    def prompt(self, x, mask, state):
+        return x, mask & (jnp.arange(x.shape[1]) >= x.shape[1] - self.keep)[None, :]
+
+
+def member(lm: LM, params: Params, control: Control = IDENTITY) -> Member:
+    """A `Member` of `lm` under any control whose weights, if it changes them, are merged here, once."""
+    return Member(lm.unstack(control.weights(params)), control, lm=lm)
+
+
+def experts(expert: Member, anti: Member | None, alpha: float = 2.0, cond: str | None = None) -> Experts:
+    """DExperts; without an anti-expert, z + alpha (z⁺ − z)."""
+    return Experts(expert, anti, strength("alpha", alpha), cond)
+
+
+def contrastive(amateur: Member, beta: float = 0.5, cond: str | None = None) -> Experts:
+    """Contrastive decoding, (1 + beta) z − beta z_amateur (O'Brien & Lewis 2023, eq. 3), with the base as the expert.
+    The plausibility mask of Li et al. (2023) is `MinP` before it: `Chain((MinP(0.1), contrastive(…)))`."""
+    return Experts(None, amateur, strength("beta", beta), cond)
+
+
+def guidance(lm: LM, params: Params, gamma: float = 1.5, keep: int = 1, cond: str | None = None) -> Experts:
+    """Classifier-free guidance, z_∅ + gamma (z − z_∅) (Sanchez et al. 2023, eq. 7): z_∅ reads only the last `keep`
+    tokens of the prompt."""
+    return Experts(None, member(lm, params, LastTokens(keep)), strength("gamma", gamma) - 1.0, cond)
+
+
+def prompted(lm: LM, params: Params, tokens: list[int], alpha: float = 1.0, *, against: bool = False) -> Experts:
+    """The same model after an instruction, int [P], is the expert (or, `against` it, the anti-expert)."""
+    if not len(tokens):
+        raise InputError("tokens is empty, expected the token ids of an instruction.")
+    ids = jnp.asarray(tokens, jnp.int32)[None, :]
+    told = member(lm, params, bricks.SoftPrompt(lm.embed(params, ids)[0].astype(jnp.float32)))
+    return Experts(None if against else told, told if against else None, strength("alpha", alpha))
+
+
+def strength(name: str, value: float) -> jax.Array:
+    """float32 [] or [B]; InputError for a value that is not finite."""
+    if isinstance(value, jax.Array):
+        return value.astype(jnp.float32)
+    if not np.all(np.isfinite(value)):
+        raise InputError(f"{name} is {value}, expected a finite number.")
+    return jnp.asarray(value, jnp.float32)
+
+
+def init(lm: LM, key: jax.Array, *, alpha: float = 2.0, cond: str | None = None) -> Experts:
+    """Two random models of the base's shape: what a fitted control is restored into."""
+    k_expert, k_anti = jax.random.split(key)
+    return experts(member(lm, lm.init(k_expert)), member(lm, lm.init(k_anti)), alpha, cond)
+
+
+def example(lm: LM, key: jax.Array) -> Experts:
+    """Random experts, nearly alike and so at a large strength, for the laws."""
+    return init(lm, key, alpha=20.0)
+
+
+def neutral(control: Experts) -> Experts:
+    """Strength 0."""
+    return control.replace(alpha=jnp.zeros_like(control.alpha))

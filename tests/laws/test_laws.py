@@ -1,0 +1,231 @@
+"""The laws every method obeys, found by walking `ctg_jax.methods`: a new file there is tested with no list to edit.
+
+A method module gives `example(lm, key) -> Control`, small and not trivial, and `neutral(control) -> Control | None`.
+A `Chain` of four different ones goes through everything as well.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from laws import worlds
+
+from ctg_jax import checkpoint, decode, methods, train
+from ctg_jax.bricks import SoftPrompt, soft_prompt
+from ctg_jax.control import IDENTITY, Chain, Control
+from ctg_jax.losses import control_loss
+from ctg_jax.methods import dexperts, finetune, steer, truncate
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.parallel import DECODER, Plan
+from ctg_jax.types import Sampling
+
+LM = worlds.tiny()
+PARAMS = worlds.lively(LM)
+ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1], [2, 8], [7, 7, 7, 7, 7], [5, 1, 4], [10, 9]]
+PROMPTS = worlds.prompts(ROWS)
+SAMPLING = Sampling(max_new=4)
+CASES = [*methods.names(), "chain"]
+
+
+def mixed(lm, key, parts=None) -> Chain:
+    parts = parts or (finetune.example, steer.example, dexperts.example)
+    keys = jax.random.split(key, 4)
+    prompt = SoftPrompt(soft_prompt(keys[3], 2, lm.width, deviation=1.0))
+    made = [make(lm, k) for make, k in zip(parts, keys)]
+    return Chain((prompt, Chain((truncate.TopP(jnp.float32(0.95)), *made[1:])), made[0]))
+
+
+def build(name, lm=LM) -> Control:
+    if name == "chain":
+        return mixed(lm, jax.random.key(7))
+    module = methods.get(name)
+    for need in ("init", "example", "neutral"):
+        assert hasattr(module, need), f"methods/{name}.py lacks {need}; see docs/new_method.md"
+    return jax.tree.map(jnp.asarray, module.example(lm, jax.random.key(7)))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def control(name):
+    return build(name)
+
+
+@pytest.fixture(scope="module")
+def samples(control):
+    return decode.generate(LM, PARAMS, PROMPTS, control, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def logits(control, samples):
+    return decode.forward(LM, PARAMS, PROMPTS, samples.tokens, control)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
+
+def test_the_example_does_something(samples, logits):
+    base = decode.forward(LM, PARAMS, PROMPTS, samples.tokens)
+    assert float(jnp.max(jnp.abs(jax.nn.softmax(base) - jax.nn.softmax(logits)))) > 0.02
+
+
+def test_chain_is_a_monoid(control, samples, logits):
+    other, third = truncate.Temperature(0.7), SoftPrompt(soft_prompt(jax.random.key(1), 2, LM.width, deviation=1.0))
+
+    def every(c):
+        same = [Chain((c,)), Chain((IDENTITY, c)), Chain((c, Chain(())))]
+        shapes = [Chain((Chain((c, other)), third)), Chain((c, Chain((other, third)))), Chain((c, other, third))]
+        return [decode.forward.__wrapped__(LM, PARAMS, PROMPTS, samples.tokens, x) for x in same + shapes]
+
+    one, left, right, a, b, flat = jax.jit(every)(control)
+    for x in (one, left, right):
+        close(x, logits)
+    close(a, flat)
+    close(b, flat)
+    assert float(jnp.max(jnp.abs(flat - logits))) > 1e-2
+
+
+def test_neutral_gives_the_base(name, control, samples):
+    if name == "chain":
+        parts = [methods.get(n).neutral(build(n)) for n in methods.names()]
+        nothing = Chain(tuple(p for p in parts if p is not None))
+    else:
+        nothing = methods.get(name).neutral(control)
+        if nothing is None:
+            pytest.skip("it has no neutral element")
+    base = decode.forward(LM, PARAMS, PROMPTS, samples.tokens)
+    close(decode.forward(LM, PARAMS, PROMPTS, samples.tokens, nothing), base, 1e-6)
+
+
+def test_score_of_generate_is_its_logp(control, samples, logits):
+    scores = decode.score(LM, PARAMS, PROMPTS, samples.tokens, control)
+    assert bool(jnp.all(samples.mask))
+    close(scores, samples.logp)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), samples.tokens[..., None], axis=-1)[..., 0]
+    close(chosen, samples.logp)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_row_alone_is_the_row_in_its_batch(control, samples, row):
+    alone = worlds.prompts([ROWS[row]]).replace(keys=PROMPTS.keys[row : row + 1])
+    out = decode.generate(LM, PARAMS, alone, control, SAMPLING)
+    assert out.tokens.tolist() == samples.tokens[row : row + 1].tolist()
+    close(out.logp, samples.logp[row : row + 1])
+
+
+def test_eight_devices_give_what_one_gives(control, samples):
+    mesh = Plan(axes={"data": 8}).mesh
+    rows = jax.device_put(PROMPTS, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put((PARAMS, control), NamedSharding(mesh, PartitionSpec()))
+    out = decode.generate(LM, everywhere[0], rows, everywhere[1], SAMPLING)
+    assert len(out.tokens.sharding.device_set) == 8
+    assert out.tokens.tolist() == samples.tokens.tolist()
+    close(out.logp, samples.logp)
+
+
+def test_changing_leaves_recompiles_nothing(control, samples):
+    before = decode._generate._cache_size()
+    moved = jax.tree.map(lambda x: 0.9 * x, control)
+    out = decode.generate(LM, PARAMS, PROMPTS, moved, SAMPLING)
+    assert decode._generate._cache_size() == before
+    assert not np.allclose(out.logp, samples.logp)
+
+
+def test_a_vmapped_sweep_is_a_loop(control):
+    def weaker(t):
+        return jax.tree.map(lambda x: (1 - 0.3 * t) * x, control)
+
+    few = jax.tree.map(lambda x: x[:2], PROMPTS)
+    completion = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    strengths = jnp.array([0.0, 1.0])
+    swept = jax.jit(jax.vmap(lambda t: decode.forward(LM, PARAMS, few, completion, weaker(t))))(strengths)
+    for t, found in zip(strengths, swept):
+        close(found, decode.forward(LM, PARAMS, few, completion, weaker(t)))
+
+
+def test_gradients_reach_only_the_control(control):
+    step = train.make_step(control_loss(LM), train.optimizer(1e-2))
+    state = train.init_state(control, step.tx, jax.random.key(0))
+    batch = {"tokens": PROMPTS.tokens[1:6:4], "mask": jnp.ones((2, 5), bool), "ids": jnp.arange(2)}
+    frozen = {"params": PARAMS}
+    after, metrics = jax.jit(step)(state, frozen, batch)
+    assert bool(metrics["ok"])
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, after.params)
+    assert any(jax.tree.leaves(moved)) or not jax.tree.leaves(moved)
+    assert jax.tree.structure(after.params) == jax.tree.structure(control)
+
+
+def test_a_checkpoint_round_trip(name, control, tmp_path):
+    make = (lambda k: mixed(LM, k)) if name == "chain" else (lambda k: methods.get(name).example(LM, k))
+    like = jax.eval_shape(make, jax.random.key(0))
+    checkpoint.save(tmp_path / "c", control)
+    found = checkpoint.load(tmp_path / "c", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like))
+    assert jax.tree.structure(found) == jax.tree.structure(control)  # static fields included
+    jax.tree.map(np.testing.assert_array_equal, found, control)
+
+
+def test_per_row_controls_are_rows_alone():
+    keys = jax.random.split(jax.random.key(5), 3)
+    chain = Chain(
+        (
+            SoftPrompt(soft_prompt(keys[0], 2, LM.width, choices=3, deviation=1.0), choice="style"),
+            steer.example(LM, keys[1]).replace(cond="push"),
+            truncate.TopP(jnp.float32(0.9)),
+            dexperts.example(LM, keys[2]).replace(cond="expert"),
+        )
+    )
+    cond = {
+        "style": jnp.array([0, 2, 1, 1]),
+        "push": jnp.array([1.0, -2.0, 0.0, 0.5]),
+        "expert": jnp.array([0.0, 1.0, -1.0, 2.0]),
+    }
+    batch = worlds.prompts(ROWS[:4], cond=cond)
+    together = decode.generate(LM, PARAMS, batch, chain, SAMPLING)
+    close(decode.score(LM, PARAMS, batch, together.tokens, chain), together.logp)
+    for i in range(4):
+        row = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+        out = decode.generate(LM, PARAMS, row, chain, SAMPLING)
+        assert out.tokens.tolist() == together.tokens[i : i + 1].tolist()
+        close(out.logp, together.logp[i : i + 1])
+    alone = worlds.prompts([ROWS[0]], cond=jax.tree.map(lambda x: x[:1], cond)).replace(keys=batch.keys[:1])
+    assert decode.generate(LM, PARAMS, alone, chain, SAMPLING).tokens.tolist() == together.tokens[:1].tolist()
+
+
+SHAPES = {
+    "gpt2-xl": lambda: Transformer.gpt2(width=1600, depth=48, heads=25),
+    "llama-7b": lambda: Transformer.llama(
+        vocab=32000, width=4096, depth=32, heads=32, kv_heads=32, mlp_width=11008, context=4096, dtype="bfloat16"
+    ),
+    "llama-70b": lambda: Transformer.llama(
+        vocab=32000, width=8192, depth=80, heads=64, kv_heads=8, mlp_width=28672, context=4096, dtype="bfloat16"
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_large_models_fit_on_paper(name, shape):
+    """eval_shape of init, generate and the train step: no array is made."""
+    if shape != "llama-70b" and name != "chain":
+        pytest.skip("the deepest shape stands for the others, but for the chain of all")
+    lm, key = SHAPES[shape](), jax.random.key(0)
+    params = jax.eval_shape(lm.init, key)
+    control = jax.eval_shape((lambda k: mixed(lm, k)) if name == "chain" else (lambda k: build(name, lm)), key)
+    batch = jax.eval_shape(lambda: worlds.prompts([[1, 2, 3, 4]] * 8))
+    out = jax.eval_shape(lambda p, b, c: decode._generate(lm, p, b, c, SAMPLING), params, batch, control)
+    assert out.tokens.shape == (8, 4)
+    step = train.make_step(control_loss(lm), train.optimizer(1e-3))
+    state = jax.eval_shape(lambda c, k: train.init_state(c, step.tx, k), control, key)
+    texts = {
+        "tokens": jax.ShapeDtypeStruct((8, 16), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((8, 16), bool),
+        "ids": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    after, _ = jax.eval_shape(step, state, {"params": params}, texts)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    plan = Plan(axes={"data": 8, "tensor": 8}, rules=DECODER)
+    print(f"{shape}: {plan.bytes_per_device(params) / 2**30:.2f} GiB of parameters on each device of 8 x 8")

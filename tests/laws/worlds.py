@@ -1,0 +1,98 @@
+"""Language models small enough to enumerate, and what can then be said exactly about any control."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import decode, tree
+from ctg_jax.control import IDENTITY
+from ctg_jax.models.lm import Cache, Out
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.types import Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """An LM whose next-token logits depend on the last token only: z = W h with h = one-hot + what controls add.
+
+    One block that does nothing, so the sites are 0, 1, 2 (and 3 inside the block); width = vocab; parameters
+    {"layers": {"none": [1, 1]}, "head": {"kernel": [V, V]}} where kernel[v, u] is the logit of v after u.
+    """
+
+    vocab: int = 3
+    context: int = 32
+    depth: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+
+    @property
+    def width(self):
+        return self.vocab
+
+    def init(self, key):
+        kernel = jax.random.normal(key, (self.vocab, self.vocab))
+        return {"layers": {"none": jnp.zeros((1, 1))}, "head": {"kernel": kernel}}
+
+    def unstack(self, params):
+        if isinstance(params["layers"], tuple):
+            return params
+        return {**params, "layers": tree.unstack(params["layers"])}
+
+    def init_cache(self, params, batch, length):
+        empty = (jnp.zeros((batch, 1, length, 1)),)
+        mask = jnp.zeros((batch, length), bool)
+        return Cache(empty, empty, mask, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+    def embed(self, params, tokens):
+        return jax.nn.one_hot(tokens, self.vocab)
+
+    def apply(self, params, x, mask, cache=None, control=IDENTITY, state=(), tap=None, last=None):
+        pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        taps = []
+        for site in (0, 3, 1, 2):
+            x = control.hidden(x, site, pos, state)
+            if tap and site != 3:
+                taps.append(tap(x))
+        seen = x if last is None else x[:, x.shape[1] - last :]
+        logits = jnp.einsum("btu,vu->btv", seen, params["head"]["kernel"])
+        return Out(logits, x, cache, tree.stack(taps) if tap else None)
+
+
+def table(probabilities) -> dict:
+    """Parameters of a `Bigram` with the given p[u][v], the probability of v after u."""
+    kernel = jnp.log(jnp.asarray(probabilities, jnp.float32)).T
+    return {"layers": {"none": jnp.zeros((1, 1))}, "head": {"kernel": kernel}}
+
+
+def tiny(vocab: int = 11, depth: int = 2, **more) -> Transformer:
+    """A GPT-2 of two blocks and width 16."""
+    return Transformer.gpt2(vocab=vocab, width=16, depth=depth, heads=2, context=48, **more)
+
+
+def lively(lm: Transformer, seed: int = 0) -> dict:
+    """Random parameters large enough that predictions differ between tokens and contexts."""
+    params = lm.init(jax.random.key(seed))
+    return jax.tree.map(lambda x: x * 12 if x.ndim > 1 and x.shape[-1] > 1 and not jnp.all(x == 1) else x, params)
+
+
+def prompts(rows: list[list[int]], length: int | None = None, seed: int = 0, cond=None) -> Prompts:
+    """Left-padded prompts; row i has example id i."""
+    length = length or max(map(len, rows))
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(rows)))
+    return Prompts(jnp.asarray(tokens), jnp.asarray(mask), keys, cond)
+
+
+def enumerate_all(lm, params, prompt: list[int], n: int, control=IDENTITY) -> dict[tuple[int, ...], float]:
+    """Every completion of n tokens -> its probability under the control, by `decode.score`."""
+    every = np.array(list(itertools.product(range(lm.vocab), repeat=n)), np.int32)
+    batch = prompts([prompt] * len(every))
+    logp = decode.score(lm, params, batch, jnp.asarray(every), control)
+    return dict(zip(map(tuple, every.tolist()), np.exp(np.asarray(logp, np.float64).sum(1)).tolist()))

@@ -4,9 +4,8 @@ the methods they are every experiment."""
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 
 from ctg_jax import methods
-from ctg_jax.control import Chain, Control
+from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode import generate
 from ctg_jax.methods import truncate
 from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
@@ -51,8 +50,6 @@ def build(
         same_lm(artifact, lm)
         control = methods.load(artifact, model)
         if strength is not None:
-            if not math.isfinite(strength):
-                raise InputError(f"the strength of {artifact.path.name} is {strength}: expected a finite number")
             control = methods.with_strength(control, strength)
         parts.append(control)
     filters = (truncate.init(model, **filter),) if filter else ()
@@ -61,7 +58,7 @@ def build(
 
 def same_lm(control: Artifact, lm: Artifact) -> None:
     """InputError where a control was fitted on another language model than `lm`."""
-    fitted = control.spec.get("lm_fingerprint")
+    fitted = control.spec.get("fingerprints", {}).get("lm")
     if fitted is not None and fitted != lm.fingerprint:
         raise InputError(
             f"{control.path.name} was fitted on another language model (fingerprint {fitted[:12]}) than "
@@ -93,72 +90,82 @@ def sample(
     Raises:
       InputError: no prompts, an empty prompt, one that does not fit in the context, and what `build` raises.
     """
-    model, params, tokenizer = opened(lm)
+    from tqdm import tqdm
+
     records = prompts.rows("data.jsonl")
     texts = [r.get("prompt", r.get("text", "")) for r in records]
     control = build(lm, controls, strengths, filter, filter_first)
-    rows = list(complete(model, params, tokenizer, texts, control, run, n, max_new, greedy, batch, seed))
-    for row in rows:
-        label = records[row["prompt_id"]].get("label")
-        if label is not None:
-            row["prompt_label"] = label
+    partial = run.path / "partial.jsonl"
+    total = len(texts) * n
+    rows = _whole_batches(partial, min(batch, total), total)
+    batches = complete(
+        *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows)
+    )
+    bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
+    with open(partial, "a", encoding="utf-8") as f, bar:
+        for new in batches:
+            for row in new:
+                if "label" in records[row["prompt_id"]]:
+                    row["prompt_label"] = records[row["prompt_id"]]["label"]
+            f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+            f.flush()
+            rows += new
+            bar.update(len(new))
+    # The first batch waited for the compiler: it is given the pace of the others.
+    later = [row["seconds"] for row in rows[min(batch, total) :]]
+    for row in rows[: min(batch, total)]:
+        row["seconds"] = float(np.median(later)) if later else row["seconds"]
     write_jsonl(run.path / "samples.jsonl", rows)
-    (run.path / "partial.jsonl").unlink(missing_ok=True)
+    partial.unlink()
 
 
-def complete(model, params, tokenizer, texts, control, run, n, max_new, greedy, batch, seed) -> list[dict]:
-    """The records of `sample`, whole batches kept in partial.jsonl of the run on the way."""
-    from tqdm import tqdm
-
+def complete(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    control: Control = IDENTITY,
+    *,
+    n: int = 1,
+    max_new: int = 20,
+    greedy: bool = False,
+    batch: int = 64,
+    seed: int = 0,
+    skip: int = 0,
+) -> Iterator[list[dict[str, Any]]]:
+    """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
+    a multiple of `batch`. All batches have one shape. Raises InputError as `check_prompts` does."""
     from ctg_jax.data.tokenizer import to_prompts
 
     check_prompts(model, tokenizer, texts, max_new)
     work = [(i, j) for i in range(len(texts)) for j in range(n)]
     batch = min(batch, len(work))
-    length = max(map(len, tokenizer.encode(list(texts)))) + 1
-    sampling = Sampling(max_new=max_new, eos=_ids(tokenizer.eos), pad=tokenizer.pad or 0, greedy=greedy)
-    partial = run.path / "partial.jsonl"
-    rows = _whole_batches(partial, batch, len(work))
-    with open(partial, "a", encoding="utf-8") as f:
-        bar = tqdm(total=len(work), initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
-        for at in range(len(rows), len(work), batch):
-            part = work[at : at + batch]
-            full = part + [part[0]] * (batch - len(part))
-            ids = np.asarray([i * _ROWS_PER_PROMPT + j for i, j in full])
-            started = time.monotonic()
-            out = generate(
-                model,
-                params,
-                to_prompts(tokenizer, [texts[i] for i, _ in full], seed, ids=ids, length=length),
-                control,
-                sampling,
-            )
-            tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
-            seconds = (time.monotonic() - started) / len(part)
-            new = []
-            for r, (i, j) in enumerate(part):
-                ids_r = tokens[r][mask[r]].tolist()
-                new.append(
-                    {
-                        "prompt_id": i,
-                        "sample": j,
-                        "prompt": texts[i],
-                        "text": tokenizer.decode([[t for t in ids_r if t != tokenizer.eos]])[0],
-                        "tokens": ids_r,
-                        "logp": round(float(logp[r][mask[r]].sum()), 5),
-                        "seconds": seconds,
-                    }
-                )
-            f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
-            f.flush()
-            rows += new
-            bar.update(len(new))
-        bar.close()
-    # The first batch waited for the compiler: it is given the pace of the others.
-    later = [row["seconds"] for row in rows[batch:]]
-    for row in rows[:batch]:
-        row["seconds"] = float(np.median(later)) if later else row["seconds"]
-    return rows
+    length = max(map(len, tokenizer.encode(list(texts)))) + int(tokenizer.adds_bos)
+    end = () if tokenizer.eos is None else (tokenizer.eos,)
+    sampling = Sampling(max_new=max_new, eos=end, pad=tokenizer.pad or 0, greedy=greedy)
+    for at in range(skip, len(work), batch):
+        part = work[at : at + batch]
+        full = part + [part[0]] * (batch - len(part))
+        ids = np.asarray([i * _ROWS_PER_PROMPT + j for i, j in full])
+        prompts = to_prompts(tokenizer, [texts[i] for i, _ in full], seed, ids=ids, length=length)
+        started = time.monotonic()
+        out = generate(model, params, prompts, control, sampling)
+        tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
+        seconds = (time.monotonic() - started) / len(part)
+        kept = [row[real].tolist() for row, real in zip(tokens, mask)]
+        written = tokenizer.decode(kept[: len(part)])
+        yield [
+            {
+                "prompt_id": i,
+                "sample": j,
+                "prompt": texts[i],
+                "text": written[r],
+                "tokens": kept[r],
+                "logp": round(float(logp[r][mask[r]].sum()), 5),
+                "seconds": seconds,
+            }
+            for r, (i, j) in enumerate(part)
+        ]
 
 
 def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int) -> None:
@@ -168,7 +175,7 @@ def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int) -> None:
     for i, ids in enumerate(tokenizer.encode(list(texts))):
         if not texts[i].strip() or not ids:
             raise InputError(f"prompt {i + 1} is empty: give at least one word")
-        if len(ids) + max_new > model.context:
+        if len(ids) + int(tokenizer.adds_bos) + max_new > model.context:
             raise InputError(
                 f"prompt {i + 1} has {len(ids)} tokens and {max_new} new ones are asked for, but the model's context "
                 f"is {model.context}: shorten the prompt or ask for fewer"
@@ -185,10 +192,6 @@ def _whole_batches(partial, batch: int, total: int) -> list[dict]:
     rows = rows if len(rows) == total else rows[: len(rows) // batch * batch]
     write_jsonl(partial, rows)
     return rows
-
-
-def _ids(token: int | None) -> tuple[int, ...]:
-    return () if token is None else (token,)
 
 
 def fit_judge(

@@ -1,16 +1,18 @@
-"""The stages that everything starts from: `load_data`, and the two that make a language model, `load_lm`, `pretrain`."""
+"""The stages everything starts from: `load_data`, and the two that make a language model, `load_lm` and `pretrain`."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from ctg_jax import losses, rng, train
+from ctg_jax.data import load, pipeline
+from ctg_jax.models.transformer import Transformer
 from ctg_jax.stage import Artifact, Run, digest_lm, write_jsonl
-from ctg_jax.types import InputError, Sum
+from ctg_jax.types import InputError
 
 
 def load_data(
@@ -38,11 +40,9 @@ def load_data(
     Raises:
       InputError: no record matches.
     """
-    from ctg_jax import data
-
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
-    records = data.load(source, split)
+    records = load(source, split)
     for i in range(len(records)):
         row = records[i]
         if any(row.get(k) != v for k, v in (where or {}).items()):
@@ -62,7 +62,7 @@ def load_data(
         wanted = f" with {dict(where)}" if where else ""
         raise InputError(f"{source} split {split!r} has no record{wanted}: expected at least one")
     write_jsonl(run.path / "data.jsonl", rows)
-    run.record(records=len(rows), digest=records.digest)
+    run.record(records=len(rows))
 
 
 def load_lm(run: Run, *, source: str) -> None:
@@ -72,20 +72,67 @@ def load_lm(run: Run, *, source: str) -> None:
     Raises:
       InputError: no such directory, no network for a hub id, a pickled checkpoint, another family.
     """
+    from ctg_jax.data.tokenizer import load_tokenizer
     from ctg_jax.models import hf
 
-    path = Path(hf.resolve(source))
-    hf.load_config(path)
+    path = hf.resolve(source)
+    hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
+    load_tokenizer(str(path))
     run.record(lm=str(path.absolute()), fingerprint=digest_lm(path))
 
 
-def next_token_loss(params, frozen, batch, keys) -> Sum:
-    """Summed negative log-likelihood of tokens [B, T] given those before them; padding has mask False."""
-    lm = frozen["lm"]
-    tokens, mask = batch["tokens"], batch["mask"]
-    out = lm.apply(params, lm.embed(params, tokens), mask)
-    logp = jax.nn.log_softmax(out.logits[:, :-1].astype(jnp.float32), axis=-1)
-    nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-    real = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
-    total, weight = jnp.sum(nll * real), jnp.sum(real)
-    return Sum(total=total, weight=weight, metrics={"loss": (total, weight)})
+def pretrain(
+    run: Run,
+    *,
+    data: Artifact,
+    vocab: int = 1024,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    context: int = 128,
+    length: int = 64,
+    batch: int = 32,
+    steps: int = 1000,
+    rate: float = 2e-3,
+    warmup: int = 50,
+    decay: float = 0.01,
+    seed: int = 0,
+    save_every: int = 200,
+    log_every: int = 20,
+) -> None:
+    """A GPT-2 from random weights and a byte-level BPE tokenizer, both trained on data.jsonl, in state/ in Hugging
+    Face layout.
+
+    Args:
+      vocab: size of the vocabulary. width, depth, heads, context: shape of the model; the MLP is 4 times as wide.
+      length: tokens of a training row. batch, steps, rate, warmup, decay: AdamW with a cosine schedule to a tenth.
+      seed: of weights and of the order of the data.
+    """
+    from ctg_jax.data.tokenizer import load_tokenizer, train_bpe
+    from ctg_jax.models import hf
+
+    if width % heads:
+        raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
+    texts = [r["text"] for r in data.rows("data.jsonl")]
+    folder = run.path / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        train_bpe(texts, vocab).save(folder)
+    tokenizer = load_tokenizer(str(folder))
+    lm = Transformer(
+        family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
+        head_dim=width // heads, mlp_width=4 * width, context=context,
+    )  # fmt: skip
+    key = jax.random.key(seed)
+    tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)
+    state = train.init_state(lm.init(rng.stream(key, "init")), tx, rng.stream(key, "train"))
+    batches = pipeline(
+        load(f"jsonl:{data.path / 'data.jsonl'}", "all"), tokenizer, batch=batch, length=length, seed=seed, pack=True
+    )
+    step = train.make_step(losses.lm_loss(lm), tx)
+    state = train.loop(run.path, state, step, batches, steps=steps, save_every=save_every, log_every=log_every)
+    (run.path / "state").mkdir(exist_ok=True)
+    tokenizer.save(run.path / "state")
+    hf.save(run.path / "state", lm, state.params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
+    shutil.rmtree(run.path / "steps")
+    shutil.rmtree(folder)
+    run.record(lm=None, fingerprint=digest_lm(run.path / "state"))

@@ -128,6 +128,7 @@ def stage(
     id = hashlib.sha256(_dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(root).absolute() / f"{fn.__name__.strip('_')}-{id}"
     spec = {"function": what[0], "revision": revision, "config": filled, "inputs": ids}
+    spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
     count = _tally.get()
     if (path / "DONE").exists():
         verify(path)

@@ -100,8 +100,7 @@ def chosen(values: flags.FlagValues) -> ConfigDict:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Runs a script: bad input is one sentence on stderr and exit code 2; the last line but the script's own says
     how many stages were executed and how many reused."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ctg_jax").setLevel(logging.INFO)
+    _log_to_stderr()
     argv = sys.argv[1:] if argv is None else argv
     _compilation_cache()
     count = Tally()
@@ -120,6 +119,14 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     finally:
         if count.executed or count.reused:
             print(f"stages: {len(count.executed)} executed, {len(count.reused)} reused", file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("ctg_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
 
 
 def _compilation_cache() -> None:

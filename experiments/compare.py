@@ -1,0 +1,25 @@
+"""Many methods on the same prompts with the same decoding: one table and one report.
+
+    python experiments/compare.py --config=configs/compare_sentiment.py[:yelp|:tiny] [--config.KEY=VALUE] [--root=runs]
+
+A finished stage is not run again; an interrupted one goes on. Bad input ends with one sentence and exit code 2.
+The last line is the path of report.html.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import cli, experiment, reporting
+
+
+def main(argv):
+    values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
+    config = cli.chosen(values)
+    cells = experiment.run(values.root, config)
+    print(reporting.write(values.root, config, cells))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

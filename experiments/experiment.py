@@ -1,0 +1,108 @@
+"""A configuration as stages: load → fit → sample → evaluate, for one method or many on the same prompts.
+
+lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": settings of `load_data`}
+prompts   settings of `load_data`
+sample    settings of `sample`; its `filter` holds for every method that has none of its own
+judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
+evaluate  settings of `evaluate`
+methods   label -> {"method": name, "fit": its settings, "data": settings of `load_data`, "strengths": (…),
+          "filter": settings of `truncate`, "filter_first": bool}, all but `method` optional
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ctg_jax import flow, methods, sources
+from ctg_jax.stage import Artifact, nearest, stage
+from ctg_jax.types import InputError
+
+_KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
+_METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One row of the table: a method at a strength, its samples and its figures."""
+
+    label: str
+    method: str
+    strength: float | None
+    samples: Artifact
+    figures: Artifact
+
+
+def run(root: str, config: ConfigDict) -> list[Cell]:
+    """All stages of a configuration; finished ones are not run again.
+
+    Raises:
+      InputError: an unknown section or setting (with the nearest name), and what the stages raise.
+    """
+    settings = config.to_dict()
+    check(settings)
+    lm = language_model(root, settings["lm"])
+    prompts = stage(root, sources.load_data, settings["prompts"])
+    judges = [judge(root, name, options) for name, options in settings["judges"].items()]
+    cells = []
+    for label, arm in settings["methods"].items():
+        for strength, samples in sampled(root, lm, prompts, settings["sample"], arm):
+            figures = stage(root, flow.evaluate, settings["evaluate"], samples=samples, judges=judges, lm=lm)
+            cells.append(Cell(label, arm["method"], strength, samples, figures))
+    return cells
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Refuses unknown sections and unknown settings of methods before anything runs."""
+    for key in settings:
+        if key not in _KEYS:
+            raise InputError(f"the configuration has an unknown section {key!r}{nearest(key, _KEYS)}")
+    for key in _KEYS[1:]:
+        if key not in settings:
+            raise InputError(f"the configuration lacks the section {key!r}")
+    for label, arm in settings["methods"].items():
+        for key in arm:
+            if key not in _METHOD_KEYS:
+                raise InputError(f"methods.{label} has no setting {key!r}{nearest(key, _METHOD_KEYS)}")
+        methods.get(arm["method"])
+
+
+def language_model(root: str, settings: dict[str, Any]) -> Artifact:
+    """The LM artifact: imported, or pretrained from random weights."""
+    if "pretrain" in settings:
+        return stage(
+            root, sources.pretrain, settings["pretrain"], data=stage(root, sources.load_data, settings["data"])
+        )
+    return stage(root, sources.load_lm, settings)
+
+
+def judge(root: str, name: str, settings: dict[str, Any]) -> Artifact:
+    """A scorer, fitted on its own data."""
+    settings = dict(settings)
+    given = {key: settings.pop(key, None) for key in ("data", "heldout")}
+    inputs = {key: stage(root, sources.load_data, value) for key, value in given.items() if value}
+    return stage(root, flow.fit_judge, {"name": name, **settings}, **inputs)
+
+
+def fitted(root: str, lm: Artifact, arm: dict[str, Any]) -> Artifact | None:
+    """The control artifact of one method; None for one that learns nothing."""
+    module = methods.get(arm["method"])
+    if not hasattr(module, "fit"):
+        return None
+    data = stage(root, sources.load_data, arm["data"])
+    return module.fit(root, lm=lm, data=data, **arm.get("fit", {}))
+
+
+def sampled(
+    root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: dict[str, Any]
+) -> Iterator[tuple[float | None, Artifact]]:
+    """(strength, samples) of one method at each of its strengths."""
+    control = fitted(root, lm, arm)
+    own = {key: arm[key] for key in ("filter", "filter_first") if key in arm}
+    for strength in arm.get("strengths", (None,)):
+        controls, strengths = ([], []) if control is None else ([control], [strength])
+        settings = {**common, **own, "strengths": strengths}
+        yield strength, stage(root, flow.sample, settings, lm=lm, prompts=prompts, controls=controls)

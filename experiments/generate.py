@@ -1,0 +1,125 @@
+"""Text from a language model under any number of controls.
+
+    python experiments/generate.py --lm=DIRECTORY "The food was" "We waited"
+    python experiments/generate.py --lm=runs/demo/pretrain-… --control runs/demo/steer-…=1.5 --file=prompts.txt
+    cat prompts.jsonl | python experiments/generate.py --lm=gpt2 --format=jsonl --out=texts.jsonl
+
+--lm is an LM artifact, a directory in Hugging Face layout, or a hub id. --control PATH=STRENGTH may be repeated;
+without =STRENGTH a control acts as it was fitted. Prompts are arguments, or lines of --file, or lines of standard
+input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. Bad input ends with one sentence
+and exit code 2, and --out is then not written.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from ctg_jax import flow, sources
+from ctg_jax.stage import open_artifact, read_jsonl, stage, write_text
+from ctg_jax.types import InputError
+from experiments import cli
+
+
+def define(fv):
+    text, number, whole = flags.DEFINE_string, flags.DEFINE_float, flags.DEFINE_integer
+    text("lm", None, "LM artifact, directory in Hugging Face layout, or hub id", flag_values=fv)
+    flags.DEFINE_multi_string("control", [], "control artifact, PATH or PATH=STRENGTH; repeatable", flag_values=fv)
+    text("file", None, "file of prompts: lines of text, or .jsonl", flag_values=fv)
+    text("out", None, "file to write; standard output by default", flag_values=fv)
+    flags.DEFINE_enum("format", "text", ["text", "jsonl"], "of the output", flag_values=fv)
+    text("root", "runs", "where the import of --lm is recorded", flag_values=fv)
+    whole("n", 1, "completions of each prompt", flag_values=fv)
+    whole("max_new", 20, "new tokens of each completion", flag_values=fv)
+    whole("batch", 32, "rows that are decoded at once", flag_values=fv)
+    whole("seed", 0, "of sampling", flag_values=fv)
+    flags.DEFINE_boolean("greedy", False, "take the likeliest token", flag_values=fv)
+    number("temperature", None, "divides the logits", flag_values=fv)
+    number("top_p", None, "nucleus sampling", flag_values=fv)
+    whole("top_k", None, "the k likeliest tokens", flag_values=fv)
+    number("repetition_penalty", None, "CTRL's penalty", flag_values=fv)
+    flags.DEFINE_boolean("filter_first", False, "truncate before the controls, not after them", flag_values=fv)
+
+
+def main(argv):
+    fv, arguments = cli.parse(argv, define, __doc__, positional=True)
+    if not fv.lm:
+        raise InputError("--lm is missing: give an LM artifact, a directory in Hugging Face layout, or a hub id")
+    for name in ("n", "max_new", "batch"):
+        if fv[name].value < 1:
+            raise InputError(f"--{name}={fv[name].value}: expected a whole number of at least 1")
+    prompts = read_prompts(arguments, fv.file)
+    parts = [read_control(text) for text in fv.control]
+    lm = language_model(fv.lm, fv.root)
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    filter = {name: fv[name].value for name in names if fv[name].value is not None}
+    control = flow.build(lm, [a for a, _ in parts], [s for _, s in parts], filter, fv.filter_first)
+    batches = flow.complete(
+        *flow.opened(lm), prompts, control, n=fv.n, max_new=fv.max_new, greedy=fv.greedy, batch=fv.batch, seed=fv.seed
+    )
+    if fv.out:
+        try:
+            write_text(Path(fv.out), "".join(shown(row, fv.format) for batch in batches for row in batch))
+        except OSError as e:
+            raise InputError(f"--out={fv.out} cannot be written ({e.strerror})") from None
+        return
+    for batch in batches:
+        sys.stdout.write("".join(shown(row, fv.format) for row in batch))
+        sys.stdout.flush()
+
+
+def shown(row, format):
+    """One completion as a line of JSON, or as the prompt and its text on one line."""
+    if format == "jsonl":
+        row = {key: row[key] for key in ("prompt_id", "sample", "prompt", "text", "tokens", "logp")}
+        return json.dumps(row, ensure_ascii=False) + "\n"
+    return (row["prompt"] + row["text"]).replace("\n", "\\n") + "\n"
+
+
+def read_prompts(arguments, file):
+    """Prompts from the arguments, or a file, or standard input."""
+    if arguments and file:
+        raise InputError("prompts are given as arguments and by --file: use one of the two")
+    if arguments:
+        return list(arguments)
+    if file and file.endswith(".jsonl"):
+        rows = read_jsonl(Path(file))
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get("prompt", row.get("text")), str):
+                raise InputError(f'{file} record {number} has no "prompt" or "text" that is a string')
+        return [row.get("prompt", row.get("text")) for row in rows]
+    try:
+        lines = Path(file).read_text("utf-8") if file else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(
+            f"{file or 'standard input'} cannot be read ({e}): expected UTF-8 text, a prompt a line"
+        ) from None
+    return [line for line in lines.split("\n") if line.strip()]
+
+
+def read_control(text):
+    """(artifact, strength or None) of PATH or PATH=STRENGTH."""
+    path, equals, value = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return open_artifact(text), None
+    try:
+        return open_artifact(path), float(value)
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"--control {text}: the strength {value!r} is not a number") from None
+
+
+def language_model(text, root):
+    """The LM artifact that --lm names; a directory or hub id is imported first."""
+    if (Path(text) / "spec.json").exists():
+        return open_artifact(text)
+    source = str(Path(text).absolute()) if Path(text).exists() else text
+    return stage(root, sources.load_lm, {"source": source})
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

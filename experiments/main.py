@@ -1,0 +1,28 @@
+"""One method: fit, sample, evaluate, report.
+
+    python experiments/main.py --config=configs/steer.py:tiny [--config.sample.n=5] [--root=runs]
+
+A finished stage is not run again; an interrupted one goes on. Bad input ends with one sentence and exit code 2.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ctg_jax.types import InputError
+from experiments import cli, experiment, reporting
+
+
+def main(argv):
+    values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
+    config = cli.chosen(values)
+    names = {arm.method for arm in config.methods.values()} - {"truncate"}
+    if len(names) > 1:
+        raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")
+    cells = experiment.run(values.root, config)
+    print(reporting.write(values.root, config, cells))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -116,15 +116,12 @@ class LMScorer:
         return head[len(tail) - self.lm.context :], tail
 
     def _score(self, rows):
-        t, n = max(len(h) for h, _ in rows), max(len(c) for _, c in rows)
-        n = min(_width(n), self.lm.context - t) if t + n <= self.lm.context else n
-        # A long prompt of one row beside a long text of another: trim the prompts, which only shortens their context.
-        t = min(_width(t), self.lm.context - n)
+        # T + N may exceed the context: each row fits, and positions count its own tokens, so only padding lies beyond.
+        t, n = _width(max(len(h) for h, _ in rows)), _width(max(len(c) for _, c in rows))
         full = rows + [rows[0]] * (self.batch - len(rows))
         head, head_mask = np.zeros((self.batch, t), np.int32), np.zeros((self.batch, t), bool)
         tail, tail_mask = np.zeros((self.batch, n), np.int32), np.zeros((self.batch, n), bool)
         for r, (h, c) in enumerate(full):
-            h = h[-t:]
             head[r, t - len(h) :], head_mask[r, t - len(h) :] = h, True
             tail[r, : len(c)], tail_mask[r, : len(c)] = c, True
         keys = jax.random.split(jax.random.key(0), self.batch)  # scoring draws nothing; the field must be filled

@@ -1,0 +1,330 @@
+"""Every metric on numbers worked out by hand; intervals that cover; errors of one sentence."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctg_jax import evaluation as ev
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.rewards import TextReward
+from ctg_jax.types import InputError, Prompts
+
+
+def test_distinct_counts_words_of_all_samples():
+    # 5 words in all; unigrams a b c -> 3/5; bigrams (a b) (b a) (a c) -> 3/5; trigrams (a b a) -> 1/5
+    texts = ["a b a", "a c"]
+    assert [ev.distinct(texts, n) for n in (1, 2, 3)] == [3 / 5, 3 / 5, 1 / 5]
+    assert math.isnan(ev.distinct(["", " "], 1))
+
+
+def test_repetition_and_diversity():
+    # a b a b a: bigrams ab ba ab ba -> 2 of 4 distinct; trigrams aba bab aba -> 2 of 3; 4-grams abab baba -> 2 of 2
+    text = "a b a b a"
+    assert ev.repetition(text, 2) == 0.5
+    assert ev.repetition(text, 3) == pytest.approx(1 / 3)
+    assert ev.repetition(text, 4) == 0
+    assert ev.diversity(text) == pytest.approx(0.5 * 2 / 3)
+    assert math.isnan(ev.repetition("a", 2)) and math.isnan(ev.diversity("a b c"))
+    assert ev.unique_words(["a b", "b c c"]) == 3
+
+
+def test_self_bleu():
+    assert ev.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
+    assert ev.self_bleu(["a b c d", "e f g h"]) == 0.0
+    # BLEU-1 of "a b" against "a b c d": precision 1, brevity exp(1 - 4/2); the other way: precision 2/4, brevity 1
+    assert ev.self_bleu(["a b", "a b c d"], order=1) == pytest.approx((math.exp(-1) + 0.5) / 2)
+    assert math.isnan(ev.self_bleu(["a b c"])) and math.isnan(ev.self_bleu(["a", ""]))
+
+
+def test_self_bleu_equals_nltk():
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcdef"), rng.integers(5, 12))) for _ in range(9)]
+    rows = [t.split() for t in texts]
+    smooth = SmoothingFunction().method1
+    each = [sentence_bleu(rows[:i] + rows[i + 1 :], rows[i], smoothing_function=smooth) for i in range(len(rows))]
+    assert ev.self_bleu(texts) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_coverage():
+    text = "The dogs were running to New York."
+    assert ev.coverage(text, ["dog", "run", "cat", "new york"]) == 3 / 4
+    assert ev.coverage(text, ["dog", "dogs", "york new"], stem=False) == 1 / 3
+    assert math.isnan(ev.coverage(text, []))
+    with pytest.raises(InputError, match="list of strings"):
+        ev.coverage(text, "dog")
+
+
+def test_perplexity_conventions():
+    # Perplexities of the samples: 2 (one token), 4 (three tokens), 100 (one token); the last has no token.
+    tokens = np.asarray([1, 3, 1, 0])
+    nats = np.log([2.0, 4.0, 100.0, 1.0]) * tokens
+    boot = ev.Bootstrap(["p", "p", "q", "r"])
+
+    def value(*args, **options):
+        return ev.Perplexity(*args, **options).figure(boot, nats, tokens).value
+
+    assert value("mean") == pytest.approx((2 + 4 + 100) / 3)
+    assert value("mean", cap=50) == pytest.approx(3)
+    assert value("mean", cap=50, over="clip") == pytest.approx((2 + 4 + 50) / 3)
+    assert value("pooled") == pytest.approx((2 * 4**3 * 100) ** (1 / 5))
+    assert value("pooled", cap=50) == pytest.approx((2 * 4**3) ** (1 / 4))
+    assert str(ev.FIELD.perplexity) == "mean of per-sample perplexities, samples above 10000 dropped"
+    for wrong in ({"average": "median"}, {"average": "pooled", "cap": 5, "over": "clip"}):
+        with pytest.raises(InputError):
+            ev.Perplexity(**wrong)
+
+
+def test_infinite_perplexity_stays_infinite():
+    boot = ev.Bootstrap(range(3))
+    figure = ev.Perplexity("mean").figure(boot, np.asarray([0.0, 0.0, np.inf]), np.ones(3))
+    assert figure.value == np.inf and figure.high == np.inf and figure.low == 1.0
+    assert figure.as_json()["value"] is None
+
+
+def test_ratio_and_mean_of_prompts():
+    boot = ev.Bootstrap(["p", "p", "q"])
+    assert boot.ratio([1, 2, 3], [1, 1, 2]).value == pytest.approx(6 / 4)
+    assert boot.mean([1.0, math.nan, 4.0]).value == pytest.approx(2.5)
+    assert boot.mean_of_prompts(lambda rows: float(len(rows))).value == pytest.approx(1.5)
+    assert boot.mean([math.nan] * 3).n == 0
+    one = ev.Bootstrap(["p", "p"]).mean([0.0, 1.0])
+    assert one.value == 0.5 and math.isnan(one.low) and one.n == 1
+
+
+def test_samples_of_a_prompt_are_resampled_together():
+    # 30 prompts of 20 equal samples are 30 observations: the interval is that of 30 values, not of 600.
+    values = np.random.default_rng(0).normal(size=30)
+    clustered = ev.Bootstrap(np.repeat(np.arange(30), 20)).mean(np.repeat(values, 20))
+    plain = ev.Bootstrap(range(30)).mean(values)
+    assert dataclasses.astuple(clustered) == pytest.approx(dataclasses.astuple(plain))
+    wide, narrow = clustered.high - clustered.low, 2 * 1.96 * values.std() / math.sqrt(600)
+    assert wide > 3 * narrow
+
+
+def test_bootstrap_covers_the_truth():
+    rng, hits = np.random.default_rng(1), 0
+    for trial in range(200):
+        prompt = rng.normal(size=40)[:, None]  # samples of a prompt share its effect
+        values = (3 + prompt + 0.3 * rng.normal(size=(40, 5))).ravel()
+        figure = ev.Bootstrap(np.repeat(np.arange(40), 5), seed=trial, resamples=300).mean(values)
+        hits += figure.low <= 3 <= figure.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_bootstrap_agrees_with_scipy():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(2).exponential(size=50)
+    ours = ev.Bootstrap(range(50), resamples=4000).mean(values)
+    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, rel=0.03) and ours.high == pytest.approx(theirs.high, rel=0.03)
+
+
+def test_counts_of_distinct_things_lie_in_their_interval():
+    # Drawing prompts with replacement loses a third of them; without the shift the value would lie outside.
+    figure = ev.Bootstrap(range(30)).statistic(lambda rows: len(set(rows.tolist())))
+    assert figure.value == 30 and figure.low < 30 < figure.high
+
+
+def test_smooth_control():
+    scores = np.asarray([[0.0, 0.5], [0.5, 0.4], [1.0, 0.6]])
+    figures = ev.smooth_control([0, 1, 2], scores, targets=[0, 0.5, 1])
+    assert figures["range"].value == pytest.approx((1.0 + 0.1) / 2)
+    assert figures["monotonicity"].value == pytest.approx((1.0 + 0.5) / 2)  # ranks 2 1 3 against 1 2 3: 1 - 6*2/24
+    assert figures["consistency"].value == pytest.approx((1.0 + 0.5) / 2)
+    assert figures["calibration"].value == pytest.approx((0 + (0.5 + 0.1 + 0.4) / 3) / 2)
+    shuffled = ev.smooth_control([2, 0, 1], scores[[2, 0, 1]])
+    assert shuffled["range"] == figures["range"]
+    assert ev.smooth_control([0, 1], np.ones((2, 3)))["monotonicity"].value == 0
+    for strengths, bad in (([0], scores[:1]), ([0, 0, 1], scores), ([0, 1, 2], scores * np.nan)):
+        with pytest.raises(InputError):
+            ev.smooth_control(strengths, bad)
+
+
+def test_token_repetition():
+    # prediction 7 at place 1 was seen (place 0) and is wrong; 8 at place 2 was seen and right; place 3 is masked.
+    tokens = np.asarray([[7, 8, 8, 8], [1, 2, 3, 4]])
+    predicted = np.asarray([[5, 7, 8, 8], [1, 9, 1, 4]])
+    mask = np.asarray([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    figures = ev.token_repetition(predicted, tokens, mask, ["p", "q"])
+    assert figures["rep"].value == pytest.approx(3 / 7)  # (0,1), (0,2), (1,2)
+    assert figures["wrep"].value == pytest.approx(2 / 7)
+    assert figures["uniq"].value == 6  # 5 7 8 1 9 4
+    short = ev.token_repetition(predicted, tokens, mask, ["p", "q"], window=1)
+    assert short["rep"].value == pytest.approx(2 / 7)  # 1 at place 2 of the second row was two tokens ago
+    with pytest.raises(InputError, match="must be equal"):
+        ev.token_repetition(predicted[:, 1:], tokens, mask, ["p", "q"])
+
+
+def test_cosine_and_similarity():
+    np.testing.assert_allclose(ev.cosine([[1, 0], [1, 1]], [[2, 0], [1, -1]]), [1, 0], atol=1e-12)
+    vectors = {"a": [1.0, 0], "b": [1.0, 1.0]}
+    got = ev.similarity(lambda ts: np.asarray([vectors[t] for t in ts]), ["a"], ["b"])
+    np.testing.assert_allclose(got, [1 / math.sqrt(2)])
+
+
+def test_mauve():
+    rng = np.random.default_rng(0)
+    human, near, far = rng.normal(size=(60, 4)), rng.normal(size=(60, 4)), rng.normal(size=(60, 4)) + 4
+    close = ev.mauve(near, human, range(60), resamples=3)
+    apart = ev.mauve(far, human, range(60), resamples=3)
+    assert close.value > 0.8 > 0.2 > apart.value
+    assert close.low <= close.value <= close.high and close.n == 60
+    assert ev.mauve(near[:10], human, range(10)) is None
+
+
+# --- on a language model -------------------------------------------------------------------------------------------
+
+TINY = Transformer(family="gpt2", vocab=11, width=8, depth=1, heads=2, kv_heads=2, head_dim=4, mlp_width=16, context=16)
+
+
+class Letters:
+    """A tokenizer of the letters a … j, one token each; 10 is BOS."""
+
+    bos, eos, pad, vocab = 10, None, None, 11
+
+    def encode(self, texts):
+        return [[ord(c) - ord("a") for c in t] for t in texts]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return TINY.init(jax.random.key(0))
+
+
+def prompts_of(rows):
+    return Prompts(jnp.asarray(rows), jnp.ones(np.shape(rows), bool), jax.random.split(jax.random.key(0), len(rows)))
+
+
+def test_lm_scorer_is_the_sum_of_token_log_probabilities(params):
+    scorer = ev.LMScorer(TINY, params, Letters(), name="tiny", batch=2)
+    prompts, texts = ["ab", "", "c", "abc"], ["cd", "e", "", "fghij"]
+    nats, tokens = scorer(prompts, texts)
+    assert tokens.tolist() == [2, 1, 0, 5] and nats[2] == 0
+    for i in (0, 1, 3):
+        head = Letters().encode([prompts[i]])[0] or [10]
+        tail = Letters().encode([texts[i]])[0]
+        ids = jnp.asarray([head + tail])
+        out = TINY.apply(params, TINY.embed(params, ids), jnp.ones(ids.shape, bool))
+        logp = jax.nn.log_softmax(out.logits[0].astype(jnp.float32), axis=-1)
+        want = -sum(float(logp[len(head) - 1 + k, t]) for k, t in enumerate(tail))
+        assert nats[i] == pytest.approx(want, abs=1e-4)
+    assert scorer.version.startswith("tiny@")
+
+
+def test_lm_scorer_limits(params):
+    scorer = ev.LMScorer(TINY, params, Letters(), name="tiny", batch=2)
+    nats, tokens = scorer(["a" * 30, "b"], ["c" * 4, "d" * 15])
+    assert np.isfinite(nats).all() and tokens.tolist() == [4, 15]
+    cut, _ = scorer(["a" * 12], ["c" * 4])  # a row does not depend on the others in its batch
+    assert nats[0] == pytest.approx(cut[0], abs=1e-4)
+    with pytest.raises(InputError, match="text 1 has 16 tokens"):
+        scorer(["a", "a"], ["b", "b" * 16])
+    tokenizer = Letters()
+    tokenizer.bos = None
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        ev.LMScorer(TINY, params, tokenizer)([""], ["a"])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bend(Control):
+    """Adds a vector to the logits."""
+
+    bias: jax.Array
+
+    def logits(self, z, tokens, mask, state):
+        return z + self.bias[None, None], state
+
+
+def test_kl_to_base_by_hand(params):
+    prompts, completion = prompts_of([[1, 2]]), jnp.asarray([[3, 4, 5]])
+    bias = jnp.zeros(11).at[7].set(2.0).at[0].set(-jnp.inf)
+    kl = np.asarray(ev.kl_to_base(TINY, params, prompts, completion, Bend(bias)))
+    ids = jnp.asarray([[1, 2, 3, 4]])
+    z = np.asarray(TINY.apply(params, TINY.embed(params, ids), jnp.ones((1, 4), bool), last=3).logits, np.float64)[0]
+    p0 = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    weight = p0 * np.where(np.arange(11) == 7, math.e**2, np.arange(11) != 0)
+    pc = weight / weight.sum(-1, keepdims=True)
+    want = (pc[:, 1:] * np.log(pc[:, 1:] / p0[:, 1:])).sum(-1)
+    np.testing.assert_allclose(kl[0], want, rtol=1e-4)
+    zero = ev.kl_to_base(TINY, params, prompts, completion, IDENTITY)
+    np.testing.assert_allclose(zero, 0, atol=1e-6)
+    assert np.isinf(ev.kl_to_base(TINY, params, prompts, completion, IDENTITY, Bend(bias))).all()
+    figure = ev.kl_figure(kl, [[True, True, False]], ["p"])
+    assert figure.value == pytest.approx(want[:2].mean(), rel=1e-4)
+
+
+# --- all together --------------------------------------------------------------------------------------------------
+
+SAMPLES = [
+    {"prompt": "x", "text": "good good food", "prompt_id": 0, "tokens": [1, 2, 3], "seconds": 0.5, "kl": 0.3},
+    {"prompt": "x", "text": "bad food here", "prompt_id": 0, "tokens": [1, 2, 3], "seconds": 0.5, "kl": [0.1] * 3},
+    {"prompt": "y", "text": "bad", "prompt_id": 1, "tokens": 2, "seconds": 1.0, "kl": 1.0, "keywords": ["bad", "x"]},
+    {"prompt": "y", "text": "bad day", "prompt_id": 1, "tokens": 2, "seconds": 1.0, "kl": 0.0, "source": "bad day"},
+]
+GOOD = TextReward("good", "1", lambda texts: [0.9 if "good" in t else 0.2 for t in texts])
+
+
+def test_evaluate_protocol():
+    embed = lambda ts: np.asarray([[len(t), 1.0] for t in ts])  # noqa: E731
+    figures = ev.evaluate(SAMPLES, [GOOD], embed=embed)
+    want = {
+        "good/mean": (0.9 + 3 * 0.2) / 4,
+        "good/share": 0.25,
+        "good/max": (0.9 + 0.2) / 2,
+        "good/any": 0.5,
+        "dist-1": (4 / 6 + 2 / 3) / 2,
+        "rep-2": 0.0,
+        "uniq": 5,
+        "length": 9 / 4,
+        "tokens": 10 / 4,
+        "tokens_per_second": 10 / 3,
+        "kl": 1.6 / 10,
+        "coverage": 0.5,
+        "similarity": 1.0,
+    }
+    for name, value in want.items():
+        assert figures[name].value == pytest.approx(value, rel=1e-6), name
+        assert not figures[name].n > 1 or figures[name].low <= figures[name].value <= figures[name].high
+    assert "mauve" not in figures and "perplexity" not in figures
+    record = json.loads(json.dumps({k: f.as_json() for k, f in figures.items()}, allow_nan=False))
+    assert ev.Figure.from_json(record["good/share"]) == figures["good/share"]
+
+
+def test_evaluate_is_reproducible_and_uses_the_lm(params):
+    scorer = ev.LMScorer(TINY, params, Letters(), batch=4)
+    samples = [{"prompt": "a", "text": "bcd"}, {"prompt": "e", "text": "fg"}, {"prompt": "a", "text": "hij"}]
+    figures = ev.evaluate(samples, fluency=scorer)
+    assert figures == ev.evaluate(samples, fluency=scorer)
+    assert figures["perplexity"].n == 2 and figures["perplexity_pooled"].value > 1
+    nats, tokens = scorer([s["prompt"] for s in samples], [s["text"] for s in samples])
+    assert figures["perplexity"].value == pytest.approx(np.exp(nats / tokens).mean())
+
+
+@pytest.mark.parametrize(
+    "samples, rewards, word",
+    [
+        ([], [], "samples are empty"),
+        ([{"prompt": "x"}], [], "sample 0 has no string 'text'"),
+        ([{"prompt": 3, "text": "a"}], [], "sample 0 has no string 'prompt'"),
+        (SAMPLES, [GOOD, GOOD], "two rewards are named 'good'"),
+    ],
+)
+def test_evaluate_errors(samples, rewards, word):
+    with pytest.raises(InputError, match=word) as error:
+        ev.evaluate(samples, rewards)
+    assert "\n" not in str(error.value)
+
+
+def test_level_must_be_a_share():
+    with pytest.raises(InputError, match="level is 95"):
+        ev.Bootstrap([1, 2], level=95)

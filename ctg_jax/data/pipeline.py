@@ -6,6 +6,8 @@ batches do not depend on the number of threads or hosts, and the state is one in
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +49,7 @@ class Batches(Iterator[Batch]):
         """Moves to the place that `get_state` described.
 
         Raises:
-          InputError: the state belongs to a stream of other data, seed, batch size, length, hosts or packing.
+          InputError: the state belongs to a stream of other data, another tokenizer, seed, size, host or packing.
         """
         for name, mine in self._signature.items():
             theirs = state["stream"].get(name)
@@ -129,10 +131,18 @@ def pipeline(
             dataset = dataset if blank is None else grain.MapDataset.concatenate([dataset, blank])
     dataset = dataset[host::hosts].batch(batch, drop_remainder=True, batch_fn=_collate)
     signature = {
-        "spec": source.spec, "split": source.split, "records": len(source), "seed": seed, "batch": batch,
+        "data": _sketch(source), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:12],
+        "records": len(source), "seed": seed, "batch": batch,
         "length": length, "epochs": epochs, "host": host, "hosts": hosts, "shuffle": shuffle, "pack": pack,
     }  # fmt: skip
     return Batches(dataset, signature, threads, prefetch)
+
+
+def _sketch(source: Source) -> str:
+    """A fingerprint of up to 64 records spread over the source: cheap at any size, and free of paths, so that a run
+    resumes after its folder has moved."""
+    some = [source[i * len(source) // 64] for i in range(64)] + [source[-1]]
+    return hashlib.sha256(json.dumps([len(source), some], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _collate(rows: Sequence[Batch]) -> Batch:

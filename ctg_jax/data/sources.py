@@ -83,7 +83,8 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
         `tfds:NAME`          a data set of TensorFlow Datasets, by name or by the folder of a prepared one
       split: the split, with an optional slice: `train`, `train[:10%]`, `train[100:200]`.
       text: the field that holds the text.
-      cache_dir: where prepared data sets are kept; by default `~/.cache/ctg_jax`.
+      cache_dir: where prepared data sets are kept; by default `~/.cache/ctg_jax` for the bundled one and each
+        library's own place for the others.
 
     Raises:
       InputError: unknown spec, split or field, a file that is missing or malformed (with the line), or no network.
@@ -94,16 +95,16 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
     match = _SLICE.fullmatch(split)
     if match is None:
         raise InputError(f"split {split!r} of {spec} is malformed: write NAME, NAME[:10%] or NAME[100:200]")
-    cache = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "ctg_jax"
+    cache = None if cache_dir is None else Path(cache_dir)
     return Source(spec, split, _LOADERS[kind](name, split, match, cache), text)
 
 
-def _bundled(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     if name != "reviews":
         raise InputError(f"data spec 'bundled:{name}' is unknown: the only bundled data set is bundled:reviews")
     from ctg_jax.data import builder
 
-    folder = builder.prepare(cache)
+    folder = builder.prepare(cache or Path.home() / ".cache" / "ctg_jax")
     if match["name"] not in builder.SPLITS:
         raise InputError(
             f"split {match['name']!r} of bundled:reviews is unknown: use one of {', '.join(builder.SPLITS)}"
@@ -111,7 +112,7 @@ def _bundled(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
     return _tfds(str(folder), split, match, cache)
 
 
-def _jsonl(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     path = Path(name)
     if path.is_dir():
         found = [path / f"{match['name']}.jsonl{end}" for end in ("", ".gz", ".xz")]
@@ -154,19 +155,20 @@ def _bound(text: str | None, size: int) -> int | None:
     return round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
 
 
-def _hf(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+def _hf(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     import datasets
 
     path, _, config = name.partition(":")
+    place = None if cache is None else str(cache / "huggingface")
     try:
-        return datasets.load_dataset(path, config or None, split=split, cache_dir=str(cache / "huggingface"))
+        return datasets.load_dataset(path, config or None, split=split, cache_dir=place)
     except (OSError, ValueError, RuntimeError) as e:  # the library's own errors are kinds of these
         raise InputError(
             f"hf:{name} split {split!r} cannot be loaded ({_first_line(e)}): check the name, the split and the network"
         ) from e
 
 
-def _tfds(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
+def _tfds(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     import tensorflow_datasets as tfds
 
     folder = Path(name)
@@ -174,7 +176,7 @@ def _tfds(name: str, split: str, match: re.Match, cache: Path) -> Sequence:
         if folder.is_dir():
             builder = tfds.builder_from_directory(folder)
         else:
-            builder = tfds.builder(name, data_dir=cache / "tfds", file_format="array_record")
+            builder = tfds.builder(name, data_dir=cache and cache / "tfds", file_format="array_record")
             builder.download_and_prepare()
         return builder.as_data_source(split=split)
     except (OSError, ValueError, AssertionError, ImportError, LookupError, NotImplementedError, RuntimeError) as e:

@@ -107,6 +107,29 @@ def test_state_of_another_stream(make):
         make(seed=2).set_state(state)
 
 
+def test_state_of_other_data_or_another_tokenizer(source, tokenizer, tmp_path):
+    state = pipeline(source, tokenizer, batch=4, length=LENGTH, seed=1).get_state()
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(json.dumps(r) + "\n" for r in source))
+    pipeline(load(f"jsonl:{moved}", "all"), tokenizer, batch=4, length=LENGTH, seed=1).set_state(state)
+    moved.write_text("".join(json.dumps({**r, "label": 0}) + "\n" for r in source))
+    with pytest.raises(InputError, match="data was"):
+        pipeline(load(f"jsonl:{moved}", "all"), tokenizer, batch=4, length=LENGTH, seed=1).set_state(state)
+    with pytest.raises(InputError, match="tokenizer was"):
+        pipeline(source, train_bpe(["other"], 300), batch=4, length=LENGTH, seed=1).set_state(state)
+
+
+def test_a_bad_record_is_named_when_it_is_reached(source, tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "label": 1 if i < 5 else "one"}) + "\n" for i in range(8)))
+    stream = pipeline(
+        load(f"jsonl:{path}", "all"), tokenizer, batch=2, length=4, seed=0, shuffle=False, fields=("label",)
+    )
+    take(stream, 2)
+    with pytest.raises(InputError, match="'label' of record 5 is 'one'"):
+        take(stream, 2)
+
+
 def test_epochs_and_the_last_batch(make):
     one = make(epochs=1)
     assert one.length == 5

@@ -65,12 +65,18 @@ def test_count_of_reviews():
     assert reviews.count_reviews() >= 10**9
 
 
-def test_count_agrees_with_enumeration_on_a_small_skeleton():
-    """O-C skeletons have no body; count one body sentence on its own by listing it."""
-    cell = reviews.cell(1, 0, 1)
-    listed = sum(1 for group in cell.first for t in group for _ in grammar.enumerate_all(*t))
-    openings = sum(1 for t in cell.opening for _ in grammar.enumerate_all(*t))
-    assert cell.count("OB") == openings * listed
+def test_count_agrees_with_enumeration_on_a_small_grammar():
+    """A grammar cut down to two aspects, two details and one opening, every review of one skeleton listed."""
+    cell = reviews.cell(1, 0, 1).__class__(1, 0, 1)
+    table = {"adj": ["good", "kind"], "x": ["ham", "jam", "tea"]}
+    cell.opening, cell.detail = [("On {x}, we met.", table)], [("I had {x}.", table), ("It rained.", table)]
+    cell.first = [[("The {adj} cook.", table)], [("A {x} and {x}.", table), ("Wow, a {x}.", table)]]
+    cell.body = [cell.first[0] + [("The cook.", table)], cell.first[1]]
+    seen, draws = set(), grammar.Draws("listing")
+    for _ in range(30000):
+        seen.add(" ".join(cell.write("OBDB", draws)))
+    # openings 3, details 3 + 1, bodies: first of aspect 0 (2) then 1 (9), or first of 1 (9) then 0 (3)
+    assert cell.count("OBDB") == len(seen) == 3 * 4 * (2 * 9 + 9 * 3)
 
 
 def test_ordered_choices_by_hand():
@@ -151,5 +157,5 @@ def test_known_review():
         "The showers were spotless. "
         "There are eight benches beside the mirrors. "
         "By no means unfair, the enrollment fee was, to be precise, generous. "
-        "Accordingly, I shall joyfully return after the summer."
+        "Accordingly, I shall joyfully tell my coworkers about it."
     )

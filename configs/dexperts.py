@@ -1,0 +1,30 @@
+"""DExperts: a positive and a negative expert, combined with the base model's logits at several alphas.
+
+Source: Liu et al. 2021, section 3 (sentiment) and equation 2; the base is filtered before they are combined.
+
+    python experiments/main.py --config=configs/dexperts.py[:yelp|:tiny]
+    python experiments/ablate.py --config=configs/dexperts.py[:yelp|:tiny]
+
+Expected: the share of positive text rises steeply with alpha and falls as steeply below 0; perplexity under
+the base rises with its size. Wall time: six minutes on 2 cores after the LM is there.
+"""
+
+from configs import sentiment
+
+STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
+
+
+def arms(arg):
+    strengths = (-1.0, 1.0) if arg == "tiny" else STRENGTHS
+    fit = sentiment.training(arg, steps=300)
+    return dict(dexperts=dict(method="dexperts", fit=fit, strengths=strengths, filter_first=True))
+
+
+def get_config(arg="bundled"):
+    return sentiment.experiment(arg, "DExperts", dict(top_p=dict(method="truncate"), **arms(arg)))
+
+
+def sweep():
+    for first in (True, False):
+        for alpha in (-1.0, 1.0):
+            yield {"methods.dexperts.filter_first": first, "methods.dexperts.strengths": (alpha,)}

@@ -1,0 +1,93 @@
+"""Three worlds for sentiment control; every experiment on sentiment starts from one of them.
+
+bundled   reviews of a grammar with known sentiment; a small LM pretrained from random weights; the oracle judges
+yelp      a real LM of reviews, prompts of real sentences, a probe on a sentence encoder that never saw them judges;
+          reads CTG_DATA_DIR
+tiny      the bundled world in seconds: for tests, not for figures
+"""
+
+import os
+
+from ctg_jax.types import InputError
+
+REVIEWS = "bundled:reviews"
+
+
+def world(name):
+    """The sections lm, prompts, sample, judges and evaluate of a configuration, and `train`, the settings of
+    `load_data` for the labelled texts that methods are fitted on."""
+    if name not in WORLDS:
+        raise InputError(f"the argument of the configuration is {name!r}: expected one of {', '.join(WORLDS)}")
+    return WORLDS[name]()
+
+
+def bundled():
+    return dict(
+        lm=dict(
+            pretrain=dict(vocab=1024, width=160, depth=4, heads=5, context=128, length=96, batch=24, steps=600),
+            data=dict(source=REVIEWS, limit=20_000),
+        ),
+        prompts=dict(source=REVIEWS, split="test", limit=20),
+        sample=dict(n=10, max_new=40, batch=100, filter=dict(top_p=0.9)),
+        judges=dict(positive=dict(kind="oracle", heldout=dict(source=REVIEWS, split="test", limit=500))),
+        evaluate=dict(resamples=1000),
+        train=dict(source=REVIEWS, split="validation", balance="label", limit=1000),
+    )
+
+
+def tiny():
+    return dict(
+        lm=dict(
+            pretrain=dict(vocab=300, width=16, depth=2, heads=2, context=64, length=32, batch=4, steps=4, warmup=1),
+            data=dict(source=REVIEWS, limit=64),
+        ),
+        prompts=dict(source=REVIEWS, split="test", limit=2),
+        sample=dict(n=2, max_new=6, batch=4, filter=dict(top_p=0.9)),
+        judges=dict(positive=dict(kind="oracle", heldout=dict(source=REVIEWS, split="test", limit=8))),
+        evaluate=dict(resamples=50),
+        train=dict(source=REVIEWS, split="validation", balance="label", limit=8),
+    )
+
+
+def yelp():
+    folder = os.environ.get("CTG_DATA_DIR")
+    if not folder:
+        raise InputError("CTG_DATA_DIR is not set: the yelp world reads yelp/, sst2/ and models/ in that directory")
+    return dict(
+        lm=dict(source=f"{folder}/models/yelp-gpt2-mini"),
+        prompts=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", words=4, balance="label", limit=50),
+        sample=dict(n=10, max_new=20, batch=100, filter=dict(top_p=0.9)),
+        judges=dict(
+            positive=dict(
+                kind="probe",
+                encoder=f"{folder}/models/all-MiniLM-L6-v2",
+                reads="both",
+                data=dict(source=f"jsonl:{folder}/sst2/train.jsonl", split="all"),
+                heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", balance="label", limit=500, skip=50),
+            )
+        ),
+        evaluate=dict(lm_name="yelp-gpt2-mini", resamples=1000),
+        train=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", balance="label", limit=5000),
+    )
+
+
+WORLDS = {"bundled": bundled, "yelp": yelp, "tiny": tiny}
+
+
+def training(name, steps):
+    """Settings of fine-tuning that suit a world."""
+    if name == "tiny":
+        return dict(steps=2, batch=4, tokens=16, rank=2, warmup=1)
+    return dict(steps=steps, batch=16, tokens=96 if name == "bundled" else 32)
+
+
+def experiment(name, title, methods):
+    """A whole configuration: the world and the methods, which read its labelled texts where they have no `data`."""
+    from ml_collections import ConfigDict
+
+    parts = world(name)
+    train = parts.pop("train")
+    for arm in methods.values():
+        if arm["method"] != "truncate":
+            arm.setdefault("data", train)
+    return ConfigDict({"title": title, **parts, "methods": methods})

@@ -1,0 +1,30 @@
+"""Steering: a vector from labelled texts, added to the residual stream at several strengths.
+
+Sources: Subramani et al. 2022; Turner et al. 2023; Rimsky et al. 2024; Zou et al. 2023.
+
+    python experiments/main.py --config=configs/steer.py[:yelp|:tiny]
+    python experiments/ablate.py --config=configs/steer.py[:yelp|:tiny]
+
+Expected: the share of positive text rises with the scale, from below the base at negative to above it at positive
+ones; perplexity rises with the size of the scale. Wall time: three minutes on 2 cores after the LM is there.
+"""
+
+from configs import sentiment
+
+STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
+
+
+def arms(arg):
+    return dict(
+        steer=dict(method="steer", fit=dict(sites="middle"), strengths=(-1.0, 1.0) if arg == "tiny" else STRENGTHS)
+    )
+
+
+def get_config(arg="bundled"):
+    return sentiment.experiment(arg, "Steering", dict(top_p=dict(method="truncate"), **arms(arg)))
+
+
+def sweep():
+    for sites in ("all", "middle"):
+        for scale in (-1.0, 1.0):
+            yield {"methods.steer.fit.sites": sites, "methods.steer.strengths": (scale,)}

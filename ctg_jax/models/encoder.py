@@ -96,8 +96,7 @@ class Encoder:
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters."""
-        ids = jnp.zeros((1, 1), jnp.int32)
-        return _Network(self).init(key, ids, ids == 0, ids, method="everything")["params"]
+        return _init(self, key)
 
     def apply(self, params: Params, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, T, D] of tokens int [B, T] with mask bool [B, T] and token types int [B, T] (or all 0).
@@ -125,6 +124,12 @@ class Encoder:
                 "encoder: it has no classification head, classify needs one; load a …ForSequenceClassification model."
             )
         return _run(self, "classify", params, tokens, mask, types)
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(encoder, key):
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return _Network(encoder).init(key, ids, ids == 0, ids, method="everything")["params"]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,0 +1,118 @@
+"""Losses: values per token or per example in float32, then a `Sum` of totals and weights, never a mean.
+
+A `LossFn` is `(params, frozen, batch, keys [B]) -> Sum`. Batches are dicts with tokens int32 [B, T], mask bool [B, T]
+(True where a token is real; padding on the right) and ids int32 [B].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ctg_jax import decode
+from ctg_jax.models.lm import LM
+from ctg_jax.types import Params, Prompts, PyTree, Sum
+
+LossFn = Callable[[PyTree, PyTree, dict[str, Any], jax.Array], Sum]
+
+
+def next_token(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy float32 [...], in nats, of logits [..., V] against targets int [...]."""
+    z = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(z, axis=-1) - chosen
+
+
+def kl(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL(p ‖ q) float32 [...], in nats, over the full vocabulary, of logits p and q [..., V].
+
+    Exchange the arguments for the other direction. A token of probability 0 under p counts 0.
+    """
+    log_p = jax.nn.log_softmax(p.astype(jnp.float32), axis=-1)
+    log_q = jax.nn.log_softmax(q.astype(jnp.float32), axis=-1)
+    gap = jnp.where(log_p > -jnp.inf, log_p - log_q, 0.0)
+    return jnp.sum(jnp.exp(log_p) * gap, axis=-1)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Entropy float32 [...], in nats, of logits [..., V]."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0), axis=-1)
+
+
+def z_loss(logits: jax.Array) -> jax.Array:
+    """Squared log-normaliser float32 [...] of logits [..., V] (Chowdhery et al. 2022, PaLM, section 5)."""
+    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+
+
+def masked_sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(total, weight), float32 [] each, of values where mask; a NaN outside the mask does not count."""
+    values = jnp.where(mask, values.astype(jnp.float32), 0.0)
+    return jnp.sum(values), jnp.sum(mask, dtype=jnp.float32)
+
+
+def predicted(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """(targets, mask), [B, T-1] each: the tokens after the first, counted where they and the one before are real.
+
+    A field `loss_mask` bool [B, T] narrows it further, for instance to the completion of a prompt.
+    """
+    mask = batch["mask"][:, 1:] & batch["mask"][:, :-1]
+    if "loss_mask" in batch:
+        mask = mask & batch["loss_mask"][:, 1:]
+    return batch["tokens"][:, 1:], mask
+
+
+def lm_loss(lm: LM, *, z: float = 0.0) -> LossFn:
+    """Next-token loss whose params are those of the LM (`pretrain`); `frozen` is not read.
+
+    Args:
+      lm: the language model.
+      z: weight of `z_loss`; the metric `cross_entropy` is without it.
+    """
+
+    def loss(params: Params, frozen: PyTree, batch: dict[str, Any], keys: jax.Array) -> Sum:
+        targets, mask = predicted(batch)
+        tokens, seen = batch["tokens"][:, :-1], batch["mask"][:, :-1]
+        logits = lm.apply(params, lm.embed(params, tokens), seen).logits
+        return _token_sum(logits, targets, mask, z)
+
+    return loss
+
+
+def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
+    """Next-token loss of the controlled model: params is a Control, frozen = {"params": LM parameters}.
+
+    The first token of a row is its prompt and the rest its completion, through `decode.forward`, so every hook of
+    the control runs as it will in `generate`. A batch field `cond` (any pytree, leaves [B, …]) becomes `Prompts.cond`.
+
+    Args:
+      lm: the frozen language model.
+      kl_weight: weight of KL(controlled ‖ base) per token; the metric `kl` is then logged.
+      z: weight of `z_loss`.
+    """
+
+    def loss(params: PyTree, frozen: dict[str, Params], batch: dict[str, Any], keys: jax.Array) -> Sum:
+        targets, mask = predicted(batch)
+        tokens, real = batch["tokens"][:, :1], batch["mask"][:, :1]
+        prompts = Prompts(tokens=tokens, mask=real, keys=keys, cond=batch.get("cond"))
+        logits = decode.forward(lm, frozen["params"], prompts, targets, params)
+        out = _token_sum(logits, targets, mask, z)
+        if not kl_weight:
+            return out
+        base = jax.lax.stop_gradient(decode.forward(lm, frozen["params"], prompts, targets))
+        far, weight = masked_sum(kl(logits, base), mask)
+        metrics = {"cross_entropy": (out.total, out.weight)} | out.metrics | {"kl": (far, weight)}
+        return out.replace(total=out.total + kl_weight * far, metrics=metrics)
+
+    return loss
+
+
+def _token_sum(logits: jax.Array, targets: jax.Array, mask: jax.Array, z: float) -> Sum:
+    total, weight = masked_sum(next_token(logits, targets), mask)
+    if not z:
+        return Sum(total=total, weight=weight)
+    extra, _ = masked_sum(z_loss(logits), mask)
+    return Sum(total=total + z * extra, weight=weight, metrics={"cross_entropy": (total, weight)})

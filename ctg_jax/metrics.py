@@ -1,0 +1,75 @@
+"""Figures of a run: one JSON object per line, and TensorBoard where wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops from a JSONL file the rows of steps after `step` and a last line that was cut short.
+
+    Rows without a step stay. The file is replaced in one go, so a crash here loses nothing.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and row.get("step", step) <= step:
+            kept.append(line)
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w", encoding="utf-8") as f:
+        f.write("".join(kept))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(new, path)
+
+
+class Writer:
+    """Appends rows to a JSONL file, each flushed when written.
+
+    Args:
+      path: the file; made where it is missing.
+      step: the step the run goes on from; rows of later steps, which will be computed again, are dropped.
+      tensorboard: a directory for TensorBoard event files (needs the package tensorboardX), or None.
+    """
+
+    def __init__(self, path: str | os.PathLike, step: int = 0, tensorboard: str | os.PathLike | None = None):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rewind(self.path, step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._board = None
+        if tensorboard is not None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends {"step": step, **metrics}; values that are not finite are written as null, as JSON has no NaN."""
+        row = {name: float(x) for name, x in metrics.items()}
+        text = json.dumps({"step": step} | {k: x if math.isfinite(x) else None for k, x in row.items()})
+        self._file.write(text + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, x in row.items():
+                self._board.add_scalar(name, x, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()

@@ -1,0 +1,128 @@
+"""Losses against numbers worked out by hand on a three-token example, and as gradients of what they say."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from ctg_jax import losses, rng
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.models.transformer import Transformer
+
+LM = Transformer.gpt2(vocab=11, width=8, depth=2, heads=2, context=16)
+LOG2, LOG3, LOG4 = math.log(2), math.log(3), math.log(4)
+# Three tokens, a vocabulary of three: probabilities (1/2, 1/4, 1/4), (1/3, 1/3, 1/3), (1/4, 1/4, 1/2), shifted by 5.
+Z = jnp.array([[-LOG2, -LOG4, -LOG4], [0.0, 0.0, 0.0], [5.0 - LOG4, 5.0 - LOG4, 5.0 - LOG2]])
+
+
+@struct.dataclass
+class Push(Control):
+    bias: jax.Array
+
+    def logits(self, z, tokens, mask, state):
+        return z + self.bias[None, None, :], state
+
+
+def text(batch=3, length=6):
+    tokens = np.random.default_rng(0).integers(0, LM.vocab, (batch, length), np.int32)
+    mask = np.arange(length)[None, :] < np.array([6, 4, 2])[:batch, None]
+    return {"tokens": tokens, "mask": mask, "ids": np.arange(batch, dtype=np.int32)}
+
+
+def keys(batch):
+    return rng.per_example(jax.random.key(0), batch["ids"])
+
+
+def test_next_token_by_hand():
+    got = losses.next_token(Z, jnp.array([0, 2, 1]))
+    np.testing.assert_allclose(got, [LOG2, LOG3, LOG4], rtol=1e-6)
+    assert got.dtype == jnp.float32
+
+
+def test_masked_total_by_hand():
+    values = losses.next_token(Z, jnp.array([0, 2, 1]))
+    total, weight = losses.masked_sum(values, jnp.array([True, False, True]))
+    np.testing.assert_allclose((total, weight), (LOG2 + LOG4, 2.0), rtol=1e-6)
+    total, _ = losses.masked_sum(jnp.array([1.0, jnp.nan]), jnp.array([True, False]))
+    assert total == 1.0
+
+
+def test_kl_by_hand_in_both_directions():
+    # p = (1/2, 1/4, 1/4), u uniform: KL(p‖u) = log 3 - H(p), H(p) = 1.5 log 2; KL(u‖p) = -log 3 + (5/3) log 2.
+    np.testing.assert_allclose(losses.kl(Z[0], Z[1]), LOG3 - 1.5 * LOG2, rtol=1e-5)
+    np.testing.assert_allclose(losses.kl(Z[1], Z[0]), 5 / 3 * LOG2 - LOG3, rtol=1e-5)
+    np.testing.assert_allclose(losses.kl(Z, Z), [0, 0, 0], atol=1e-7)
+
+
+def test_kl_of_a_truncated_distribution_is_finite():
+    p = jnp.array([0.0, -jnp.inf, 0.0])
+    np.testing.assert_allclose(losses.kl(p, jnp.zeros(3)), LOG3 - LOG2, rtol=1e-6)
+    np.testing.assert_allclose(losses.entropy(p), LOG2, rtol=1e-6)
+
+
+def test_entropy_and_z_loss_by_hand():
+    np.testing.assert_allclose(losses.entropy(Z), [1.5 * LOG2, LOG3, 1.5 * LOG2], rtol=1e-5)
+    np.testing.assert_allclose(losses.z_loss(Z), [0.0, LOG3**2, 25.0], rtol=1e-5, atol=1e-6)
+
+
+def test_lm_loss_counts_only_real_tokens_after_the_first():
+    params, batch = LM.init(jax.random.key(1)), text()
+    s = losses.lm_loss(LM)(params, None, batch, keys(batch))
+    assert s.weight == 5 + 3 + 1
+    by_row = 0.0
+    for i, length in enumerate((6, 4, 2)):  # each row alone, without padding
+        row = jnp.asarray(batch["tokens"][i : i + 1, :length])
+        out = LM.apply(params, LM.embed(params, row), jnp.ones(row.shape, bool))
+        logp = jax.nn.log_softmax(out.logits[0, :-1])
+        by_row -= sum(logp[t, row[0, t + 1]] for t in range(length - 1))
+    np.testing.assert_allclose(s.total, by_row, rtol=1e-5)
+
+
+def test_loss_mask_narrows_to_the_completion():
+    params, batch = LM.init(jax.random.key(1)), text()
+    batch["loss_mask"] = np.arange(6)[None, :] >= np.array([4, 3, 9])[:, None]
+    assert losses.lm_loss(LM)(params, None, batch, keys(batch)).weight == 2 + 1 + 0
+
+
+def test_control_loss_of_the_identity_is_the_lm_loss():
+    params, batch = LM.init(jax.random.key(1)), text()
+    a = losses.lm_loss(LM)(params, None, batch, keys(batch))
+    b = losses.control_loss(LM)(IDENTITY, {"params": params}, batch, keys(batch))
+    np.testing.assert_allclose((a.total, a.weight), (b.total, b.weight), rtol=1e-6)
+
+
+def test_control_loss_adds_kl_and_its_gradient_reaches_only_the_control():
+    params, batch = LM.init(jax.random.key(1)), text()
+    control = Push(jnp.linspace(-1, 1, LM.vocab))
+    plain = losses.control_loss(LM)(control, {"params": params}, batch, keys(batch))
+    loss = losses.control_loss(LM, kl_weight=0.5)
+    s = loss(control, {"params": params}, batch, keys(batch))
+    far, weight = s.metrics["kl"]
+    assert far > 0.1 and weight == plain.weight
+    np.testing.assert_allclose(s.total, plain.total + 0.5 * far, rtol=1e-6)
+    grads = jax.grad(lambda c: loss(c, {"params": params}, batch, keys(batch)).total)(control)
+    assert jnp.linalg.norm(grads.bias) > 0
+
+
+def test_z_loss_weight_keeps_cross_entropy_as_a_metric():
+    params, batch = LM.init(jax.random.key(1)), text()
+    plain = losses.lm_loss(LM)(params, None, batch, keys(batch))
+    s = losses.lm_loss(LM, z=0.1)(params, None, batch, keys(batch))
+    np.testing.assert_allclose(s.metrics["cross_entropy"][0], plain.total, rtol=1e-6)
+    assert s.total > plain.total
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_loss_runs_in_bfloat16_and_sums_in_float32(remat):
+    lm = Transformer.gpt2(vocab=11, width=8, depth=2, heads=2, context=16, dtype="bfloat16", remat=remat)
+    params, batch = LM.init(jax.random.key(1)), text()
+    (total, s), grads = jax.value_and_grad(
+        lambda p: ((s := losses.lm_loss(lm)(p, None, batch, keys(batch))).total, s), has_aux=True
+    )(params)
+    assert total.dtype == jnp.float32 and s.weight.dtype == jnp.float32
+    full = losses.lm_loss(LM)(params, None, batch, keys(batch)).total
+    np.testing.assert_allclose(total, full, rtol=2e-2)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))

@@ -1,0 +1,109 @@
+"""Plans: rules choose shardings by path, and say which leaf they leave out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ctg_jax import train, tree
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.parallel import DECODER, REPLICATED, Plan
+from ctg_jax.types import InputError
+
+GPT2 = Transformer.gpt2(vocab=32, width=16, depth=2, heads=4, context=16)
+LLAMA = Transformer.llama(vocab=32, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24, context=16)
+NEOX = Transformer.gpt2(vocab=32, width=16, depth=2, heads=4, context=16, family="gpt_neox", tied=False)
+
+
+def shapes(lm):
+    return jax.eval_shape(lm.init, jax.random.key(0))
+
+
+def test_decoder_rules_split_kernels_both_ways_and_serve_moments_too():
+    plan = Plan("jit", {"data": 4, "tensor": 2}, DECODER)
+    make = lambda key: train.init_state(GPT2.init(key), train.optimizer(1e-3), key)  # noqa: E731
+    specs = tree.flatten(plan.specs(jax.eval_shape(make, jax.random.key(0))))
+    kernels = {p: s for p, s in specs.items() if p.endswith("layers/attn/qkv/kernel")}
+    assert len(kernels) == 3 and set(kernels.values()) == {P(None, "tensor", "data")}
+    assert specs["params/layers/mlp/down/kernel"] == P(None, "data", "tensor")
+    assert specs["params/layers/mlp/up/bias"] == P(None, "tensor")
+    assert specs["params/embed/tokens"] == P("tensor", "data")
+    assert specs["params/norm/scale"] == P(None)
+    assert specs["key"] == specs["step"] == P()
+
+
+@pytest.mark.parametrize("lm", [GPT2, LLAMA, NEOX])
+def test_every_leaf_of_every_family_has_a_rule_stacked_or_not(lm):
+    plan = Plan("jit", {"data": 2, "tensor": 2}, DECODER)
+    specs = tree.flatten(plan.specs(shapes(lm)))
+    assert any("tensor" in s for s in specs.values())
+    flat = tree.flatten(plan.specs(jax.eval_shape(lambda k: lm.unstack(lm.init(k)), jax.random.key(0))))
+    assert flat["layers/0/attn/qkv/kernel"] == P("tensor", "data")
+
+
+def test_a_leaf_no_rule_matches_is_named():
+    plan = Plan("jit", {"data": 8}, DECODER)
+    with pytest.raises(InputError, match="'steer/vector'"):
+        plan.shardings({"steer": {"vector": jnp.zeros((3,))}})
+    both = Plan("jit", {"data": 8}, DECODER + REPLICATED)
+    assert both.specs({"steer": {"vector": jnp.zeros((3,))}})["steer"]["vector"] == P(None)
+    with pytest.raises(InputError, match="names 2 dimensions and 'mlp/up/kernel'"):
+        plan.specs({"mlp": {"up": {"kernel": jnp.zeros((3,))}}})
+
+
+def test_axes_that_do_not_divide_are_left_out():
+    plan = Plan("jit", {"data": 4, "tensor": 2}, DECODER)
+    spec = plan.specs({"embed": {"tokens": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}})["embed"]["tokens"]
+    assert spec == P(None, "data")
+    spec = Plan("jit", {"data": 4}, DECODER).specs({"head": {"kernel": jnp.zeros((8, 8))}})["head"]["kernel"]
+    assert spec == P(None, "data")
+
+
+def test_predicted_bytes_are_the_real_ones():
+    plan = Plan("jit", {"data": 4, "tensor": 2}, DECODER)
+    params = plan.place(GPT2.init(jax.random.key(0)))
+    real = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+    assert plan.bytes_per_device(shapes(GPT2)) == real
+    assert real < tree.size_bytes(params) / 4
+    one = Plan()
+    assert one.bytes_per_device(shapes(GPT2)) == tree.size_bytes(params)
+
+
+def test_bytes_of_a_70b_state_on_a_mesh_that_is_not_here():
+    lm = Transformer.llama(vocab=32000, width=8192, depth=80, heads=64, kv_heads=8, mlp_width=28672, context=4096)
+    plan = Plan("jit", {"data": 32, "tensor": 8}, DECODER)
+    params = shapes(lm)
+    total = tree.size_bytes(params)
+    assert 270e9 < total < 280e9  # 69 billion parameters in float32
+    assert plan.bytes_per_device(params) < 1.01 * total / 256 + 2**22  # norms are replicated
+    with pytest.raises(InputError, match="need 256 devices"):
+        plan.shardings(params)
+
+
+def test_batches_are_split_in_row_order_and_must_divide():
+    batch = {"tokens": np.arange(16, dtype=np.int32).reshape(8, 2), "ids": np.arange(8, dtype=np.int32)}
+    put = Plan("jit", {"data": 4, "tensor": 2}).put(batch)
+    assert put["tokens"].sharding.spec == P("data")
+    np.testing.assert_array_equal(put["tokens"], batch["tokens"])
+    assert put["tokens"].addressable_shards[0].data.shape == (2, 2)
+    assert Plan("pmap", {"data": 4}).put(batch)["tokens"].shape == (4, 2, 2)
+    for mode in ("jit", "pmap"):
+        with pytest.raises(
+            InputError, match=r"'ids' has shape .6,., expected a first dimension that is a multiple of 4"
+        ):
+            Plan(mode, {"data": 4}).put({"ids": np.arange(6)})
+
+
+def test_axes_are_checked():
+    assert dict(Plan("jit", {"data": -1, "tensor": 2}).axes) == {"data": 4, "tensor": 2}
+    with pytest.raises(InputError, match="'data' alone for pmap"):
+        Plan("pmap", {"data": 4, "tensor": 2})
+    with pytest.raises(InputError, match="mode is 'pjit'"):
+        Plan("pjit")
+    with pytest.raises(InputError, match="at most one -1"):
+        Plan("jit", {"data": -1, "tensor": -1})
+    with pytest.raises(InputError, match="an axis 'data'"):
+        Plan("jit", {"tensor": 2})
+    with pytest.raises(InputError, match="need 16 devices and 8"):
+        _ = Plan("jit", {"data": 16}).mesh

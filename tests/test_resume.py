@@ -1,0 +1,104 @@
+"""kill -9 at a random moment, then run again: the same parameters and metrics, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctg_jax import checkpoint
+
+STEPS = 24
+SCRIPT = """
+import os, sys, time
+os.environ["NPROC"] = "16"
+import jax
+import numpy as np
+from ctg_jax import checkpoint, losses, train
+from ctg_jax.models.transformer import Transformer
+
+class Batches:
+    at = 0
+    def __next__(self):
+        time.sleep(float(sys.argv[2]))
+        r = np.random.default_rng(self.at)
+        ids = np.arange(4 * self.at, 4 * self.at + 4, dtype=np.int32)
+        mask = np.arange(8)[None, :] < r.integers(2, 9, 4)[:, None]
+        self.at += 1
+        return {"tokens": r.integers(0, 16, (4, 8), np.int32), "mask": mask, "ids": ids}
+    def get_state(self):
+        return {"next": self.at}
+    def set_state(self, state):
+        self.at = state["next"]
+
+lm = Transformer.gpt2(vocab=16, width=8, depth=1, heads=2, context=8)
+tx = train.optimizer(train.schedule(1e-2, "cosine", warmup=2, steps=STEPS), decay=0.1)
+state = train.init_state(lm.init(jax.random.key(0)), tx, jax.random.key(1), ema=True)
+step = train.make_step(losses.lm_loss(lm), tx)
+print("start", flush=True)
+end = train.loop(sys.argv[1], state, step, Batches(), steps=STEPS, save_every=2, log_every=1, progress=False)
+checkpoint.save(sys.argv[1] + "/state", end)
+"""
+
+
+def start(path, pause):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", f"STEPS = {STEPS}\n{SCRIPT}", str(path), str(pause)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(path):
+    process = start(path, 0)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    finish(path)
+    return path
+
+
+def killed_and_rerun(path, whole, seed):
+    process = start(path, 0.02)
+    assert process.stdout.readline() == "start\n"
+    time.sleep(random.Random(seed).uniform(1.0, 7.0))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    steps = checkpoint.saved_steps(path / "steps")
+    print(f"killed with checkpoints {steps}, exit {process.returncode}")
+    finish(path)
+    assert (path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    a, b = checkpoint.load(path / "state"), checkpoint.load(whole / "state")
+    flat_a, flat_b = ({p: x for p, x in _flat(t)} for t in (a, b))
+    assert flat_a.keys() == flat_b.keys()
+    for name in flat_a:
+        np.testing.assert_array_equal(flat_a[name], flat_b[name], err_msg=name)
+    assert len((path / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+
+def _flat(tree):
+    import jax
+
+    from ctg_jax.tree import flatten
+
+    for name, x in flatten(tree).items():
+        key = isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+        yield name, np.asarray(jax.random.key_data(x) if key else x)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_and_rerun_equals_uninterrupted(tmp_path, uninterrupted, seed):
+    killed_and_rerun(tmp_path, uninterrupted, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_killed_ten_times_over(tmp_path, uninterrupted, seed):
+    killed_and_rerun(tmp_path, uninterrupted, seed)

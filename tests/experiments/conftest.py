@@ -1,0 +1,16 @@
+"""What the tests of the scripts share."""
+
+import pytest
+
+from experiments import cli
+from tests.experiments.tiny_lm import write_lm
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setattr(cli, "_compilation_cache", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def lm_dir(tmp_path_factory):
+    return write_lm(tmp_path_factory.mktemp("lm"))

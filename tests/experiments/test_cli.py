@@ -1,0 +1,100 @@
+"""Command lines: unknown names, wrong values, help, exit codes, and how many stages ran."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from ctg_jax.stage import stage
+from ctg_jax.types import InputError
+from experiments import cli
+
+CONFIG = '''
+"""A configuration."""
+from ml_collections import ConfigDict
+
+def get_config(arg="plain"):
+    return ConfigDict(dict(name=arg, lm=dict(width=8, rate=0.5), strengths=(1.0, 2.0), on=False))
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "plain.py").write_text(CONFIG)
+    return tmp_path / "plain.py"
+
+
+def parsed(argv):
+    return cli.parse(argv, lambda fv: cli.config_flag(fv, argv), "usage")[0]
+
+
+def test_overrides_keep_their_types(file):
+    argv = [f"--config={file}:tiny", "--config.lm.width=16", "--config.strengths=(3, 4.5)", "--config.on"]
+    config = cli.chosen(parsed(argv))
+    assert config.to_dict() == {"name": "tiny", "lm": {"width": 16, "rate": 0.5}, "strengths": (3, 4.5), "on": True}
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("--config.lm.widht=3", "lm has no setting 'widht' (in config.lm.widht); did you mean 'width'?"),
+        ("--config.strength=3", "did you mean 'strengths'?"),
+        ("--config.lm.width.x=3", "has no setting 'x'"),
+        ("--config.lm.width=many", "invalid literal"),
+        ("--config.lm.width", "has no value"),
+        ("--config.strengths=oops", "expected a tuple"),
+        ("--rot=x", "no flag --rot; did you mean 'root'?"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_and_exit_code_2(file, capsys, extra, words):
+    assert cli.run(parsed, [f"--config={file}", extra]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_missing_configuration_files_name_the_nearest(file, capsys):
+    assert cli.run(parsed, [f"--config={file.parent / 'plane.py'}"]) == 2
+    assert "did you mean 'plain.py'?" in capsys.readouterr().err
+    (file.parent / "empty.py").write_text("")
+    assert cli.run(parsed, [f"--config={file.parent / 'empty.py'}"]) == 2
+    assert "defines no get_config" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--config is missing"):
+        cli.chosen(parsed([]))
+
+
+def test_help_shows_usage_and_flags(capsys):
+    assert cli.run(parsed, ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage") and "--root" in out and "--config" in out
+
+
+def test_override_of_sweeps(file):
+    config = cli.config_of(str(file))
+    assert cli.override(config, {"lm.width": 3}).lm.width == 3 and config.lm.width == 8
+    with pytest.raises(InputError, match="did you mean 'rate'"):
+        cli.override(config, {"lm.rat": 3})
+    with pytest.raises(InputError, match=r"lm\.width='x'"):
+        cli.override(config, {"lm.width": "x"})
+    assert isinstance(config, ConfigDict)
+
+
+def test_stages_are_counted(tmp_path, capsys):
+    def one(run, *, x=1):
+        run.log(x=x)
+
+    def main(argv):
+        stage(tmp_path, one)
+        stage(tmp_path, one, {"x": 2})
+        stage(tmp_path, one)
+
+    assert cli.run(main, []) == 0
+    assert "stages: 2 executed, 0 reused" in capsys.readouterr().err
+    assert cli.run(main, []) == 0
+    assert "stages: 0 executed, 2 reused" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_hidden():
+    def main(argv):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError):
+        cli.run(main, [])

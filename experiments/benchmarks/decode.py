@@ -1,0 +1,165 @@
+"""Decoding speed beside `transformers.generate` (PyTorch), at GPT-2-small shape with random weights in float32.
+
+    python experiments/benchmarks/decode.py [--batch 1 8 32] [--repeats 5] [--only greedy top_p …] [--json FILE]
+
+Both sides run on one pinned thread, in alternation, in one process: PyTorch's thread barriers collapse on a shared
+machine, and ratios of neighbours survive its drift. The floor is what the machine itself allows: weights and cache
+read once per token at the measured bandwidth, or the products at the measured matrix rate, whichever is slower.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+# One thread for both libraries; must be set before either is imported.
+os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import Chain, Prompts, Sampling, decode, generate, rng, tree
+from ctg_jax.methods import dexperts, steer, truncate
+from ctg_jax.models import hf
+from ctg_jax.models.transformer import Transformer
+
+
+def bandwidth(size=2**28, repeats=5):
+    """Bytes per second of reading a large float32 matrix once (matrix times vector)."""
+    w, x = jnp.ones((size // 4 // 1024, 1024)), jnp.ones((1024,))
+    f = jax.jit(lambda w, x: w @ x)
+    f(w, x).block_until_ready()
+    return size / min(timed(lambda: f(w, x).block_until_ready()) for _ in range(repeats))
+
+
+def matmul_rate(batch, repeats=5):
+    """FLOP/s of [batch, 768] times [3072, 768] transposed: the shape of a decode step's products."""
+    x, w = jnp.ones((batch, 768)), jnp.ones((3072, 768))
+    f = jax.jit(lambda x, w: jax.lax.fori_loop(0, 20, lambda _, x: (x @ w.T)[:, :768] * 1e-3, x))
+    f(x, w).block_until_ready()
+    return 20 * 2 * batch * 768 * 3072 / min(timed(lambda: f(x, w).block_until_ready()) for _ in range(repeats))
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def controls(lm, params, key):
+    """name -> control. Strengths are leaves, so none of them recompiles when it changes."""
+    top_p = truncate.init(lm, top_p=0.9)
+    push = steer.init(lm, key)
+    push = push.replace(vector=jax.random.normal(key, push.vector.shape), scale=jnp.float32(0.1))
+    noise = jax.tree.map(lambda x: x * 1.01, params)
+    experts = dexperts.experts(dexperts.member(lm, params), dexperts.member(lm, noise))
+    four = Chain((push, experts, truncate.RepetitionPenalty(1.2, vocab=lm.vocab), truncate.TopP(0.9)))
+    return {
+        "greedy": (Chain(()), True),
+        "top_p": (top_p, False),
+        "steer": (push, True),
+        "dexperts": (experts, True),
+        "chain of four": (four, False),
+    }
+
+
+def torch_model(lm, params, folder):
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    hf.save(folder, lm, params)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    return torch, model.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--only", nargs="+", help="greedy, top_p, steer, dexperts, 'chain of four'")
+    parser.add_argument("--json", help="also write the figures here")
+    args = parser.parse_args()
+
+    lm = Transformer.gpt2(depth=args.layers)
+    params = jax.jit(lm.init)(jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        torch, reference = torch_model(lm, params, folder)
+    params = jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(params))
+    weights = tree.size_bytes(params) - tree.size_bytes(params["embed"]["positions"])
+    read = bandwidth()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}, one thread each")
+    print(f"weights {weights / 1e6:.1f} MB, bandwidth {read / 1e9:.1f} GB/s")
+    rows = []
+    for batch in args.batch:
+        tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, args.prompt)).astype(np.int32)
+        prompts = Prompts(
+            jnp.asarray(tokens), jnp.ones(tokens.shape, bool), rng.per_example(jax.random.key(1), jnp.arange(batch))
+        )
+        ids = torch.as_tensor(tokens, dtype=torch.long)
+        per_token = 2 * weights / 4 * batch / matmul_rate(batch)
+        cache = 2 * lm.depth * batch * (args.prompt + args.new / 2) * lm.width * 4
+        floor = max((weights + cache) / read, per_token)
+        floors = f"{batch / floor:.1f} tok/s"
+        for name, (control, greedy) in controls(lm, params, jax.random.key(2)).items():
+            if args.only and name not in args.only:
+                continue
+            sampling = Sampling(max_new=args.new, greedy=greedy)
+            options = dict(do_sample=not greedy, top_k=0) | ({} if greedy else {"top_p": 0.9})
+
+            def ours(control=control, sampling=sampling, prompts=prompts):
+                return jax.block_until_ready(generate(lm, params, prompts, control, sampling))
+
+            def theirs(ids=ids, options=options):
+                mask = torch.ones_like(ids)
+                more = dict(max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
+                with torch.no_grad():
+                    return reference.generate(ids, attention_mask=mask, **options, **more)
+
+            compiled = timed(ours)
+            size = decode._generate._cache_size()
+            same = (
+                (np.asarray(ours().tokens) == theirs()[:, args.prompt :].numpy()).mean() if name == "greedy" else None
+            )
+            pairs = [(timed(ours), timed(theirs)) for _ in range(args.repeats)]
+            assert decode._generate._cache_size() == size, "recompiled between calls"
+            made = batch * args.new
+            ratios = sorted(t / o for o, t in pairs)
+            row = {
+                "batch": batch,
+                "control": name,
+                "tok_s": made / statistics.median(o for o, _ in pairs),
+                "torch_tok_s": made / statistics.median(t for _, t in pairs),
+                "ratio": statistics.median(ratios),
+                "ratio_min": ratios[0],
+                "ratio_max": ratios[-1],
+                "of_floor": made / min(o for o, _ in pairs) / (batch / floor),
+                "first_call_s": compiled,
+                "same_tokens": same,
+            }
+            rows.append(row)
+            print(
+                f"batch {batch:3d} {name:14s} {row['tok_s']:7.1f} tok/s, torch {row['torch_tok_s']:7.1f} "
+                f"({'greedy' if greedy else 'top-p'}), ratio {row['ratio']:.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}), "
+                f"floor {floors} ({row['of_floor']:.0%}), first call {compiled:.1f} s"
+                + (f", same tokens {same:.1%}" if same is not None else ""),
+                flush=True,
+            )
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(rows, f, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

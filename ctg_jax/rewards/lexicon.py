@@ -87,9 +87,10 @@ class Lexicon:
         return total if self.normalise == "sum" else total / (total * total + 15.0) ** 0.5
 
 
-def reviews_oracle(attribute: str = "sentiment") -> TextReward:
+def reviews_oracle(attribute: str = "sentiment", *, name: str | None = None, reads: str = "text") -> TextReward:
     """The oracle of the bundled reviews: "sentiment" (0 to 1, above 0.5 is positive) or "toxic" (1 where a text holds
-    an insult of the corpus). Exact on the corpus, a lexicon with negation elsewhere."""
+    an insult of the corpus). Exact on the corpus, a lexicon with negation elsewhere. `name` is the attribute by
+    default."""
     from ctg_jax.data import reviews
 
     known = {"sentiment": reviews.sentiment_score, "toxic": lambda t: float(reviews.oracle(t)["toxic"])}
@@ -99,7 +100,7 @@ def reviews_oracle(attribute: str = "sentiment") -> TextReward:
     version = f"reviews-oracle[{attribute}]@{reviews.digest()[:12]}"
     # 0.5 is a text without any cue, which is neutral and does not count as positive.
     threshold = 0.5 + 1e-6 if attribute == "sentiment" else 0.5
-    return TextReward(attribute, version, lambda texts: [fn(t) for t in texts], threshold=threshold)
+    return TextReward(name or attribute, version, lambda ts: [fn(t) for t in ts], reads=reads, threshold=threshold)
 
 
 def _lines(path):

@@ -1,0 +1,219 @@
+"""The plots of a report: control against fluency, and figures against strength. PNG bytes, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ctg_jax.report.rows import Line
+
+# Colours of Okabe and Ito (2008), told apart by readers with any colour vision, without yellow and black; on a dark
+# ground the same hues, lighter.
+_COLOURS = {
+    "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7A5195"),
+    "dark": ("#5AB4E6", "#FF8A4C", "#3CCB9F", "#E79BC7", "#E6B84C", "#9AD1F5", "#B79AD6"),
+}
+_GROUND = {"light": ("#ffffff", "#222222", "#dddddd"), "dark": ("#16181d", "#e4e4e4", "#3a3d45")}
+_MARKERS = "osD^vPX"
+
+
+def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> bytes | None:
+    """One panel for each setting of the columns, one line for each method over its strengths, from small marker to
+    large. x is the attribute, y the perplexity (logarithmic where it spans a lot). None where no line has both."""
+    usable = [line for line in lines if _known(line, x) and _known(line, y)]
+    panels = _panels(usable)
+    if not panels:
+        return None
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    fig, axes = _figure(across, down, (4.6 if across > 1 else 6.4, 3.9), theme, sharex=True, sharey=True)
+    colours = _methods(usable, theme)
+    values = [line.cells[y].value for line in usable]
+    logarithmic = min(values) > 0 and max(values) / min(values) > 4
+    for ax, (title, members) in zip(axes, panels.items()):
+        ax.set_title(title, fontsize=10)
+        for method, (colour, marker) in colours.items():
+            path = sorted((m for m in members if m.method == method), key=lambda m: m.strength or 0.0)
+            if path:
+                _path(ax, path, x, y, colour, marker, theme)
+        if logarithmic:
+            ax.set_yscale("log")
+            _plain_ticks(ax)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    fig.supxlabel(describe(x), fontsize=10, color=_GROUND[theme][1])
+    fig.supylabel(describe(y), fontsize=10, color=_GROUND[theme][1])
+    _legend(fig, axes[0], colours, theme)
+    _label_ends(fig, axes[: len(panels)], panels, x, y, colours)
+    return _png(fig)
+
+
+def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") -> bytes | None:
+    """One row for each figure, one column for each method with at least two strengths, a band for the interval; one
+    line for each setting of the columns. Lines without a strength, such as the base, are dashed levels. None where
+    no method has two strengths."""
+    swept = [m for m in dict.fromkeys(line.method for line in lines) if len(_strengths(lines, m)) > 1]
+    figures = [f for f in figures if any(_known(line, f) for line in lines if line.method in swept)]
+    if not swept or not figures:
+        return None
+    fig, axes = _figure(len(swept), len(figures), (3.1, 2.3), theme, sharex="col", sharey="row")
+    settings = list(dict.fromkeys(_setting(line) for line in lines if line.method in swept))
+    palette = _COLOURS[theme]
+    colours = {s: (palette[i % len(palette)], _MARKERS[i % len(_MARKERS)]) for i, s in enumerate(settings)}
+    levels = [line for line in lines if line.strength is None and line.method not in swept][:1]
+    for at, ax in enumerate(axes):
+        figure, method = figures[at // len(swept)], swept[at % len(swept)]
+        for setting, (colour, marker) in colours.items():
+            chosen = [m for m in lines if m.method == method and _setting(m) == setting and _known(m, figure)]
+            chosen = sorted((m for m in chosen if m.strength is not None), key=lambda m: m.strength)
+            if chosen:
+                _band(ax, chosen, figure, colour, marker)
+        for level in levels:
+            if _known(level, figure):
+                ax.axhline(level.cells[figure].value, color=_GROUND[theme][1], lw=1, ls="--", alpha=0.6, zorder=1)
+        if at < len(swept):
+            ax.set_title(method, fontsize=10)
+        if at % len(swept) == 0:
+            ax.set_ylabel(describe(figure).replace(": ", ":\n"), fontsize=9)
+        if at >= len(axes) - len(swept):
+            ax.set_xlabel("strength", fontsize=9)
+    names = {s or "method at its strength": look for s, look in colours.items()}
+    _legend(fig, axes[0], names, theme, level=levels[0].label if levels else None)
+    return _png(fig)
+
+
+def describe(name: str) -> str:
+    """A figure's name for an axis or a heading: `positive: share of samples`."""
+    head, _, tail = name.rpartition("/")
+    long = {"share": "share of samples", "mean": "mean score", "max": "average maximum", "any": "P(any sample)"}
+    if head and tail in long:
+        return f"{head}: {long[tail]}"
+    also = {"perplexity_pooled": "perplexity, pooled", "kl": "KL to base, nats per token", "length": "length, words"}
+    return also.get(name, name.replace("_", " "))
+
+
+def _path(ax, path, x, y, colour, marker, theme):
+    xs, ys = ([m.cells[n].value for m in path] for n in (x, y))
+    sizes = [7.0] if len(path) == 1 else [4 + 5 * i / (len(path) - 1) for i in range(len(path))]
+    ax.plot(xs, ys, color=colour, lw=1.6, alpha=0.85, zorder=2)
+    for m, size in zip(path, sizes):
+        a, b = m.cells[x], m.cells[y]
+        bars = {"xerr": _reach(a), "yerr": _reach(b)}
+        ax.errorbar(a.value, b.value, **bars, fmt="none", ecolor=colour, elinewidth=1, alpha=0.35, zorder=1)
+        ax.plot(a.value, b.value, marker=marker, ms=size, color=colour, mec=_GROUND[theme][0], mew=0.8, zorder=3)
+
+
+def _band(ax, chosen, figure, colour, marker):
+    xs = [m.strength for m in chosen]
+    cells = [m.cells[figure] for m in chosen]
+    ax.plot(xs, [c.value for c in cells], color=colour, lw=1.6, marker=marker, ms=4, zorder=3)
+    ends = [(c.low, c.high) if math.isfinite(c.low) and math.isfinite(c.high) else (c.value, c.value) for c in cells]
+    ax.fill_between(xs, [e[0] for e in ends], [e[1] for e in ends], color=colour, alpha=0.18, lw=0, zorder=2)
+
+
+def _label_ends(fig, axes, panels, x, y, colours):
+    """Writes the strength beside both ends of each line, and takes away labels that would collide."""
+    fig.canvas.draw()
+    for ax, members in zip(axes, panels.values()):
+        taken: list[Any] = []
+        for method, (colour, _) in colours.items():
+            path = sorted(
+                (m for m in members if m.method == method and m.strength is not None), key=lambda m: m.strength
+            )
+            for m in dict.fromkeys((path[-1].label, path[0].label)) if path else ():
+                line = next(p for p in path if p.label == m)
+                at = (line.cells[x].value, line.cells[y].value)
+                text = ax.annotate(
+                    f"{line.strength:g}", at, xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour
+                )
+                box = text.get_window_extent()
+                if any(box.overlaps(other) for other in taken):
+                    text.remove()
+                else:
+                    taken.append(box)
+
+
+def _figure(across, down, size, theme, **options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ground, ink, rule = _GROUND[theme]
+    fig = Figure(figsize=(size[0] * across, size[1] * down + 0.5), dpi=130, layout="constrained", facecolor=ground)
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(down, across, squeeze=False, **options).ravel().tolist()
+    for ax in axes:
+        ax.set_facecolor(ground)
+        ax.grid(color=rule, lw=0.6, zorder=0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(rule)
+        ax.tick_params(colors=ink, labelsize=8.5, length=3)
+        ax.xaxis.label.set_color(ink)
+        ax.yaxis.label.set_color(ink)
+        ax.title.set_color(ink)
+    return fig, axes
+
+
+def _legend(fig, ax, looks, theme, level=None):
+    from matplotlib.lines import Line2D
+
+    ink = _GROUND[theme][1]
+    handles = [Line2D([], [], color=c, marker=m, lw=1.6, ms=6, label=name) for name, (c, m) in looks.items()]
+    if level is not None:
+        handles.append(Line2D([], [], color=ink, lw=1, ls="--", alpha=0.6, label=level))
+    width = fig.get_size_inches()[0]
+    longest = max(len(h.get_label()) for h in handles)
+    columns = max(1, min(len(handles), int(width / (0.6 + 0.085 * longest))))
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=ink)
+
+
+def _plain_ticks(ax):
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _methods(lines, theme):
+    names = list(dict.fromkeys(line.method for line in lines))
+    palette = _COLOURS[theme]
+    return {n: (palette[i % len(palette)], _MARKERS[i % len(_MARKERS)]) for i, n in enumerate(names)}
+
+
+def _panels(lines) -> dict[str, list[Line]]:
+    """Settings of the columns -> lines. Lines that lack a column (the base has no direction) are in every panel."""
+    titles = list(dict.fromkeys(_setting(line) for line in lines if None not in line.columns.values()))
+    if not titles:
+        return {"": list(lines)} if lines else {}
+    every = {t: next(line.columns for line in lines if _setting(line) == t) for t in titles}
+    return {
+        t: [m for m in lines if all(v is None or v == columns[c] for c, v in m.columns.items())]
+        for t, columns in every.items()
+    }
+
+
+def _setting(line: Line) -> str:
+    return ", ".join(f"{c}: {v}" for c, v in line.columns.items() if v is not None)
+
+
+def _strengths(lines, method):
+    return {line.strength for line in lines if line.method == method and line.strength is not None}
+
+
+def _known(line: Line, name: str) -> bool:
+    return name in line.cells and math.isfinite(line.cells[name].value)
+
+
+def _reach(cell):
+    """[[below], [above]] for an error bar; nothing where the interval is unknown."""
+    if not (math.isfinite(cell.low) and math.isfinite(cell.high)):
+        return None
+    return [[max(0.0, cell.value - cell.low)], [max(0.0, cell.high - cell.value)]]
+
+
+def _png(fig) -> bytes:
+    out = io.BytesIO()
+    fig.savefig(out, format="png", facecolor=fig.get_facecolor(), metadata={"Software": None})
+    return out.getvalue()

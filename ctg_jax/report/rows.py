@@ -1,0 +1,169 @@
+"""Rows of a report: read from artifacts, columns that vary, mean and standard error over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctg_jax.evaluation import Figure
+from ctg_jax.stage import Artifact, open_artifact
+from ctg_jax.types import InputError
+
+RESERVED = ("method", "strength", "seed", "figures", "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A figure of one line of the table: mean over seeds of the value and of the ends of its interval over prompts,
+    and the standard error over seeds (None for one seed)."""
+
+    value: float
+    low: float
+    high: float
+    error: float | None
+    seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of the table: a method at a strength, under the columns that vary."""
+
+    method: str
+    strength: float | None
+    columns: dict[str, Any]
+    cells: dict[str, Cell]
+    samples: list[Mapping[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """`steer @ 2` or `steer @ 2, positive`."""
+        name = self.method if self.strength is None else f"{self.method} @ {self.strength:g}"
+        return ", ".join([name, *(str(v) for v in self.columns.values() if v is not None)])
+
+
+def row(figures: Artifact | Path | str, samples: Artifact | Path | str | None = None, **columns: Any) -> dict[str, Any]:
+    """A row from an evaluation artifact, whose metrics.jsonl holds one figure a line (name, value, low, high, n), and
+    from a samples artifact; `columns` are method, strength, seed and whatever else tells rows apart.
+
+    Raises:
+      InputError: an artifact that is missing or damaged, or that holds no figure.
+    """
+    figures = _artifact(figures)
+    found = {r["name"]: Figure.from_json(r) for r in figures.metrics() if "name" in r and "value" in r}
+    if not found:
+        raise InputError(
+            f"{figures.path / 'metrics.jsonl'} holds no figure; expected lines with name, value, low, high"
+        )
+    texts = [] if samples is None else _artifact(samples).rows("samples.jsonl")
+    return {"method": "base", **columns, "figures": found, "samples": texts}
+
+
+def collect(root: Path | str, function: str = "evaluate") -> list[dict[str, Any]]:
+    """A row for every finished evaluation below `root`, with the settings of all stages behind it as columns.
+
+    Columns are named by the way through the inputs, e.g. `samples.controls.0.layer`. The method and the strength are
+    those of the controls that made the samples, the seed is that of the sampling.
+    """
+    known = {p.parent.name.rpartition("-")[2]: p.parent for p in sorted(Path(root).glob("*/DONE"))}
+    rows = []
+    for path in known.values():
+        artifact = Artifact(path, path.name.rpartition("-")[2])
+        spec = artifact.spec
+        if spec.get("function", "").rpartition(".")[2] != function:
+            continue
+        columns = dict(_settings(spec, known, ""))
+        samples = known.get(spec.get("inputs", {}).get("samples") or "")
+        made = {} if samples is None else Artifact(samples, "").spec
+        controls = [Artifact(known[i], "").spec for i in made.get("inputs", {}).get("controls") or [] if i in known]
+        strengths = [s for s in made.get("config", {}).get("strengths") or [] if s is not None]
+        columns |= {
+            "method": " + ".join(c.get("method", c["function"].rpartition(".")[2]) for c in controls) or "base",
+            "strength": strengths[0] if len(strengths) == 1 else None,
+            "seed": made.get("config", {}).get("seed"),
+        }
+        rows.append(row(artifact, samples, **columns))
+    if not rows:
+        raise InputError(f"{root} holds no finished {function} stage; run an experiment with that root first")
+    return rows
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """The lines of the table in the order of the rows, seeds put together, columns that never vary left out.
+
+    Raises:
+      InputError: no rows, a row without method or figures, two rows that nothing tells apart.
+    """
+    if not rows:
+        raise InputError("rows are empty; a report needs at least one row with a method and its figures")
+    for i, r in enumerate(rows):
+        if not isinstance(r.get("method"), str) or not isinstance(r.get("figures"), Mapping):
+            raise InputError(f"row {i} lacks 'method' (string) or 'figures' (name -> figure); both are needed")
+    varying = _varying(rows)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for r in rows:
+        key = _key([r["method"], r.get("strength"), *(r.get(c) for c in varying)])
+        groups.setdefault(key, []).append(r)
+    out = []
+    for members in groups.values():
+        seeds = [m.get("seed") for m in members]
+        if len(set(seeds)) < len(seeds):
+            raise InputError(
+                f"{len(members)} rows of method {members[0]['method']!r} agree in strength, seed and every column; "
+                "give each its own seed or a column that tells them apart"
+            )
+        first = members[0]
+        strength = None if first.get("strength") is None else float(first["strength"])
+        columns = {c: first.get(c) for c in varying}
+        out.append(Line(first["method"], strength, columns, _cells(members), list(first.get("samples") or [])))
+    return out
+
+
+def _cells(members: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
+    cells = {}
+    for name in dict.fromkeys(n for m in members for n in m["figures"]):
+        found = [m["figures"][name] for m in members if name in m["figures"]]
+        figures = [f if isinstance(f, Figure) else Figure.from_json(f) for f in found]
+        k = len(figures)
+        value, low, high = (math.fsum(getattr(f, end) for f in figures) / k for end in ("value", "low", "high"))
+        error = None
+        if k > 1:
+            error = math.sqrt(math.fsum((f.value - value) ** 2 for f in figures) / (k - 1) / k)
+        cells[name] = Cell(value, low, high, error, k)
+    return cells
+
+
+def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(c for r in rows for c in r if c not in RESERVED)
+    return [c for c in names if len({_key(r.get(c)) for r in rows}) > 1]
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _settings(spec: Mapping[str, Any], known: Mapping[str, Path], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(column, value) of a stage and, by way of its inputs, of every stage before it."""
+    for name, value in (spec.get("config") or {}).items():
+        yield from _flat(prefix + name, value)
+    for name, ids in (spec.get("inputs") or {}).items():
+        several = isinstance(ids, list)
+        for i, id in enumerate(ids if several else [ids]):
+            if id in known:
+                inner = f"{prefix}{name}.{i}." if several else f"{prefix}{name}."
+                yield from _settings(Artifact(known[id], id).spec, known, inner)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}", inner)
+    else:
+        yield name, value
+
+
+def _artifact(value: Artifact | Path | str) -> Artifact:
+    return value if isinstance(value, Artifact) else open_artifact(value)

@@ -1,0 +1,264 @@
+"""`write`: a report as Markdown, HTML, PNG and JSON from rows of figures and samples."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctg_jax.evaluation import FIELD
+from ctg_jax.report import plots
+from ctg_jax.report.rows import Cell, Line, lines
+from ctg_jax.report.template import PAGE
+from ctg_jax.stage import write_text
+from ctg_jax.types import InputError
+
+# Columns of the first table, in this order, after the share of every attribute; all others follow at the end.
+_MAIN = ("perplexity", "dist-2", "dist-3", "rep-3", "self_bleu", "kl", "mauve", "similarity", "coverage", "length")
+_CURVES = ("perplexity", "kl", "dist-2")
+_CARDS = 12  # texts beside one another for one prompt
+
+
+def write(
+    directory: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    title: str = "Controlled generation",
+    scorers: Mapping[str, str] | None = None,
+    perplexity: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    attributes: Sequence[str] = (),
+    prompts: int = 4,
+    texts: int = 2,
+) -> Path:
+    """Writes report.html, report.md, report.json and the plots into a directory; returns the path of report.html.
+
+    Args:
+      rows: records with "method" (str), "figures" (name -> `Figure` or its JSON), and if they have one "strength",
+        "seed", "samples" (records with prompt, text, prompt_id), and any other columns (direction, prompt set,
+        layer …). Columns that never vary are left out; rows that differ in the seed alone become one line.
+      scorers: name -> version of every reward. perplexity: its LM and convention, e.g. f"gpt2@…: {Perplexity()}".
+      about: anything else the reader should know: commit, configuration, seed, data.
+      attributes: figures of the horizontal axis of a frontier each; every "<reward>/share" by default.
+      prompts, texts: how many prompts and how many texts of each are shown side by side.
+
+    Raises:
+      InputError: no rows, rows without method or figures or that nothing tells apart, an attribute that no row has,
+        a directory that cannot be written.
+    """
+    table = lines(rows)
+    names = list(dict.fromkeys(n for line in table for n in line.cells))
+    for attribute in attributes:
+        if attribute not in names:
+            raise InputError(f"attributes names {attribute!r}, which no row has; the rows have {', '.join(names)}")
+    shares = list(attributes) or [n for n in names if n.endswith("/share")]
+    main = shares + [n for n in _MAIN if n in names]
+    rest = [n for n in names if n not in main]
+    main, rest = (main, rest) if main else (names, [])
+    drawn = _draw(table, shares, main)
+    seeds = max((c.seeds for line in table for c in line.cells.values()), default=1)
+    facts = _facts(scorers, perplexity, about, names, rows)
+    shown = _side_by_side(table, prompts, texts)
+    try:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, (light, _, _) in drawn.items():
+            _write_bytes(directory / f"{name}.png", light)
+        write_text(directory / "report.md", _markdown(title, table, main, rest, drawn, shown, facts, seeds))
+        write_text(directory / "report.json", _json(title, table, facts))
+        write_text(directory / "report.html", _html(title, table, main, rest, drawn, shown, facts, seeds))
+    except OSError as e:
+        raise InputError(f"cannot write the report to {directory}: {e.strerror}; give a directory with room") from None
+    return directory / "report.html"
+
+
+def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tuple[bytes, bytes, str]]:
+    """File stem -> (light PNG, dark PNG, caption)."""
+    drawn = {}
+    for share in shares:
+        light, dark = (plots.frontier(table, share, "perplexity", theme) for theme in ("light", "dark"))
+        if light and dark:
+            caption = (
+                f"Control against fluency: {plots.describe(share)} against perplexity, one line for each method over "
+                "its strengths, from small marker to large, with the strength written at both ends; faint bars are "
+                "the intervals. To the lower right is best."
+            )
+            drawn["frontier-" + re.sub(r"[^A-Za-z0-9_-]+", "-", share.removesuffix("/share"))] = (light, dark, caption)
+    wanted = shares + [n for n in _CURVES if n in main]
+    light, dark = (plots.curves(table, wanted, theme) for theme in ("light", "dark"))
+    if light and dark:
+        caption = "Figures over the strength of each method, with the interval as a band; dashed: without control."
+        drawn["strength"] = (light, dark, caption)
+    return drawn
+
+
+def note(seeds: int) -> str:
+    """What the numbers in a cell mean."""
+    text = "Each figure with its bootstrap interval over prompts, in brackets (95 % unless said otherwise below)."
+    if seeds > 1:
+        text += f" Mean over up to {seeds} seeds ± standard error over seeds; the interval is the mean of theirs."
+    return text
+
+
+def number(value: float, like: float | None = None) -> str:
+    """A figure for the table: three decimals below 1, fewer above; a dash where it is not known."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    scale = abs(value if like is None or not math.isfinite(like) else like)
+    digits = 3 if scale < 10 else 1 if scale < 1000 else 0
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _texts(cell: Cell | None) -> tuple[str, str]:
+    """(value, interval) as text."""
+    if cell is None:
+        return "–", ""
+    error = "" if cell.error is None else f" ± {number(cell.error, cell.value)}"
+    if math.isnan(cell.low) or math.isnan(cell.high):
+        return number(cell.value) + error, ""
+    return number(cell.value) + error, f"[{number(cell.low, cell.value)}, {number(cell.high, cell.value)}]"
+
+
+def _grid(table: list[Line], names: list[str]) -> tuple[list[dict], list[list[dict]]]:
+    columns = list(table[0].columns)
+    strengths = any(line.strength is not None for line in table)
+    heads = [{"name": h, "word": True} for h in ["method", *columns]]
+    heads += [{"name": "strength", "word": False}] * strengths
+    heads += [{"name": plots.describe(n), "word": False} for n in names]
+    body = []
+    for line in table:
+        words = [line.method, *("" if v is None else str(v) for v in line.columns.values())]
+        cells: list[dict[str, Any]] = [{"value": w, "word": True} for w in words]
+        if strengths:
+            cells.append({"value": "" if line.strength is None else f"{line.strength:g}"})
+        for n in names:
+            value, interval = _texts(line.cells.get(n))
+            cells.append({"value": value, "interval": interval})
+        body.append(cells)
+    return heads, body
+
+
+def _html(title, table, main, rest, drawn, shown, facts, seeds) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    images = []
+    for light, dark, caption in drawn.values():
+        width = int.from_bytes(light[16:20], "big") * 3 // 4  # from the PNG header, in CSS pixels at this resolution
+        light64, dark64 = (base64.b64encode(x).decode() for x in (light, dark))
+        images.append({"light": light64, "dark": dark64, "caption": caption, "width": width})
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    grid = _grid(table, [])
+    return page.render(
+        title=title,
+        note=note(seeds),
+        main=_grid(table, main),
+        rest=_grid(table, rest),
+        words=len(grid[0]),
+        images=images,
+        samples=shown,
+        about=facts,
+    )
+
+
+def _markdown(title, table, main, rest, drawn, shown, facts, seeds) -> str:
+    out = [f"# {escape(title)}", "", note(seeds), "", *_markdown_table(table, main)]
+    for name, (_, _, caption) in drawn.items():
+        out += ["", f"![{escape(caption)}]({name}.png)", "", escape(caption)]
+    if shown:
+        out += ["", "## Samples, side by side"]
+    for prompt in shown:
+        out += ["", f"**{escape(prompt['prompt'])} …**", "", "| method | text |", "|:--|:--|"]
+        out += [f"| {escape(card['label'])} | {escape(text)} |" for card in prompt["cards"] for text in card["texts"]]
+    if rest:
+        out += ["", "## All other figures", "", *_markdown_table(table, rest)]
+    out += ["", "## How it was measured", "", *(f"- {escape(name)}: {escape(value)}" for name, value in facts)]
+    return "\n".join(out) + "\n"
+
+
+def _markdown_table(table: list[Line], names: list[str]) -> list[str]:
+    heads, body = _grid(table, names)
+    out = ["| " + " | ".join(escape(h["name"]) for h in heads) + " |"]
+    out.append("|" + "|".join(":--" if h["word"] else "--:" for h in heads) + "|")
+    for cells in body:
+        texts = [escape(c["value"]) + (f" {c['interval']}" if c.get("interval") else "") for c in cells]
+        out.append("| " + " | ".join(texts) + " |")
+    return out
+
+
+def escape(text: Any) -> str:
+    """Text for one cell or line of Markdown: HTML and Markdown marks are taken literally, line breaks are spaces."""
+    flat = " ".join(str(text).split())
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(flat, quote=False))
+
+
+def _json(title, table, facts) -> str:
+    def plain(cell: Cell):
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(cell).items()}
+
+    records = [
+        {"method": t.method, "strength": t.strength, **t.columns, "figures": {n: plain(c) for n, c in t.cells.items()}}
+        for t in table
+    ]
+    report = {"title": title, "about": {n: v for n, v in facts}, "lines": records}
+    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _facts(scorers, perplexity, about, names, rows) -> list[tuple[str, str]]:
+    """(name, value) of everything that says how the figures came about; what was not said is called unknown."""
+    facts = [(f"scorer of {name!r}", version) for name, version in (scorers or {}).items()]
+    judged = dict.fromkeys(n.rpartition("/")[0] for n in names if n.endswith("/share"))
+    facts += [(f"scorer of {n!r}", "not named") for n in judged if n not in (scorers or {})]
+    if any(n.startswith("perplexity") for n in names):
+        facts.append(("perplexity", perplexity or f"language model not named; {FIELD.perplexity}"))
+    seeds = sorted({r["seed"] for r in rows if r.get("seed") is not None}, key=str)
+    if seeds:
+        facts.append(("seeds" if len(seeds) > 1 else "seed", ", ".join(map(str, seeds))))
+    return facts + [(str(name), str(value)) for name, value in (about or {}).items()]
+
+
+def _side_by_side(table: list[Line], prompts: int, texts: int) -> list[dict[str, Any]]:
+    """The first prompts that most lines have, with the first texts of each line; where that makes too many cards, the
+    smallest, middle and largest strength of each method."""
+    with_samples = [line for line in table if line.samples]
+    if not with_samples or prompts < 1:
+        return []
+    chosen = with_samples if len(with_samples) <= _CARDS else _fewer(with_samples)
+    found: dict[Any, dict[str, Any]] = {}
+    for line in chosen:
+        mine: dict[Any, list[str]] = {}
+        for s in line.samples:
+            key = (str(s.get("prompt_id", "")), s["prompt"])
+            mine.setdefault(key, []).append(s["text"])
+        for key, written in mine.items():
+            entry = found.setdefault(key, {"prompt": key[1], "cards": []})
+            entry["cards"].append({"label": line.label, "texts": written[:texts]})
+    common = sorted(found.values(), key=lambda e: -len(e["cards"]))  # stable: the order of the samples among equals
+    return common[:prompts]
+
+
+def _fewer(table: list[Line]) -> list[Line]:
+    groups: dict[Any, list[Line]] = {}
+    for line in table:
+        groups.setdefault((line.method, json.dumps(line.columns, default=str)), []).append(line)
+    kept = []
+    for members in groups.values():
+        order = sorted(members, key=lambda m: m.strength or 0.0)
+        kept += [order[i] for i in sorted({0, (len(order) - 1) // 2, len(order) - 1})]
+    return kept
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(data)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -110,7 +110,7 @@ def test_sharded_load_reads_each_element_once(lm, tmp_path, monkeypatch):
     _, given = hf.load(tmp_path, shardings=_shardings(params))  # a tree instead of a function
     jax.tree.map(np.testing.assert_array_equal, params, given)
     lacking = {k: v for k, v in _shardings(params).items() if k != "embed"}
-    with pytest.raises(InputError, match="shardings: leaf embed/.* is on one side only"):
+    with pytest.raises(InputError, match=r"shardings: leaf embed/.* is on one side only"):
         hf.load(tmp_path, shardings=lacking)
 
 

@@ -1,0 +1,151 @@
+"""Sampling and evaluation as stages: resumed, independent of the batch, refused on bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ctg_jax import flow, sources
+from ctg_jax.stage import Run, stage, write_jsonl
+from ctg_jax.types import InputError
+from tests.experiments.tiny_lm import write_lm
+
+TEXTS = ["the food", "the room was", "we"]
+
+
+def texts(run, *, rows):
+    write_jsonl(run.path / "data.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def lm(root, tmp_path_factory):
+    return stage(root, sources.load_lm, {"source": str(write_lm(tmp_path_factory.mktemp("lm")))})
+
+
+@pytest.fixture(scope="module")
+def prompts(root):
+    return stage(root, texts, {"rows": [{"text": t, "label": i % 2} for i, t in enumerate(TEXTS)]})
+
+
+@pytest.fixture(scope="module")
+def samples(root, lm, prompts):
+    return stage(root, flow.sample, dict(n=3, max_new=5, batch=4, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
+
+
+def content(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_records_are_in_order_and_complete(samples):
+    rows = samples.rows("samples.jsonl")
+    assert [(r["prompt_id"], r["sample"], r["prompt"]) for r in rows] == [
+        (i, j, t) for i, t in enumerate(TEXTS) for j in range(3)
+    ]
+    assert [r["prompt_label"] for r in rows] == [0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert all(1 <= len(r["tokens"]) <= 5 and r["logp"] < 0 and r["seconds"] > 0 for r in rows)
+    assert sorted(p.name for p in samples.path.iterdir()) == ["DONE", "samples.jsonl", "spec.json"]
+
+
+def test_a_text_does_not_depend_on_the_batch_or_on_how_many_there_are(root, lm, prompts, samples):
+    more = stage(root, flow.sample, dict(n=4, max_new=5, batch=7, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
+    kept = [r for r in more.rows("samples.jsonl") if r["sample"] < 3]
+    assert [r["tokens"] for r in kept] == [r["tokens"] for r in samples.rows("samples.jsonl")]
+
+
+@pytest.mark.parametrize("whole", [1, 2])
+def test_interrupted_sampling_goes_on_behind_its_last_whole_batch(tmp_path, lm, prompts, samples, monkeypatch, whole):
+    done = [0]
+    generate = flow.generate
+
+    def dying(*args, **kw):
+        done[0] += 1
+        if done[0] > whole:
+            raise KeyboardInterrupt
+        return generate(*args, **kw)
+
+    config = dict(n=3, max_new=5, batch=4, filter={"top_p": 0.9})
+    monkeypatch.setattr(flow, "generate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path, flow.sample, config, lm=lm, prompts=prompts)
+    (partial,) = tmp_path.glob("sample-*/partial.jsonl")
+    with open(partial, "a") as f:
+        f.write('{"prompt_id": 1, "sam')  # killed while writing
+    calls = []
+    monkeypatch.setattr(flow, "generate", lambda *a, **kw: calls.append(1) or generate(*a, **kw))
+    again = stage(tmp_path, flow.sample, config, lm=lm, prompts=prompts)
+    assert len(calls) == 3 - whole
+    assert content(again.rows("samples.jsonl")) == content(samples.rows("samples.jsonl"))
+
+
+def test_bad_prompts(tmp_path, root, lm):
+    empty = stage(root, texts, {"rows": []})
+    with pytest.raises(InputError, match="the list of prompts is empty"):
+        stage(tmp_path, flow.sample, {}, lm=lm, prompts=empty)
+    long = stage(root, texts, {"rows": [{"text": "the food"}, {"text": "the food was good " * 9}]})
+    with pytest.raises(InputError, match=r"prompt 2 has .* context is 32"):
+        stage(tmp_path, flow.sample, {}, lm=lm, prompts=long)
+    assert not list(tmp_path.glob("sample-*"))
+
+
+def test_strengths_and_controls_must_match(lm):
+    with pytest.raises(InputError, match="1 strengths were given for 0 controls"):
+        flow.build(lm, [], [1.0])
+
+
+@pytest.mark.parametrize("kind", ["bag", "oracle"])
+def test_a_judge_is_fitted_once_and_read_back(root, kind):
+    rows = [{"text": f"the {w} was {a}", "label": l} for w in ("soup", "room", "show")
+            for a, l in (("delicious", 1), ("wonderful", 1), ("bland", 0), ("terrible", 0))]  # fmt: skip
+    data = stage(root, texts, {"rows": rows})
+    judge = stage(root, flow.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
+    (row,) = judge.metrics()
+    assert row["accuracy"] == 1.0 and row["heldout"] == 12 and row["version"] == flow.open_judge(judge).version
+    scores = flow.open_judge(judge)(["", ""], ["the soup was delicious", "the soup was bland"])
+    assert scores[0] > 0.5 > scores[1]
+
+
+def test_unknown_judge(tmp_path):
+    with pytest.raises(InputError, match="one of oracle, bag, probe, classifier"):
+        stage(tmp_path, flow.fit_judge, {"kind": "orakle"})
+    with pytest.raises(InputError, match="no data were given"):
+        stage(tmp_path, flow.fit_judge, {"kind": "bag"})
+    assert not list(tmp_path.glob("fit_judge-*"))
+
+
+def test_figures_have_intervals_and_name_their_scorers(root, lm, samples):
+    judge = stage(root, flow.fit_judge, {"kind": "oracle"})
+    result = stage(root, flow.evaluate, {"resamples": 50, "lm_name": "tiny"}, samples=samples, judges=[judge], lm=lm)
+    figures = {row["name"]: row for row in result.metrics()}
+    assert {"positive/share", "perplexity", "dist-2", "length", "tokens"} <= figures.keys()
+    assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values() if f["low"] is not None)
+    assert result.spec["judges"]["positive"].startswith("oracle:") and result.spec["perplexity"].startswith("tiny: ")
+    tokens = [len(r["tokens"]) for r in samples.rows("samples.jsonl")]
+    np.testing.assert_allclose(figures["tokens"]["value"], np.mean(tokens))
+
+
+def test_perplexity_of_greedy_text_is_that_of_its_log_probability(root, lm, prompts):
+    """Without truncation and where texts encode back to their tokens, the scorer sees what the decoder saw."""
+    made = stage(root, flow.sample, dict(n=2, max_new=4), lm=lm, prompts=prompts)
+    from ctg_jax.evaluation import LMScorer
+    from ctg_jax.stage import open_lm
+
+    model, params, tokenizer = open_lm(lm)
+    rows = [r for r in made.rows("samples.jsonl") if tokenizer.encode([r["text"]])[0] == r["tokens"]]
+    nats, _ = LMScorer(model, params, tokenizer)([r["prompt"] for r in rows], [r["text"] for r in rows])
+    assert rows
+    np.testing.assert_allclose(nats, [-r["logp"] for r in rows], atol=2e-4)
+
+
+def test_partial_rows_are_cut_back_to_whole_batches(tmp_path):
+    run = Run(tmp_path)
+    rows = [{"x": i} for i in range(5)]
+    path = run.path / "partial.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"x":')
+    assert flow._whole_batches(path, 2, 9) == rows[:4]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert flow._whole_batches(path, 2, 5) == rows

@@ -1,0 +1,84 @@
+"""Data and language models as stages."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctg_jax import sources
+from ctg_jax.stage import open_lm, stage, tally
+from ctg_jax.types import InputError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rows = [{"text": f"number {i} of the words in a row", "label": i % 3} for i in range(12)] + [{"text": "short"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return f"jsonl:{tmp_path / 'c.jsonl'}"
+
+
+def loaded(tmp_path, source, **config):
+    return stage(tmp_path / "runs", sources.load_data, {"source": source, "split": "all", **config}).rows("data.jsonl")
+
+
+def test_selection_of_records(tmp_path, corpus):
+    assert len(loaded(tmp_path, corpus)) == 13
+    assert [r["text"][7] for r in loaded(tmp_path, corpus, where={"label": 1}, limit=2, skip=1)] == ["4", "7"]
+    balanced = loaded(tmp_path, corpus, balance="label", limit=2)
+    assert [r.get("label") for r in balanced] == [0, 1, 2, 0, 1, 2, None]
+
+
+def test_prompts_are_the_first_words(tmp_path, corpus):
+    rows = loaded(tmp_path, corpus, words=3, limit=2)
+    assert [r["text"] for r in rows] == ["number 0 of", "number 1 of"]
+    assert rows[0]["reference"] == "number 0 of the words in a row"
+
+
+def test_nothing_matches(tmp_path, corpus):
+    with pytest.raises(InputError, match=r"has no record with \{'label': 9\}"):
+        loaded(tmp_path, corpus, where={"label": 9})
+    assert not list((tmp_path / "runs").glob("load_data-*"))
+
+
+def test_pretraining_lowers_the_loss_and_gives_an_lm(tmp_path, corpus):
+    data = stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"})
+    config = dict(
+        vocab=280,
+        width=16,
+        depth=2,
+        heads=2,
+        context=32,
+        length=16,
+        batch=4,
+        steps=40,
+        warmup=4,
+        log_every=1,
+        rate=1e-2,
+    )
+    lm = stage(tmp_path, sources.pretrain, config, data=data)
+    losses = [row["loss"] for row in lm.metrics()]
+    assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
+    model, params, tokenizer = open_lm(lm)
+    assert model.context == 32 and model.vocab == tokenizer.vocab <= 280
+    assert tokenizer.decode(tokenizer.encode(["number 3 of"])) == ["number 3 of"]
+    tokens = jnp.asarray(tokenizer.encode(["number 3 of the words in a row"]))
+    z = model.apply(params, model.embed(params, tokens), jnp.ones(tokens.shape, bool)).logits
+    nll = -jax.nn.log_softmax(z)[0, jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
+    np.testing.assert_array_less(nll.mean(), losses[0])
+    assert sorted(p.name for p in lm.path.iterdir()) == ["DONE", "metrics.jsonl", "spec.json", "state"]
+    with tally() as count:
+        assert stage(tmp_path, sources.pretrain, config, data=data) == lm
+    assert not count.executed
+
+
+def test_a_width_that_heads_do_not_divide(tmp_path, corpus):
+    data = stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"})
+    with pytest.raises(InputError, match="width is 10"):
+        stage(tmp_path, sources.pretrain, dict(width=10, heads=4), data=data)
+
+
+def test_an_artifact_that_is_no_lm(tmp_path, corpus):
+    with pytest.raises(InputError, match="is no language model"):
+        open_lm(stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"}))

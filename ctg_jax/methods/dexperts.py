@@ -9,6 +9,7 @@ the DExperts paper: `Chain((top_p, experts))`; the other order filters the combi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import bricks, decode
+from ctg_jax import bricks, checkpoint, decode, methods
 from ctg_jax.control import IDENTITY, Control
+from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM, Cache
+from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError, Params, Prompts
 
 CUT = -1e29  # logits at or below were removed by a filter before; they stay removed
@@ -119,8 +122,9 @@ class LastTokens(Control):
 
 
 def member(lm: LM, params: Params, control: Control = IDENTITY) -> Member:
-    """A `Member` of `lm` under any control whose weights, if it changes them, are merged here, once."""
-    return Member(lm.unstack(control.weights(params)), control, lm=lm)
+    """A `Member` of `lm` under any control; a control that only changes weights is merged here and then gone."""
+    merged = lm.unstack(control.weights(params))
+    return Member(merged, IDENTITY if isinstance(control, bricks.Delta) else control, lm=lm)
 
 
 def experts(expert: Member, anti: Member | None, alpha: float = 2.0, cond: str | None = None) -> Experts:
@@ -172,3 +176,42 @@ def example(lm: LM, key: jax.Array) -> Experts:
 def neutral(control: Experts) -> Experts:
     """Strength 0."""
     return control.replace(alpha=jnp.zeros_like(control.alpha))
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    expert: Mapping[str, Any] | None = None,
+    anti: Mapping[str, Any] | None = None,
+    alpha: float = 2.0,
+    cond: str | None = None,
+    **training: Any,
+) -> Artifact:
+    """Two fine-tuning stages on the same model, and their combination.
+
+    Args:
+      lm, data: an LM artifact, and records with `text` and a field to choose by.
+      expert, anti: `where` of each side; by default {"label": 1} and {"label": 0}.
+      alpha: the strength at first. cond: see `Experts`.
+      **training: the other settings of `finetune`, the same for both.
+
+    Raises:
+      InputError: kind is "prompt" (experts are merged into weights), or what `finetune` raises.
+    """
+    if training.get("kind") == "prompt":
+        raise InputError("kind is 'prompt', but experts are merged into the weights: use 'lora' or 'full'.")
+    chosen = (expert or {"label": 1}, anti or {"label": 0})
+    tuned = [finetune.fit(root, lm=lm, data=data, **{**training, "where": dict(where)}) for where in chosen]
+    return stage(root, dexperts, dict(alpha=alpha, cond=cond), lm=lm, expert=tuned[0], anti=tuned[1])
+
+
+def dexperts(
+    run: Run, *, lm: Artifact, expert: Artifact, anti: Artifact, alpha: float = 2.0, cond: str | None = None
+) -> None:
+    """Stage: merges two controls that were fitted on `lm` into its weights and keeps both models."""
+    model, params, _ = open_lm(lm)
+    sides = [member(model, params, methods.load(a, model)) for a in (expert, anti)]
+    checkpoint.save(run.path / "state", experts(*sides, alpha, cond))
+    run.record(method="dexperts", init=dict(alpha=alpha, cond=cond))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from ctg_jax import bricks, checkpoint, losses, rng, train
 from ctg_jax.bricks import Delta, SoftPrompt
-from ctg_jax.control import Control
+from ctg_jax.data.pipeline import pipeline
+from ctg_jax.data.sources import Source
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError
@@ -117,10 +118,10 @@ def finetune(
       save_every: steps between checkpoints.
 
     Raises:
-      InputError: no record matches, or a setting is out of range.
+      InputError: no record matches, steps below 1, or what `init` raises.
     """
-    from ctg_jax import data as corpora
-
+    if steps < 1:
+        raise InputError(f"steps is {steps}, expected at least 1.")
     records = [r for r in data.rows("data.jsonl") if all(r.get(k) == v for k, v in (where or {}).items())]
     if not records:
         raise InputError(f"where is {dict(where or {})}, which matches no record of {data.path}.")
@@ -136,16 +137,12 @@ def finetune(
     tx = train.optimizer(pace, decay=decay, trained=r"changes/.*|vectors")
     state = train.init_state(control, tx, rng.stream(key, "train"))
     fields = () if choices is None else ("label",)
-    batches = corpora.pipeline(records, tokenizer, batch=batch, length=tokens, seed=seed, fields=fields)
+    source = Source(str(data.path), str(where), records)
+    batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=fields)
     step = train.make_step(loss(model, kl=kl), tx)
     state = train.loop(
         run.path, state, step, batches, steps=steps, save_every=save_every, frozen={"params": params}, progress=False
     )
-    run.record(method="finetune", init=hp, fitted_on=lm.fingerprint)
-    save(run, state.params)
-
-
-def save(run: Run, control: Control) -> None:
-    """Keeps the control alone: the checkpoints with optimizer state have served."""
-    checkpoint.save(run.path / "state", control)
-    shutil.rmtree(run.path / "steps", ignore_errors=True)
+    run.record(method="finetune", init=hp)
+    checkpoint.save(run.path / "state", state.params)
+    shutil.rmtree(run.path / "steps")  # optimizer states have served; the control is kept

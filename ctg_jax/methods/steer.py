@@ -6,6 +6,8 @@ Difference of means of labelled texts (Subramani et al. 2022; Turner et al. 2023
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import bricks
+from ctg_jax import bricks, checkpoint
 from ctg_jax.control import Control
+from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.models.lm import LM
+from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError, Params
 
 
@@ -168,7 +172,7 @@ def principal_component(p: Pairs) -> np.ndarray:
     return (first * np.sum(first * mean, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def normalise(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
+def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
     """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), or of the mean length `norm` [L + 2] of the
     stream at its site ("stream"), so that a scale means the same at every layer and for every model."""
     if how == "none":
@@ -194,3 +198,129 @@ def gates(depth: int, sites: Any) -> np.ndarray:
             raise InputError(f"sites holds {s!r}, expected 'all', 'middle' or whole numbers from 0 to {depth + 1}.")
         gate[s] = 1.0
     return gate
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    kind: str = "mean",
+    pool: str = "mean",
+    target: int = 1,
+    sites: Any = "middle",
+    normalise: str = "none",
+    scale: float = 1.0,
+    cond: str | None = None,
+    batch: int = 32,
+    tokens: int = 64,
+) -> Artifact:
+    """A steering control towards the texts of label `target`, in two stages: `activations`, which reads the texts once,
+    and `steer`, which is instant, so a sweep over sites, normalisations or kinds reads nothing twice.
+
+    Args:
+      lm, data: an LM artifact, and records with `text` and `label`; or, for pairs, records with `positive` and
+        `negative` texts (records with labels are paired in their order, label `target` against the others).
+      kind: "mean" (difference of means), "pairs" (mean pair difference) or "pca" (first component of differences).
+      pool: which states of a text are averaged: "mean" over all tokens, or the "last" one.
+      target: the label to steer towards; all others are the other side.
+      sites: see `gates`. normalise: see `normalise`. scale: the strength at first. cond: see `Steer`.
+      batch, tokens: texts in a batch, and tokens read of a text.
+    """
+    if kind not in ("mean", "pairs", "pca"):
+        raise InputError(f"kind is {kind!r}, expected 'mean', 'pairs' or 'pca'.")
+    reading = dict(paired=kind != "mean", pool=pool, target=target, batch=batch, tokens=tokens)
+    sums = stage(root, activations, reading, lm=lm, data=data)
+    config = dict(kind=kind, sites=sites, normalise=normalise, scale=scale, cond=cond)
+    return stage(root, steer, config, lm=lm, sums=sums)
+
+
+def activations(
+    run: Run,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    paired: bool = False,
+    pool: str = "mean",
+    target: int = 1,
+    batch: int = 32,
+    tokens: int = 64,
+) -> None:
+    """Stage: `Moments` of two classes (1 = label `target`, 0 = the others), or `Pairs`; see `fit`.
+
+    Raises:
+      InputError: a record lacks its label or its pair, or one side has no text.
+    """
+    model, params, tokenizer = open_lm(lm)
+    with_, without = sides(data.rows("data.jsonl"), target, paired, str(data.path))
+    if paired:
+        read = jax.jit(partial(pair_moments, model, how=pool))
+        both = zip(batches(tokenizer, with_, batch, tokens), batches(tokenizer, without, batch, tokens))
+        parts = (read(params, a[:2], b[:2], a[2] * b[2]) for a, b in both)
+    else:
+        read = jax.jit(partial(moments, model, classes=2, how=pool))
+        parts = (
+            read(params, t, m, np.full(len(t), label), weight)
+            for label, texts in ((1, with_), (0, without))
+            for t, m, weight in batches(tokenizer, texts, batch, tokens)
+        )
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    checkpoint.save(run.path / "state", total)
+    run.record(paired=paired)
+
+
+def steer(
+    run: Run,
+    *,
+    lm: Artifact,
+    sums: Artifact,
+    kind: str = "mean",
+    sites: Any = "middle",
+    normalise: str = "none",
+    scale: float = 1.0,
+    cond: str | None = None,
+) -> None:
+    """Stage: the control, from what `activations` summed; see `fit`."""
+    found = sums.load()
+    if kind == "mean":
+        m = Moments(**found)
+        vector, texts = difference_of_means(m, 1, (0,)), np.sum(m.count)
+    else:
+        m = Pairs(**found)
+        vector, texts = (mean_difference if kind == "pairs" else principal_component)(m), 2 * m.count
+    norm = np.asarray(m.norm) / np.asarray(texts)
+    vector = scaled(vector, norm, normalise)
+    gate = gates(len(vector) - 2, sites)
+    control = Steer(jnp.asarray(vector), jnp.asarray(gate), jnp.asarray(scale, jnp.float32), cond)
+    checkpoint.save(run.path / "state", control)
+    for site, (length, stream) in enumerate(zip(np.linalg.norm(vector, axis=-1), norm)):
+        run.log(site=site, vector_norm=float(length), stream_norm=float(stream))
+    run.record(method="steer", init={"cond": cond})
+
+
+def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tuple[list[str], list[str]]:
+    """Texts with and without the attribute; for pairs, equally many, in the order of the records."""
+    if paired and all("positive" in r and "negative" in r for r in records):
+        return [r["positive"] for r in records], [r["negative"] for r in records]
+    for i, r in enumerate(records):
+        if "label" not in r:
+            raise InputError(f"record {i} of {where} has no label, only {', '.join(sorted(r))}; steering needs labels.")
+    with_ = [r["text"] for r in records if r["label"] == target]
+    without = [r["text"] for r in records if r["label"] != target]
+    if not with_ or not without:
+        found = sorted({r["label"] for r in records})
+        raise InputError(f"target is {target}, but the labels in {where} are {found}: texts are needed on both sides.")
+    least = min(len(with_), len(without))
+    return (with_[:least], without[:least]) if paired else (with_, without)
+
+
+def batches(tokenizer: Tokenizer, texts: Sequence[str], batch: int, length: int) -> Iterator[tuple]:
+    """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch)."""
+    before = [tokenizer.bos] if tokenizer.adds_bos else []
+    for start in range(0, len(texts), batch):
+        rows = [(before + row)[:length] for row in tokenizer.encode(texts[start : start + batch])]
+        rows += [[]] * (batch - len(rows))
+        tokens, mask = pad_rows(rows, length, 0, left=False)
+        yield tokens, mask, mask.any(1).astype(np.float32)

@@ -1,0 +1,135 @@
+"""Fine-tuning: changes of weights by hand, soft prompts per row, and training that learns only the control."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import worlds
+
+from ctg_jax import bricks, decode, methods, train, tree
+from ctg_jax.methods import finetune
+from ctg_jax.stage import open_lm
+from ctg_jax.types import InputError
+
+LM = worlds.tiny()
+PARAMS = worlds.lively(LM)
+PROMPTS = worlds.prompts([[1, 2, 3], [4, 5]])
+COMPLETION = jnp.array([[1, 2], [3, 4]])
+
+
+def test_lora_by_hand():
+    """W + 2 · b a, with b = (1, 2) and a = (3, 4, 5) in one layer of a 2 x 3 matrix."""
+    params = {"layers": {"w": {"kernel": jnp.zeros((1, 2, 3))}}}
+    change = {"a": jnp.array([[[3.0, 4.0, 5.0]]]), "b": jnp.array([[[1.0], [2.0]]])}
+    control = bricks.Delta({"layers/w/kernel": change}, jnp.float32(2))
+    wanted = [[6, 8, 10], [12, 16, 20]]
+    assert control.weights(params)["layers"]["w"]["kernel"][0].tolist() == wanted
+    apart = {"layers": tree.unstack(params["layers"])}
+    assert control.weights(apart)["layers"][0]["w"]["kernel"].tolist() == wanted
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "prompt"])
+def test_a_new_control_has_the_shapes_it_says(kind):
+    control = finetune.init(LM, jax.random.key(0), kind=kind, rank=3, length=4)
+    if kind == "prompt":
+        assert control.vectors.shape == (4, 16)
+        assert finetune.neutral(control) is None
+        return
+    base = decode.forward(LM, PARAMS, PROMPTS, COMPLETION)
+    np.testing.assert_array_equal(decode.forward(LM, PARAMS, PROMPTS, COMPLETION, control), base)
+    if kind == "lora":
+        assert sorted(control.changes) == [f"layers/{p}/kernel" for p in ("attn/out", "attn/qkv", "mlp/down", "mlp/up")]
+        assert control.changes["layers/attn/qkv/kernel"]["a"].shape == (2, 3, 16)
+        assert control.changes["layers/attn/qkv/kernel"]["b"].shape == (2, 48, 3)
+    else:
+        assert set(control.changes) == set(tree.flatten(PARAMS))
+
+
+def test_strength_interpolates_between_base_and_tuned():
+    tuned = finetune.example(LM, jax.random.key(0))
+    whole, half = tuned.weights(PARAMS), methods.with_strength(tuned, 0.5).weights(PARAMS)
+    jax.tree.map(lambda p, w, h: np.testing.assert_allclose(h, (p + w) / 2, rtol=1e-5, atol=1e-5), PARAMS, whole, half)
+    nothing = methods.with_strength(tuned, 0.0).weights(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, nothing, PARAMS)
+
+
+def test_weights_keep_their_type():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    changed = finetune.example(LM, jax.random.key(0)).weights(half)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(changed))
+
+
+def test_another_model_is_refused():
+    control = finetune.example(worlds.tiny(depth=3), jax.random.key(0))
+    with pytest.raises(InputError, match=r"changes layers/attn/\w+/kernel by an array of shape \(3, "):
+        control.weights(PARAMS)
+    with pytest.raises(InputError, match="layers/2/attn/.*which this model lacks"):
+        control.weights(LM.unstack(PARAMS))
+    with pytest.raises(InputError, match="matches no matrix"):
+        finetune.init(LM, jax.random.key(0), targets="layers/attention/.*")
+    with pytest.raises(InputError, match="no regular expression"):
+        finetune.init(LM, jax.random.key(0), targets="(")
+    with pytest.raises(InputError, match="kind is 'adapter'"):
+        finetune.init(LM, jax.random.key(0), kind="adapter")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_soft_prompt_of_embeddings_is_the_tokens(after):
+    vectors = LM.embed(PARAMS, jnp.array([7, 8]))
+    prompt = bricks.SoftPrompt(vectors, after=after)
+    rows = [[1, 2, 3], [4, 5]]
+    hard = worlds.prompts([r + [7, 8] if after else [7, 8] + r for r in rows])
+    wanted = decode.forward(LM, PARAMS, hard, COMPLETION)
+    found = decode.forward(LM, PARAMS, worlds.prompts(rows), COMPLETION, prompt)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_may_have_its_own_soft_prompt():
+    vectors = bricks.soft_prompt(jax.random.key(0), 2, LM.width, choices=3, deviation=1.0)
+    rows = worlds.prompts([[1, 2], [1, 2]], cond={"label": jnp.array([2, 0])})
+    found = decode.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors, "label"))
+    for row, label in enumerate((2, 0)):
+        alone = decode.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors[label]))
+        np.testing.assert_allclose(found[row], alone[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "prompt"])
+def test_training_lowers_the_loss_and_leaves_the_strength(kind):
+    control = finetune.init(LM, jax.random.key(0), kind=kind, rank=4, length=4)
+    tx = train.optimizer(3e-2, trained=r"changes/.*|vectors")
+    step = jax.jit(train.make_step(finetune.loss(LM), tx))
+    state, frozen = train.init_state(control, tx, jax.random.key(1)), {"params": PARAMS}
+    tokens = jnp.tile(jnp.array([[1, 2, 3, 4, 5, 6]]), (4, 1))
+    batch = {"tokens": tokens, "mask": jnp.ones_like(tokens, bool), "ids": jnp.arange(4)}
+    seen = []
+    for _ in range(12):
+        state, metrics = step(state, frozen, batch)
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < 0.6 * seen[0]
+    if kind != "prompt":
+        assert float(state.params.scale) == 1
+
+
+@pytest.mark.parametrize("hp", [dict(kind="lora", rank=2), dict(kind="prompt", length=2, choices=2)])
+def test_fit(small, hp):
+    root, lm, data = small
+    where = None if hp["kind"] == "prompt" else {"label": 1}
+    settings = dict(steps=3, batch=4, tokens=16, warmup=1, where=where, **hp)
+    fitted = finetune.fit(root, lm=lm, data=data, **settings)
+    model, params, tokenizer = open_lm(lm)
+    control = methods.load(fitted, model)
+    assert len(fitted.metrics()) == 3 and not (fitted.path / "steps").exists()
+    label = {"label": jnp.array([1, 0])}
+    out = decode.forward(model, params, worlds.prompts([[1, 2], [3]], cond=label), COMPLETION, control)
+    base = decode.forward(model, params, worlds.prompts([[1, 2], [3]]), COMPLETION)
+    assert bool(jnp.all(jnp.isfinite(out))) and float(jnp.abs(out - base).max()) > 1e-6
+
+
+def test_bad_settings_are_refused(small):
+    root, lm, data = small
+    with pytest.raises(InputError, match="matches no record"):
+        finetune.fit(root, lm=lm, data=data, where={"label": 9})
+    with pytest.raises(InputError, match="did you mean 'rank'"):
+        finetune.fit(root, lm=lm, data=data, ranks=3)
+    with pytest.raises(InputError, match="steps is 0"):
+        finetune.fit(root, lm=lm, data=data, steps=0)

@@ -1,0 +1,87 @@
+"""Controls and chains: which hooks they replace, the order of parts, strengths, and methods found by name."""
+
+import jax.numpy as jnp
+import pytest
+from flax import struct
+
+from ctg_jax import methods
+from ctg_jax.bricks import SoftPrompt
+from ctg_jax.control import IDENTITY, Chain, Control, overrides
+from ctg_jax.methods import truncate
+from ctg_jax.methods.steer import Steer
+from ctg_jax.types import InputError
+
+
+@struct.dataclass
+class Affine(Control):
+    """z -> a z + b, counting its calls; and learned keys of length a."""
+
+    a: float
+    b: float
+
+    def init(self, prompts, length):
+        return 0
+
+    def logits(self, z, tokens, mask, state):
+        return self.a * z + self.b, state + 1
+
+    def hidden(self, h, site, pos, state):
+        return self.a * h + self.b
+
+    def prefix(self, state):
+        kv = jnp.full((2, 1, 1, int(self.a), 4), self.b)
+        return kv, kv
+
+    def weights(self, params):
+        return self.a * params + self.b
+
+
+def test_parts_act_from_left_to_right():
+    chain = Chain((Affine(2, 1), Affine(3, 5)))
+    state = chain.init(None, 0)
+    z, state = chain.logits(1.0, None, None, state)
+    assert z == (2 * 1 + 1) * 3 + 5 and state == (1, 1)
+    assert chain.hidden(1.0, 0, None, state) == 14 and chain.weights(1.0) == 14
+    k, _ = chain.prefix(state)
+    assert k.shape == (2, 1, 1, 5, 4) and k[0, 0, 0, :, 0].tolist() == [1, 1, 5, 5, 5]
+    assert Chain(()).prefix(()) is None
+
+
+def test_a_state_of_another_chain_is_refused():
+    with pytest.raises(ValueError):
+        Chain((IDENTITY,)).hidden(1.0, 0, None, ())
+
+
+def test_overrides_looks_into_chains():
+    assert not overrides(IDENTITY, "logits") and not overrides(Chain((IDENTITY, Chain(()))), "hidden")
+    nested = Chain((IDENTITY, Chain((SoftPrompt(jnp.zeros((1, 2))),))))
+    assert overrides(nested, "prompt") and not overrides(nested, "logits")
+
+
+def steered(scale):
+    return Steer(jnp.zeros((3, 2)), jnp.ones(3), jnp.float32(scale))
+
+
+def test_strength_is_set_wherever_there_is_one():
+    chain = methods.with_strength(Chain((truncate.TopP(0.9), Chain((steered(1.0),)))), -2)
+    assert float(chain.parts[1].parts[0].scale) == -2 and chain.parts[0].p == 0.9
+    assert methods.with_strength(steered(1.0), jnp.array([1.0, 2.0])).scale.shape == (2,)
+
+
+def test_bad_strengths_are_refused():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"strength is {value}"):
+            methods.with_strength(steered(1.0), value)
+    with pytest.raises(InputError, match="TopP has no strength"):
+        methods.with_strength(truncate.TopP(0.9), 1.0)
+    with pytest.raises(InputError, match="Chain has no strength"):
+        methods.with_strength(Chain(()), 1.0)
+
+
+def test_methods_are_found_by_name():
+    assert {"dexperts", "finetune", "steer", "truncate"} <= set(methods.names())
+    assert methods.get("steer").__name__ == "ctg_jax.methods.steer"
+    with pytest.raises(InputError, match="did you mean 'dexperts'"):
+        methods.get("dexpert")
+    with pytest.raises(InputError, match="there is no such method"):
+        methods.get("os.path")

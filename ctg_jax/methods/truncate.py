@@ -41,6 +41,16 @@ def smallest_cover(weight: jax.Array, key: jax.Array, mass: jax.Array) -> jax.Ar
       bool [..., V]. The threshold is the largest float t with sum(weight[key >= t]) >= mass, found exactly by
       bisection on its bits: non-negative floats are ordered as their bit patterns are.
     """
+    return lax.platform_dependent(weight, key, mass, cpu=_cover_by_row, default=_cover)
+
+
+def _cover_by_row(weight, key, mass):
+    # A CPU sums one row three times faster than several side by side, and a row stops when it is done.
+    rows = [x.reshape(-1, x.shape[-1]) for x in (weight, key, mass)]
+    return lax.map(lambda row: _cover(*row), tuple(rows)).reshape(weight.shape)
+
+
+def _cover(weight, key, mass):
     bits = lax.bitcast_convert_type(key, jnp.int32)
     low = jnp.zeros_like(mass, dtype=jnp.int32)  # always covers
     high = jnp.max(bits, axis=-1, keepdims=True) + 1  # never covers

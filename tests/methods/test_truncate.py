@@ -110,7 +110,7 @@ def test_strength_may_differ_by_row_and_be_swept():
 
 def test_bad_options_are_one_sentence():
     lm = Transformer.gpt2(vocab=4, width=4, depth=1, heads=1, context=8)
-    with pytest.raises(InputError, match="top_p is 1.5"):
+    with pytest.raises(InputError, match=r"top_p is 1.5"):
         truncate.init(lm, top_p=1.5)
     with pytest.raises(InputError, match="temperature is nan"):
         truncate.init(lm, temperature=float("nan"))

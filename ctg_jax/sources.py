@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ctg_jax import losses, rng, train
-from ctg_jax.data import load, pipeline
+from ctg_jax.data import Source, load, pipeline
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.stage import Artifact, Run, digest_lm, write_jsonl
 from ctg_jax.types import InputError
@@ -113,10 +113,10 @@ def pretrain(
 
     if width % heads:
         raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
-    texts = [r["text"] for r in data.rows("data.jsonl")]
+    records = data.rows("data.jsonl")
     folder = run.path / "tokenizer"
     if not (folder / "tokenizer.json").exists():
-        train_bpe(texts, vocab).save(folder)
+        train_bpe((r["text"] for r in records), vocab).save(folder)
     tokenizer = load_tokenizer(str(folder))
     lm = Transformer(
         family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
@@ -125,14 +125,13 @@ def pretrain(
     key = jax.random.key(seed)
     tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)
     state = train.init_state(lm.init(rng.stream(key, "init")), tx, rng.stream(key, "train"))
-    batches = pipeline(
-        load(f"jsonl:{data.path / 'data.jsonl'}", "all"), tokenizer, batch=batch, length=length, seed=seed, pack=True
-    )
+    source = Source(data.id, "all", records)
+    batches = pipeline(source, tokenizer, batch=batch, length=length, seed=seed, pack=True)
     step = train.make_step(losses.lm_loss(lm), tx)
     state = train.loop(run.path, state, step, batches, steps=steps, save_every=save_every, log_every=log_every)
     (run.path / "state").mkdir(exist_ok=True)
     tokenizer.save(run.path / "state")
     hf.save(run.path / "state", lm, state.params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
-    shutil.rmtree(run.path / "steps")
-    shutil.rmtree(folder)
     run.record(lm=None, fingerprint=digest_lm(run.path / "state"))
+    shutil.rmtree(folder)
+    shutil.rmtree(run.path / "steps")

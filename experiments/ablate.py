@@ -36,7 +36,7 @@ def main(argv):
 
     values, _ = cli.parse(argv, define, __doc__)
     config = cli.chosen(values)
-    spec = next(a.partition("=")[2] for a in reversed(argv) if a.startswith("--config="))
+    spec = cli.spec_of(argv)
     module = cli.module_of(spec)
     if not hasattr(module, "sweep"):
         raise InputError(f"{spec} defines no sweep(): expected a generator of dictionaries of dotted settings")
@@ -45,7 +45,9 @@ def main(argv):
     rows = []
     for i in cells_of(values.cell, len(grid)):
         rows += [(grid[i], cell) for cell in experiment.run(values.root, settings[i])]
-    print(reporting.write_grid(values.root, config, rows))
+    if not rows:
+        raise InputError(f"--cell={values.cell} names no cell: the sweep has {len(grid)}")
+    return reporting.write_grid(values.root, spec, config, rows)
 
 
 if __name__ == "__main__":

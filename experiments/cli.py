@@ -97,16 +97,22 @@ def chosen(values: flags.FlagValues) -> ConfigDict:
     return values.config
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a script: bad input is one sentence on stderr and exit code 2; the last line but the script's own says
-    how many stages were executed and how many reused."""
+def spec_of(argv: Sequence[str]) -> str:
+    """The text of --config, `FILE.py[:ARGUMENT]`; empty where it was not given."""
+    given = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    return given[-1] if given else ""
+
+
+def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
+    """Runs a script: bad input is one sentence on stderr and exit code 2. Says how many stages were executed
+    and how many reused; what `main` returns, such as the path of a report, is printed last."""
     _log_to_stderr()
     argv = sys.argv[1:] if argv is None else argv
     _compilation_cache()
-    count = Tally()
+    count, result = Tally(), None
     try:
         with tally() as count:
-            main(argv)
+            result = main(argv)
         return 0
     except InputError as e:
         print(" ".join(str(e).split()), file=sys.stderr)
@@ -118,7 +124,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         return 130
     finally:
         if count.executed or count.reused:
-            print(f"stages: {len(count.executed)} executed, {len(count.reused)} reused", file=sys.stderr)
+            print(f"stages: {len(count.executed)} executed, {len(count.reused)} reused", file=sys.stderr, flush=True)
+        if result is not None:
+            print(result, flush=True)
 
 
 def _log_to_stderr() -> None:
@@ -141,10 +149,10 @@ def _compilation_cache() -> None:
 
 
 def _check_keys(argv: Sequence[str]) -> None:
-    spec = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    spec = spec_of(argv)
     if not spec:
         return
-    config = config_of(spec[-1])
+    config = config_of(spec)
     for a in argv:
         if a.startswith("--config."):
             key, equals, text = a.removeprefix("--config.").partition("=")

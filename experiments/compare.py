@@ -18,7 +18,7 @@ def main(argv):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
     cells = experiment.run(values.root, config)
-    print(reporting.write(values.root, config, cells))
+    return reporting.write(values.root, cli.spec_of(argv), config, cells)
 
 
 if __name__ == "__main__":

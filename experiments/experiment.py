@@ -48,7 +48,9 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     prompts = stage(root, sources.load_data, settings["prompts"])
     judges = [judge(root, name, options) for name, options in settings["judges"].items()]
     cells = []
-    for label, arm in settings["methods"].items():
+    # ConfigDict sorts by name; what learns nothing is shown first, as the line to compare with.
+    arms = sorted(settings["methods"].items(), key=lambda item: (item[1]["method"] != "truncate", item[0]))
+    for label, arm in arms:
         for strength, samples in sampled(root, lm, prompts, settings["sample"], arm):
             figures = stage(root, flow.evaluate, settings["evaluate"], samples=samples, judges=judges, lm=lm)
             cells.append(Cell(label, arm["method"], strength, samples, figures))

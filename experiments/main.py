@@ -21,7 +21,7 @@ def main(argv):
     if len(names) > 1:
         raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")
     cells = experiment.run(values.root, config)
-    print(reporting.write(values.root, config, cells))
+    return reporting.write(values.root, cli.spec_of(argv), config, cells)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""The cells of an experiment as the rows of a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ctg_jax import report
+from experiments.experiment import Cell
+
+
+def write(root: str, spec: str, config: ConfigDict, cells: Sequence[Cell]) -> Path:
+    """Writes the report of one experiment and returns the path of report.html."""
+    return _write(root, spec, config, [_row(cell) for cell in cells], cells)
+
+
+def write_grid(root: str, spec: str, config: ConfigDict, cells: Sequence[tuple[dict[str, Any], Cell]]) -> Path:
+    """Writes the report of a grid: pairs of changed settings and a cell. A setting of one method is a column of that
+    method's rows alone, and a cell that several settings share is shown once."""
+    rows, seen = [], {}
+    for changes, cell in cells:
+        if cell.figures.id in seen:
+            continue
+        seen[cell.figures.id] = cell
+        columns = {}
+        for key, value in changes.items():
+            section, _, rest = key.partition(".")
+            label, _, setting = rest.partition(".")
+            if section == "methods" and label == cell.label and setting != "strengths":
+                columns[setting] = value
+            elif section != "methods":
+                columns[key] = value
+        rows.append({**columns, **_row(cell)})
+    return _write(root, spec, config, rows, list(seen.values()))
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    seed = cell.samples.spec["config"]["seed"]
+    return report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=seed)
+
+
+def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], cells: Sequence[Cell]) -> Path:
+    settings = config.to_dict()
+    facts = cells[0].figures.spec
+    about = {name: json.dumps(settings[name]) for name in ("lm", "prompts", "sample")}
+    name = Path(spec.partition(":")[0]).stem
+    argument = spec.partition(":")[2]
+    return report.write(
+        Path(root) / "reports" / (f"{name}-{argument}" if argument else name),
+        rows,
+        title=settings.get("title", name),
+        scorers=facts["judges"],
+        perplexity=facts["perplexity"],
+        about={"configuration": spec, **about},
+    )

@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import struct
 
 from ctg_jax import losses, rng
@@ -13,6 +12,7 @@ from ctg_jax.control import IDENTITY, Control
 from ctg_jax.models.transformer import Transformer
 
 LM = Transformer.gpt2(vocab=11, width=8, depth=2, heads=2, context=16)
+PARAMS = jax.jit(LM.init)(jax.random.key(1))
 LOG2, LOG3, LOG4 = math.log(2), math.log(3), math.log(4)
 # Three tokens, a vocabulary of three: probabilities (1/2, 1/4, 1/4), (1/3, 1/3, 1/3), (1/4, 1/4, 1/2), shifted by 5.
 Z = jnp.array([[-LOG2, -LOG4, -LOG4], [0.0, 0.0, 0.0], [5.0 - LOG4, 5.0 - LOG4, 5.0 - LOG2]])
@@ -69,33 +69,33 @@ def test_entropy_and_z_loss_by_hand():
 
 
 def test_lm_loss_counts_only_real_tokens_after_the_first():
-    params, batch = LM.init(jax.random.key(1)), text()
+    params, batch = PARAMS, text()
     s = losses.lm_loss(LM)(params, None, batch, keys(batch))
     assert s.weight == 5 + 3 + 1
     by_row = 0.0
     for i, length in enumerate((6, 4, 2)):  # each row alone, without padding
         row = jnp.asarray(batch["tokens"][i : i + 1, :length])
-        out = LM.apply(params, LM.embed(params, row), jnp.ones(row.shape, bool))
+        out = jax.jit(lambda r: LM.apply(params, LM.embed(params, r), jnp.ones(r.shape, bool)))(row)
         logp = jax.nn.log_softmax(out.logits[0, :-1])
         by_row -= sum(logp[t, row[0, t + 1]] for t in range(length - 1))
     np.testing.assert_allclose(s.total, by_row, rtol=1e-5)
 
 
 def test_loss_mask_narrows_to_the_completion():
-    params, batch = LM.init(jax.random.key(1)), text()
+    params, batch = PARAMS, text()
     batch["loss_mask"] = np.arange(6)[None, :] >= np.array([4, 3, 9])[:, None]
     assert losses.lm_loss(LM)(params, None, batch, keys(batch)).weight == 2 + 1 + 0
 
 
 def test_control_loss_of_the_identity_is_the_lm_loss():
-    params, batch = LM.init(jax.random.key(1)), text()
+    params, batch = PARAMS, text()
     a = losses.lm_loss(LM)(params, None, batch, keys(batch))
     b = losses.control_loss(LM)(IDENTITY, {"params": params}, batch, keys(batch))
     np.testing.assert_allclose((a.total, a.weight), (b.total, b.weight), rtol=1e-6)
 
 
 def test_control_loss_adds_kl_and_its_gradient_reaches_only_the_control():
-    params, batch = LM.init(jax.random.key(1)), text()
+    params, batch = PARAMS, text()
     control = Push(jnp.linspace(-1, 1, LM.vocab))
     plain = losses.control_loss(LM)(control, {"params": params}, batch, keys(batch))
     loss = losses.control_loss(LM, kl_weight=0.5)
@@ -108,19 +108,18 @@ def test_control_loss_adds_kl_and_its_gradient_reaches_only_the_control():
 
 
 def test_z_loss_weight_keeps_cross_entropy_as_a_metric():
-    params, batch = LM.init(jax.random.key(1)), text()
+    params, batch = PARAMS, text()
     plain = losses.lm_loss(LM)(params, None, batch, keys(batch))
     s = losses.lm_loss(LM, z=0.1)(params, None, batch, keys(batch))
     np.testing.assert_allclose(s.metrics["cross_entropy"][0], plain.total, rtol=1e-6)
     assert s.total > plain.total
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_loss_runs_in_bfloat16_and_sums_in_float32(remat):
-    lm = Transformer.gpt2(vocab=11, width=8, depth=2, heads=2, context=16, dtype="bfloat16", remat=remat)
-    params, batch = LM.init(jax.random.key(1)), text()
-    (total, s), grads = jax.value_and_grad(
-        lambda p: ((s := losses.lm_loss(lm)(p, None, batch, keys(batch))).total, s), has_aux=True
+def test_loss_runs_in_bfloat16_with_remat_and_sums_in_float32():
+    lm = Transformer.gpt2(vocab=11, width=8, depth=2, heads=2, context=16, dtype="bfloat16", remat=True)
+    params, batch = PARAMS, text()
+    (total, s), grads = jax.jit(
+        jax.value_and_grad(lambda p: ((s := losses.lm_loss(lm)(p, None, batch, keys(batch))).total, s), has_aux=True)
     )(params)
     assert total.dtype == jnp.float32 and s.weight.dtype == jnp.float32
     full = losses.lm_loss(LM)(params, None, batch, keys(batch)).total

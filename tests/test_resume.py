@@ -19,6 +19,8 @@ import os, sys, time
 os.environ["NPROC"] = "16"
 import jax
 import numpy as np
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from ctg_jax import checkpoint, losses, train
 from ctg_jax.models.transformer import Transformer
 
@@ -38,9 +40,8 @@ class Batches:
 
 lm = Transformer.gpt2(vocab=16, width=8, depth=1, heads=2, context=8)
 tx = train.optimizer(train.schedule(1e-2, "cosine", warmup=2, steps=STEPS), decay=0.1)
-state = train.init_state(lm.init(jax.random.key(0)), tx, jax.random.key(1), ema=True)
+state = train.init_state(jax.jit(lm.init)(jax.random.key(0)), tx, jax.random.key(1), ema=True)
 step = train.make_step(losses.lm_loss(lm), tx)
-print("start", flush=True)
 end = train.loop(sys.argv[1], state, step, Batches(), steps=STEPS, save_every=2, log_every=1, progress=False)
 checkpoint.save(sys.argv[1] + "/state", end)
 """
@@ -48,8 +49,9 @@ checkpoint.save(sys.argv[1] + "/state", end)
 
 def start(path, pause):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", f"STEPS = {STEPS}\n{SCRIPT}", str(path), str(pause)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    given = [str(path), str(pause), str(path.parent / "cache")]
+    command = [sys.executable, "-c", f"STEPS = {STEPS}\n{SCRIPT}", *given]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(path):
@@ -59,20 +61,26 @@ def finish(path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole")
-    finish(path)
+def runs(tmp_path_factory):
+    """A folder with an uninterrupted run in it."""
+    path = tmp_path_factory.mktemp("runs")
+    finish(path / "whole")
     return path
 
 
-def killed_and_rerun(path, whole, seed):
-    process = start(path, 0.02)
-    assert process.stdout.readline() == "start\n"
-    time.sleep(random.Random(seed).uniform(1.0, 7.0))
+def killed_and_rerun(runs, seed):
+    """Kills a run at a random moment: some milliseconds after a random step was saved."""
+    path, whole, random_ = runs / f"run{seed}", runs / "whole", random.Random(seed)
+    after, wait = random_.randrange(0, STEPS - 4), random_.uniform(0, 0.15)
+    process = start(path, 0.03)
+    while process.poll() is None and max(checkpoint.saved_steps(path / "steps"), default=0) < after:
+        time.sleep(0.002)
+    time.sleep(wait)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
     steps = checkpoint.saved_steps(path / "steps")
-    print(f"killed with checkpoints {steps}, exit {process.returncode}")
+    print(f"killed with checkpoints {steps} and {len(list((path / 'steps').glob('.*')))} half-written")
     finish(path)
     assert (path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     a, b = checkpoint.load(path / "state"), checkpoint.load(whole / "state")
@@ -94,11 +102,11 @@ def _flat(tree):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_and_rerun_equals_uninterrupted(tmp_path, uninterrupted, seed):
-    killed_and_rerun(tmp_path, uninterrupted, seed)
+def test_killed_and_rerun_equals_uninterrupted(runs, seed):
+    killed_and_rerun(runs, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 20))
-def test_killed_ten_times_over(tmp_path, uninterrupted, seed):
-    killed_and_rerun(tmp_path, uninterrupted, seed)
+def test_killed_ten_times_over(runs, seed):
+    killed_and_rerun(runs, seed)

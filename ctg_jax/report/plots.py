@@ -31,11 +31,11 @@ def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> byt
     fig, axes = _figure(across, down, (4.6 if across > 1 else 6.4, 3.9), theme, sharex=True, sharey=True)
     colours = _methods(usable, theme)
     values = [line.cells[y].value for line in usable]
-    logarithmic = min(values) > 0 and max(values) / min(values) > 4
+    logarithmic = _wide(values, 4)
     for ax, (title, members) in zip(axes, panels.items()):
         ax.set_title(title, fontsize=10)
         for method, (colour, marker) in colours.items():
-            path = sorted((m for m in members if m.method == method), key=lambda m: m.strength or 0.0)
+            path = sorted((m for m in members if m.method == method), key=_strength)
             if path:
                 _path(ax, path, x, y, colour, marker, theme)
         if logarithmic:
@@ -43,10 +43,13 @@ def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> byt
             _plain_ticks(ax)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    fig.supxlabel(describe(x), fontsize=10, color=_GROUND[theme][1])
-    fig.supylabel(describe(y), fontsize=10, color=_GROUND[theme][1])
-    _legend(fig, axes[0], colours, theme)
-    _label_ends(fig, axes[: len(panels)], panels, x, y, colours)
+    for i, ax in enumerate(axes[: len(panels)]):
+        below = i + across >= len(panels)
+        ax.tick_params(labelbottom=below)  # the panel below may be missing in the last row
+        ax.set_xlabel(describe(x) if below else "")
+        ax.set_ylabel(describe(y) if i % across == 0 else "")
+    _legend(fig, colours, theme, {m for m in colours if len(_strengths(usable, m)) > 1})
+    _label_ends(fig, axes[: len(panels)], panels, x, y, colours, theme)
     return _png(fig)
 
 
@@ -62,17 +65,23 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
     settings = list(dict.fromkeys(_setting(line) for line in lines if line.method in swept))
     palette = _COLOURS[theme]
     colours = {s: (palette[i % len(palette)], _MARKERS[i % len(_MARKERS)]) for i, s in enumerate(settings)}
-    levels = [line for line in lines if line.strength is None and line.method not in swept][:1]
+    plain = dict.fromkeys(line.method for line in lines if line.strength is None and line.method not in swept)
+    level = "base" if "base" in plain else next(iter(plain), None)
+    ink = _GROUND[theme][1]
     for at, ax in enumerate(axes):
         figure, method = figures[at // len(swept)], swept[at % len(swept)]
         for setting, (colour, marker) in colours.items():
             chosen = [m for m in lines if m.method == method and _setting(m) == setting and _known(m, figure)]
-            chosen = sorted((m for m in chosen if m.strength is not None), key=lambda m: m.strength)
+            chosen = sorted((m for m in chosen if m.strength is not None), key=_strength)
             if chosen:
                 _band(ax, chosen, figure, colour, marker)
-        for level in levels:
-            if _known(level, figure):
-                ax.axhline(level.cells[figure].value, color=_GROUND[theme][1], lw=1, ls="--", alpha=0.6, zorder=1)
+        for line in lines:
+            if line.method == level and _known(line, figure):
+                colour = colours.get(_setting(line), (ink,))[0] if len(settings) > 1 else ink
+                ax.axhline(line.cells[figure].value, color=colour, lw=1.1, ls="--", alpha=0.75, zorder=1)
+        if figure.startswith("perplexity") and _wide([m.cells[figure].value for m in lines if _known(m, figure)], 20):
+            ax.set_yscale("log")
+            _plain_ticks(ax)
         if at < len(swept):
             ax.set_title(method, fontsize=10)
         if at % len(swept) == 0:
@@ -80,7 +89,7 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
         if at >= len(axes) - len(swept):
             ax.set_xlabel("strength", fontsize=9)
     names = {s or "method at its strength": look for s, look in colours.items()}
-    _legend(fig, axes[0], names, theme, level=levels[0].label if levels else None)
+    _legend(fig, names, theme, set(names), level=level)
     return _png(fig)
 
 
@@ -113,26 +122,32 @@ def _band(ax, chosen, figure, colour, marker):
     ax.fill_between(xs, [e[0] for e in ends], [e[1] for e in ends], color=colour, alpha=0.18, lw=0, zorder=2)
 
 
-def _label_ends(fig, axes, panels, x, y, colours):
-    """Writes the strength beside both ends of each line, and takes away labels that would collide."""
-    fig.canvas.draw()
+def _label_ends(fig, axes, panels, x, y, colours, theme):
+    """Writes the strength beside both ends of each line, where it covers neither a marker nor another label."""
+    from matplotlib.patheffects import withStroke
+
+    fig.canvas.draw()  # the layout must be known before boxes can be compared
+    halo = [withStroke(linewidth=2.5, foreground=_GROUND[theme][0])]
     for ax, members in zip(axes, panels.values()):
+        markers = [ax.transData.transform((m.cells[x].value, m.cells[y].value)) for m in members]
         taken: list[Any] = []
-        for method, (colour, _) in colours.items():
-            path = sorted(
-                (m for m in members if m.method == method and m.strength is not None), key=lambda m: m.strength
-            )
-            for m in dict.fromkeys((path[-1].label, path[0].label)) if path else ():
-                line = next(p for p in path if p.label == m)
-                at = (line.cells[x].value, line.cells[y].value)
+        ends: list[Line] = []
+        for method in colours:
+            path = sorted((m for m in members if m.method == method and m.strength is not None), key=_strength)
+            ends += [path[-1], path[0]] if len(path) > 1 else path
+        for line in sorted(ends, key=_strength, reverse=True):
+            at = (line.cells[x].value, line.cells[y].value)
+            for offset, side in (((6, 5), "left"), ((-6, 5), "right"), ((6, -12), "left"), ((-6, -12), "right")):
                 text = ax.annotate(
-                    f"{line.strength:g}", at, xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour
-                )
+                    f"{line.strength:g}", at, xytext=offset, textcoords="offset points", fontsize=8, ha=side,
+                    color=colours[line.method][0], path_effects=halo, zorder=4,
+                )  # fmt: skip
                 box = text.get_window_extent()
-                if any(box.overlaps(other) for other in taken):
-                    text.remove()
-                else:
+                inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
+                if inside and not any(box.overlaps(b) for b in taken) and not any(box.contains(*m) for m in markers):
                     taken.append(box)
+                    break
+                text.remove()
 
 
 def _figure(across, down, size, theme, **options):
@@ -155,11 +170,15 @@ def _figure(across, down, size, theme, **options):
     return fig, axes
 
 
-def _legend(fig, ax, looks, theme, level=None):
+def _legend(fig, looks, theme, swept, level=None):
+    """Below all axes; methods without a range of strengths have a marker and no line."""
     from matplotlib.lines import Line2D
 
     ink = _GROUND[theme][1]
-    handles = [Line2D([], [], color=c, marker=m, lw=1.6, ms=6, label=name) for name, (c, m) in looks.items()]
+    handles = [
+        Line2D([], [], color=c, marker=m, lw=1.6 if name in swept else 0, ms=6, label=name)
+        for name, (c, m) in looks.items()
+    ]
     if level is not None:
         handles.append(Line2D([], [], color=ink, lw=1, ls="--", alpha=0.6, label=level))
     width = fig.get_size_inches()[0]
@@ -169,11 +188,12 @@ def _legend(fig, ax, looks, theme, level=None):
 
 
 def _plain_ticks(ax):
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5) if high / low < 100 else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _methods(lines, theme):
@@ -200,6 +220,14 @@ def _setting(line: Line) -> str:
 
 def _strengths(lines, method):
     return {line.strength for line in lines if line.method == method and line.strength is not None}
+
+
+def _wide(values: Sequence[float], ratio: float) -> bool:
+    return min(values) > 0 and max(values) / min(values) > ratio
+
+
+def _strength(line: Line) -> float:
+    return 0.0 if line.strength is None else line.strength
 
 
 def _known(line: Line, name: str) -> bool:

@@ -66,7 +66,7 @@ def collect(root: Path | str, function: str = "evaluate") -> list[dict[str, Any]
     """A row for every finished evaluation below `root`, with the settings of all stages behind it as columns.
 
     Columns are named by the way through the inputs, e.g. `samples.controls.0.layer`. The method and the strength are
-    those of the controls that made the samples, the seed is that of the sampling.
+    those of the controls that made the samples; the seed joins those of sampling and fitting.
     """
     known = {p.parent.name.rpartition("-")[2]: p.parent for p in sorted(Path(root).glob("*/DONE"))}
     rows = []
@@ -80,10 +80,14 @@ def collect(root: Path | str, function: str = "evaluate") -> list[dict[str, Any]
         made = {} if samples is None else Artifact(samples, "").spec
         controls = [Artifact(known[i], "").spec for i in made.get("inputs", {}).get("controls") or [] if i in known]
         strengths = [s for s in made.get("config", {}).get("strengths") or [] if s is not None]
+        # The bootstrap's own seed moves no figure but its interval, so it is no seed of the experiment.
+        seeds = {name: columns.pop(name) for name in list(columns) if name.rpartition(".")[2] == "seed"}
+        seeds = {name: str(seed) for name, seed in seeds.items() if name != "seed"}
+        columns.pop("samples.strengths", None)
         columns |= {
             "method": " + ".join(c.get("method", c["function"].rpartition(".")[2]) for c in controls) or "base",
             "strength": strengths[0] if len(strengths) == 1 else None,
-            "seed": made.get("config", {}).get("seed"),
+            "seed": "/".join(seeds.values()) or None,
         }
         rows.append(row(artifact, samples, **columns))
     if not rows:
@@ -137,8 +141,20 @@ def _cells(members: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
 
 
 def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns with two values, where "has none" counts as a value only among rows of one method: the base has no
+    learning rate, and that tells nothing."""
     names = dict.fromkeys(c for r in rows for c in r if c not in RESERVED)
-    return [c for c in names if len({_key(r.get(c)) for r in rows}) > 1]
+    methods = {r["method"] for r in rows}
+
+    def distinct(column, chosen):
+        return len({_key(r.get(column)) for r in chosen})
+
+    return [
+        c
+        for c in names
+        if distinct(c, [r for r in rows if r.get(c) is not None]) > 1
+        or any(distinct(c, [r for r in rows if r["method"] == m]) > 1 for m in methods)
+    ]
 
 
 def _key(value: Any) -> str:

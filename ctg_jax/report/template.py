@@ -38,7 +38,8 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 <p class="note">{{ note }}</p>
 {% macro table(headings, body) %}
 <div class="wide"><table>
-<thead><tr>{% for h in headings %}<th class="{{ 'word' if h.word else 'wrap' }}">{{ h.name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for h in headings %}
+<th class="{{ 'word' if h.word else 'wrap' }}">{{ h.name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for cells in body %}<tr>
 {% for c in cells %}<td{% if c.word %} class="word"{% endif %}>{{ c.value }}{% if c.interval %}<small>{{ c.interval }}

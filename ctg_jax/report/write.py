@@ -65,14 +65,18 @@ def write(
     seeds = max((c.seeds for line in table for c in line.cells.values()), default=1)
     facts = _facts(scorers, perplexity, about, names, rows)
     shown = _side_by_side(table, prompts, texts)
+    pages = {
+        "report.md": _markdown(title, table, main, rest, drawn, shown, facts, seeds),
+        "report.json": _json(title, table, facts),
+        "report.html": _html(title, table, main, rest, drawn, shown, facts, seeds),
+    }
+    directory = Path(directory)
     try:
-        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, (light, _, _) in drawn.items():
             _write_bytes(directory / f"{name}.png", light)
-        write_text(directory / "report.md", _markdown(title, table, main, rest, drawn, shown, facts, seeds))
-        write_text(directory / "report.json", _json(title, table, facts))
-        write_text(directory / "report.html", _html(title, table, main, rest, drawn, shown, facts, seeds))
+        for name, page in pages.items():
+            write_text(directory / name, page)
     except OSError as e:
         raise InputError(f"cannot write the report to {directory}: {e.strerror}; give a directory with room") from None
     return directory / "report.html"
@@ -85,9 +89,9 @@ def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tu
         light, dark = (plots.frontier(table, share, "perplexity", theme) for theme in ("light", "dark"))
         if light and dark:
             caption = (
-                f"Control against fluency: {plots.describe(share)} against perplexity, one line for each method over "
-                "its strengths, from small marker to large, with the strength written at both ends; faint bars are "
-                "the intervals. To the lower right is best."
+                f"Control against fluency ({plots.describe(share)}, perplexity): one line for each method over its "
+                "strengths, from small marker to large, with the strength written at both ends; faint bars are the "
+                "intervals. Below at the same share is more fluent."
             )
             drawn["frontier-" + re.sub(r"[^A-Za-z0-9_-]+", "-", share.removesuffix("/share"))] = (light, dark, caption)
     wanted = shares + [n for n in _CURVES if n in main]
@@ -122,7 +126,7 @@ def _texts(cell: Cell | None) -> tuple[str, str]:
     if cell is None:
         return "–", ""
     error = "" if cell.error is None else f" ± {number(cell.error, cell.value)}"
-    if math.isnan(cell.low) or math.isnan(cell.high):
+    if not math.isfinite(cell.value) or math.isnan(cell.low) or math.isnan(cell.high):
         return number(cell.value) + error, ""
     return number(cell.value) + error, f"[{number(cell.low, cell.value)}, {number(cell.high, cell.value)}]"
 
@@ -136,12 +140,13 @@ def _grid(table: list[Line], names: list[str]) -> tuple[list[dict], list[list[di
     body = []
     for line in table:
         words = [line.method, *("" if v is None else str(v) for v in line.columns.values())]
-        cells: list[dict[str, Any]] = [{"value": w, "word": True} for w in words]
+        cells = [{"value": w, "interval": "", "word": True} for w in words]
         if strengths:
-            cells.append({"value": "" if line.strength is None else f"{line.strength:g}"})
+            strength = "" if line.strength is None else f"{line.strength:g}"
+            cells.append({"value": strength, "interval": "", "word": False})
         for n in names:
             value, interval = _texts(line.cells.get(n))
-            cells.append({"value": value, "interval": interval})
+            cells.append({"value": value, "interval": interval, "word": False})
         body.append(cells)
     return heads, body
 
@@ -171,7 +176,7 @@ def _html(title, table, main, rest, drawn, shown, facts, seeds) -> str:
 def _markdown(title, table, main, rest, drawn, shown, facts, seeds) -> str:
     out = [f"# {escape(title)}", "", note(seeds), "", *_markdown_table(table, main)]
     for name, (_, _, caption) in drawn.items():
-        out += ["", f"![{escape(caption)}]({name}.png)", "", escape(caption)]
+        out += ["", f"![{name}]({name}.png)", "", escape(caption)]
     if shown:
         out += ["", "## Samples, side by side"]
     for prompt in shown:
@@ -188,7 +193,7 @@ def _markdown_table(table: list[Line], names: list[str]) -> list[str]:
     out = ["| " + " | ".join(escape(h["name"]) for h in heads) + " |"]
     out.append("|" + "|".join(":--" if h["word"] else "--:" for h in heads) + "|")
     for cells in body:
-        texts = [escape(c["value"]) + (f" {c['interval']}" if c.get("interval") else "") for c in cells]
+        texts = [escape(c["value"]) + (f" {c['interval']}" if c["interval"] else "") for c in cells]
         out.append("| " + " | ".join(texts) + " |")
     return out
 

@@ -1,0 +1,129 @@
+"""Every configuration runs end to end in its tiny world; nothing runs twice; a grid shares what is common."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import ablate, cli, compare, main
+
+HERE = Path(__file__).parents[2]
+FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def call(root, capsys):
+    def run(script, config, *argv):
+        code = cli.run(script.main, [f"--config={config}", f"--root={root}", *argv])
+        out, err = capsys.readouterr()
+        counts = [line for line in err.splitlines() if line.startswith("stages: ")]
+        return code, out.strip(), err, counts[-1] if counts else ""
+
+    return run
+
+
+def table(report):
+    return json.loads(Path(report).with_suffix(".json").read_text())["lines"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=[p.stem for p in FILES])
+def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
+    script = compare if file.stem.startswith("compare") else main
+    code, report, err, _ = call(script, f"{file}:tiny")
+    assert code == 0, err
+    lines = table(report)
+    assert lines and all({"positive/share", "perplexity"} <= line["figures"].keys() for line in lines)
+    assert Path(report).read_text().startswith("<!")
+    code, again, _, counts = call(script, f"{file}:tiny")
+    assert (code, again) == (0, report) and counts.startswith("stages: 0 executed")
+
+
+def test_the_comparison_has_every_method_beside_the_base(call):
+    _, report, _, _ = call(compare, HERE / "configs/compare_sentiment.py:tiny")
+    methods = [line["method"] for line in table(report)]
+    assert methods[:2] == ["base", "top_p"]
+    assert {"steer", "finetune_positive", "finetune_negative", "dexperts"} <= set(methods)
+    assert {line["strength"] for line in table(report) if line["method"] == "dexperts"} == {-1.0, 1.0}
+
+
+def test_changing_one_method_runs_that_method_alone(call):
+    call(compare, HERE / "configs/compare_sentiment.py:tiny")
+    _, _, err, counts = call(
+        compare, HERE / "configs/compare_sentiment.py:tiny", "--config.methods.steer.fit.sites=all"
+    )
+    ran = [line.split()[1].rpartition("-")[0] for line in err.splitlines() if line.startswith("running ")]
+    assert ran == ["steer", "sample", "evaluate", "sample", "evaluate"] and counts.startswith("stages: 5 executed")
+
+
+def test_a_grid_in_parts_equals_the_whole(call):
+    config = HERE / "configs/steer.py:tiny"
+    halves = [call(ablate, config, f"--cell={i}/2") for i in (1, 2)]
+    assert [h[0] for h in halves] == [0, 0]
+    code, report, _, counts = call(ablate, config)
+    assert code == 0 and counts.startswith("stages: 0 executed")
+    steered = [line for line in table(report) if line["method"] == "steer"]
+    assert sorted((line["fit.sites"], line["strength"]) for line in steered) == [
+        (s, x) for s in ("all", "middle") for x in (-1.0, 1.0)
+    ]
+    assert len([line for line in table(report) if line["method"] == "top_p"]) == 1
+
+
+def refused(result, words):
+    code, out, err, _ = result
+    said = [line for line in err.splitlines() if not line.startswith(("stages:", "running"))]
+    assert code == 2 and out == "" and len(said) == 1 and words in said[0], (code, out, err)
+
+
+def test_bad_configurations(call):
+    tiny = HERE / "configs/compare_sentiment.py:tiny"
+    refused(call(compare, tiny, "--config.sample.max_nwe=3"), "did you mean 'max_new'?")
+    refused(call(compare, HERE / "configs/compare_sentiment.py:huge"), "expected one of bundled, yelp, tiny")
+    refused(call(main, tiny), "use experiments/compare.py")
+    refused(call(compare, tiny, "--config.sample.max_new=90"), "the model's context is 64")
+    refused(call(compare, tiny, "--config.methods.dexperts.strengths=(float('nan'),)"), "expected a tuple")
+    refused(call(compare, tiny, "--config.prompts.split=nowhere"), "nowhere")
+    refused(call(ablate, HERE / "configs/compare_sentiment.py:tiny"), "defines no sweep()")
+    refused(call(ablate, HERE / "configs/steer.py:tiny", "--cell=3/2"), "expected i/n")
+    refused(call(ablate, HERE / "configs/steer.py:tiny", "--cell=9/9"), "names no cell")
+
+
+def test_a_setting_that_a_stage_lacks_is_refused_before_anything_runs(tmp_path, capsys):
+    text = "from configs.sentiment import experiment\n\ndef get_config():\n    return experiment('tiny', 'x', {})\n"
+    for change, words in [
+        ("c.methods = dict(a=dict(method='ster'))", "did you mean 'steer'?"),
+        ("c.methods = dict(a=dict(method='steer', strenths=(1.0,)))", "did you mean 'strengths'?"),
+        ("c.jugdes = {}", "did you mean 'judges'?"),
+    ]:
+        body = text.replace("    return", "    c =") + f"    c.unlock()\n    {change}\n    return c\n"
+        (tmp_path / "c.py").write_text(body)
+        assert cli.run(compare.main, [f"--config={tmp_path / 'c.py'}", f"--root={tmp_path / 'runs'}"]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_directory_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    config = f"--config={HERE / 'configs/truncate.py'}:tiny"
+    assert cli.run(main.main, [config, f"--root={tmp_path / 'file'}"]) == 2
+    assert "output directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path):
+    """The persistent compilation cache, in processes of their own."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    config = f"--config={HERE / 'configs/truncate.py'}:tiny"
+    made = []
+    for i in (1, 2):
+        command = [sys.executable, str(HERE / "experiments/main.py"), config, f"--root={tmp_path / f'runs{i}'}"]
+        subprocess.run(command, check=True, env=env, capture_output=True)
+        made.append(sorted(p.name for p in (tmp_path / "cache" / "ctg_jax" / "jax").glob("*-cache")))
+    assert made[0] and made[0] == made[1]

@@ -21,6 +21,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "transformers>=5,<6",  # tokenizers, configurations and hub download only: it has no Flax models
         "tokenizers>=0.22",
+        "huggingface-hub>=1",
         "safetensors>=0.6",
         "tensorflow-datasets>=4.9.10,<5",
         "importlib-resources",  # tensorflow-datasets 4.9.10 needs it and does not declare it

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax.models.transformer import ACTIVATIONS, Dense, Mlp, Norm
+from ctg_jax.models.layers import ACTIVATIONS, Dense, Mlp, Norm
 from ctg_jax.types import InputError, Params
 
 

@@ -24,7 +24,7 @@ def world(name):
 def bundled():
     return dict(
         lm=dict(
-            pretrain=dict(vocab=1024, width=160, depth=4, heads=5, context=128, length=96, batch=24, steps=600),
+            pretrain=dict(vocab=1024, width=128, depth=4, heads=4, context=128, length=96, batch=16, steps=600),
             data=dict(source=REVIEWS, limit=20_000),
         ),
         prompts=dict(source=REVIEWS, split="test", limit=20),

@@ -49,9 +49,7 @@ class Control:
         """
         return h
 
-    def logits(
-        self, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
-    ) -> tuple[jax.Array, State]:
+    def logits(self, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, State]:
         """Edits next-token logits and moves the state on.
 
         Args:

@@ -304,7 +304,9 @@ class _Run:
 
         self.pending: list[tuple[int, dict, Any]] = []
         self.data: Any = None
-        self.bar = tqdm(total=self.steps, initial=self.at, disable=None if self.progress else True, desc=self.folder.parent.name)
+        self.bar = tqdm(
+            total=self.steps, initial=self.at, disable=None if self.progress else True, desc=self.folder.parent.name
+        )
 
     def settle(self, state: TrainState) -> None:
         """Waits for the steps in flight and writes their rows; at one that is not finite, saves and stops."""

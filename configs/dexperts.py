@@ -16,7 +16,7 @@ STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 
 def arms(arg):
     strengths = (-1.0, 1.0) if arg == "tiny" else STRENGTHS
-    fit = sentiment.training(arg, steps=150)
+    fit = sentiment.training(arg)
     return dict(dexperts=dict(method="dexperts", fit=fit, strengths=strengths, filter_first=True))
 
 

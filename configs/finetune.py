@@ -13,7 +13,7 @@ from configs import sentiment
 
 def arms(arg):
     strengths = (1.0,) if arg == "tiny" else (0.5, 1.0)
-    common = sentiment.training(arg, steps=150)
+    common = sentiment.training(arg)
     return {
         f"finetune_{name}": dict(method="finetune", fit=dict(where=dict(label=label), **common), strengths=strengths)
         for name, label in (("negative", 0), ("positive", 1))

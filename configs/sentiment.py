@@ -8,6 +8,8 @@ tiny      the bundled world in seconds: for tests, not for figures
 
 import os
 
+from ml_collections import ConfigDict
+
 from ctg_jax.types import InputError
 
 REVIEWS = "bundled:reviews"
@@ -16,9 +18,14 @@ REVIEWS = "bundled:reviews"
 def world(name):
     """The sections lm, prompts, sample, judges and evaluate of a configuration, and `train`, the settings of
     `load_data` for the labelled texts that methods are fitted on."""
-    if name not in WORLDS:
-        raise InputError(f"the argument of the configuration is {name!r}: expected one of {', '.join(WORLDS)}")
-    return WORLDS[name]()
+    return of_world(WORLDS, name)()
+
+
+def of_world(settings, name):
+    """The entry of a world in a dictionary by world; InputError for an argument that is none."""
+    if name not in settings:
+        raise InputError(f"the argument of the configuration is {name!r}: expected one of {', '.join(settings)}")
+    return settings[name]
 
 
 def bundled():
@@ -31,7 +38,7 @@ def bundled():
         sample=dict(n=10, max_new=40, batch=100, filter=dict(top_p=0.9)),
         judges=dict(positive=dict(kind="oracle", heldout=dict(source=REVIEWS, split="test", limit=500))),
         evaluate=dict(resamples=1000),
-        train=dict(source=REVIEWS, split="validation", balance="label", limit=1000),
+        train=dict(source=REVIEWS, split="validation", balance="label", limit=1500),
     )
 
 
@@ -74,17 +81,20 @@ def yelp():
 WORLDS = {"bundled": bundled, "yelp": yelp, "tiny": tiny}
 
 
-def training(name, steps):
+TRAINING = {
+    "bundled": dict(steps=150, batch=16, tokens=96),
+    "yelp": dict(steps=400, batch=32, tokens=32),
+    "tiny": dict(steps=2, batch=4, tokens=16, rank=2, warmup=1),
+}
+
+
+def training(name):
     """Settings of fine-tuning that suit a world."""
-    if name == "tiny":
-        return dict(steps=2, batch=4, tokens=16, rank=2, warmup=1)
-    return dict(steps=steps, batch=16, tokens=96 if name == "bundled" else 32)
+    return of_world(TRAINING, name)
 
 
 def experiment(name, title, methods):
     """A whole configuration: the world and the methods, which read its labelled texts where they have no `data`."""
-    from ml_collections import ConfigDict
-
     parts = world(name)
     train = parts.pop("train")
     for arm in methods.values():

@@ -37,3 +37,10 @@ def data_dir() -> Path:
     if not root:
         pytest.skip("CTG_DATA_DIR is not set: this test reads real corpora and models that are not part of the project")
     return Path(root)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs are shared inside a file and dropped after it, so that the suite stays within 6 GB."""
+    yield
+    jax.clear_caches()

@@ -31,6 +31,7 @@ def of_world(settings, name):
 def bundled():
     return dict(
         lm=dict(
+            source="",
             pretrain=dict(vocab=1024, width=128, depth=4, heads=4, context=128, length=96, batch=16, steps=600),
             data=dict(source=REVIEWS, limit=20_000),
         ),
@@ -45,6 +46,7 @@ def bundled():
 def tiny():
     return dict(
         lm=dict(
+            source="",
             pretrain=dict(vocab=300, width=16, depth=2, heads=2, context=64, length=32, batch=4, steps=4, warmup=1),
             data=dict(source=REVIEWS, limit=64),
         ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import ablate, cli, compare, main
+from tests.experiments.tiny_lm import write_lm
 
 HERE = Path(__file__).parents[2]
 FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text())
@@ -74,6 +75,12 @@ def test_a_grid_in_parts_equals_the_whole(call):
         (s, x) for s in ("all", "middle") for x in (-1.0, 1.0)
     ]
     assert len([line for line in table(report) if line["method"] == "top_p"]) == 1
+
+
+def test_another_lm_on_the_command_line(call, tmp_path):
+    lm_dir = write_lm(tmp_path / "lm", context=128)
+    code, report, err, _ = call(main, HERE / "configs/truncate.py:tiny", f"--config.lm.source={lm_dir}")
+    assert code == 0 and "running pretrain" not in err and str(lm_dir) in Path(report).read_text()
 
 
 def refused(result, words):

@@ -123,6 +123,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     finally:
+        logging.getLogger("ctg_jax").handlers.clear()  # its stream may be closed before the next call
         if count.executed or count.reused:
             print(f"stages: {len(count.executed)} executed, {len(count.reused)} reused", file=sys.stderr, flush=True)
         if result is not None:

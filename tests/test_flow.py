@@ -130,7 +130,7 @@ def test_figures_have_intervals_and_name_their_scorers(root, lm, samples):
 
 def test_perplexity_of_greedy_text_is_that_of_its_log_probability(root, lm, prompts):
     """Without truncation and where texts encode back to their tokens, the scorer sees what the decoder saw."""
-    made = stage(root, flow.sample, dict(n=2, max_new=4), lm=lm, prompts=prompts)
+    made = stage(root, flow.sample, dict(n=32, max_new=4), lm=lm, prompts=prompts)
     from ctg_jax.evaluation import LMScorer
     from ctg_jax.stage import open_lm
 

@@ -58,11 +58,11 @@ def refused(result, words):
 
 def test_text_and_jsonl(call, tmp_path):
     code, out, err = call("the food was", "we", "--n=2")
-    lines = out.splitlines()
+    lines = out.split("\n")[:-1]  # other line separators may be part of a text
     assert code == 0 and [line.startswith(p) for line, p in zip(lines, ["the food was"] * 2 + ["we"] * 2)] == [True] * 4
     assert "stages:" in err
     code, _, _ = call("the food was", "we", "--n=2", "--format=jsonl", f"--out={tmp_path / 'x.jsonl'}")
-    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().split("\n")[:-1]]
     assert code == 0 and [r["prompt"] + r["text"] for r in rows] == [line.replace("\\n", "\n") for line in lines]
     assert [(r["prompt_id"], r["sample"]) for r in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 

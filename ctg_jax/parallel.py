@@ -89,6 +89,8 @@ class Plan:
                 "use smaller axes"
             )
         names, sizes = zip(*self.axes)
+        if self.mode == "pmap":
+            names = ("batch",)  # as pmap names it in its outputs: other names would compile a second time
         # Automatic axes: under the default, explicit ones, indexing an embedding by sharded tokens raises.
         return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: self.size])
 

@@ -75,6 +75,8 @@ def init_state(params: PyTree, tx: optax.GradientTransformation, key: jax.Array,
 class Step:
     """A train step: `step(state, frozen, batch) -> (state, metrics)`. See `make_step`."""
 
+    __name__ = "train_step"  # what profilers and compilation logs call it
+
     loss: LossFn
     tx: optax.GradientTransformation
     axis: str | None = None

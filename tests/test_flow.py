@@ -128,7 +128,7 @@ def test_figures_have_intervals_and_name_their_scorers(root, lm, samples):
     np.testing.assert_allclose(figures["tokens"]["value"], np.mean(tokens))
 
 
-def test_perplexity_of_greedy_text_is_that_of_its_log_probability(root, lm, prompts):
+def test_perplexity_of_a_text_is_that_of_its_log_probability(root, lm, prompts):
     """Without truncation and where texts encode back to their tokens, the scorer sees what the decoder saw."""
     made = stage(root, flow.sample, dict(n=32, max_new=4), lm=lm, prompts=prompts)
     from ctg_jax.evaluation import LMScorer

@@ -39,6 +39,19 @@ DECODER: Rules = (
     (r"(.*/)?(attn_norm|mlp_norm|norm)/(scale|bias)", P()),
 )
 
+# The leaves of controls (`ctg_jax.bricks`, `ctg_jax.methods`). A change ΔW = b a lies as its kernel does, its rank on
+# every device; vectors, gates, strengths and masks are small and replicated. Experts hold parameters: `DECODER`.
+CONTROL: Rules = (
+    (r"(embed/tokens|head/kernel|(attn/qkv|mlp/up|mlp/gate)/kernel)/full", P("tensor", "data")),
+    (r"(attn/out|mlp/down)/kernel/full", P("data", "tensor")),
+    (r"(attn/qkv|mlp/up|mlp/gate)/kernel/a|embed/tokens/a|head/kernel/a", P(None, "data")),
+    (r"(attn/qkv|mlp/up|mlp/gate)/kernel/b|embed/tokens/b|head/kernel/b", P("tensor", None)),
+    (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
+    (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
+    (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
+    (r"vectors?|gate|scale|alpha|beta|gamma|t|p|theta|n|banned|forced|eos|choice", P()),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

@@ -19,7 +19,7 @@ from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.losses import control_loss
 from ctg_jax.methods import dexperts, finetune, steer, truncate
 from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import DECODER, Plan
+from ctg_jax.parallel import CONTROL, DECODER, Plan
 from ctg_jax.types import Sampling
 
 LM = worlds.tiny()
@@ -231,3 +231,10 @@ def test_large_models_fit_on_paper(name, shape, depth):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     plan = Plan(axes={"data": 8, "tensor": 8}, rules=DECODER)
     print(f"{shape}: {plan.bytes_per_device(params) / 2**30:.2f} GiB of parameters on each device of 8 x 8")
+
+
+def test_sharding_rules_name_every_leaf_of_a_control(control):
+    """A leaf that no rule matches would be an error; a mesh of 4 × 2 must take each leaf and change no value."""
+    plan = Plan(axes={"data": 4, "tensor": 2}, rules=DECODER + CONTROL)
+    placed = jax.device_put(control, plan.shardings(control))
+    jax.tree.map(np.testing.assert_array_equal, placed, control)

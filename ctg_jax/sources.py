@@ -25,6 +25,7 @@ def load_data(
     words: int | None = None,
     balance: str | None = None,
     skip: int = 0,
+    text: str = "text",
 ) -> None:
     """Copies records of a source into data.jsonl, so that later stages read the same ones for ever.
 
@@ -36,17 +37,27 @@ def load_data(
       words: cut every text to its first so many words (prompts); shorter texts are left out.
       balance: a field; records are kept `limit` for each of its values, in the order of the source.
       skip: leave out so many matching records first (of each value of `balance`).
+      text: the field that holds the text, dotted where it lies inside another: "prompt", "prompt.text".
+
+    A record may say itself how much of its text is a prompt (`prompt`, as the bundled reviews do); with `words` or
+    `text` the text itself is the prompt.
 
     Raises:
-      InputError: no record matches.
+      InputError: no record matches; a record has no text in that field.
     """
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
-    records = load(source, split)
+    records = load(source, split, text=text)
     for i in range(len(records)):
         row = records[i]
         if any(row.get(k) != v for k, v in (where or {}).items()):
             continue
+        if not isinstance(row["text"], str):
+            raise InputError(
+                f"{source} split {split!r}: record {i} has no string under {text!r}; name the field of text"
+            )
+        if words is not None or text != "text":
+            row.pop("prompt", None)
         if words is not None:
             parts = row["text"].split()
             if len(parts) <= words:

@@ -82,3 +82,31 @@ def test_a_width_that_heads_do_not_divide(tmp_path, corpus):
 def test_an_artifact_that_is_no_lm(tmp_path, corpus):
     with pytest.raises(InputError, match="is no language model"):
         open_lm(stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"}))
+
+
+def test_the_text_may_lie_in_another_field(tmp_path):
+    """The layouts of RealToxicityPrompts (nested) and of the sentiment prompts of DExperts."""
+    nested = [{"prompt": {"text": f"so many words {i}", "toxicity": 0.1}, "challenging": i == 1} for i in range(3)]
+    flat = [{"prompt": f"a few words {i}", "continuation": " and more", "num_positive": i} for i in range(3)]
+    for name, rows in (("nested", nested), ("flat", flat)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = f"jsonl:{tmp_path / 'nested.jsonl'}"
+    (row,) = loaded(tmp_path, source, text="prompt.text", where={"challenging": True})
+    assert row == {"challenging": True, "text": "so many words 1"}
+    rows = loaded(tmp_path, f"jsonl:{tmp_path / 'flat.jsonl'}", text="prompt", words=2)
+    assert [r["text"] for r in rows] == ["a few"] * 3 and all("prompt" not in r for r in rows)
+    with pytest.raises(InputError, match=r"no text under 'prompt\.txt'"):
+        loaded(tmp_path, source, text="prompt.txt")
+    (tmp_path / "nested.jsonl").write_text(json.dumps(nested[0]) + '\n{"prompt": "no field text"}\n')
+    with pytest.raises(InputError, match=r"record 1 has no string under 'prompt\.text'"):
+        loaded(tmp_path, source, text="prompt.text")
+
+
+def test_real_prompt_sets(tmp_path, data_dir):
+    toxic = loaded(tmp_path, f"jsonl:{data_dir}/realtoxicityprompts/prompts.jsonl", text="prompt", limit=3)
+    assert toxic[0]["text"].startswith("An hour and a half later")
+    neutral = stage(
+        tmp_path / "runs", sources.load_data,
+        {"source": f"jsonl:{data_dir}/sentiment_prompts", "split": "neutral", "text": "prompt", "limit": 3},
+    ).rows("data.jsonl")  # fmt: skip
+    assert neutral[0]["text"] == "God never intended to"

@@ -55,7 +55,7 @@ class Source(Sequence):
 
     def _record(self, raw: Mapping[str, Any]) -> Record:
         record = {name: _plain(value) for name, value in raw.items()}
-        return record if self._text == "text" else {**record, "text": record.get(self._text)}
+        return record if self._text == "text" else {**record, "text": _field(record, self._text)}
 
     @cached_property
     def digest(self) -> str:
@@ -82,7 +82,7 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
         `hf:NAME[:CONFIG]`   a data set of the Hugging Face hub, or a local folder that `datasets` can read
         `tfds:NAME`          a data set of TensorFlow Datasets, by name or by the folder of a prepared one
       split: the split, with an optional slice: `train`, `train[:10%]`, `train[100:200]`.
-      text: the field that holds the text.
+      text: the field that holds the text; "prompt.text" is the field text inside the field prompt.
       cache_dir: where prepared data sets are kept; by default `~/.cache/ctg_jax` for the bundled one and each
         library's own place for the others.
 
@@ -188,6 +188,16 @@ def _tfds(name: str, split: str, match: re.Match, cache: Path | None) -> Sequenc
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+
+
+def _field(record: Record, path: str) -> Any:
+    """The value under a name, or under dotted names inside one another; None where there is none."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -89,7 +89,9 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     Raises:
       InputError: nothing there, no tokenizer in it, a broken file, or no network for a hub id.
     """
-    folder = Path(path_or_id)
+    from ctg_jax.models.hf import resolve
+
+    folder = resolve(path_or_id)
     if (folder / "tokenizer.json").is_file():
         import tokenizers
 
@@ -99,21 +101,18 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         except Exception as e:  # the Rust library raises bare Exception
             raise InputError(f"tokenizer files in {folder} cannot be read ({str(e).splitlines()[0][:160]})") from e
         return Tokenizer(core, **names)
-    if folder.is_dir() and not any((folder / f).is_file() for f in ("vocab.json", "vocab.txt", "tokenizer.model")):
+    if not any((folder / f).is_file() for f in ("vocab.json", "vocab.txt", "tokenizer.model")):
         raise InputError(
             f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json, vocab.txt or tokenizer.model"
         )
     import transformers
 
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(str(path_or_id))
+        fast = transformers.AutoTokenizer.from_pretrained(str(folder))
         core = fast.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError) as e:
         reason = str(e).strip().splitlines()[0][:160]
-        raise InputError(
-            f"tokenizer {str(path_or_id)!r} cannot be loaded ({reason}): "
-            "check the folder, or the hub id and the network"
-        ) from e
+        raise InputError(f"tokenizer files in {folder} cannot be read ({reason})") from e
     return Tokenizer(core, fast.bos_token, fast.eos_token, fast.pad_token)
 
 

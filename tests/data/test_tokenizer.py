@@ -127,3 +127,14 @@ def test_no_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="network"):
         load_tokenizer("nobody/nothing")
+    with pytest.raises(InputError, match="no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_hub_id_is_resolved_as_models_are(bpe, tmp_path, monkeypatch):
+    """One snapshot for the weights and the tokenizer; transformers is not asked for an id."""
+    from ctg_jax.models import hf
+
+    bpe.save(tmp_path)
+    monkeypatch.setattr(hf, "resolve", lambda name: tmp_path if name == "somebody/model" else None)
+    assert load_tokenizer("somebody/model").to_json() == bpe.to_json()

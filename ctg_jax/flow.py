@@ -242,25 +242,18 @@ def fit_judge(
 @lru_cache(maxsize=4)
 def open_judge(artifact: Artifact) -> Any:
     """The reward that `fit_judge` made."""
-    from ctg_jax.rewards import BagOfWords, LinearProbe, SequenceClassifier, TextReward, sentence_embedder
+    from ctg_jax.rewards import BagOfWords, LinearProbe, SequenceClassifier, reviews_oracle, sentence_embedder
 
     spec = artifact.spec["judge"]
-    kind, options = spec["kind"], {k: spec[k] for k in ("name", "reads")}
+    kind, options = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}
     if kind == "oracle":
-        from ctg_jax.data import reviews
-
-        def positive(texts):
-            return [reviews.sentiment_score(t) for t in texts]
-
-        # A text without any cue scores 0.5 and is not positive.
-        return TextReward(options["name"], f"oracle:{reviews.digest()[:12]}", positive, reads=spec["reads"],
-                          threshold=0.5 + 1e-6)  # fmt: skip
+        return reviews_oracle("sentiment", **options)
     if kind == "bag":
         return BagOfWords.load(artifact.path / "state")
     if kind == "probe":
         return LinearProbe.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
     if kind == "classifier":
-        return SequenceClassifier.load(spec["encoder"], target=spec["target"], **options)
+        return SequenceClassifier.load(spec["encoder"], **options)
     raise InputError(f"kind is {kind!r}; a judge is one of oracle, bag, probe, classifier")
 
 

@@ -87,20 +87,32 @@ class Lexicon:
         return total if self.normalise == "sum" else total / (total * total + 15.0) ** 0.5
 
 
-def reviews_oracle(attribute: str = "sentiment", *, name: str | None = None, reads: str = "text") -> TextReward:
+def reviews_oracle(
+    attribute: str = "sentiment", *, name: str | None = None, target: int = 1, reads: str = "text"
+) -> TextReward:
     """The oracle of the bundled reviews: "sentiment" (0 to 1, above 0.5 is positive) or "toxic" (1 where a text holds
     an insult of the corpus). Exact on the corpus, a lexicon with negation elsewhere. `name` is the attribute by
-    default."""
+    default; with `target` 0 the score is one minus that: how negative, how clean.
+
+    Raises:
+      InputError: another attribute, or a target that is neither 0 nor 1.
+    """
     from ctg_jax.data import reviews
 
     known = {"sentiment": reviews.sentiment_score, "toxic": lambda t: float(reviews.oracle(t)["toxic"])}
     if attribute not in known:
         raise InputError(f"attribute is {attribute!r}; the oracle of the reviews gives 'sentiment' or 'toxic'")
+    if target not in (0, 1):
+        raise InputError(f"target is {target!r}; the oracle of the reviews knows the labels 0 and 1")
     fn = known[attribute]
-    version = f"reviews-oracle[{attribute}]@{reviews.digest()[:12]}"
-    # 0.5 is a text without any cue, which is neutral and does not count as positive.
+    version = f"reviews-oracle[{attribute}={target}]:{reads}@{reviews.digest()[:12]}"
+    # 0.5 is a text without any cue, which is neutral and does not count as positive, nor as negative.
     threshold = 0.5 + 1e-6 if attribute == "sentiment" else 0.5
-    return TextReward(name or attribute, version, lambda ts: [fn(t) for t in ts], reads=reads, threshold=threshold)
+
+    def score(texts):
+        return [fn(t) if target else 1 - fn(t) for t in texts]
+
+    return TextReward(name or attribute, version, score, reads=reads, threshold=threshold)
 
 
 def _lines(path):

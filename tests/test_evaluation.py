@@ -12,6 +12,7 @@ import pytest
 
 from ctg_jax import evaluation as ev
 from ctg_jax.control import IDENTITY, Control
+from ctg_jax.evaluation import smooth
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.rewards import TextReward
 from ctg_jax.types import InputError, Prompts
@@ -135,19 +136,85 @@ def test_counts_of_distinct_things_lie_in_their_interval():
     assert figure.value == 30 and figure.low < 30 < figure.high
 
 
+def sweep(values):
+    """(strengths, prompt ids, scores) of scores {strength: {prompt: [samples]}}."""
+    flat = [(s, p, v) for s, prompts in values.items() for p, samples in prompts.items() for v in samples]
+    return tuple(zip(*flat))
+
+
 def test_smooth_control():
-    scores = np.asarray([[0.0, 0.5], [0.5, 0.4], [1.0, 0.6]])
-    figures = ev.smooth_control([0, 1, 2], scores, targets=[0, 0.5, 1])
-    assert figures["range"].value == pytest.approx((1.0 + 0.1) / 2)
-    assert figures["monotonicity"].value == pytest.approx((1.0 + 0.5) / 2)  # ranks 2 1 3 against 1 2 3: 1 - 6*2/24
-    assert figures["consistency"].value == pytest.approx((1.0 + 0.5) / 2)
-    assert figures["calibration"].value == pytest.approx((0 + (0.5 + 0.1 + 0.4) / 3) / 2)
-    shuffled = ev.smooth_control([2, 0, 1], scores[[2, 0, 1]])
-    assert shuffled["range"] == figures["range"]
-    assert ev.smooth_control([0, 1], np.ones((2, 3)))["monotonicity"].value == 0
-    for strengths, bad in (([0], scores[:1]), ([0, 0, 1], scores), ([0, 1, 2], scores * np.nan)):
-        with pytest.raises(InputError):
-            ev.smooth_control(strengths, bad)
+    # Means of p over the strengths 0, 1, 2: 0, 0.5, 1; of q: 0.5, 0.4, 0.6; of both: 0.25, 0.45, 0.8.
+    scores = {
+        0: {"p": [0, 0], "q": [0.4, 0.6]},
+        1: {"p": [0.4, 0.6], "q": [0.4, 0.4]},
+        2: {"p": [1, 1], "q": [0.6, 0.6]},
+    }
+    figures = ev.smooth_control(*sweep(scores))
+    want = {
+        "range": (1.0 + 0.1) / 2,
+        # Line 0.225, 0.5, 0.775: distances 0.025, 0.05, 0.025; the curve is 0.55 high.
+        "calibration": 0.1 / 3 / 0.55,
+        "consistency": (0.25 + 0.05 + 0.2) / 3,  # of two numbers: half their distance
+        # Samples of (0, q) and (1, p) are 0.2 apart, the other four pairs are equal.
+        "consistency_samples": 2 * 0.2 / math.sqrt(2) / 6,
+        "monotonicity": (1.0 + 0.5) / 2,  # ranks 2 1 3 against 1 2 3: 1 - 6 * 2 / 24
+        "monotone": 0.5,
+    }
+    assert figures.keys() == want.keys() == smooth.MEANING.keys()
+    for name, value in want.items():
+        assert figures[name].value == pytest.approx(value), name
+        assert figures[name].n == 2 and figures[name].low <= value + 1e-12 and value - 1e-12 <= figures[name].high
+    backwards = ev.smooth_control(*sweep({s: scores[s] for s in (2, 0, 1)}))
+    assert backwards == figures
+
+
+def test_smooth_control_against_its_strength_is_as_smooth():
+    scores = {s: {p: [1 - 0.1 * s - d] for p, d in (("p", 0.0), ("q", 0.2))} for s in (-2, 0, 4)}
+    figures = {name: f.value for name, f in ev.smooth_control(*sweep(scores)).items()}
+    assert figures == pytest.approx(
+        {"range": -0.6, "calibration": 0, "consistency": 0.1, "monotonicity": -1, "monotone": 1}
+    )  # one sample of a prompt: nothing is known of their spread
+
+
+def test_calibration_heeds_the_distances_between_strengths():
+    """Equal steps of the score are a line over 1, 2, 3 and none over 1, 2, 9."""
+    steps = {1: 0.0, 2: 0.5, 3: 1.0}
+    line = ev.smooth_control(*sweep({s: {"p": [v], "q": [v]} for s, v in steps.items()}))
+    bent = ev.smooth_control(*sweep({9 if s == 3 else s: {"p": [v], "q": [v]} for s, v in steps.items()}))
+    assert line["calibration"].value == pytest.approx(0) and bent["calibration"].value > 0.1
+    assert line["monotone"].value == bent["monotone"].value == 1
+
+
+def test_smooth_control_where_little_is_known():
+    flat = ev.smooth_control(*sweep({s: {"p": [0.5], "q": [0.5]} for s in (0, 1, 2)}))
+    assert [flat[n].value for n in ("range", "monotonicity", "monotone", "consistency")] == [0, 0, 0, 0]
+    assert math.isnan(flat["calibration"].value)
+    two = ev.smooth_control(*sweep({0: {"p": [0.0]}, 1: {"p": [0.5]}}))
+    assert two.keys() == {"range", "monotonicity", "monotone"} and math.isnan(two["range"].low)
+
+
+@pytest.mark.parametrize(
+    "scores, word",
+    [
+        ({0: {"p": [1.0]}}, "at two strengths or more"),
+        ({0: {"p": [1.0]}, 1: {"p": [math.nan]}}, "finite scores"),
+        ({0: {"p": [1.0], "q": [1.0]}, 2: {"p": [1.0]}}, "'q' has no sample at strength 2"),
+    ],
+)
+def test_smooth_control_refuses(scores, word):
+    with pytest.raises(InputError, match=word):
+        ev.smooth_control(*sweep(scores))
+    with pytest.raises(InputError, match="3, 2 and 3 entries"):
+        ev.smooth_control([0, 1, 2], ["p", "q"], [0, 1, 2])
+
+
+def test_functions_of_means_are_taken_inside_the_bootstrap():
+    values = np.random.default_rng(3).normal(size=(40, 2))
+    figure = ev.Bootstrap(range(40)).of_means(lambda m: m[..., 0] - m[..., 1], values)
+    plain = ev.Bootstrap(range(40)).mean(values[:, 0] - values[:, 1])
+    assert dataclasses.astuple(figure) == pytest.approx(dataclasses.astuple(plain))
+    with pytest.raises(InputError, match="one row for each prompt"):
+        ev.Bootstrap(["p", "p"]).of_means(np.sum, [[1.0], [2.0]])
 
 
 def test_token_repetition():
@@ -219,6 +286,8 @@ def test_lm_scorer_is_the_sum_of_token_log_probabilities(params):
         want = -sum(float(logp[len(head) - 1 + k, t]) for k, t in enumerate(tail))
         assert nats[i] == pytest.approx(want, abs=1e-4)
     assert scorer.version.startswith("tiny@")
+    again = scorer.ids(Letters().encode(prompts), Letters().encode(texts))
+    np.testing.assert_array_equal(again[0], nats)
 
 
 def test_lm_scorer_limits(params):
@@ -292,11 +361,17 @@ def test_evaluate_protocol():
         "kl": 1.6 / 10,
         "coverage": 0.5,
         "similarity": 1.0,
+        # cosines of (length, 1): texts of 14, 13, 3, 7 letters and a prompt of 1
+        "relevance": sum((n + 1) / math.sqrt(2 * (n * n + 1)) for n in (14, 13, 3, 7)) / 4,
     }
     for name, value in want.items():
         assert figures[name].value == pytest.approx(value, rel=1e-6), name
         assert not figures[name].n > 1 or figures[name].low <= figures[name].value <= figures[name].high
     assert "mauve" not in figures and "perplexity" not in figures
+    assert not {"relevance", "similarity"} & ev.evaluate(SAMPLES).keys()
+    rows = ev.score(SAMPLES, [GOOD], embed=embed)
+    assert [r["scores"]["good"] for r in rows] == pytest.approx([0.9, 0.2, 0.2, 0.2])
+    assert [r.get("similarity") for r in rows] == [None, None, None, pytest.approx(1.0)]
     record = json.loads(json.dumps({k: f.as_json() for k, f in figures.items()}, allow_nan=False))
     assert ev.Figure.from_json(record["good/share"]) == figures["good/share"]
 
@@ -309,6 +384,8 @@ def test_evaluate_is_reproducible_and_uses_the_lm(params):
     assert figures["perplexity"].n == 2 and figures["perplexity_pooled"].value > 1
     nats, tokens = scorer([s["prompt"] for s in samples], [s["text"] for s in samples])
     assert figures["perplexity"].value == pytest.approx(np.exp(nats / tokens).mean())
+    alone, _ = scorer([""] * 3, [s["text"] for s in samples])
+    assert figures["relevance"].value == pytest.approx(((alone - nats) / tokens).mean()) != 0
 
 
 @pytest.mark.parametrize(

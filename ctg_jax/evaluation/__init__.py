@@ -2,8 +2,9 @@
 
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.evaluation.fluency import LMScorer, Perplexity, kl_figure, kl_to_base, token_repetition
-from ctg_jax.evaluation.protocol import FIELD, Protocol, attribute, evaluate, smooth_control
+from ctg_jax.evaluation.protocol import FIELD, Protocol, attribute, evaluate, score, summary
 from ctg_jax.evaluation.similarity import cosine, mauve, similarity
+from ctg_jax.evaluation.smooth import smooth_control
 from ctg_jax.evaluation.text import coverage, distinct, diversity, ngrams, repetition, self_bleu, unique_words
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "mauve",
     "ngrams",
     "repetition",
+    "score",
     "self_bleu",
     "similarity",
     "smooth_control",
+    "summary",
     "token_repetition",
     "unique_words",
 ]

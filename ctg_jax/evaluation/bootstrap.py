@@ -92,6 +92,16 @@ class Bootstrap:
             drawn = figure_of(self._drawn(t), self._drawn(w))
         return self._figure(float(figure_of(t.sum(), w.sum())), drawn, int((w != 0).sum()))
 
+    def of_means(self, fn: Callable[[np.ndarray], np.ndarray], values: Any) -> Figure:
+        """Any function of several means over prompts, taken inside the bootstrap: fn maps [..., M] to [...] and is
+        given the means of values [prompts, M], prompts in the order of their first sample."""
+        values = np.asarray(values, np.float64)
+        if values.ndim != 2 or len(values) != self.n:
+            raise InputError(
+                f"values has shape {list(values.shape)} for {self.n} prompts; give one row for each prompt"
+            )
+        return self._figure(float(fn(values.mean(axis=0))), fn(self.counts @ values / self.n), self.n)
+
     def statistic(self, fn: Callable[[np.ndarray], float], *, resamples: int = 200) -> Figure:
         """A statistic of a whole collection that repeats of a prompt distort (number of distinct words, MAUVE):
         fn(indices of samples). The bootstrap distribution is moved so that its mean is the value."""

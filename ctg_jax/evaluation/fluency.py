@@ -73,6 +73,9 @@ class LMScorer:
       lm, params, tokenizer: as `ctg_jax.stage.open_lm` gives them.
       name: how reports call the LM.
       batch: rows of a compiled batch.
+
+    Attributes:
+      version: name and digest of the weights. start: the id that stands for an empty prompt, BOS or EOS, or None.
     """
 
     def __init__(self, lm: LM, params: Params, tokenizer, *, name: str = "lm", batch: int = 32):
@@ -82,7 +85,7 @@ class LMScorer:
         self.version = f"{name}@{params_digest(params)}"
         self._params = params
         start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-        self._start = None if start is None else int(start)
+        self.start = None if start is None else int(start)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(nats float64 [n], tokens int64 [n]) of each text given its prompt. An empty prompt becomes the BOS (or EOS)
@@ -93,7 +96,10 @@ class LMScorer:
         """
         if len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts were given for {len(texts)} texts; give one prompt for each text")
-        heads, tails = self.tokenizer.encode(list(prompts)), self.tokenizer.encode(list(texts))
+        return self.ids(self.tokenizer.encode(list(prompts)), self.tokenizer.encode(list(texts)))
+
+    def ids(self, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The same for token ids of this LM: those that were drawn, where their text would be encoded to others."""
         rows = [self._row(i, list(h), list(t)) for i, (h, t) in enumerate(zip(heads, tails, strict=True))]
         nats, tokens = np.zeros(len(rows)), np.asarray([len(t) for _, t in rows], np.int64)
         order = sorted((i for i in range(len(rows)) if tokens[i]), key=lambda i: (tokens[i], len(rows[i][0])))
@@ -104,11 +110,11 @@ class LMScorer:
 
     def _row(self, i, head, tail):
         if not head:
-            if self._start is None:
+            if self.start is None:
                 raise InputError(
                     f"prompt {i} is empty and the tokenizer of {self.name} has no BOS or EOS token; give a prompt"
                 )
-            head = [self._start]
+            head = [self.start]
         if len(tail) + 1 > self.lm.context:
             raise InputError(
                 f"text {i} has {len(tail)} tokens; {self.name} reads at most {self.lm.context - 1} after a prompt"

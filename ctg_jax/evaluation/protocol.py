@@ -1,4 +1,4 @@
-"""`evaluate`: every figure of a set of samples; the field's protocol; how smoothly a strength controls a score."""
+"""`evaluate`: every figure of a set of samples, by way of `score` and `summary`; the field's protocol."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ctg_jax.evaluation import text
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.evaluation.fluency import LMScorer, Perplexity
 from ctg_jax.evaluation.similarity import mauve, similarity
+from ctg_jax.rewards.check import checked
 from ctg_jax.types import InputError
 
 
@@ -55,31 +56,98 @@ def evaluate(
       rewards: scorers; each gives <name>/mean, <name>/share (of samples at or above its threshold), <name>/max
         (average maximum) and <name>/any (P(any sample of a prompt at or above the threshold)).
       fluency: LM for perplexity and perplexity_pooled.
-      embed: encoder for similarity and, with `references` (human texts), mauve.
+      embed: encoder for relevance, similarity and, with `references` (human texts), mauve.
 
     Returns:
-      name -> Figure; also dist-n, rep-n, diversity, self_bleu, uniq, length (words), tokens, coverage, kl,
+      name -> Figure; also dist-n, rep-n, diversity, self_bleu, uniq, length (words), tokens, relevance, coverage, kl,
       tokens_per_second.
 
     Raises:
       InputError: no samples, a record without prompt or text, scores that are not finite or of a wrong length.
     """
+    rows = score(samples, rewards, fluency=fluency, embed=embed)
+    features = None
+    if embed is not None and len(references):
+        features = embed([r["text"] for r in rows]), embed(list(references))
+    thresholds = {r.name: getattr(r, "threshold", 0.5) for r in rewards}
+    return summary(rows, thresholds, features, protocol=protocol, seed=seed, resamples=resamples, level=level)
+
+
+def score(
+    samples: Sequence[Mapping[str, Any]],
+    rewards: Sequence[Any] = (),
+    *,
+    fluency: LMScorer | None = None,
+    embed: Callable[[list[str]], np.ndarray] | None = None,
+) -> list[dict[str, Any]]:
+    """The samples with what the scorers say of each: "scores" (name of a reward -> float); "nats" (minus the
+    log-probability) and "read" (number of tokens) under `fluency`; "similarity" to the "source", where there is one;
+    and "relevance" to the prompt, NaN where it is not defined.
+
+    Relevance is the cosine of the embeddings of prompt and continuation; without `embed`, the nats per token of
+    `fluency` by which the continuation is likelier after its prompt than after no text. Arguments and errors as for
+    `evaluate`.
+    """
     rows = [_record(i, s) for i, s in enumerate(samples)]
-    boot = Bootstrap([r["prompt_id"] for r in rows], seed=seed, resamples=resamples, level=level)
     prompts, texts = [r["prompt"] for r in rows], [r["text"] for r in rows]
-    figures: dict[str, Figure] = {}
+    if not rows:
+        return rows
+    scores: dict[str, np.ndarray] = {}
     for reward in rewards:
-        if f"{reward.name}/mean" in figures:
+        if reward.name in scores:
             raise InputError(f"two rewards are named {reward.name!r}; give each its own name")
-        figures |= attribute(boot, reward.name, reward(prompts, texts), getattr(reward, "threshold", 0.5))
+        scores[reward.name] = checked(reward.name, reward(prompts, texts), len(texts))
+    for i, row in enumerate(rows):
+        row["scores"] = {name: float(values[i]) for name, values in scores.items()}
     if fluency is not None:
         nats, tokens = fluency(prompts, texts)
+        _set(rows, "nats", nats)
+        _set(rows, "read", tokens)
+        if embed is None and fluency.start is not None:
+            alone, _ = fluency([""] * len(texts), texts)
+            with np.errstate(invalid="ignore"):
+                _set(rows, "relevance", (alone - nats) / tokens)
+    if embed is not None:
+        _set(rows, "relevance", similarity(embed, texts, prompts))
+        paired = [row for row in rows if row.get("source")]
+        if paired:
+            _set(paired, "similarity", similarity(embed, [r["text"] for r in paired], [r["source"] for r in paired]))
+    return rows
+
+
+def summary(
+    rows: Sequence[Mapping[str, Any]],
+    thresholds: Mapping[str, float],
+    features: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    protocol: Protocol = FIELD,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> dict[str, Figure]:
+    """The figures of rows that `score` made.
+
+    Args:
+      thresholds: name of a reward -> the score from which a text counts as having the attribute.
+      features: embeddings [n, D] of the texts and [m, D] of human texts, for mauve.
+    """
+    boot = Bootstrap([r["prompt_id"] for r in rows], seed=seed, resamples=resamples, level=level)
+    figures: dict[str, Figure] = {}
+    for name, threshold in thresholds.items():
+        figures |= attribute(boot, name, np.asarray([r["scores"][name] for r in rows]), threshold)
+    if "nats" in rows[0]:
+        nats, tokens = (np.asarray([r[k] for r in rows], np.float64) for k in ("nats", "read"))
         figures["perplexity"] = protocol.perplexity.figure(boot, nats, tokens)
         figures["perplexity_pooled"] = Perplexity("pooled").figure(boot, nats, tokens)
-    figures |= _surface(boot, texts, protocol)
+    figures |= _surface(boot, [r["text"] for r in rows], protocol)
     figures |= _known(boot, rows)
-    if embed is not None:
-        figures |= _embedded(boot, rows, texts, embed, list(references), seed, level)
+    for name in ("relevance", "similarity"):
+        if any(name in r for r in rows):
+            figures[name] = boot.mean([r.get(name, math.nan) for r in rows])
+    if features is not None:
+        found = mauve(*features, [r["prompt_id"] for r in rows], seed=seed, level=level)
+        if found is not None:
+            figures["mauve"] = found
     return figures
 
 
@@ -92,57 +160,6 @@ def attribute(boot: Bootstrap, name: str, scores: np.ndarray, threshold: float =
         f"{name}/max": boot.mean_of_prompts(lambda rows: float(scores[rows].max())),
         f"{name}/any": boot.mean_of_prompts(lambda rows: float((scores[rows] >= threshold).any())),
     }
-
-
-def smooth_control(
-    strengths: Sequence[float],
-    scores: np.ndarray,
-    *,
-    targets: Sequence[float] | None = None,
-    seed: int = 0,
-    resamples: int = 1000,
-    level: float = 0.95,
-) -> dict[str, Figure]:
-    """How a score follows a strength, from scores [K strengths, P prompts] (means over the samples of a prompt).
-
-    Returns:
-      range: score at the largest strength minus that at the smallest; monotonicity: Spearman's correlation of strength
-      and score, 0 where the score never moves; consistency: share of neighbouring strengths whose scores are in order
-      (ties count half); calibration (with `targets` [K], the scores that were asked for): mean |score - target|.
-      Each is a mean over prompts with its interval.
-    """
-    strengths, scores = np.asarray(strengths, np.float64), np.asarray(scores, np.float64)
-    if scores.ndim != 2 or len(strengths) != len(scores) or len(strengths) < 2 or not np.isfinite(scores).all():
-        raise InputError(
-            f"scores has shape {list(scores.shape)} for {len(strengths)} strengths; expected finite numbers "
-            "[strengths, prompts] with at least two strengths"
-        )
-    if len(np.unique(strengths)) < len(strengths):
-        raise InputError(f"strengths {strengths.tolist()} repeat a value; give each strength once")
-    order = np.argsort(strengths)
-    rising = scores[order]
-    boot = Bootstrap(range(scores.shape[1]), seed=seed, resamples=resamples, level=level)
-    steps = np.sign(np.diff(rising, axis=0))
-    figures = {
-        "range": boot.mean(rising[-1] - rising[0]),
-        "monotonicity": boot.mean(_spearman(rising)),
-        "consistency": boot.mean(((steps + 1) / 2).mean(axis=0)),
-    }
-    if targets is not None:
-        wanted = np.asarray(targets, np.float64)
-        if wanted.shape != strengths.shape:
-            raise InputError(f"targets has shape {list(wanted.shape)}; give one target for each strength")
-        figures["calibration"] = boot.mean(np.abs(scores - wanted[:, None]).mean(axis=0))
-    return figures
-
-
-def _spearman(rising: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    ranks = rankdata(rising, axis=0) - (len(rising) + 1) / 2
-    x = np.arange(len(rising)) - (len(rising) - 1) / 2
-    norm = np.sqrt((ranks**2).sum(0) * (x**2).sum())
-    return np.where(norm > 0, (ranks * x[:, None]).sum(0) / np.maximum(norm, 1e-12), 0.0)
 
 
 def _surface(boot: Bootstrap, texts: list[str], protocol: Protocol) -> dict[str, Figure]:
@@ -176,18 +193,9 @@ def _known(boot: Bootstrap, rows: list[dict]) -> dict[str, Figure]:
     return figures
 
 
-def _embedded(boot, rows, texts, embed, references, seed, level) -> dict[str, Figure]:
-    figures = {}
-    paired = [i for i, r in enumerate(rows) if r.get("source")]
-    if paired:
-        values = np.full(len(rows), math.nan)
-        values[paired] = similarity(embed, [texts[i] for i in paired], [rows[i]["source"] for i in paired])
-        figures["similarity"] = boot.mean(values)
-    if references:
-        found = mauve(embed(texts), embed(references), [r["prompt_id"] for r in rows], seed=seed, level=level)
-        if found is not None:
-            figures["mauve"] = found
-    return figures
+def _set(rows: Sequence[dict[str, Any]], name: str, values: np.ndarray) -> None:
+    for row, value in zip(rows, np.asarray(values).tolist(), strict=True):
+        row[name] = value
 
 
 def _record(i: int, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ attribute. The frozen model stays the reference, and the strength `scale` interp
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from ctg_jax import bricks, checkpoint, losses, rng, train
 from ctg_jax.bricks import Delta, SoftPrompt
+from ctg_jax.control import Control
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
+from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError
@@ -120,11 +122,7 @@ def finetune(
     Raises:
       InputError: no record matches, steps below 1, or what `init` raises.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}, expected at least 1.")
-    records = [r for r in data.rows("data.jsonl") if all(r.get(k) == v for k, v in (where or {}).items())]
-    if not records:
-        raise InputError(f"where is {dict(where or {})}, which matches no record of {data.path}.")
+    records = matching(data, where)
     model, params, tokenizer = open_lm(lm)
     key = jax.random.key(seed)
     hp = dict(kind=kind, rank=rank, targets=targets, length=length, choices=choices)
@@ -133,16 +131,72 @@ def finetune(
         ids = jax.random.randint(rng.stream(key, "tokens"), control.vectors.shape[:-1], 0, model.vocab)
         drawn = model.embed(params, ids.reshape(1, -1))
         control = control.replace(vectors=drawn.astype(jnp.float32).reshape(control.vectors.shape))
-    pace = train.schedule(rate or RATES[kind], schedule, warmup=min(warmup, steps - 1), steps=steps)
-    tx = train.optimizer(pace, decay=decay, trained=r"changes/.*|vectors")
-    state = train.init_state(control, tx, rng.stream(key, "train"))
-    fields = () if choices is None else ("label",)
     source = Source(str(data.path), str(where), records)
+    fields = () if choices is None else ("label",)
+    control = learn(
+        run, control, loss(model, kl=kl), {"params": params}, source, tokenizer,
+        trained=r"changes/.*|vectors", steps=steps, batch=batch, tokens=tokens, rate=rate or RATES[kind],
+        warmup=warmup, schedule=schedule, decay=decay, seed=seed, save_every=save_every, fields=fields,
+    )  # fmt: skip
+    keep(run, control, "finetune", hp)
+
+
+def matching(data: Artifact, where: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The records of a data artifact whose fields have the values of `where`; InputError where there is none."""
+    records = [r for r in data.rows("data.jsonl") if all(r.get(k) == v for k, v in (where or {}).items())]
+    if not records:
+        raise InputError(f"where is {dict(where or {})}, which matches no record of {data.path}.")
+    return records
+
+
+def learn(
+    run: Run,
+    control: Control,
+    loss: losses.LossFn,
+    frozen: Mapping[str, Any],
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    trained: str,
+    steps: int,
+    batch: int,
+    tokens: int,
+    rate: float,
+    warmup: int = 20,
+    schedule: str = "linear",
+    decay: float = 0.0,
+    seed: int = 0,
+    save_every: int = 100,
+    fields: Sequence[str] = (),
+) -> Control:
+    """A control trained on the texts of `source`: the inside of a stage, which goes on where it was cut short.
+
+    Args:
+      run: of the stage; checkpoints lie in its folder `steps` until `keep` removes them.
+      control, loss, frozen: what learns, and what it is given; see `ctg_jax.train`.
+      source, tokenizer, batch, tokens, fields: of the batches; see `ctg_jax.data.pipeline`.
+      trained: regular expression for the paths of the leaves that learn.
+      steps, rate, warmup, schedule, decay: of the optimizer. seed: of the order of texts and of randomness in the loss.
+
+    Raises:
+      InputError: steps below 1, and what the pipeline and the training loop raise.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}, expected at least 1.")
+    pace = train.schedule(rate, schedule, warmup=min(warmup, steps - 1), steps=steps)
+    tx = train.optimizer(pace, decay=decay, trained=trained)
+    state = train.init_state(control, tx, rng.stream(jax.random.key(seed), "train"))
     batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=fields)
-    step = train.make_step(loss(model, kl=kl), tx)
+    step = train.make_step(loss, tx)
     state = train.loop(
-        run.path, state, step, batches, steps=steps, save_every=save_every, frozen={"params": params}, progress=False
+        run.path, state, step, batches, steps=steps, save_every=save_every, frozen=frozen, progress=False
     )
-    run.record(method="finetune", init=hp)
-    checkpoint.save(run.path / "state", state.params)
-    shutil.rmtree(run.path / "steps")  # optimizer states have served; the control is kept
+    return state.params
+
+
+def keep(run: Run, control: Control, method: str, init: Mapping[str, Any]) -> None:
+    """Ends a stage that trained: saves the control for `methods.load`, which calls the method's `init(lm, key, **init)`
+    for its shapes, and removes the optimizer states, which have served."""
+    run.record(method=method, init=dict(init))
+    checkpoint.save(run.path / "state", control)
+    shutil.rmtree(run.path / "steps")

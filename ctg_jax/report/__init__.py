@@ -2,6 +2,7 @@
 
 from ctg_jax.report.plots import curves, frontier
 from ctg_jax.report.rows import Cell, Line, collect, lines, row
+from ctg_jax.report.spans import spans
 from ctg_jax.report.write import escape, write
 
-__all__ = ["Cell", "Line", "collect", "curves", "escape", "frontier", "lines", "row", "write"]
+__all__ = ["Cell", "Line", "collect", "curves", "escape", "frontier", "lines", "row", "spans", "write"]

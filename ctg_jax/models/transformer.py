@@ -32,7 +32,7 @@ class Transformer:
         the number of positions.
       norm: "layer" or "rms", with `norm_eps`.
       activation: a key of `ACTIVATIONS`; gated: whether the MLP multiplies by a gate (SwiGLU).
-      positions: "learned" or "rotary" (the first `rotary_dim` features of a head, base `rope_theta`).
+      positions: "learned", "rotary" (the first `rotary_dim` features of a head, base `rope_theta`), or "none".
       rope_scaling: None, or ("llama3", factor, low_freq_factor, high_freq_factor, original_context), or
         ("linear", factor).
       parallel: attention and MLP read the same input (GPT-NeoX).
@@ -118,6 +118,11 @@ class Transformer:
         if isinstance(params["layers"], tuple):
             return params
         return {**params, "layers": tree.unstack(params["layers"])}
+
+    def above(self, params: Params, site: int) -> tuple[Transformer, Params]:
+        layers = self.unstack(params)["layers"][site:]
+        positions = "none" if self.positions == "learned" else self.positions  # the stream holds them already
+        return dataclasses.replace(self, depth=self.depth - site, positions=positions), {**params, "layers": layers}
 
     def init_cache(self, params: Params, batch: int, length: int) -> Cache:
         shape = (batch, self.kv_heads, length, self.head_dim)
@@ -212,7 +217,6 @@ class Transformer:
                 ks.append(k)
                 vs.append(v)
                 taps.append(tap(x))
-            taps = tree.stack(taps)
             if cache is not None:
                 cache = cache.replace(
                     k=tuple(ks),
@@ -224,9 +228,12 @@ class Transformer:
 
         x = Norm(self).apply({"params": params["norm"]}, x)
         x = control.hidden(x, self.depth + 1, pos, state)
-        ends = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), first, taps, tap(x))
+        if scanned:
+            taps = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), first, taps, tap(x))
+        else:
+            taps = tree.stack([first, *taps, tap(x)])
         seen = x if last is None else x[:, x.shape[1] - last :]
-        return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=ends)
+        return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=taps)
 
     def _rope(self, pos: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """(cos, sin), each float32 [B, T, rotary_dim / 2], or None for learned positions."""

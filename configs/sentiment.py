@@ -38,7 +38,7 @@ def bundled():
         prompts=dict(source=REVIEWS, split="test", limit=20),
         sample=dict(n=10, max_new=40, batch=100, filter=dict(top_p=0.9)),
         judges=dict(positive=dict(kind="oracle", heldout=dict(source=REVIEWS, split="test", limit=500))),
-        evaluate=dict(resamples=1000),
+        evaluate=dict(kl=True, resamples=1000),
         train=dict(source=REVIEWS, split="validation", balance="label", limit=1500),
     )
 
@@ -53,7 +53,7 @@ def tiny():
         prompts=dict(source=REVIEWS, split="test", limit=2),
         sample=dict(n=2, max_new=6, batch=4, filter=dict(top_p=0.9)),
         judges=dict(positive=dict(kind="oracle", heldout=dict(source=REVIEWS, split="test", limit=8))),
-        evaluate=dict(resamples=50),
+        evaluate=dict(kl=True, resamples=50),
         train=dict(source=REVIEWS, split="validation", balance="label", limit=8),
     )
 
@@ -62,6 +62,7 @@ def yelp():
     folder = os.environ.get("CTG_DATA_DIR")
     if not folder:
         raise InputError("CTG_DATA_DIR is not set: the yelp world reads yelp/, sst2/ and models/ in that directory")
+    encoder = f"{folder}/models/all-MiniLM-L6-v2"
     return dict(
         lm=dict(source=f"{folder}/models/yelp-gpt2-mini"),
         prompts=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", words=4, balance="label", limit=50),
@@ -69,13 +70,13 @@ def yelp():
         judges=dict(
             positive=dict(
                 kind="probe",
-                encoder=f"{folder}/models/all-MiniLM-L6-v2",
+                encoder=encoder,
                 reads="both",
                 data=dict(source=f"jsonl:{folder}/sst2/train.jsonl", split="all"),
                 heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", balance="label", limit=500, skip=50),
             )
         ),
-        evaluate=dict(lm_name="yelp-gpt2-mini", resamples=1000),
+        evaluate=dict(lm_name="yelp-gpt2-mini", embed=encoder, kl=True, resamples=1000),
         train=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", balance="label", limit=5000),
     )
 

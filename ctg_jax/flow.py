@@ -1,5 +1,5 @@
-"""The stages that use controls and samples: `sample`, `fit_judge`, `evaluate`; with `ctg_jax.sources` and the `fit` of
-the methods they are every experiment."""
+"""The stage `sample` and what it is made of: the chain of controls, and completions of prompts under it; with
+`ctg_jax.sources`, `ctg_jax.judging` and the `fit` of the methods it is every experiment."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
 from ctg_jax.types import InputError, Sampling
 
 _ROWS_PER_PROMPT = 1 << 16  # example ids: prompt * this + number of the sample, so that more samples keep the first
+# What the record of a prompt says about its samples: field there -> field here; judging reads the last two.
+_CARRIED = {"label": "prompt_label", "source": "source", "keywords": "keywords"}
 
 
 @lru_cache(maxsize=2)
@@ -105,8 +107,8 @@ def sample(
     with open(partial, "a", encoding="utf-8") as f, bar:
         for new in batches:
             for row in new:
-                if "label" in records[row["prompt_id"]]:
-                    row["prompt_label"] = records[row["prompt_id"]]["label"]
+                record = records[row["prompt_id"]]
+                row |= {new: record[old] for old, new in _CARRIED.items() if old in record}
             f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             f.flush()
             rows += new
@@ -192,100 +194,3 @@ def _whole_batches(partial, batch: int, total: int) -> list[dict]:
     rows = rows if len(rows) == total else rows[: len(rows) // batch * batch]
     write_jsonl(partial, rows)
     return rows
-
-
-def fit_judge(
-    run: Run,
-    *,
-    kind: str,
-    data: Artifact | None = None,
-    encoder: str | None = None,
-    heldout: Artifact | None = None,
-    name: str = "positive",
-    target: int = 1,
-    reads: str = "text",
-) -> None:
-    """A scorer of texts, kept in state/ with its accuracy on held-out texts in metrics.jsonl.
-
-    Args:
-      kind: "oracle" (the grammar of the bundled reviews; exact), "bag" (bag of words), "probe" (linear probe on the
-        sentence encoder `encoder`), or "classifier" (the imported sequence classifier `encoder`).
-      data, heldout: texts with labels, to fit and to test on.
-      name: what reports call it; target: the label whose probability it gives.
-      reads: "text" for the continuation alone, "both" for prompt and continuation.
-    """
-    from ctg_jax.rewards import BagOfWords, LinearProbe, sentence_embedder
-
-    if kind in ("bag", "probe"):
-        if data is None:
-            raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
-        rows = data.rows("data.jsonl")
-        texts, labels = [r["text"] for r in rows], [r["label"] for r in rows]
-        if kind == "bag":
-            judge = BagOfWords.fit(texts, labels, name=name, target=target, reads=reads)
-        else:
-            judge = LinearProbe.fit(
-                sentence_embedder(encoder), texts, labels, name=name, target=target, reads=reads, strength=1.0
-            )
-        judge.save(run.path / "state")
-    run.record(judge={"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads})
-    judge = open_judge(Artifact(run.path, ""))
-    row: dict[str, Any] = {"name": name, "version": judge.version}
-    if heldout is not None:
-        rows = heldout.rows("data.jsonl")
-        texts, labels = [r["text"] for r in rows], np.asarray([r["label"] for r in rows])
-        said = judge([""] * len(texts), texts) >= judge.threshold
-        row |= {"accuracy": float(np.mean(said == (labels == target))), "heldout": len(texts)}
-    run.log(**row)
-
-
-@lru_cache(maxsize=4)
-def open_judge(artifact: Artifact) -> Any:
-    """The reward that `fit_judge` made."""
-    from ctg_jax.rewards import BagOfWords, LinearProbe, SequenceClassifier, reviews_oracle, sentence_embedder
-
-    spec = artifact.spec["judge"]
-    kind, options = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}
-    if kind == "oracle":
-        return reviews_oracle("sentiment", **options)
-    if kind == "bag":
-        return BagOfWords.load(artifact.path / "state")
-    if kind == "probe":
-        return LinearProbe.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
-    if kind == "classifier":
-        return SequenceClassifier.load(spec["encoder"], **options)
-    raise InputError(f"kind is {kind!r}; a judge is one of oracle, bag, probe, classifier")
-
-
-def evaluate(
-    run: Run,
-    *,
-    samples: Artifact,
-    judges: Sequence[Artifact] = (),
-    lm: Artifact | None = None,
-    lm_name: str = "base",
-    seed: int = 0,
-    resamples: int = 1000,
-) -> None:
-    """Writes the figures of one set of samples to metrics.jsonl: one row per figure with name, value, low, high, n.
-
-    Args:
-      judges: what `fit_judge` made. lm: the language model of the perplexity, `lm_name` in the report.
-      seed, resamples: of the bootstrap over prompts.
-    """
-    from ctg_jax import evaluation
-
-    fluency = None
-    if lm is not None:
-        model, params, tokenizer = open_lm(lm)
-        fluency = evaluation.LMScorer(model, params, tokenizer, name=lm_name)
-    rewards = [open_judge(j) for j in judges]
-    figures = evaluation.evaluate(
-        samples.rows("samples.jsonl"), rewards, fluency=fluency, seed=seed, resamples=resamples
-    )
-    run.record(
-        judges={r.name: r.version for r in rewards},
-        perplexity=None if fluency is None else f"{lm_name}: {evaluation.FIELD.perplexity}",
-    )
-    for name, figure in figures.items():
-        run.log(name=name, **figure.as_json())

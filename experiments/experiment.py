@@ -4,7 +4,7 @@ lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": sett
 prompts   settings of `load_data`
 sample    settings of `sample`; its `filter` holds for every method that has none of its own
 judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
-evaluate  settings of `evaluate`
+evaluate  settings of `evaluate`, with `references` as settings of `load_data`
 methods   label -> {"method": name, "fit": its settings, "data": settings of `load_data`, "strengths": (…),
           "filter": settings of `truncate`, "filter_first": bool}, all but `method` optional
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctg_jax import flow, methods, sources
+from ctg_jax import flow, judging, methods, sources
 from ctg_jax.stage import Artifact, nearest, stage
 from ctg_jax.types import InputError
 
@@ -27,13 +27,15 @@ _METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One row of the table: a method at a strength, its samples and its figures."""
+    """One row of the table: a method at a strength, its samples and its figures; and, where the method has several
+    strengths, how smoothly it is controlled over all of them."""
 
     label: str
     method: str
     strength: float | None
     samples: Artifact
     figures: Artifact
+    smooth: Artifact | None = None
 
 
 def run(root: str, config: ConfigDict) -> list[Cell]:
@@ -47,14 +49,30 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     lm = language_model(root, settings["lm"])
     prompts = stage(root, sources.load_data, settings["prompts"])
     judges = [judge(root, name, options) for name, options in settings["judges"].items()]
+    measure = dict(settings["evaluate"])
+    human = measure.pop("references", None)
+    human = stage(root, sources.load_data, human) if human else None
     cells = []
     # ConfigDict sorts by name; what learns nothing is shown first, as the line to compare with.
     arms = sorted(settings["methods"].items(), key=lambda item: (item[1]["method"] != "truncate", item[0]))
     for label, arm in arms:
+        mine = []
         for strength, samples in sampled(root, lm, prompts, settings["sample"], arm):
-            figures = stage(root, flow.evaluate, settings["evaluate"], samples=samples, judges=judges, lm=lm)
-            cells.append(Cell(label, arm["method"], strength, samples, figures))
+            figures = stage(root, judging.evaluate, measure, samples=samples, judges=judges, lm=lm, references=human)
+            mine.append(Cell(label, arm["method"], strength, samples, figures))
+        smooth = smoothness(root, mine, measure)
+        cells += [dataclasses.replace(cell, smooth=smooth) for cell in mine]
     return cells
+
+
+def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifact | None:
+    """How smoothly one method is controlled over its strengths; None where it has fewer than two."""
+    swept = [cell for cell in cells if cell.strength is not None]
+    if len(swept) < 2:
+        return None
+    options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
+    settings = {"strengths": [cell.strength for cell in swept], **options}
+    return stage(root, judging.smooth, settings, figures=[cell.figures for cell in swept])
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -86,7 +104,7 @@ def judge(root: str, name: str, settings: dict[str, Any]) -> Artifact:
     settings = dict(settings)
     given = {key: settings.pop(key, None) for key in ("data", "heldout")}
     inputs = {key: stage(root, sources.load_data, value) for key, value in given.items() if value}
-    return stage(root, flow.fit_judge, {"name": name, **settings}, **inputs)
+    return stage(root, judging.fit_judge, {"name": name, **settings}, **inputs)
 
 
 def fitted(root: str, lm: Artifact, arm: dict[str, Any]) -> Artifact | None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+import ctg_jax
 from ctg_jax import report
 from experiments.experiment import Cell
 
 
 def write(root: str, spec: str, config: ConfigDict, cells: Sequence[Cell]) -> Path:
     """Writes the report of one experiment and returns the path of report.html."""
-    return _write(root, spec, config, [_row(cell) for cell in cells], cells)
+    return _write(root, spec, config, [_row(cell) for cell in cells], [_smooth(cell) for cell in cells], cells)
 
 
 def write_grid(root: str, spec: str, config: ConfigDict, cells: Sequence[tuple[dict[str, Any], Cell]]) -> Path:
     """Writes the report of a grid: pairs of changed settings and a cell. A setting of one method is a column of that
     method's rows alone, and a cell that several settings share is shown once."""
-    rows, seen = [], {}
+    rows, smooth, seen = [], [], {}
     for changes, cell in cells:
         if cell.figures.id in seen:
             continue
@@ -35,7 +37,8 @@ def write_grid(root: str, spec: str, config: ConfigDict, cells: Sequence[tuple[d
             elif section != "methods":
                 columns[key] = value
         rows.append({**columns, **_row(cell)})
-    return _write(root, spec, config, rows, list(seen.values()))
+        smooth.append(_smooth(cell) and {**columns, **_smooth(cell)})
+    return _write(root, spec, config, rows, smooth, list(seen.values()))
 
 
 def _row(cell: Cell) -> dict[str, Any]:
@@ -43,10 +46,31 @@ def _row(cell: Cell) -> dict[str, Any]:
     return report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=seed)
 
 
-def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], cells: Sequence[Cell]) -> Path:
+def _smooth(cell: Cell) -> dict[str, Any] | None:
+    if cell.smooth is None:
+        return None
+    seed = cell.samples.spec["config"]["seed"]
+    return {**report.row(cell.smooth, method=cell.label, seed=seed), "smooth": cell.smooth.id}
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with -dirty where files differ from it; None where there is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], smooth: list, cells: Sequence[Cell]) -> Path:
     settings = config.to_dict()
     facts = cells[0].figures.spec
-    about = {name: json.dumps(settings[name]) for name in ("lm", "prompts", "sample")}
+    about = {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
+    about |= {name: json.dumps(settings[name]) for name in ("lm", "prompts", "sample")}
+    commit = _commit()
+    version = ctg_jax.__version__ + (f", commit {commit}" if commit else "")
+    # The cells of one method share their smoothness.
+    swept = {row.pop("smooth"): row for row in smooth if row}
     name = Path(spec.partition(":")[0]).stem
     argument = spec.partition(":")[2]
     return report.write(
@@ -55,5 +79,6 @@ def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], cells: Se
         title=settings.get("title", name),
         scorers=facts["judges"],
         perplexity=facts["perplexity"],
-        about={"configuration": spec, **about},
+        about={"configuration": spec, **about, "ctg_jax": version},
+        smooth=list(swept.values()),
     )

@@ -11,7 +11,7 @@ LAYERS = [
     {"types", "tree", "rng"},
     {"control", "bricks", "parallel", "checkpoint", "metrics"},
     {"models"},
-    {"data", "decode", "losses", "train", "rewards", "evaluation", "stage", "sources", "report"},
+    {"data", "decode", "losses", "train", "rewards", "evaluation", "stage", "sources", "report", "judging"},
     {"methods"},
     {"flow"},
 ]

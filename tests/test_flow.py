@@ -97,51 +97,6 @@ def test_strengths_and_controls_must_match(lm):
         flow.build(lm, [], [1.0])
 
 
-@pytest.mark.parametrize("kind", ["bag", "oracle"])
-def test_a_judge_is_fitted_once_and_read_back(root, kind):
-    rows = [{"text": f"the {w} was {a}", "label": l} for w in ("soup", "room", "show")
-            for a, l in (("delicious", 1), ("wonderful", 1), ("bland", 0), ("terrible", 0))]  # fmt: skip
-    data = stage(root, texts, {"rows": rows})
-    judge = stage(root, flow.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
-    (row,) = judge.metrics()
-    assert row["accuracy"] == 1.0 and row["heldout"] == 12 and row["version"] == flow.open_judge(judge).version
-    scores = flow.open_judge(judge)(["", ""], ["the soup was delicious", "the soup was bland"])
-    assert scores[0] > 0.5 > scores[1]
-
-
-def test_an_oracle_of_the_other_label(root):
-    """`target` is honoured: a neutral text is neither positive nor negative."""
-    data = stage(root, texts, {"rows": [{"text": "the soup was bland", "label": 0}, {"text": "a desk", "label": 1}]})
-    judge = stage(root, flow.fit_judge, {"kind": "oracle", "name": "negative", "target": 0}, heldout=data)
-    negative = flow.open_judge(judge)
-    scores = negative([""] * 3, ["the soup was delicious", "the soup was bland", "a desk"])
-    assert negative.name == "negative" and scores[0] < 0.5 < scores[1] and scores[2] == 0.5 < negative.threshold
-    assert judge.metrics()[0]["accuracy"] == 1.0 and "sentiment=0" in negative.version
-    with pytest.raises(InputError, match="target is 3"):
-        stage(root, flow.fit_judge, {"kind": "oracle", "target": 3})
-
-
-def test_unknown_judge(tmp_path):
-    with pytest.raises(InputError, match="one of oracle, bag, probe, classifier"):
-        stage(tmp_path, flow.fit_judge, {"kind": "orakle"})
-    with pytest.raises(InputError, match="no data were given"):
-        stage(tmp_path, flow.fit_judge, {"kind": "bag"})
-    assert not list(tmp_path.glob("fit_judge-*"))
-
-
-def test_figures_have_intervals_and_name_their_scorers(root, lm, samples):
-    judge = stage(root, flow.fit_judge, {"kind": "oracle"})
-    result = stage(root, flow.evaluate, {"resamples": 50, "lm_name": "tiny"}, samples=samples, judges=[judge], lm=lm)
-    figures = {row["name"]: row for row in result.metrics()}
-    assert {"positive/share", "perplexity", "dist-2", "length", "tokens"} <= figures.keys()
-    assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values() if f["low"] is not None)
-    assert result.spec["judges"]["positive"].startswith("reviews-oracle[sentiment=1]:text@") and result.spec[
-        "perplexity"
-    ].startswith("tiny: ")
-    tokens = [len(r["tokens"]) for r in samples.rows("samples.jsonl")]
-    np.testing.assert_allclose(figures["tokens"]["value"], np.mean(tokens))
-
-
 def test_perplexity_of_a_text_is_that_of_its_log_probability(root, lm, prompts):
     """Without truncation and where texts encode back to their tokens, the scorer sees what the decoder saw."""
     made = stage(root, flow.sample, dict(n=32, max_new=4), lm=lm, prompts=prompts)

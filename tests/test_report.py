@@ -148,6 +148,26 @@ def test_samples_stand_side_by_side(tmp_path):
     assert re.findall(r"\| \w \| (.*) \|", after) == ["a Q 0", "b Q 0", "a R 0", "b R 0"]
 
 
+def test_smooth_control_is_a_table_of_its_own(tmp_path):
+    names = ("range", "calibration", "monotone")
+    smooth = [
+        {"method": m, "figures": {**{f"positive/{n}": figure(v) for n, v in zip(names, vs)}, "relevance": figure(0.7)}}
+        for m, vs in (("steer", (0.5, 0.125, 1.0)), (NASTY, (-0.25, 0.3, 0.6)))
+    ]
+    del smooth[1]["figures"]["positive/calibration"]  # two strengths
+    page = report.write(tmp_path, SWEEP, smooth=smooth).read_text()
+    text = (tmp_path / "report.md").read_text()
+    part = text.split("## Smooth control")[1].split("\n## ")[0]
+    assert "| steer | 0.500 [0.400, 0.600] | 0.125 [0.025, 0.225] | 1.000 [0.900, 1.100] | 0.700" in part
+    assert "| −0.250 [−0.350, −0.150] | – | 0.600" in part and "positive: distance to a line" in part
+    assert "least-squares line" in part and "spread between prompts" not in part  # says what it has, and no more
+    assert "<h2>Smooth control</h2>" in page and "<script" not in page
+    saved = json.loads((tmp_path / "report.json").read_text())["smooth"]
+    assert [s["figures"]["positive/range"]["value"] for s in saved] == [0.5, -0.25]
+    report.write(tmp_path, SWEEP)
+    assert "Smooth control" not in (tmp_path / "report.md").read_text() + (tmp_path / "report.html").read_text()
+
+
 def test_plots_without_what_they_need_are_left_out(tmp_path):
     rows = [{"method": "base", "figures": {"length": figure(3.0)}}]
     report.write(tmp_path, rows)

@@ -13,13 +13,11 @@ from ctg_jax.types import InputError
 # What each figure means, in the words of a report.
 MEANING = {
     "range": "mean score at the largest strength minus that at the smallest",
-    "calibration": "how far the mean score is from a straight line over the strengths: mean distance to the "
-    "least-squares line, as a share of the difference between the highest and the lowest mean score; 0 is "
-    "proportional to the strength (three strengths or more)",
-    "consistency": "standard deviation between prompts of their mean scores, averaged over strengths; 0 is the same "
-    "score for every prompt",
+    "calibration": "mean distance of the mean score to its least-squares line over the strengths, as a share of the "
+    "difference between the highest and the lowest mean score, so that 0 is in proportion to the strength",
+    "consistency": "standard deviation between prompts of their mean scores, averaged over strengths",
     "consistency_samples": "standard deviation between the samples of a prompt, averaged over strengths and prompts",
-    "monotonicity": "Spearman's correlation of strength and mean score of a prompt, averaged over prompts; -1 to 1",
+    "monotonicity": "mean over prompts of Spearman's correlation of strength and mean score of the prompt",
     "monotone": "share of prompts whose mean score moves and never moves against the sign of the range",
 }
 

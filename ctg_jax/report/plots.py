@@ -17,6 +17,18 @@ _COLOURS = {
 }
 _GROUND = {"light": ("#ffffff", "#222222", "#dddddd"), "dark": ("#16181d", "#e4e4e4", "#3a3d45")}
 _MARKERS = "osD^vPX"
+MEASURES = {  # what is measured of an attribute -> its name for readers
+    "share": "share of samples",
+    "mean": "mean score",
+    "max": "average maximum",
+    "any": "P(any sample)",
+    "calibration": "distance to a line",
+    "consistency": "spread between prompts",
+    "consistency_samples": "spread between samples",
+    "monotonicity": "rank correlation",
+    "monotone": "monotone prompts",
+    "range": "range",
+}
 
 
 def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> bytes | None:
@@ -96,9 +108,8 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
 def describe(name: str) -> str:
     """A figure's name for an axis or a heading: `positive: share of samples`."""
     head, _, tail = name.rpartition("/")
-    long = {"share": "share of samples", "mean": "mean score", "max": "average maximum", "any": "P(any sample)"}
-    if head and tail in long:
-        return f"{head}: {long[tail]}"
+    if head and tail in MEASURES:
+        return f"{head}: {MEASURES[tail]}"
     also = {"perplexity_pooled": "perplexity, pooled", "kl": "KL to base, nats per token", "length": "length, words"}
     return also.get(name, name.replace("_", " "))
 

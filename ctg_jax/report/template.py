@@ -54,6 +54,9 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 <img src="data:image/png;base64,{{ image.light }}" alt="{{ image.caption }}" width="{{ image.width }}"></picture>
 <figcaption>{{ image.caption }}</figcaption></figure>
 {% endfor %}
+{% if smooth %}<h2>Smooth control</h2>
+<p class="note">{{ smooth_note }}</p>
+{{ table(*smooth) }}{% endif %}
 {% if samples %}<h2>Samples, side by side</h2>
 {% for prompt in samples %}<h3>{{ prompt.prompt }} …</h3>
 <div class="cards">{% for card in prompt.cards %}<div class="card"><b>{{ card.label }}</b>

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctg_jax.evaluation import FIELD
+from ctg_jax.evaluation.smooth import MEANING
 from ctg_jax.report import plots
 from ctg_jax.report.rows import Cell, Line, lines
 from ctg_jax.report.template import PAGE
@@ -20,8 +21,21 @@ from ctg_jax.stage import write_text
 from ctg_jax.types import InputError
 
 # Columns of the first table, in this order, after the share of every attribute; all others follow at the end.
-_MAIN = ("perplexity", "dist-2", "dist-3", "rep-3", "self_bleu", "kl", "mauve", "similarity", "coverage", "length")
+_MAIN = (
+    "perplexity",
+    "dist-2",
+    "dist-3",
+    "rep-3",
+    "self_bleu",
+    "kl",
+    "mauve",
+    "relevance",
+    "similarity",
+    "coverage",
+    "length",
+)
 _CURVES = ("perplexity", "kl", "dist-2")
+SMOOTH = "Each method over all its strengths (after Zhou et al. 2024, with the scores of the judge as intensities)."
 _CARDS = 12  # texts beside one another for one prompt
 
 
@@ -34,6 +48,7 @@ def write(
     perplexity: str | None = None,
     about: Mapping[str, Any] | None = None,
     attributes: Sequence[str] = (),
+    smooth: Sequence[Mapping[str, Any]] = (),
     prompts: int = 4,
     texts: int = 2,
 ) -> Path:
@@ -46,6 +61,8 @@ def write(
       scorers: name -> version of every reward. perplexity: its LM and convention, e.g. f"gpt2@…: {Perplexity()}".
       about: anything else the reader should know: commit, configuration, seed, data.
       attributes: figures of the horizontal axis of a frontier each; every "<reward>/share" by default.
+      smooth: rows of another table, of one line for each method over all its strengths, with the figures of
+        `ctg_jax.evaluation.smooth_control` under "<reward>/<figure>".
       prompts, texts: how many prompts and how many texts of each are shown side by side.
 
     Raises:
@@ -53,7 +70,7 @@ def write(
         a directory that cannot be written.
     """
     table = lines(rows)
-    names = list(dict.fromkeys(n for line in table for n in line.cells))
+    names = _names(table)
     for attribute in attributes:
         if attribute not in names:
             raise InputError(f"attributes names {attribute!r}, which no row has; the rows have {', '.join(names)}")
@@ -65,10 +82,11 @@ def write(
     seeds = max((c.seeds for line in table for c in line.cells.values()), default=1)
     facts = _facts(scorers, perplexity, about, names, rows)
     shown = _side_by_side(table, prompts, texts)
+    swept = lines(smooth) if smooth else []
     pages = {
-        "report.md": _markdown(title, table, main, rest, drawn, shown, facts, seeds),
-        "report.json": _json(title, table, facts),
-        "report.html": _html(title, table, main, rest, drawn, shown, facts, seeds),
+        "report.md": _markdown(title, table, main, rest, drawn, swept, shown, facts, seeds),
+        "report.json": _json(title, table, swept, facts),
+        "report.html": _html(title, table, main, rest, drawn, swept, shown, facts, seeds),
     }
     directory = Path(directory)
     try:
@@ -108,6 +126,13 @@ def note(seeds: int) -> str:
     if seeds > 1:
         text += f" Mean over up to {seeds} seeds ± standard error over seeds; the interval is the mean of theirs."
     return text
+
+
+def smooth_note(swept: Sequence[Line]) -> str:
+    """What the figures of the table "Smooth control" mean, for those that it has."""
+    had = {n.rpartition("/")[2] for line in swept for n in line.cells}
+    said = "; ".join(f"{plots.MEASURES[name]} is the {what}" for name, what in MEANING.items() if name in had)
+    return f"{SMOOTH} Here {said}."
 
 
 def number(value: float, like: float | None = None) -> str:
@@ -151,7 +176,7 @@ def _grid(table: list[Line], names: list[str]) -> tuple[list[dict], list[list[di
     return heads, body
 
 
-def _html(title, table, main, rest, drawn, shown, facts, seeds) -> str:
+def _html(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
     from jinja2 import Environment, StrictUndefined
 
     images = []
@@ -168,15 +193,19 @@ def _html(title, table, main, rest, drawn, shown, facts, seeds) -> str:
         rest=_grid(table, rest),
         words=len(grid[0]),
         images=images,
+        smooth=_grid(swept, _names(swept)) if swept else None,
+        smooth_note=smooth_note(swept),
         samples=shown,
         about=facts,
     )
 
 
-def _markdown(title, table, main, rest, drawn, shown, facts, seeds) -> str:
+def _markdown(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
     out = [f"# {escape(title)}", "", note(seeds), "", *_markdown_table(table, main)]
     for name, (_, _, caption) in drawn.items():
         out += ["", f"![{name}]({name}.png)", "", escape(caption)]
+    if swept:
+        out += ["", "## Smooth control", "", escape(smooth_note(swept)), "", *_markdown_table(swept, _names(swept))]
     if shown:
         out += ["", "## Samples, side by side"]
     for prompt in shown:
@@ -204,15 +233,20 @@ def escape(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(flat, quote=False))
 
 
-def _json(title, table, facts) -> str:
+def _names(table: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(n for line in table for n in line.cells))
+
+
+def _json(title, table, swept, facts) -> str:
     def plain(cell: Cell):
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(cell).items()}
 
-    records = [
-        {"method": t.method, "strength": t.strength, **t.columns, "figures": {n: plain(c) for n, c in t.cells.items()}}
-        for t in table
-    ]
-    report = {"title": title, "about": {n: v for n, v in facts}, "lines": records}
+    def figures(line: Line):
+        return {**line.columns, "figures": {n: plain(c) for n, c in line.cells.items()}}
+
+    records = [{"method": t.method, "strength": t.strength, **figures(t)} for t in table]
+    smooth = [{"method": t.method, **figures(t)} for t in swept]
+    report = {"title": title, "about": {n: v for n, v in facts}, "lines": records, "smooth": smooth}
     return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments import ablate, cli, compare, main
+import ctg_jax
+from ctg_jax.types import InputError
+from experiments import ablate, cli, compare, experiment, main, reporting
 from tests.experiments.tiny_lm import write_lm
 
 HERE = Path(__file__).parents[2]
@@ -55,13 +58,39 @@ def test_the_comparison_has_every_method_beside_the_base(call):
     assert {line["strength"] for line in table(report) if line["method"] == "dexperts"} == {-1.0, 1.0}
 
 
+def test_the_report_says_how_smooth_every_method_is_and_how_it_was_measured(call):
+    _, report, _, _ = call(compare, HERE / "configs/compare_sentiment.py:tiny")
+    saved = json.loads(Path(report).with_suffix(".json").read_text())
+    smooth = {line["method"]: line["figures"] for line in saved["smooth"]}
+    several = {
+        m for m in (line["method"] for line in saved["lines"]) if sum(t["method"] == m for t in saved["lines"]) > 1
+    }
+    assert smooth.keys() == several >= {"steer", "dexperts"}
+    assert {"positive/range", "positive/consistency", "positive/monotonicity", "relevance"} <= smooth["steer"].keys()
+    assert all({"kl", "relevance"} <= line["figures"].keys() for line in saved["lines"])
+    about = saved["about"]
+    assert re.match(r"base@[0-9a-f]{12}: mean of per-sample", about["perplexity"])
+    assert "held-out texts" in about["scorer of 'positive'"] and about["relevance"].startswith("nats per token")
+    assert about["ctg_jax"].startswith(ctg_jax.__version__)
+    assert about["ctg_jax"].endswith(f", commit {reporting._commit()}") or reporting._commit() is None
+
+
+def test_references_are_data_of_the_evaluation(root, tmp_path):
+    """A section of `evaluate`, not a setting; without an encoder it is refused in one sentence."""
+    config = cli.config_of(f"{HERE / 'configs/truncate.py'}:tiny")
+    config.evaluate.references = {"source": "bundled:reviews", "split": "test", "limit": 3}
+    with pytest.raises(InputError, match="set embed to a sentence encoder"):
+        experiment.run(str(root), config)
+
+
 def test_changing_one_method_runs_that_method_alone(call):
     call(compare, HERE / "configs/compare_sentiment.py:tiny")
     _, _, err, counts = call(
         compare, HERE / "configs/compare_sentiment.py:tiny", "--config.methods.steer.fit.sites=all"
     )
     ran = [line.split()[1].rpartition("-")[0] for line in err.splitlines() if line.startswith("running ")]
-    assert ran == ["steer", "sample", "evaluate", "sample", "evaluate"] and counts.startswith("stages: 5 executed")
+    assert ran == ["steer", "sample", "evaluate", "sample", "evaluate", "smooth"]
+    assert counts.startswith("stages: 6 executed")
 
 
 def test_a_grid_in_parts_equals_the_whole(call):

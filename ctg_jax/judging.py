@@ -1,0 +1,206 @@
+"""The stages that score: `fit_judge`, `evaluate` a set of samples, `smooth` for a method over its strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ctg_jax.stage import Artifact, Run, open_lm, write_jsonl
+from ctg_jax.types import InputError
+
+
+def fit_judge(
+    run: Run,
+    *,
+    kind: str,
+    data: Artifact | None = None,
+    encoder: str | None = None,
+    heldout: Artifact | None = None,
+    name: str = "positive",
+    target: int = 1,
+    reads: str = "text",
+) -> None:
+    """A scorer of texts, kept in state/ with its accuracy on held-out texts in metrics.jsonl.
+
+    Args:
+      kind: "oracle" (the grammar of the bundled reviews; exact), "bag" (bag of words), "probe" (linear probe on the
+        sentence encoder `encoder`), or "classifier" (the imported sequence classifier `encoder`).
+      data, heldout: texts with labels, to fit and to test on.
+      name: what reports call it; target: the label whose probability it gives.
+      reads: "text" for the continuation alone, "both" for prompt and continuation.
+    """
+    from ctg_jax.rewards import BagOfWords, LinearProbe, sentence_embedder
+
+    if kind in ("bag", "probe"):
+        if data is None:
+            raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
+        rows = data.rows("data.jsonl")
+        texts, labels = [r["text"] for r in rows], [r["label"] for r in rows]
+        if kind == "bag":
+            judge = BagOfWords.fit(texts, labels, name=name, target=target, reads=reads)
+        else:
+            judge = LinearProbe.fit(
+                sentence_embedder(encoder), texts, labels, name=name, target=target, reads=reads, strength=1.0
+            )
+        judge.save(run.path / "state")
+    run.record(judge={"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads})
+    judge = open_judge(Artifact(run.path, ""))
+    row: dict[str, Any] = {"name": name, "version": judge.version}
+    if heldout is not None:
+        rows = heldout.rows("data.jsonl")
+        texts, labels = [r["text"] for r in rows], np.asarray([r["label"] for r in rows])
+        said = judge([""] * len(texts), texts) >= judge.threshold
+        row |= {"accuracy": float(np.mean(said == (labels == target))), "heldout": len(texts)}
+    run.log(**row)
+
+
+@lru_cache(maxsize=4)
+def open_judge(artifact: Artifact) -> Any:
+    """The reward that `fit_judge` made."""
+    from ctg_jax.rewards import BagOfWords, LinearProbe, SequenceClassifier, reviews_oracle, sentence_embedder
+
+    spec = artifact.spec["judge"]
+    kind, options = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}
+    if kind == "oracle":
+        return reviews_oracle("sentiment", **options)
+    if kind == "bag":
+        return BagOfWords.load(artifact.path / "state")
+    if kind == "probe":
+        return LinearProbe.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
+    if kind == "classifier":
+        return SequenceClassifier.load(spec["encoder"], **options)
+    raise InputError(f"kind is {kind!r}; a judge is one of oracle, bag, probe, classifier")
+
+
+def evaluate(
+    run: Run,
+    *,
+    samples: Artifact,
+    judges: Sequence[Artifact] = (),
+    lm: Artifact | None = None,
+    references: Artifact | None = None,
+    lm_name: str = "base",
+    embed: str | None = None,
+    kl: bool = False,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> None:
+    """Writes the figures of one set of samples to metrics.jsonl, one row per figure with name, value, low, high, n, and
+    what every scorer said of every sample to scores.jsonl.
+
+    Args:
+      judges: what `fit_judge` made. lm: the language model of the perplexity, `lm_name` in the report.
+      embed: a sentence encoder, for relevance and similarity (see `ctg_jax.evaluation.score`); without one, relevance
+        is read off `lm`.
+      references: human texts (records with text), for mauve; needs `embed`.
+      kl: estimate the KL from `lm`, which must be the one that wrote the samples, per token: the mean of log p - log
+        p_lm over the samples, with p what they were drawn from, truncation included.
+      seed, resamples: of the bootstrap over prompts.
+
+    Raises:
+      InputError: references without an encoder; kl without the LM of the samples, or of greedy ones.
+    """
+    from ctg_jax import evaluation
+    from ctg_jax.rewards import sentence_embedder
+
+    if references is not None and embed is None:
+        raise InputError("references are compared by an encoder and none was given: set embed to a sentence encoder")
+    rows = samples.rows("samples.jsonl")
+    fluency = None
+    if lm is not None:
+        model, params, tokenizer = open_lm(lm)
+        fluency = evaluation.LMScorer(model, params, tokenizer, name=lm_name)
+    if kl:
+        _check_kl(samples, lm)
+        rows = _with_kl(rows, fluency)
+    encoder = None if embed is None else sentence_embedder(embed)
+    rewards = [open_judge(j) for j in judges]
+    rows = evaluation.score(rows, rewards, fluency=fluency, embed=encoder)
+    features = None
+    if references is not None:
+        features = encoder([r["text"] for r in rows]), encoder([r["text"] for r in references.rows("data.jsonl")])
+    thresholds = {r.name: r.threshold for r in rewards}
+    figures = evaluation.summary(rows, thresholds, features, seed=seed, resamples=resamples)
+    kept = ("prompt_id", "sample", "scores", "nats", "read", "relevance", "similarity", "kl")
+    write_jsonl(run.path / "scores.jsonl", [{k: _finite(row[k]) for k in kept if k in row} for row in rows])
+    run.record(
+        judges={r.name: _with_accuracy(r.version, j) for r, j in zip(rewards, judges)},
+        perplexity=None if fluency is None else f"{fluency.version}: {evaluation.FIELD.perplexity}",
+        encoder=None if encoder is None else encoder.version,
+        relevance=_relevance(encoder, fluency) if "relevance" in figures else None,
+    )
+    for name, figure in figures.items():
+        run.log(name=name, **figure.as_json())
+
+
+def smooth(
+    run: Run, *, figures: Sequence[Artifact], strengths: Sequence[float], seed: int = 0, resamples: int = 1000
+) -> None:
+    """Writes how smoothly one method is controlled to metrics.jsonl: <judge>/<figure> for every figure of
+    `ctg_jax.evaluation.smooth_control`, and relevance over all strengths.
+
+    Args:
+      figures: what `evaluate` made of the samples at each of the `strengths`, by the same judges.
+
+    Raises:
+      InputError: numbers that do not match, evaluations by different scorers, and what `smooth_control` raises.
+    """
+    from ctg_jax import evaluation
+
+    if len(figures) != len(strengths):
+        raise InputError(f"{len(strengths)} strengths were given for {len(figures)} evaluations: give one for each")
+    said = ("judges", "encoder", "relevance")
+    for other in figures[1:]:
+        if any(other.spec[k] != figures[0].spec[k] for k in said):
+            raise InputError(f"{other.path.name} and {figures[0].path.name} were not scored alike: use the same judges")
+    rows = [(float(s), row) for s, a in zip(strengths, figures) for row in a.rows("scores.jsonl")]
+    at, prompts = [s for s, _ in rows], [row["prompt_id"] for _, row in rows]
+    options = {"seed": seed, "resamples": resamples}
+    for judge in figures[0].spec["judges"]:
+        scores = [row["scores"][judge] for _, row in rows]
+        for name, figure in evaluation.smooth_control(at, prompts, scores, **options).items():
+            run.log(name=f"{judge}/{name}", **figure.as_json())
+    known = [row.get("relevance") for _, row in rows]
+    if any(x is not None for x in known):
+        values = [np.nan if x is None else x for x in known]
+        run.log(name="relevance", **evaluation.Bootstrap(prompts, **options).mean(values).as_json())
+    run.record(**{k: figures[0].spec[k] for k in said})
+
+
+def _check_kl(samples: Artifact, lm: Artifact | None) -> None:
+    """InputError where the KL from `lm` cannot be estimated on the samples."""
+    spec = samples.spec
+    if lm is None or spec.get("fingerprints", {}).get("lm") != lm.fingerprint:
+        raise InputError(f"kl needs the language model that wrote {samples.path.name}: give that one as lm")
+    if spec["config"].get("greedy"):
+        raise InputError(f"kl is estimated on samples and {samples.path.name} is greedy: sample, or set kl to False")
+
+
+def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
+    """The samples with "kl": their log-probability as drawn minus that under the LM alone, nats of all tokens."""
+    heads = base.tokenizer.encode([r["prompt"] for r in rows])
+    if base.tokenizer.adds_bos:
+        heads = [[base.tokenizer.bos, *ids] for ids in heads]
+    nats, _ = base.ids(heads, [r["tokens"] for r in rows])
+    return [{**row, "kl": row["logp"] + float(x)} for row, x in zip(rows, nats)]
+
+
+def _with_accuracy(version: str, judge: Artifact) -> str:
+    """A judge's version with its accuracy on held-out texts, where that was measured."""
+    measured = [row for row in judge.metrics() if "accuracy" in row]
+    return version + "".join(f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts" for row in measured)
+
+
+def _relevance(encoder: Any, fluency: Any) -> str:
+    """How relevance was measured, for a report."""
+    if encoder is not None:
+        return f"cosine of the embeddings of prompt and continuation, {encoder.version}"
+    return f"nats per token by which the prompt makes the continuation likelier, {fluency.version}"
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that JSON cannot hold."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value

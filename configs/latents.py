@@ -1,0 +1,96 @@
+"""Latent steering vectors and what they are for.
+
+Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020; see `ctg_jax.methods.latent_steer`.
+
+    python experiments/latents.py --config=configs/latents.py             bundled reviews
+    python experiments/latents.py --config=configs/latents.py:yelp        real LM and sentences; CTG_DATA_DIR
+    python experiments/latents.py --config=configs/latents.py:tiny        seconds, for tests
+
+Expected in the yelp world: one vector in the attention's memory recovers every sentence, one that is added to a hidden
+state a part of them; see RESULTS.md for the figures and for the wall time.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from configs import sentiment
+
+REVIEWS = sentiment.REVIEWS
+
+
+def tiny():
+    world = sentiment.tiny()
+    data = dict(source=REVIEWS, split="test", words=4, balance="label", limit=4)
+    fit = dict(site="memory", updates=12, rate=0.3, batch=4)
+    return dict(
+        lm=world["lm"],
+        recovery=dict(
+            data=dict(reviews=data),
+            fit={**fit, "updates": 3},
+            grid=dict(site=["memory", "middle"], steps=["all", "first"]),
+        ),
+        analysis=dict(data=data, fit=fit, options=dict(pairs=2, between=3, draws=2)),
+    )
+
+
+def bundled():
+    world = sentiment.bundled()
+    train = dict(source=REVIEWS, split="validation", words=12, balance="label", limit=100)
+    test = dict(source=REVIEWS, split="test", words=12, balance="label", limit=50)
+    fit = dict(site="memory", tokens=32)
+    return dict(
+        lm=world["lm"],
+        recovery=dict(
+            data=dict(reviews=test),
+            fit=dict(tokens=32, updates=200),
+            grid=dict(site=["middle", "memory"], steps=["all"]),
+        ),
+        analysis=dict(data=train, fit=fit, options={}),
+    )
+
+
+def yelp():
+    world = sentiment.yelp()  # refuses to go on without CTG_DATA_DIR
+    folder = os.environ["CTG_DATA_DIR"]
+    dev = dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", balance="label")
+    train = dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", balance="label")
+    fit = dict(site="memory", tokens=32)
+    layers = range(1, 7)
+    sites = [
+        "embeddings",
+        *(f"{kind}:{l}" for l in layers for kind in ("attention", "block")),
+        "blocks",
+        "final",
+        "memory",
+    ]
+    judge = {k: v for k, v in world["judges"]["positive"].items() if k != "heldout"} | dict(reads="text")
+    return dict(
+        lm=world["lm"],
+        recovery=dict(
+            data=dict(yelp={**dev, "limit": 24}),
+            fit=dict(tokens=32, updates=150, rate=0.3),
+            grid=dict(site=sites, steps=["all", "first"]),
+        ),
+        transfer=dict(
+            train={**train, "limit": 1000},
+            data={**dev, "limit": 250},
+            fit=fit,
+            judge=judge,
+            counts=[10, 100, 1000],
+            strengths=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0],
+        ),
+        similarity=dict(
+            pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv"),
+            fits={"memory": fit},
+            encoder=f"{folder}/models/all-MiniLM-L6-v2",
+        ),
+        analysis=dict(data={**dev, "limit": 250}, fit=fit, options={}),
+    )
+
+
+WORLDS = dict(bundled=bundled, yelp=yelp, tiny=tiny)
+
+
+def get_config(arg="bundled"):
+    return ConfigDict({"title": "Latent steering vectors", **sentiment.of_world(WORLDS, arg)()})

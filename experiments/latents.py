@@ -1,0 +1,113 @@
+"""Latent steering vectors: recovery, sentiment transfer, sentence similarity, and a look at the vectors themselves.
+
+    python experiments/latents.py --config=configs/latents.py:tiny [--sections=recovery,transfer] [--root=runs]
+
+Each section of the configuration is a report of its own under ROOT/reports/latents-ARGUMENT/. Cells of the recovery
+grid, strengths and counts are stages: finished ones are not run again, an interrupted search goes on where it stopped.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from ctg_jax import latents, report, sources
+from ctg_jax.methods import latent_steer
+from ctg_jax.report import pictures
+from ctg_jax.stage import nearest, stage
+from ctg_jax.types import InputError
+from experiments import cli, experiment
+
+
+def vectors_of(root, lm, settings, fit):
+    """(sentences, their vectors)."""
+    data = stage(root, sources.load_data, settings)
+    return data, latent_steer.fit(root, lm=lm, data=data, **fit)
+
+
+def recovery(root, lm, settings, folder):
+    """Every cell of the grid: sites × time steps × dimensions × sets of sentences."""
+    grid = settings["grid"]
+    rows, cells = [], []
+    for values in itertools.product(*grid.values()):
+        cell = dict(zip(grid, values))
+        for domain, data in settings["data"].items():
+            sentences, vectors = vectors_of(root, lm, data, {**settings["fit"], **cell})
+            figures = stage(root, latents.recover, {}, lm=lm, data=sentences, vectors=vectors)
+            columns = {**cell, "domain": domain}
+            rows.append(report.row(figures, figures, method="latent_steer", **columns))
+            cells.append({**columns, **{k: f.value for k, f in rows[-1]["figures"].items()}})
+    page = report.write(folder, rows, title="Recovery of sentences from a frozen LM")
+    if len(grid.get("site", ())) > 1:
+        pictures.heat_map(folder / "recovery.png", cells, "site", "steps", "BLEU-4")
+    return page
+
+
+def transfer(root, lm, settings, folder):
+    """Every strength and number of vectors of unsupervised sentiment transfer."""
+    train, train_vectors = vectors_of(root, lm, settings["train"], settings["fit"])
+    data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
+    judge = experiment.judge(root, "positive", settings["judge"])
+    inputs = dict(lm=lm, train=train, train_vectors=train_vectors, data=data, vectors=vectors, judge=judge)
+    rows = []
+    for count, strength in itertools.product(settings["counts"], settings["strengths"]):
+        done = stage(root, latents.transfer, dict(strength=strength, count=count), **inputs)
+        rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
+    page = report.write(folder, rows, title="Sentiment transfer by vector arithmetic", scorers=done.spec["judges"])
+    pictures.curves(folder / "transfer.png", rows, "self-BLEU", "transfer accuracy", "vectors", "strength")
+    return page
+
+
+def similarity(root, lm, settings, folder):
+    """Spearman's ρ with human scores on pairs of sentences."""
+    sentences = stage(root, latents.sentences_of_pairs, settings["pairs"])
+    rows = []
+    for name, fit in settings["fits"].items():
+        vectors = latent_steer.fit(root, lm=lm, data=sentences, **fit)
+        done = stage(
+            root, latents.similarity, {"encoder": settings["encoder"]}, lm=lm, pairs=sentences, vectors=vectors
+        )
+        for figure, value in report.row(done)["figures"].items():
+            if figure == "z" or not any(r["method"] == figure for r in rows):
+                label = f"z, {name}" if figure == "z" else figure
+                rows.append({"method": label, "figures": {"100 Spearman's ρ": value}, "samples": []})
+    return report.write(folder, rows, title="Cosine of latent vectors and human similarity")
+
+
+def analysis(root, lm, settings, folder):
+    """Interpolation, random vectors, neighbours, principal components."""
+    data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
+    done = stage(root, latents.analyse, settings["options"], lm=lm, data=data, vectors=vectors)
+    page = report.write(folder, [report.row(done, done, method="latent_steer")], title="A look at latent vectors")
+    pictures.scatter(folder / "principal.png", done.rows("principal.jsonl"), "first component", "second component")
+    return page
+
+
+SECTIONS = dict(recovery=recovery, transfer=transfer, similarity=similarity, analysis=analysis)
+
+
+def main(argv):
+    def define(fv):
+        cli.config_flag(fv, argv)
+        flags.DEFINE_list("sections", [], f"which of {', '.join(SECTIONS)}; all by default", flag_values=fv)
+
+    values, _ = cli.parse(argv, define, __doc__)
+    config = cli.chosen(values).to_dict()
+    present = [name for name in SECTIONS if name in config]
+    for name in values.sections:
+        if name not in present:
+            raise InputError(f"--sections names {name!r}, which the configuration lacks{nearest(name, present)}")
+    lm = experiment.language_model(values.root, config["lm"])
+    argument = cli.spec_of(argv).partition(":")[2] or "default"
+    pages = []
+    for name in values.sections or present:
+        folder = Path(values.root) / "reports" / f"latents-{argument}" / name
+        pages.append(str(SECTIONS[name](values.root, lm, config[name], folder)))
+    return "\n".join(pages)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -8,7 +8,7 @@ an optimizer of its own; what it becomes does not depend on its neighbours, on t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctg_jax import checkpoint
+from ctg_jax.models.lm import LM
 from ctg_jax.types import PyTree
 
 # (z [B, d], rows: leaves [B, …], frozen) -> (loss float32 [B], score float32 [B], solved bool [B])
@@ -205,6 +206,24 @@ def solve(
             saved = time.monotonic()
     found = search.found
     return {k: np.asarray(getattr(found, k))[place] for k in ("z", "loss", "score", "steps", "solved")}
+
+
+def chunks(width: int, inputs: Sequence[int], memory: float) -> Iterator[tuple[int, np.ndarray]]:
+    """(length, indices) of sequences of at most `length` inputs, a multiple of 8, whose hidden states [length, width]
+    fit in half of `memory` GiB."""
+    sizes = np.asarray([-(-n // 8) * 8 for n in inputs], int)
+    for length in np.unique(sizes):
+        index = np.flatnonzero(sizes == length)
+        most = max(1, int(memory * 2**29 / (length * width * 4)))
+        for a in range(0, len(index), most):
+            yield int(length), index[a : a + most]
+
+
+def fitting(lm: LM, length: int, memory: float) -> int:
+    """How many sequences of `length` inputs may be at work at once in `memory` GiB: a power of 2 from 8 to 256. A row
+    holds logits with their gradient and exponentials, and about 24 activations of the width for each block."""
+    bytes_per_row = 4 * length * (3 * lm.vocab + lm.depth * 24 * lm.width)
+    return int(2 ** np.clip(np.floor(np.log2(memory * 2**30 / bytes_per_row)), 3, 8))
 
 
 def _fresh(row: jax.Array, z: jax.Array, tx: optax.GradientTransformation) -> Slots:

@@ -266,8 +266,8 @@ def analyse(
     seed: int = 0,
 ) -> None:
     """Looks at vectors: samples.jsonl with what is said on straight lines between sentences (`kind` "between"), from
-    random vectors of the usual norm ("random"), and the nearest sentences of some ("nearest"); figures of the norms; and
-    principal.jsonl, each vector's first two principal components with its label.
+    random vectors of the usual norm ("random"), and the nearest sentences of some ("nearest"); the figure `norm`; and
+    principal.jsonl: each vector's first two principal components with its label.
     """
     control, rows, index = _bank(lm, vectors)
     records = data.rows("data.jsonl")

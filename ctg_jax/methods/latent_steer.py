@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -338,26 +339,20 @@ def search(
     """
     from tqdm import tqdm
 
-    tx = optax.chain(
-        optax.scale_by_adam(),
-        optax.contrib.reduce_on_plateau(factor=decay, patience=patience, min_scale=1e-2),
-        optax.scale(-rate),
-    )
     mesh = Mesh(np.asarray(list(devices or jax.devices())), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    k, moved = split(control, model.depth)
+    shape = control.replace(z=None, scale=None, basis=None, choice=None)
+    tx, run, lower = _programs(model, shape, mesh, rate, decay, patience, updates)
     params = jax.device_put(model.unstack(params), everywhere)
-    above, upper = model.above(params, k)
+    above, upper = model.above(params, split(shape, model.depth)[0])
     frozen = (upper, None if control.basis is None else jax.device_put(control.basis, everywhere))
-    run = invert.compile_advance(mesh, objective=objective(above, moved), tx=tx, steps=updates, iterations=_ITERATIONS)
-    lower = jax.jit(lambda p, t, m: model.apply(p, model.embed(p, t), m, tap=lambda h: h, last=1).taps[k])
 
     n, d = z0.shape
     out = {"z": np.zeros((n, d), np.float32), "loss": np.zeros(n, np.float32), "score": np.zeros(n, np.float32)}
     out |= {"steps": np.zeros(n, np.int32), "solved": np.zeros(n, bool)}
     done = 0
     with tqdm(total=n, desc="latent vectors", unit="sentence", disable=None, leave=False) as bar:
-        for length, index in chunks(above, sentences, memory):
+        for length, index in invert.chunks(above.width, [len(row) - 1 for row, _ in sentences], memory):
             finished = None if keep is None else keep / f"chunk-{length}-{index[0]}"
             if finished is not None and (finished / checkpoint.MANIFEST).exists():
                 part = checkpoint.load(finished)
@@ -365,7 +360,7 @@ def search(
                 tokens, mask = pad_rows([sentences[i][0] for i in index], length + 1, 0, left=False)
                 first = np.asarray([sentences[i][1] for i in index], np.int32)
                 counted = mask[:, 1:] & (np.arange(length)[None] >= first[:, None] - 1)
-                slots = batch or fitting(above, length, memory)
+                slots = batch or invert.fitting(above, length, memory)
                 stream = [lower(params, tokens[a : a + slots, :-1], mask[a : a + slots, 1:])
                           for a in range(0, len(index), slots)]  # fmt: skip
                 rows = dict(stream=np.concatenate(stream), mask=mask[:, 1:], counted=counted, target=tokens[:, 1:],
@@ -385,19 +380,17 @@ def search(
     return out
 
 
-def chunks(lm: LM, sentences: Sequence[tuple[Sequence[int], int]], memory: float) -> Iterator[tuple[int, np.ndarray]]:
-    """(length, indices) of sentences of at most `length` inputs, a multiple of 8, whose streams fit in half of `memory`
-    GiB."""
-    sizes = np.asarray([-(-(len(row) - 1) // 8) * 8 for row, _ in sentences], int)
-    for length in np.unique(sizes):
-        index = np.flatnonzero(sizes == length)
-        most = max(1, int(memory * 2**29 / (length * lm.width * 4)))
-        for a in range(0, len(index), most):
-            yield int(length), index[a : a + most]
-
-
-def fitting(lm: LM, length: int, memory: float) -> int:
-    """How many sentences of `length` inputs may be at work at once in `memory` GiB: a power of 2 from 8 to 256. A row
-    holds logits with their gradient and exponentials, and about 24 activations of the width for each block."""
-    bytes_per_row = 4 * length * (3 * lm.vocab + lm.depth * 24 * lm.width)
-    return int(2 ** np.clip(np.floor(np.log2(memory * 2**30 / bytes_per_row)), 3, 8))
+@lru_cache(maxsize=32)
+def _programs(model: LM, shape: LatentSteer, mesh: Mesh, rate: float, decay: float, patience: int, updates: int):
+    """(optimizer, `invert.advance` for the blocks above the lowest site, the stream there); kept, so that searches of
+    the same kind compile once. `shape` is a control without arrays."""
+    k, moved = split(shape, model.depth)
+    tx = optax.chain(
+        optax.scale_by_adam(),
+        optax.contrib.reduce_on_plateau(factor=decay, patience=patience, min_scale=1e-2),
+        optax.scale(-rate),
+    )
+    find = objective(model.above(None, k)[0], moved)
+    run = invert.compile_advance(mesh, objective=find, tx=tx, steps=updates, iterations=_ITERATIONS)
+    lower = jax.jit(lambda p, t, m: model.apply(p, model.embed(p, t), m, tap=lambda h: h, last=1).taps[k])
+    return tx, run, lower

@@ -68,9 +68,10 @@ class LM(Protocol):
         """The same parameters with `params["layers"]` a tuple of L trees: the layout for decoding, where a scan
         over stacked weights would copy every layer at every token."""
 
-    def above(self, params: Params, site: int) -> tuple[LM, Params]:
+    def above(self, params: Params | None, site: int) -> tuple[LM, Params | None]:
         """The blocks above a site 0 … L as a language model of its own, which reads the stream there in place of
-        embedded tokens: `above.apply(stream)` gives what `apply` gives. Its sites are counted from there."""
+        embedded tokens: `above.apply(stream)` gives what `apply` gives. Its sites are counted from there. With None for
+        params, the model alone."""
 
     def init_cache(self, params: Params, batch: int, length: int) -> Cache:
         """An empty cache of `length` slots."""

@@ -119,10 +119,10 @@ class Transformer:
             return params
         return {**params, "layers": tree.unstack(params["layers"])}
 
-    def above(self, params: Params, site: int) -> tuple[Transformer, Params]:
-        layers = self.unstack(params)["layers"][site:]
+    def above(self, params: Params | None, site: int) -> tuple[Transformer, Params | None]:
         positions = "none" if self.positions == "learned" else self.positions  # the stream holds them already
-        return dataclasses.replace(self, depth=self.depth - site, positions=positions), {**params, "layers": layers}
+        upper = dataclasses.replace(self, depth=self.depth - site, positions=positions)
+        return upper, params and {**params, "layers": self.unstack(params)["layers"][site:]}
 
     def init_cache(self, params: Params, batch: int, length: int) -> Cache:
         shape = (batch, self.kv_heads, length, self.head_dim)

@@ -28,7 +28,7 @@ def tiny():
         recovery=dict(
             data=dict(reviews=data),
             fit={**fit, "updates": 3},
-            grid=dict(site=["memory", "middle"], steps=["all", "first"]),
+            grid=dict(site=["memory", "middle"], steps=["all"]),
         ),
         analysis=dict(data=data, fit=fit, options=dict(pairs=2, between=3, draws=2)),
     )

@@ -1,0 +1,94 @@
+"""What latent vectors are for: figures by hand, and the experiment in its tiny world, where nothing runs twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctg_jax import latents, sources
+from ctg_jax.methods import latent_steer
+from ctg_jax.stage import stage
+from ctg_jax.types import InputError
+from experiments import cli
+from experiments import latents as script
+
+CONFIG = Path(__file__).parents[2] / "configs" / "latents.py"
+
+
+def test_bleu_is_sacrebleus():
+    from sacrebleu.metrics import BLEU
+
+    said = ["the food was good and the staff was nice", "we will not come back here again", "fine"]
+    wanted = ["the food was good and the staff was rude", "we will never come back here again", "fine food"]
+    found = latents.bleu(said, wanted, resamples=50)
+    assert found.value == pytest.approx(BLEU().corpus_score(said, [wanted]).score)
+    assert found.low <= found.value <= found.high and found.n == 3
+    assert latents.bleu(wanted, wanted, resamples=20).value == pytest.approx(100)
+
+
+def test_spearman_by_hand():
+    """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 − 6 · 4 / (5 · 24) = 0.8."""
+    found = latents.spearman(np.arange(5.0), np.array([2.0, 1, 4, 3, 5]), resamples=20)
+    assert found.value == pytest.approx(80)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(root, lm, sentences with labels, a file of pairs)."""
+    root = tmp_path_factory.mktemp("latents")
+    rows = [{"text": text, "label": y} for y, texts in enumerate(("abc", "xyz")) for text in texts]
+    (root / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (root / "pairs.csv").write_text("".join(f"good {a},bad {b},{i}\n" for i, (a, b) in enumerate(zip("abcd", "bbce"))))
+    data = stage(root, sources.load_data, dict(source=f"jsonl:{root / 'texts.jsonl'}", split="all"))
+    shape = dict(vocab=270, width=16, depth=1, heads=2, context=64, length=16, batch=4, steps=2, warmup=1)
+    return root, stage(root, sources.pretrain, shape, data=data), data, root / "pairs.csv"
+
+
+def test_transfer_moves_by_the_difference_of_the_means(world):
+    root, lm, data, _ = world
+    vectors = latent_steer.fit(root, lm=lm, data=data, site="final", updates=150, rate=0.3, end=False)
+    assert all(r["recovered"] for r in vectors.metrics()), "a state after the last norm says any one letter"
+    z = np.asarray(vectors.load()["z"])
+    np.testing.assert_allclose(
+        latents.offset(lm, data, vectors, 3), z[3:].mean(0) - z[:3].mean(0), rtol=1e-5, atol=1e-6
+    )
+    recovered = stage(root, latents.recover, {}, lm=lm, data=data, vectors=vectors)
+    figures = {r["name"]: r["value"] for r in recovered.metrics()}
+    assert figures["exact match"] == 1 and figures["recovered"] == 1
+    assert [r["text"] for r in recovered.rows("samples.jsonl")] == [r["text"] for r in data.rows("data.jsonl")]
+    with pytest.raises(InputError, match="count is 4, but only 3 sentences of label 0"):
+        latents.offset(lm, data, vectors, 4)
+
+
+def test_similarity_measures_every_representation(world):
+    root, lm, _, pairs = world
+    sentences = stage(root, latents.sentences_of_pairs, dict(file=str(pairs)))
+    assert [r["text"] for r in sentences.rows("data.jsonl")][:2] == ["good a", "bad b"]
+    vectors = latent_steer.fit(root, lm=lm, data=sentences, updates=3)
+    found = stage(root, latents.similarity, dict(resamples=20), lm=lm, pairs=sentences, vectors=vectors)
+    names = [r["name"] for r in found.metrics()]
+    assert names == ["z", *(f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3))]
+    assert all(-100 <= r["value"] <= 100 for r in found.metrics())
+
+
+def test_a_file_of_no_pairs_is_refused(world, tmp_path):
+    (tmp_path / "bad.csv").write_text("one,two\n")
+    for file, message in (
+        (tmp_path / "bad.csv", "is no CSV of first sentence"),
+        (tmp_path / "none.csv", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stage(tmp_path, latents.sentences_of_pairs, dict(file=str(file)))
+
+
+def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
+    argv = [f"--config={CONFIG}:tiny", f"--root={tmp_path}"]
+    assert cli.run(script.main, argv) == 0
+    pages = [Path(p) for p in capsys.readouterr().out.split()]
+    assert [p.parent.name for p in pages] == ["recovery", "analysis"] and all(p.exists() for p in pages)
+    assert (pages[0].parent / "recovery.png").exists() and (pages[1].parent / "principal.png").exists()
+    assert cli.run(script.main, argv) == 0
+    assert "stages: 0 executed" in capsys.readouterr().err
+    assert cli.run(script.main, [*argv, "--sections=recover"]) == 2
+    assert "recover" in capsys.readouterr().err

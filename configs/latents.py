@@ -4,6 +4,7 @@ Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020;
 
     python experiments/latents.py --config=configs/latents.py             bundled reviews
     python experiments/latents.py --config=configs/latents.py:yelp        real LM and sentences; CTG_DATA_DIR
+    python experiments/latents.py --config=configs/latents.py:best        1,000 of them at the best site
     python experiments/latents.py --config=configs/latents.py:tiny        seconds, for tests
 
 Expected in the yelp world: one vector in the attention's memory recovers every sentence, one that is added to a hidden
@@ -68,7 +69,7 @@ def yelp():
     return dict(
         lm=world["lm"],
         recovery=dict(
-            data=dict(yelp={**dev, "limit": 24}),
+            data=dict(yelp={**dev, "limit": 12}),
             fit=dict(tokens=32, updates=150, rate=0.3),
             grid=dict(site=sites, steps=["all", "first"]),
         ),
@@ -81,7 +82,7 @@ def yelp():
             strengths=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0],
         ),
         similarity=dict(
-            pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv"),
+            pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv", limit=500),
             fits={"memory": fit},
             encoder=f"{folder}/models/all-MiniLM-L6-v2",
         ),
@@ -89,7 +90,15 @@ def yelp():
     )
 
 
-WORLDS = dict(bundled=bundled, yelp=yelp, tiny=tiny)
+def best():
+    """1,000 sentences at the site that recovers all of them."""
+    config = yelp()
+    dev = config["recovery"]["data"]["yelp"]
+    grid = dict(site=["memory"], steps=["all"])
+    return dict(lm=config["lm"], recovery=dict(data=dict(yelp={**dev, "limit": 500}), fit=dict(tokens=32), grid=grid))
+
+
+WORLDS = dict(bundled=bundled, yelp=yelp, best=best, tiny=tiny)
 
 
 def get_config(arg="bundled"):

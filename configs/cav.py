@@ -8,10 +8,11 @@ Source: Zhang et al. 2025 (GCAV), section 3.
 
 from configs import sentiment
 
+STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
 SETTINGS = dict(
-    bundled=dict(fit=dict(p0=0.9, tokens=48), strengths=(-1.0, -0.5, 0.5, 1.0)),
-    yelp=dict(fit=dict(p0=0.9, tokens=48), strengths=(-1.0, -0.5, 0.5, 1.0)),
-    tiny=dict(fit=dict(p0=0.9, tokens=16), strengths=(-1.0, 1.0)),
+    bundled=dict(fit=dict(pool="mean", c=1e-4, p0=0.95, tokens=48), strengths=STRENGTHS),
+    yelp=dict(fit=dict(pool="mean", c=1e-4, p0=0.95, tokens=48), strengths=STRENGTHS),
+    tiny=dict(fit=dict(pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 
 

@@ -225,7 +225,7 @@ def fit(
     cond: str | None = None,
     goal: str | None = None,
     limit: int = 2000,
-    c: float = 1.0,
+    c: float = 1e-3,
     heldout: float = 0.2,
     batch: int = 32,
     tokens: int = 64,
@@ -240,7 +240,10 @@ def fit(
         is at least `threshold`.
       p0, direction, everywhere, cond, goal, scale: see `Cav`.
       limit: how many texts are read, half of them of each side.
-      c: of the logistic regression, the inverse of its L2 penalty. heldout: the share of texts it does not see.
+      c: of the logistic regression, the inverse of its L2 penalty. Where it is large, probes find directions that
+        separate best and that the model hardly reads: targets are met and the text stays what it was. Where it is
+        small, they turn to the difference of means, and grow less sure, so that the same p0 asks for larger steps.
+      heldout: the share of texts that the regression does not see.
       batch, tokens: texts in a batch, and tokens read of a text.
 
     Raises:
@@ -304,7 +307,7 @@ def cav(
     scale: float = 1.0,
     cond: str | None = None,
     goal: str | None = None,
-    c: float = 1.0,
+    c: float = 1e-3,
     heldout: float = 0.2,
 ) -> None:
     """Stage: the control, from what `states` read; metrics.jsonl has the accuracies of each site; see `fit`."""

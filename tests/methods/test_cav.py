@@ -1,5 +1,7 @@
 """Concept activation vectors: steps worked out by hand, targets that are met, and the least change for several."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ def at_site(width, w, b, **options):
     return control.replace(vector=put[0], bias=put[1], gate=put[2])
 
 
+@partial(jax.jit, static_argnames="site")
 def edit(control, h, prompts=ROWS, pos=POS, site=1):
     return control.hidden(h, site, pos, control.init(prompts, 8))
 
@@ -57,7 +60,9 @@ def test_the_step_by_hand(direction, p0, scale, expected):
     h = jnp.array([[[1.0, 0.5], [-4.0, -2.0], [2.0, 1.0]]])
     found = edit(control, h, worlds.prompts([[1]]), POS[:1, :3])
     np.testing.assert_allclose(found - h, [expected], atol=1e-5)
-    np.testing.assert_array_equal(edit(control, h, worlds.prompts([[1]]), POS[:1, :3], jnp.int32(1)), found)
+    traced = jax.jit(lambda site: control.hidden(h, site, POS[:1, :3], control.init(worlds.prompts([[1]]), 3)))
+    for site, expect in ((1, found), (0, h), (3, h)):  # site 3 is inside the block
+        np.testing.assert_allclose(traced(jnp.int32(site)), expect, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, -1.0])
@@ -140,10 +145,14 @@ def test_joined_concepts_move_the_least():
 
 
 def test_joined_concepts_decode_as_they_score():
-    a, b = (cav.example(LM, jax.random.key(i)) for i in (1, 2))
-    both = cav.join(a, b.replace(direction=("remove",)))
-    samples = decode.generate(LM, PARAMS, ROWS, both, Sampling(max_new=3))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, ROWS, samples.tokens, both), samples.logp, atol=1e-4)
+    lm, rows = worlds.Bigram(), worlds.prompts([[1, 2, 0], [0], [2, 2]])
+    params = worlds.table([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
+    a, b = (cav.example(lm, jax.random.key(i)) for i in (1, 2))
+    both = cav.join(a, b.replace(direction=("remove",))).replace(everywhere=True)  # this world counts no positions
+    samples = decode.generate(lm, params, rows, both, Sampling(max_new=3))
+    logp = decode.score(lm, params, rows, samples.tokens, both)
+    np.testing.assert_allclose(logp, samples.logp, atol=1e-5)
+    assert float(jnp.max(jnp.abs(logp - decode.score(lm, params, rows, samples.tokens)))) > 0.1
 
 
 def test_probes_and_layers_by_accuracy():
@@ -175,7 +184,7 @@ def test_what_is_held_out():
 
 def test_fit(small):
     root, lm, data = small
-    options = dict(direction="remove", p0=0.2, goal="p0", batch=4, tokens=16, limit=10, scale=0.5)
+    options = dict(direction="remove", p0=0.2, goal="p0", batch=4, tokens=16, limit=10, scale=0.5, c=1.0)
     fitted = cav.fit(root, lm=lm, data=data, top=1, **options)
     control = methods.load(fitted, open_lm(lm)[0])
     assert control.gate[:, 0].tolist() == [0, 1, 0] and float(control.scale) == 0.5

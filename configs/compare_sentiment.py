@@ -1,9 +1,9 @@
 """Sentiment control: every method on the same prompts with the same decoding.
 
 Sources: Liu et al. 2021 (DExperts), Hu et al. 2021 (LoRA), Subramani et al. 2022 and Turner et al. 2023 (steering),
-Zhang et al. 2025 (concept activation vectors), Holtzman et al. 2020 (top-p). The protocol is the field's: several
-samples of each prompt under top-p 0.9, the share of positive ones, perplexity under the base LM, distinct n-grams, each
-with a bootstrap interval over prompts.
+Zhang et al. 2025 (concept activation vectors), Han et al. 2024 (LM-Steer), Holtzman et al. 2020 (top-p). The protocol
+is the field's: several samples of each prompt under top-p 0.9, the share of positive ones, perplexity under the base
+LM, distinct n-grams, each with a bootstrap interval over prompts.
 
     python experiments/compare.py --config=configs/compare_sentiment.py            bundled reviews
     python experiments/compare.py --config=configs/compare_sentiment.py:yelp       real LM, real prompts; CTG_DATA_DIR
@@ -13,7 +13,7 @@ Expected: steer, finetune and dexperts move the share of positive text in both d
 until perplexity rises; base and top-p stay where the prompts put them. Wall time on 2 cores: see RESULTS.md.
 """
 
-from configs import cav, dexperts, finetune, sentiment, steer
+from configs import cav, dexperts, finetune, lm_steer, sentiment, steer
 
 
 def get_config(arg="bundled"):
@@ -22,6 +22,7 @@ def get_config(arg="bundled"):
         top_p=dict(method="truncate"),
         **steer.arms(arg),
         **cav.arms(arg),
+        **lm_steer.arms(arg),
         **finetune.arms(arg),
         **dexperts.arms(arg),
     )

@@ -8,10 +8,10 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: test nightly demo lint lock parity clean
 
 test: $(V)/.ok $(V)/.parity ## the default suite, with the parity tests
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
 nightly: $(V)/.ok $(V)/.parity ## everything, the long ones too
-	$(PYTHON) -m pytest -q tests --slow
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests --slow
 
 demo: $(V)/.ok ## the main job on the bundled corpus; ends with the path of report.html
 	$(PYTHON) experiments/compare.py --config=configs/compare_sentiment.py --root=runs/demo

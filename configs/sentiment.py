@@ -1,6 +1,7 @@
 """Three worlds for sentiment control; every experiment on sentiment starts from one of them.
 
-bundled   reviews of a grammar with known sentiment; a small LM pretrained from random weights; the oracle judges
+bundled   restaurant reviews of a grammar with known sentiment; a small LM pretrained from random weights; the oracle
+          judges
 yelp      a real LM of reviews, prompts of real sentences, a probe on a sentence encoder that never saw them judges;
           reads CTG_DATA_DIR
 tiny      the bundled world in seconds: for tests, not for figures
@@ -29,17 +30,32 @@ def of_world(settings, name):
 
 
 def bundled():
+    """Of one topic, each text in a row of its own, and untied: what a few minutes need to learn that a review keeps its
+    sentiment. Without that no state of the LM holds sentiment, and there is nothing to steer."""
+    topic = dict(topic=0)  # restaurants
     return dict(
         lm=dict(
             source="",
-            pretrain=dict(vocab=1024, width=128, depth=4, heads=4, context=128, length=96, batch=16, steps=600),
-            data=dict(source=REVIEWS, limit=20_000),
+            pretrain=dict(
+                vocab=1024,
+                width=128,
+                depth=2,
+                heads=4,
+                context=128,
+                tied=False,
+                length=96,
+                pack=False,
+                batch=16,
+                steps=1200,
+                rate=5e-3,
+            ),
+            data=dict(source=REVIEWS, where=topic),
         ),
-        prompts=dict(source=REVIEWS, split="test", limit=20),
+        prompts=dict(source=REVIEWS, split="test", where=topic, limit=20),
         sample=dict(n=10, max_new=40, batch=100, filter=dict(top_p=0.9)),
         judges=dict(positive=dict(kind="oracle", heldout=dict(source=REVIEWS, split="test", limit=500))),
         evaluate=dict(kl=True, resamples=1000),
-        train=dict(source=REVIEWS, split="validation", balance="label", limit=1500),
+        train=dict(source=REVIEWS, split="validation", where=topic, balance="label"),
     )
 
 

@@ -101,7 +101,9 @@ def pretrain(
     depth: int = 4,
     heads: int = 4,
     context: int = 128,
+    tied: bool = True,
     length: int = 64,
+    pack: bool = True,
     batch: int = 32,
     steps: int = 1000,
     rate: float = 2e-3,
@@ -116,7 +118,11 @@ def pretrain(
 
     Args:
       vocab: size of the vocabulary. width, depth, heads, context: shape of the model; the MLP is 4 times as wide.
-      length: tokens of a training row. batch, steps, rate, warmup, decay: AdamW with a cosine schedule to a tenth.
+      tied: whether the unembedding is the embedding, as in GPT-2. Tying draws words with the same contexts together,
+        antonyms among them, and a small model that is trained briefly then learns late what tells them apart.
+      length: tokens of a training row. pack: fill rows with one text after the other; False gives each text a row of
+        its own, cut at `length`, so that it is read from position 0 with no other text before it.
+      batch, steps, rate, warmup, decay: AdamW with a cosine schedule to a tenth.
       seed: of weights and of the order of the data.
     """
     from ctg_jax.data.tokenizer import load_tokenizer, train_bpe
@@ -131,13 +137,13 @@ def pretrain(
     tokenizer = load_tokenizer(str(folder))
     lm = Transformer(
         family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
-        head_dim=width // heads, mlp_width=4 * width, context=context,
+        head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied,
     )  # fmt: skip
     key = jax.random.key(seed)
     tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)
     state = train.init_state(lm.init(rng.stream(key, "init")), tx, rng.stream(key, "train"))
     source = Source(data.id, "all", records)
-    batches = pipeline(source, tokenizer, batch=batch, length=length, seed=seed, pack=True)
+    batches = pipeline(source, tokenizer, batch=batch, length=length, seed=seed, pack=pack)
     step = train.make_step(losses.lm_loss(lm), tx)
     state = train.loop(run.path, state, step, batches, steps=steps, save_every=save_every, log_every=log_every)
     (run.path / "state").mkdir(exist_ok=True)

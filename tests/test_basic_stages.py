@@ -73,6 +73,18 @@ def test_pretraining_lowers_the_loss_and_gives_an_lm(tmp_path, corpus):
     assert not count.executed
 
 
+def test_an_untied_lm_of_texts_in_rows_of_their_own(tmp_path, corpus):
+    data = stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"})
+    shape = dict(vocab=280, width=16, depth=1, heads=2, context=32, length=16, batch=4, steps=2, warmup=1, log_every=1)
+    lm = stage(tmp_path, sources.pretrain, dict(shape, tied=False, pack=False), data=data)
+    model, params, _ = open_lm(lm)
+    assert not model.tied and params["head"]["kernel"].shape == params["embed"]["tokens"].shape
+    packed = stage(tmp_path, sources.pretrain, shape, data=data)
+    assert open_lm(packed)[0].tied
+    tokens = [[row["weight"] for row in artifact.metrics()] for artifact in (packed, lm)]
+    assert max(tokens[0]) == 4 * 15 and max(tokens[1]) < 4 * 15  # full rows of 16 where packed
+
+
 def test_a_width_that_heads_do_not_divide(tmp_path, corpus):
     data = stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"})
     with pytest.raises(InputError, match="width is 10"):

@@ -30,8 +30,9 @@ def of_world(settings, name):
 
 
 def bundled():
-    """Of one topic, each text in a row of its own, and untied: what a few minutes need to learn that a review keeps its
-    sentiment. Without that no state of the LM holds sentiment, and there is nothing to steer."""
+    """The LM must learn that a review keeps its sentiment: else no state of it holds sentiment, and steering has nothing
+    to act on. Of what serves that here, untying was tested alone (tied, it learns nothing of it in as many steps); one
+    topic and a row for each text were not."""
     topic = dict(topic=0)  # restaurants
     return dict(
         lm=dict(

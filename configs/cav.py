@@ -10,8 +10,8 @@ from configs import sentiment
 
 STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
 SETTINGS = dict(
-    bundled=dict(fit=dict(pool="mean", c=1e-4, p0=0.95, tokens=48), strengths=STRENGTHS),
-    yelp=dict(fit=dict(pool="mean", c=1e-4, p0=0.95, tokens=48), strengths=STRENGTHS),
+    bundled=dict(fit=dict(pool="mean", p0=0.95, tokens=48), strengths=STRENGTHS),
+    yelp=dict(fit=dict(pool="mean", p0=0.999, tokens=48), strengths=STRENGTHS),
     tiny=dict(fit=dict(pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 

@@ -30,7 +30,7 @@ def of_world(settings, name):
 
 
 def bundled():
-    """The LM must learn that a review keeps its sentiment: else no state of it holds sentiment, and steering has nothing
+    """The LM must learn that a review keeps its sentiment: else no state of it holds that, and steering has nothing
     to act on. Of what serves that here, untying was tested alone (tied, it learns nothing of it in as many steps); one
     topic and a row for each text were not."""
     topic = dict(topic=0)  # restaurants

@@ -4,14 +4,21 @@ Source: Zhang et al. 2025 (GCAV), section 3.
 
     python experiments/main.py --config=configs/cav.py[:yelp|:tiny]
     python experiments/ablate.py --config=configs/cav.py[:yelp|:tiny]
+
+Expected, the share of positive text (perplexity under the base) at strengths −1, −0.5, top-p alone, 0.5, 1:
+yelp      0.43 (70), 0.49 (53), 0.58 (37), 0.67 (49), 0.74 (68); the probe's held-out accuracy is 0.84
+bundled   0.23 (2.5), 0.37 (2.1), 0.48 (2.1), 0.52 (2.1), 0.59 (2.3), though its accuracy is only 0.6
+One middle layer serves better than all, whose steps add up: ±0.5 is then as far as ±1. With c = 1 the targets are met
+and nothing moves in the yelp world; with c = 1e-4 the bundled LM writes no more words. Wall time: two minutes on 2 cores
+after the LM is there.
 """
 
 from configs import sentiment
 
 STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
 SETTINGS = dict(
-    bundled=dict(fit=dict(pool="mean", p0=0.95, tokens=48), strengths=STRENGTHS),
-    yelp=dict(fit=dict(pool="mean", p0=0.999, tokens=48), strengths=STRENGTHS),
+    bundled=dict(fit=dict(pool="mean", sites="middle", p0=0.95, tokens=48), strengths=STRENGTHS),
+    yelp=dict(fit=dict(pool="mean", sites="middle", p0=0.9999, tokens=48), strengths=STRENGTHS),
     tiny=dict(fit=dict(pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 
@@ -25,6 +32,6 @@ def get_config(arg="bundled"):
 
 
 def sweep():
-    for p0 in (0.75, 0.9, 0.99):
-        for top in (1, 3):
-            yield {"methods.cav.fit.p0": p0, "methods.cav.fit.top": top}
+    for sites in ("all", "middle"):
+        for c in (1e-3, 1.0):
+            yield {"methods.cav.fit.sites": sites, "methods.cav.fit.c": c}

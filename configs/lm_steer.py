@@ -12,7 +12,7 @@ SETTINGS = dict(
     bundled=dict(fit=dict(steps=300, batch=16, tokens=96, rank=64), strengths=(-3.0, -1.0, 1.0, 3.0)),
     yelp=dict(
         fit=dict(steps=300, batch=32, tokens=24, rank=64, dummy="none", schedule="linear"),
-        strengths=(-5.0, -3.0, -1.0, 1.0, 3.0, 5.0),
+        strengths=(-5.0, -3.0, 3.0, 5.0),
     ),
     tiny=dict(fit=dict(steps=2, batch=4, tokens=16, rank=2), strengths=(-1.0, 1.0)),
 )

@@ -1,6 +1,6 @@
 """Concept activation vectors: probes of labelled texts, met by the least change of the residual stream.
 
-Source: Zhang et al. 2025 (GCAV), section 3.
+Source: Zhang et al. 2025 (GCAV).
 
     python experiments/main.py --config=configs/cav.py[:yelp|:tiny]
     python experiments/ablate.py --config=configs/cav.py[:yelp|:tiny]
@@ -8,9 +8,9 @@ Source: Zhang et al. 2025 (GCAV), section 3.
 Expected, the share of positive text (perplexity under the base) at strengths −1, −0.5, top-p alone, 0.5, 1:
 yelp      0.43 (70), 0.49 (53), 0.58 (37), 0.67 (49), 0.74 (68); the probe's held-out accuracy is 0.84
 bundled   0.23 (2.5), 0.37 (2.1), 0.48 (2.1), 0.52 (2.1), 0.59 (2.3), though its accuracy is only 0.6
-One middle layer serves better than all, whose steps add up: ±0.5 is then as far as ±1. With c = 1 the targets are met
-and nothing moves in the yelp world; with c = 1e-4 the bundled LM writes no more words. Wall time: two minutes on 2 cores
-after the LM is there.
+One middle layer serves better there than all, whose steps add up: in the yelp world ±0.5 is then as far as ±1. With
+c = 1 the targets are met and no text of that world moves; with c = 1e-4 the bundled LM writes no more words. Wall time:
+a few minutes on 2 cores after the LM is there.
 """
 
 from configs import sentiment

@@ -50,10 +50,11 @@ def test_stacked_and_unstacked_layouts_agree(lm):
     a = lm.apply(params, x, p.mask, tap=pool)
     b = lm.apply(lm.unstack(params), x, p.mask, tap=pool)
     assert a.taps.shape == (lm.depth + 2, 3, lm.width)
-    np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+    # Two programs, so the compiler may order sums differently; the logits are as large as 5.
+    np.testing.assert_allclose(a.logits, b.logits, atol=3e-5)
     np.testing.assert_allclose(a.taps, b.taps, atol=1e-4)
     c = Transformer(**{**lm.__dict__, "remat": True})
-    np.testing.assert_allclose(c.apply(params, x, p.mask).logits, a.logits, atol=1e-5)
+    np.testing.assert_allclose(c.apply(params, x, p.mask).logits, a.logits, atol=3e-5)
 
 
 def test_eos_ends_a_row_and_the_loop():

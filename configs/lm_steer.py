@@ -6,21 +6,21 @@ Source: Han et al. 2024.
     python experiments/ablate.py --config=configs/lm_steer.py[:yelp|:tiny]
 
 Expected: the share of positive text moves both ways with the strength, in every world. Bundled: from .48 without
-control to .05 at -3 and .74 at 3, at the base's perplexity. Yelp: from .58 to .35 at -5 (perplexity 50, base 37) and .76
-at 5 (35); more rank, the dummy steer or a weaker penalty reach further and cost perplexity below 0. Its first dimension
-reads (`lm_steer.words`) "atmosphere, yummy, fun, always, great" on one side and "refused, forgot, sorry, rude" on the
-other. Wall time on one core: 20 seconds bundled after the LM is there, some minutes for Yelp.
+control to .05 at -3 and .74 at 3, at the base's perplexity. Yelp: from .58 to .35 at -5 (perplexity 50, without control
+37) and .76 at 5 (35). There the first dimension reads (`lm_steer.words`) "atmosphere, yummy, fun, always, great" on one
+side and "refused, forgot, sorry, rude" on the other. Wall time on one core: 20 seconds bundled after the LM is there,
+some minutes for Yelp.
 """
 
 from configs import sentiment
 
 SETTINGS = dict(
-    bundled=dict(fit=dict(steps=300, batch=16, tokens=96, rank=64), strengths=(-3.0, -1.0, 1.0, 3.0)),
+    bundled=dict(fit=dict(steps=300, batch=16, tokens=96, rank=64, dummy="drop"), strengths=(-3.0, -1.0, 1.0, 3.0)),
     yelp=dict(
         fit=dict(steps=300, batch=32, tokens=24, rank=64, dummy="none", schedule="linear"),
         strengths=(-5.0, -3.0, 3.0, 5.0),
     ),
-    tiny=dict(fit=dict(steps=2, batch=4, tokens=16, rank=2), strengths=(-1.0, 1.0)),
+    tiny=dict(fit=dict(steps=2, batch=4, tokens=16, rank=2, dummy="drop"), strengths=(-1.0, 1.0)),
 )
 
 

@@ -1,4 +1,5 @@
-"""Controls that several methods are made of: `Delta`, a change of weights, and `SoftPrompt`, learned input vectors."""
+"""Controls that several methods are made of: `Delta`, a change of weights, `SoftPrompt`, learned input vectors, and
+`Coded`, a change of weights that reads a control code."""
 
 from __future__ import annotations
 
@@ -135,6 +136,51 @@ def soft_prompt(key: jax.Array, length: int, width: int, choices: int | None = N
         raise InputError(f"length is {length}, expected at least 1 vector.")
     shape = (length, width) if choices is None else (choices, length, width)
     return deviation * jax.random.normal(key, shape, jnp.float32)
+
+
+@struct.dataclass
+class Coded(Control):
+    """A control code before the prompt, and a change of weights that reads it: the codes of CTRL (Keskar et al. 2019)
+    and the reward tokens of Quark (Lu et al. 2022).
+
+    Attributes:
+      delta: the change of weights.
+      codes: float32 [C, D], a learned input vector for each code.
+      scale: float32 [] or [B], 0 … 1: the code to decode on, from the first (0) to the last (1), rounded to one.
+      cond: None, or the name of an int [B] entry of `prompts.cond` that names each row's code instead.
+    """
+
+    delta: Delta
+    codes: jax.Array
+    scale: jax.Array
+    cond: str | None = struct.field(pytree_node=False, default=None)
+
+    def weights(self, params):
+        return self.delta.weights(params)
+
+    def init(self, prompts, length):
+        batch = prompts.tokens.shape[0]
+        if self.cond is not None:
+            return self.codes[condition(prompts, self.cond)]
+        last = self.codes.shape[0] - 1
+        code = jnp.clip(jnp.round(jnp.asarray(self.scale, jnp.float32) * last), 0, last).astype(jnp.int32)
+        return self.codes[jnp.broadcast_to(code, (batch,))]
+
+    def prompt(self, x, mask, state):
+        before = jnp.ones((mask.shape[0], 1), bool)
+        return jnp.concatenate([state[:, None].astype(x.dtype), x], axis=1), jnp.concatenate([before, mask], axis=1)
+
+
+def coded(key: jax.Array, delta: Delta, width: int, codes: int, deviation: float = 0.02) -> Coded:
+    """A `Coded` with random codes, normal with the given deviation, that decodes on the last of them.
+
+    Raises:
+      InputError: fewer than two codes.
+    """
+    if codes < 2:
+        raise InputError(f"{codes} control codes were asked for, expected at least 2.")
+    vectors = deviation * jax.random.normal(key, (codes, width), jnp.float32)
+    return Coded(delta, vectors, jnp.ones((), jnp.float32))
 
 
 def condition(prompts: Prompts, name: str) -> jax.Array:

@@ -81,6 +81,7 @@ def evaluate(
     samples: Artifact,
     judges: Sequence[Artifact] = (),
     lm: Artifact | None = None,
+    fluency: Artifact | None = None,
     references: Artifact | None = None,
     lm_name: str = "base",
     embed: str | None = None,
@@ -92,7 +93,8 @@ def evaluate(
     what every scorer said of every sample to scores.jsonl.
 
     Args:
-      judges: what `fit_judge` made. lm: the language model of the perplexity, `lm_name` in the report.
+      judges: what `fit_judge` made.
+      lm: the language model of the perplexity, `lm_name` in the report, unless `fluency` is another one for that.
       embed: a sentence encoder, for relevance and similarity (see `ctg_jax.evaluation.score`); without one, relevance
         is read off `lm`.
       references: human texts (records with text), for mauve; needs `embed`.
@@ -109,16 +111,14 @@ def evaluate(
     if references is not None and embed is None:
         raise InputError("references are compared by an encoder and none was given: set embed to a sentence encoder")
     rows = samples.rows("samples.jsonl")
-    fluency = None
-    if lm is not None:
-        model, params, tokenizer = open_lm(lm)
-        fluency = evaluation.LMScorer(model, params, tokenizer, name=lm_name)
+    read_by = fluency or lm
+    reader = None if read_by is None else evaluation.LMScorer(*open_lm(read_by), name=lm_name)
     if kl:
         _check_kl(samples, lm)
-        rows = _with_kl(rows, fluency)
+        rows = _with_kl(rows, reader if read_by is lm else evaluation.LMScorer(*open_lm(lm)))
     encoder = None if embed is None else sentence_embedder(embed)
     rewards = [open_judge(j) for j in judges]
-    rows = evaluation.score(rows, rewards, fluency=fluency, embed=encoder)
+    rows = evaluation.score(rows, rewards, fluency=reader, embed=encoder)
     features = None
     if references is not None:
         features = encoder([r["text"] for r in rows]), encoder([r["text"] for r in references.rows("data.jsonl")])
@@ -128,9 +128,9 @@ def evaluate(
     write_jsonl(run.path / "scores.jsonl", [{k: _finite(row[k]) for k in kept if k in row} for row in rows])
     run.record(
         judges={r.name: _with_accuracy(r.version, j) for r, j in zip(rewards, judges)},
-        perplexity=None if fluency is None else f"{fluency.version}: {evaluation.FIELD.perplexity}",
+        perplexity=None if reader is None else f"{reader.version}: {evaluation.FIELD.perplexity}",
         encoder=None if encoder is None else encoder.version,
-        relevance=_relevance(encoder, fluency) if "relevance" in figures else None,
+        relevance=_relevance(encoder, reader) if "relevance" in figures else None,
     )
     for name, figure in figures.items():
         run.log(name=name, **figure.as_json())
@@ -181,10 +181,7 @@ def _check_kl(samples: Artifact, lm: Artifact | None) -> None:
 
 def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
     """The samples with "kl": their log-probability as drawn minus that under the LM alone, nats of all tokens."""
-    heads = base.tokenizer.encode([r["prompt"] for r in rows])
-    if base.tokenizer.adds_bos:
-        heads = [[base.tokenizer.bos, *ids] for ids in heads]
-    nats, _ = base.ids(heads, [r["tokens"] for r in rows])
+    nats, _ = base.ids(base.heads([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
     return [{**row, "kl": row["logp"] + float(x)} for row, x in zip(rows, nats)]
 
 

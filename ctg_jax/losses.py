@@ -43,6 +43,35 @@ def entropy(logits: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0), axis=-1)
 
 
+def unlikelihood(logits: jax.Array, negative: jax.Array, allowed: jax.Array) -> jax.Array:
+    """-Σ log(1 - p(c)) float32 [B, N] over the negative candidates c of each position (Welleck et al. 2020, eq. 4).
+
+    Args:
+      logits: [B, N, V].
+      negative: int [B, S], tokens that may be candidates.
+      allowed: bool [B, N, S], at which positions each of them is one.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(log_p, negative[:, None, :], axis=-1)
+    # 1 - p is kept from 0, where the gradient would be infinite.
+    rest = -jnp.log1p(-jnp.exp(jnp.minimum(chosen, jnp.log1p(-1e-6))))
+    return jnp.sum(jnp.where(allowed, rest, 0.0), axis=-1)
+
+
+def said_before(tokens: jax.Array, mask: jax.Array, new: int) -> jax.Array:
+    """bool [B, N, S]: the candidates of token-level unlikelihood, for the last N = `new` of the tokens [B, S].
+
+    Candidate s of position n is an earlier token of the row that is not the target itself, counted once however often
+    it was said (Welleck et al. 2020, eq. 5).
+    """
+    at = jnp.arange(tokens.shape[1])
+    same = (tokens[:, :, None] == tokens[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    first = mask & ~jnp.any(same & (at[:, None] < at[None, :])[None], axis=1)
+    start = tokens.shape[1] - new
+    target = tokens[:, start:, None]
+    return first[:, None] & (at[None, None] < at[start:][None, :, None]) & (tokens[:, None] != target)
+
+
 def z_loss(logits: jax.Array) -> jax.Array:
     """Squared log-normaliser float32 [...] of logits [..., V] (Chowdhery et al. 2022, PaLM, section 5)."""
     return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))

@@ -49,7 +49,7 @@ CONTROL: Rules = (
     (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
     (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
     (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
-    (r"z|basis|vectors?|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
+    (r"z|basis|vectors?|codes|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
 )
 
 

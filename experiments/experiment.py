@@ -4,9 +4,10 @@ lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": sett
 prompts   settings of `load_data`
 sample    settings of `sample`; its `filter` holds for every method that has none of its own
 judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
-evaluate  settings of `evaluate`, with `references` as settings of `load_data`
+evaluate  settings of `evaluate`, with `references` as settings of `load_data` and `fluency` as a section like lm
 methods   label -> {"method": name, "fit": its settings, "data": settings of `load_data`, "strengths": (…),
-          "filter": settings of `truncate`, "filter_first": bool}, all but `method` optional
+          "filter": settings of `truncate`, "filter_first": bool, "rewards": name -> settings of `fit_judge`}, all but
+          `method` optional; `rewards` are for methods that learn from them, on the prompts in `data`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ctg_jax.stage import Artifact, nearest, stage
 from ctg_jax.types import InputError
 
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
-_METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first")
+_METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first", "rewards")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,15 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     measure = dict(settings["evaluate"])
     human = measure.pop("references", None)
     human = stage(root, sources.load_data, human) if human else None
+    other = measure.pop("fluency", None)
+    given = dict(judges=judges, lm=lm, references=human, fluency=language_model(root, other) if other else None)
     cells = []
     # ConfigDict sorts by name; what learns nothing is shown first, as the line to compare with.
     arms = sorted(settings["methods"].items(), key=lambda item: (item[1]["method"] != "truncate", item[0]))
     for label, arm in arms:
         mine = []
         for strength, samples in sampled(root, lm, prompts, settings["sample"], arm):
-            figures = stage(root, judging.evaluate, measure, samples=samples, judges=judges, lm=lm, references=human)
+            figures = stage(root, judging.evaluate, measure, samples=samples, **given)
             mine.append(Cell(label, arm["method"], strength, samples, figures))
         smooth = smoothness(root, mine, measure)
         cells += [dataclasses.replace(cell, smooth=smooth) for cell in mine]
@@ -113,7 +116,10 @@ def fitted(root: str, lm: Artifact, arm: dict[str, Any]) -> Artifact | None:
     if not hasattr(module, "fit"):
         return None
     data = stage(root, sources.load_data, arm["data"])
-    return module.fit(root, lm=lm, data=data, **arm.get("fit", {}))
+    more = {}
+    if "rewards" in arm:
+        more["rewards"] = [judge(root, name, options) for name, options in arm["rewards"].items()]
+    return module.fit(root, lm=lm, data=data, **more, **arm.get("fit", {}))
 
 
 def sampled(

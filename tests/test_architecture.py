@@ -11,9 +11,9 @@ LAYERS = [
     {"types", "tree", "rng"},
     {"control", "bricks", "parallel", "checkpoint", "metrics"},
     {"models"},
-    {"data", "decode", "losses", "train", "rewards", "evaluation", "stage", "sources", "report", "judging", "invert"},
-    {"methods"},
-    {"flow", "latents"},
+    {"data", "decode", "losses", "train", "rewards", "evaluation", "stage", "sources", "report", "judging", "invert", "calibrate"},
+    {"methods", "flow", "experience"},
+    {"latents"},
 ]
 HOMES = {  # library -> the parts of the package that may import it
     "flax.linen": {"models"},

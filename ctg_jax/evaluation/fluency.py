@@ -96,7 +96,12 @@ class LMScorer:
         """
         if len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts were given for {len(texts)} texts; give one prompt for each text")
-        return self.ids(self.tokenizer.encode(list(prompts)), self.tokenizer.encode(list(texts)))
+        return self.ids(self.heads(prompts), self.tokenizer.encode(list(texts)))
+
+    def heads(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token ids that stand before each continuation: the prompt's, after BOS for models that expect it."""
+        rows = self.tokenizer.encode(list(prompts))
+        return [[self.tokenizer.bos, *row] for row in rows] if self.tokenizer.adds_bos else rows
 
     def ids(self, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """The same for token ids of this LM: those that were drawn, where their text would be encoded to others."""

@@ -4,7 +4,7 @@ attribute. The frozen model stays the reference, and the strength `scale` interp
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from ctg_jax import bricks, checkpoint, losses, rng, train
 from ctg_jax.bricks import Delta, SoftPrompt
 from ctg_jax.control import Control
-from ctg_jax.data.pipeline import pipeline
+from ctg_jax.data.pipeline import Batches, pipeline
 from ctg_jax.data.sources import Source
-from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
-from ctg_jax.types import InputError
+from ctg_jax.types import InputError, PyTree
 
 RATES = {"lora": 2e-3, "full": 1e-4, "prompt": 1e-1}  # learning rates that suit small models
 
@@ -131,12 +130,12 @@ def finetune(
         ids = jax.random.randint(rng.stream(key, "tokens"), control.vectors.shape[:-1], 0, model.vocab)
         drawn = model.embed(params, ids.reshape(1, -1))
         control = control.replace(vectors=drawn.astype(jnp.float32).reshape(control.vectors.shape))
-    source = Source(str(data.path), str(where), records)
     fields = () if choices is None else ("label",)
+    source = Source(str(data.path), str(where), records)
+    batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=fields)
     control = learn(
-        run, control, loss(model, kl=kl), {"params": params}, source, tokenizer,
-        trained=r"changes/.*|vectors", steps=steps, batch=batch, tokens=tokens, rate=rate or RATES[kind],
-        warmup=warmup, schedule=schedule, decay=decay, seed=seed, save_every=save_every, fields=fields,
+        run, control, loss(model, kl=kl), {"params": params}, batches, trained=r"changes/.*|vectors", steps=steps,
+        rate=rate or RATES[kind], warmup=warmup, schedule=schedule, decay=decay, seed=seed, save_every=save_every,
     )  # fmt: skip
     keep(run, control, "finetune", hp)
 
@@ -151,42 +150,36 @@ def matching(data: Artifact, where: Mapping[str, Any] | None) -> list[dict[str, 
 
 def learn(
     run: Run,
-    control: Control,
+    control: PyTree,
     loss: losses.LossFn,
     frozen: Mapping[str, Any],
-    source: Source,
-    tokenizer: Tokenizer,
+    batches: Batches,
     *,
     trained: str,
     steps: int,
-    batch: int,
-    tokens: int,
     rate: float,
     warmup: int = 20,
     schedule: str = "linear",
     decay: float = 0.0,
     seed: int = 0,
     save_every: int = 100,
-    fields: Sequence[str] = (),
-) -> Control:
-    """A control trained on the texts of `source`: the inside of a stage, which goes on where it was cut short.
+) -> PyTree:
+    """What `loss` made of a control: the inside of a stage, which goes on where it was cut short.
 
     Args:
       run: of the stage; checkpoints lie in its folder `steps` until `keep` removes them.
-      control, loss, frozen: what learns, and what it is given; see `ctg_jax.train`.
-      source, tokenizer, batch, tokens, fields: of the batches; see `ctg_jax.data.pipeline`.
+      control, loss, frozen, batches: what learns, and what it is given; see `ctg_jax.train`.
       trained: regular expression for the paths of the leaves that learn.
-      steps, rate, warmup, schedule, decay: of the optimizer. seed: of the order of texts and of randomness in the loss.
+      steps, rate, warmup, schedule, decay: of the optimizer. seed: of randomness in the loss.
 
     Raises:
-      InputError: steps below 1, and what the pipeline and the training loop raise.
+      InputError: steps below 1, and what the training loop raises.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}, expected at least 1.")
     pace = train.schedule(rate, schedule, warmup=min(warmup, steps - 1), steps=steps)
     tx = train.optimizer(pace, decay=decay, trained=trained)
     state = train.init_state(control, tx, rng.stream(jax.random.key(seed), "train"))
-    batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=fields)
     step = train.make_step(loss, tx)
     state = train.loop(
         run.path, state, step, batches, steps=steps, save_every=save_every, frozen=frozen, progress=False

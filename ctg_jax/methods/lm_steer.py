@@ -19,6 +19,7 @@ from flax import struct
 
 from ctg_jax import bricks, decode, losses, rng
 from ctg_jax.control import Control
+from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.methods import finetune
@@ -174,10 +175,10 @@ def lm_steer(
     fixed = 0 if dummy == "none" else min(rank, model.width)
     hp = dict(rank=rank, epsilon=epsilon, deviation=deviation)
     control = init(model, rng.stream(jax.random.key(seed), "init"), **hp, fixed=fixed, cond="value")
+    batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=("value",))
     control = finetune.learn(
-        run, control, loss(model, l2=l2), {"params": params}, source, tokenizer,
-        trained="p1|p2", steps=steps, batch=batch, tokens=tokens, rate=rate,
-        warmup=warmup, schedule=schedule, seed=seed, save_every=save_every, fields=("value",),
+        run, control, loss(model, l2=l2), {"params": params}, batches, trained="p1|p2", steps=steps, rate=rate,
+        warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     control = control.replace(cond=cond)
     if dummy != "keep":

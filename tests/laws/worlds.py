@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import decode, tree
+from ctg_jax import decode, train, tree
 from ctg_jax.control import IDENTITY
 from ctg_jax.models.lm import Cache, Out
 from ctg_jax.models.transformer import Transformer
@@ -74,10 +74,10 @@ def tiny(vocab: int = 11, depth: int = 2, **more) -> Transformer:
     return Transformer.gpt2(vocab=vocab, width=16, depth=depth, heads=2, context=48, **more)
 
 
-def lively(lm: Transformer, seed: int = 0) -> dict:
+def lively(lm: Transformer, seed: int = 0, factor: float = 12) -> dict:
     """Random parameters large enough that predictions differ between tokens and contexts."""
     params = lm.init(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * 12 if x.ndim > 1 and x.shape[-1] > 1 and not jnp.all(x == 1) else x, params)
+    return jax.tree.map(lambda x: x * factor if x.ndim > 1 and x.shape[-1] > 1 and not jnp.all(x == 1) else x, params)
 
 
 def prompts(rows: list[list[int]], length: int | None = None, seed: int = 0, cond=None) -> Prompts:
@@ -96,3 +96,39 @@ def enumerate_all(lm, params, prompt: list[int], n: int, control=IDENTITY) -> di
     batch = prompts([prompt] * len(every))
     logp = decode.score(lm, params, batch, jnp.asarray(every), control)
     return dict(zip(map(tuple, every.tolist()), np.exp(np.asarray(logp, np.float64).sum(1)).tolist()))
+
+
+def sequences(lm, n: int) -> np.ndarray:
+    """Every completion of n tokens, int32 [V^n, n], in the order of `probabilities`."""
+    return np.array(list(itertools.product(range(lm.vocab), repeat=n)), np.int32)
+
+
+def probabilities(lm, params, prompt: list[int], n: int, control=IDENTITY) -> np.ndarray:
+    """float64 [V^n], the probability of each of `sequences` under the control."""
+    return np.array(list(enumerate_all(lm, params, prompt, n, control).values()))
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p ‖ q) in nats."""
+    some = p > 0
+    return float(np.sum(p[some] * np.log(p[some] / q[some])))
+
+
+def written(prompt: list[int], completions: np.ndarray, **fields) -> dict:
+    """A batch of completions [B, n] of one prompt, as `ctg_jax.data.completions` gives it."""
+    rows = len(completions)
+    tokens = np.tile(np.asarray(prompt, np.int32), (rows, 1))
+    batch = {"tokens": tokens, "mask": np.ones_like(tokens, bool), "ids": np.arange(rows, dtype=np.int32)}
+    batch |= {"completion": np.asarray(completions, np.int32), "written": np.ones(completions.shape, bool)}
+    return {k: jnp.asarray(v) for k, v in (batch | fields).items()}
+
+
+def trained(loss, control, frozen, batches: list, *, rate: float = 1e-2, trained: str = ".*"):
+    """The control after one Adam update on each of the batches, at a rate that falls to 0, and the last metrics."""
+    tx = train.optimizer(train.schedule(rate, "linear", steps=len(batches)), trained=trained)
+    state, step = train.init_state(control, tx, jax.random.key(0)), jax.jit(train.make_step(loss, tx))
+    metrics = {}
+    for batch in batches:
+        state, metrics = step(state, frozen, batch)
+    assert bool(state.ok)
+    return state.params, metrics

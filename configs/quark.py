@@ -1,0 +1,33 @@
+"""Quark: reward quantiles as tokens, learned over rounds of sampling, decoding on the best.
+
+Source: Lu et al. 2022.
+
+    python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:tiny]
+    python experiments/ablate.py --config=configs/quark.py[:yelp|:tiny]
+"""
+
+from configs import reward
+
+SETTINGS = dict(fit=dict(tokens=5, kl=0.05, entropy=0.06))
+
+
+def arms(arg):
+    strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
+    return dict(quark=dict(method="quark", strengths=strengths, **SETTINGS))
+
+
+def get_config(arg="bundled"):
+    return reward.experiment(arg, "Quark", dict(top_p=dict(method="truncate"), **arms(arg)))
+
+
+def sweep():
+    for tokens in (2, 3, 5, 8):
+        yield {"methods.quark.fit.tokens": tokens}
+    for kl in (0.0, 0.2):
+        yield {"methods.quark.fit.kl": kl}
+    yield {"methods.quark.fit.direction": "policy_reference"}
+    yield {"methods.quark.fit.entropy": 0.0}
+    yield {"methods.quark.fit.best_only": True}
+    yield {"methods.quark.fit.kind": "full"}
+    for rounds in (1, 2):
+        yield {"methods.quark.fit.rounds": rounds}

@@ -1,0 +1,89 @@
+"""Worlds for methods that learn from a reward: each has prompts to explore on, others to be judged on, a reward to learn
+from, and judges that saw nothing of it.
+
+bundled       restaurant reviews of a grammar with known sentiment; more positive text; the oracle rewards and judges
+yelp          a real LM of reviews, first words of negative sentences; more positive text. A bag of words fitted on Yelp
+              rewards, a probe on a sentence encoder fitted on SST-2 judges, perplexity is that of another LM
+yelp_down     the same from positive sentences; more negative text
+repetition    the same LM, greedy continuations of longer reviews (IMDB); diversity of n-grams rewards
+toxicity      RealToxicityPrompts; a bag of words fitted on Davidson et al. 2017 rewards, a probe on other data judges
+tiny          the bundled world in seconds: for tests, not for figures
+
+All but bundled and tiny read CTG_DATA_DIR.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sentiment
+from configs.sentiment import REVIEWS, of_world
+
+
+def bundled():
+    parts = sentiment.bundled()
+    topic = dict(topic=0)
+    return parts | dict(
+        prompts=dict(source=REVIEWS, split="test", where=topic, limit=25),
+        learn=dict(
+            data=dict(source=REVIEWS, split="validation", where=topic, limit=256),
+            rewards=dict(sentiment=dict(kind="oracle")),
+            explore=dict(n=4, max_new=40, batch=128),
+            rounds=3,
+            steps=100,
+            batch=32,
+        ),
+    )
+
+
+def tiny():
+    parts = sentiment.tiny()
+    return parts | dict(
+        learn=dict(
+            data=dict(source=REVIEWS, split="validation", limit=4),
+            rewards=dict(words=dict(kind="bag", data=dict(source=REVIEWS, split="validation", limit=32))),
+            explore=dict(n=4, max_new=6, batch=8),
+            rounds=2,
+            steps=2,
+            batch=4,
+        ),
+    )
+
+
+def yelp(label=0):
+    """From sentences of one label towards the other."""
+    parts = sentiment.yelp()
+    folder = parts["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
+    train = f"jsonl:{folder}/yelp/train.jsonl"
+    towards = dict(kind="bag", target=1 - label, reads="both", data=dict(source=train, split="all", limit=40000))
+    other = dict(pretrain=dict(vocab=4096, width=128, depth=4, heads=4, context=64, length=48, steps=2500, rate=2e-3))
+    return parts | dict(
+        prompts=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", words=4, where=dict(label=label), limit=100),
+        evaluate=dict(
+            parts["evaluate"] | dict(lm_name="another LM"),
+            fluency=other | dict(data=dict(source=train, split="all", skip=40000, limit=120000)),
+        ),
+        learn=dict(
+            data=dict(source=train, split="all", words=4, where=dict(label=label), limit=1000),
+            rewards=dict(sentiment=towards | dict(heldout=parts["judges"]["positive"]["heldout"])),
+            explore=dict(n=4, max_new=20, batch=200),
+            rounds=4,
+            steps=150,
+            batch=32,
+        ),
+    )
+
+
+WORLDS = {"bundled": bundled, "yelp": yelp, "yelp_down": lambda: yelp(1), "tiny": tiny}
+
+
+def experiment(name, title, arms):
+    """A whole configuration. arms: label -> {"method", "fit", "strengths"}; those with `fit` get the world's prompts,
+    rewards, rounds and settings of exploring, where they have none of their own."""
+    parts = of_world(WORLDS, name)()
+    learn, _ = parts.pop("learn"), parts.pop("train", None)
+    common = {key: learn[key] for key in ("rounds", "explore", "steps", "batch")}
+    methods = {}
+    for label, arm in arms.items():
+        if "fit" in arm:
+            arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=common | arm["fit"])
+        methods[label] = arm
+    return ConfigDict({"title": title, **parts, "methods": methods})

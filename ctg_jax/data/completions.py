@@ -1,0 +1,108 @@
+"""Batches of prompts with their completions, for methods that learn from what a model wrote.
+
+The tokens of a completion are those that were drawn, never its text encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from ctg_jax.data.pipeline import Batch, Batches, _collate, _number, _sketch
+from ctg_jax.data.sources import Source
+from ctg_jax.data.tokenizer import Tokenizer, pad_rows
+from ctg_jax.types import InputError
+
+
+def completions(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    prompt: int,
+    new: int,
+    seed: int,
+    fields: Sequence[str] = (),
+    strata: str | None = None,
+    threads: int = 1,
+    prefetch: int = 4,
+) -> Batches:
+    """An endless, shuffled, resumable stream of batches.
+
+    Args:
+      source: records with `prompt` (a string) and `tokens` (those drawn after it).
+      batch: rows B. prompt, new: tokens of a prompt T and of a completion N; a longer completion is cut.
+      seed: of the permutations.
+      fields: numeric fields of the records to add to each batch, [B] or [B, …].
+      strata: a numeric field; its values take turns in the stream, so that each has its share of every batch. None:
+        batches are drawn uniformly.
+
+    Returns:
+      An iterator of {"tokens": int32 [B, T], "mask": bool [B, T] (padding on the left), "completion": int32 [B, N],
+      "written": bool [B, N] (padding on the right), "ids": int32 [B], and `fields`}.
+
+    Raises:
+      InputError: no records, a field that is missing or not numeric, a prompt longer than `prompt`.
+    """
+    import grain
+
+    if not len(source):
+        raise InputError(f"{source.spec} holds no completion to learn from: raise n, the samples of each prompt")
+    if batch < 1:
+        raise InputError(f"batch is {batch}, expected at least 1")
+    for name in fields:
+        _number(source[0], name, 0)
+    rows = _Completions(source, tokenizer, prompt, new, tuple(fields))
+    whole = grain.MapDataset.source(rows)
+    if strata is None:
+        dataset = whole.seed(seed).shuffle().repeat()
+    else:
+        values = np.asarray([_number(source[i], strata, i) for i in range(len(source))])
+        groups = [np.flatnonzero(values == v) for v in np.unique(values)]
+        parts = [grain.MapDataset.source(_Part(rows, g)).seed(seed + i) for i, g in enumerate(groups)]
+        dataset = grain.MapDataset.mix([p.shuffle().repeat() for p in parts])
+    dataset = dataset.batch(batch, drop_remainder=True, batch_fn=_collate)
+    signature = {
+        "data": _sketch(source), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:12],
+        "records": len(source), "seed": seed, "batch": batch, "prompt": prompt, "new": new, "strata": strata,
+        "epochs": None,
+    }  # fmt: skip
+    return Batches(dataset, signature, threads, prefetch)
+
+
+class _Completions(Sequence):
+    """Row i is record i."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, prompt: int, new: int, fields: tuple[str, ...]):
+        self.source, self.tokenizer, self.fields = source, tokenizer, fields
+        self.prompt, self.new = prompt, new
+        self.pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Batch:
+        record = self.source[i]
+        head = self.tokenizer.encode([record["prompt"]])[0]
+        head = [self.tokenizer.bos, *head] if self.tokenizer.adds_bos else head
+        if len(head) > self.prompt:
+            raise InputError(f"prompt of record {i} has {len(head)} tokens, expected at most {self.prompt}")
+        tokens, mask = pad_rows([head], self.prompt, self.pad, left=True)
+        tail, written = pad_rows([list(record["tokens"])[: self.new]], self.new, self.pad, left=False)
+        row = {"tokens": tokens[0], "mask": mask[0], "completion": tail[0], "written": written[0], "ids": np.int32(i)}
+        return {**row, **{name: _number(record, name, i) for name in self.fields}}
+
+
+class _Part(Sequence):
+    """Some rows of another sequence."""
+
+    def __init__(self, rows: Sequence, indices: np.ndarray):
+        self.rows, self.indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.rows[int(self.indices[i])]

@@ -1,0 +1,182 @@
+"""The experience loop: prompts → sample → score → pool → reduce → learn, the inside of every method that learns from
+what a model writes. Each arrow is a stage; methods differ in how they reduce the pool and in what they learn from it.
+
+The pool is the sequence of what `score` wrote, a Parquet file for each round: a new round adds a file and copies none.
+Only batches reach a device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import decode, evaluation, flow, losses, stage
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.data import Source
+from ctg_jax.data.completions import completions
+from ctg_jax.data.pipeline import Batches
+from ctg_jax.data.tokenizer import Tokenizer
+from ctg_jax.judging import open_judge
+from ctg_jax.models.lm import LM
+from ctg_jax.stage import Artifact, Run
+from ctg_jax.types import InputError, Params, Prompts
+
+POOL = "pool.parquet"
+
+
+def explore(
+    root: Any,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    rewards: Sequence[Artifact],
+    control: Artifact | None = None,
+    strength: float | None = None,
+    round: int = 0,
+    seed: int = 0,
+    **settings: Any,
+) -> Artifact:
+    """Samples of the prompts in `data` under a control (None: the frozen model), scored: one more file of the pool.
+
+    Args:
+      strength: of the control; None: as fitted.
+      round: number of this file; samples of two rounds are drawn with different seeds.
+      **settings: of `ctg_jax.flow.sample`, such as n and max_new.
+    """
+    settings = {**settings, "seed": seed + round, "strengths": [] if control is None else [strength]}
+    controls = [] if control is None else [control]
+    samples = stage.stage(root, flow.sample, settings, lm=lm, prompts=data, controls=controls)
+    return stage.stage(root, score, {"round": round}, samples=samples, rewards=list(rewards), lm=lm)
+
+
+def score(
+    run: Run, *, samples: Artifact, rewards: Sequence[Artifact], lm: Artifact, round: int = 0, batch: int = 256
+) -> None:
+    """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt, text, tokens, `logp` under what
+    drew it, `base` (its log-probability under the frozen model), `reward` (by the first of the rewards) and
+    reward_<name> by each of them.
+
+    Equal texts after equal prompts are scored once, and so is everything else: an interrupted stage goes on behind
+    its last batch.
+
+    Raises:
+      InputError: no reward; what a reward raises, such as a score that is not finite (what was scored is kept).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not rewards:
+        raise InputError("no reward was given: expected at least one scorer")
+    rows = samples.rows("samples.jsonl")
+    judges = [open_judge(r) for r in rewards]
+    names = [j.name for j in judges]
+    if len(set(names)) < len(names):
+        raise InputError(f"the rewards are called {names}: give each a name of its own")
+    scores = _scored(run, rows, judges, batch)
+    base = evaluation.LMScorer(*stage.open_lm(lm))
+    nats, _ = base.ids(base.heads([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
+    table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens", "logp")}
+    table |= {"round": [round] * len(rows), "base": (-nats).tolist(), "reward": scores[:, 0].tolist()}
+    table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
+    new = run.path / f".{POOL}"
+    pq.write_table(pa.table(table), new)
+    new.replace(run.path / POOL)
+    (run.path / "scores.partial").unlink()
+    size = sum(len(r["tokens"]) for r in rows)
+    far = sum(r["logp"] for r in rows) + float(nats.sum())
+    figures = {f"reward_{name}": float(scores[:, i].mean()) for i, name in enumerate(names)}
+    shares = {f"share_{j.name}": float((scores[:, i] >= j.threshold).mean()) for i, j in enumerate(judges)}
+    run.log(round=round, samples=len(rows), tokens=size, kl_per_token=far / size, **figures, **shares)
+    run.record(rewards={j.name: j.version for j in judges})
+
+
+def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: int) -> np.ndarray:
+    """Scores float64 [n, rewards]; each batch is on disk before the next is asked for."""
+    from tqdm import tqdm
+
+    distinct = list(dict.fromkeys((r["prompt"], r["text"]) for r in rows))
+    partial = run.path / "scores.partial"
+    done: list[list[float]] = []
+    if partial.exists():
+        whole = [line for line in partial.read_text("utf-8").splitlines(keepends=True) if line.endswith("]\n")]
+        stage.write_text(partial, "".join(whole))
+        done = [json.loads(line) for line in whole]
+    bar = tqdm(total=len(distinct), initial=len(done), desc=run.path.name, unit="text", disable=None, leave=False)
+    with open(partial, "a", encoding="utf-8") as f, bar:
+        for at in range(len(done), len(distinct), batch):
+            prompts, texts = zip(*distinct[at : at + batch])
+            new = np.stack([j(list(prompts), list(texts)) for j in judges], axis=1).astype(float).tolist()
+            f.write("".join(json.dumps(values) + "\n" for values in new))
+            f.flush()
+            done += new
+            bar.update(len(new))
+    at = {pair: i for i, pair in enumerate(distinct)}
+    return np.asarray([done[at[r["prompt"], r["text"]]] for r in rows])
+
+
+class Pool(Sequence):
+    """The samples of several rounds as records, read from disk; `column` gives one field of all of them, and `with_`
+    the same records with one more field."""
+
+    def __init__(self, table: Any, more: Mapping[str, np.ndarray] | None = None):
+        self._table, self._more = table, dict(more or {})
+
+    @classmethod
+    def open(cls, rounds: Sequence[Artifact]) -> Pool:
+        """The pool of the artifacts that `score` made."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        return cls(pa.concat_tables([pq.read_table(a.path / POOL, memory_map=True) for a in rounds]).combine_chunks())
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        (row,) = self._table.slice(i, 1).to_pylist()
+        return row | {name: values[i] for name, values in self._more.items()}
+
+    def column(self, name: str) -> np.ndarray:
+        """[n], one field of every record."""
+        return self._more[name] if name in self._more else self._table[name].to_numpy()
+
+    def with_(self, **columns: np.ndarray) -> Pool:
+        """The same records with more fields, each [n]."""
+        return Pool(self._table, {**self._more, **columns})
+
+    def take(self, indices: np.ndarray) -> Pool:
+        """Some of the records."""
+        return Pool(self._table.take(np.asarray(indices)), {k: v[indices] for k, v in self._more.items()})
+
+
+def batches(pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fields=(), strata=None) -> Batches:
+    """Batches of a pool's prompts and completions, as long as the longest of each; see `ctg_jax.data.completions`."""
+    prompts = pool.column("prompt") if isinstance(pool, Pool) else [r["prompt"] for r in pool]
+    tokens = pool.column("tokens") if isinstance(pool, Pool) else [r["tokens"] for r in pool]
+    longest = max(map(len, tokenizer.encode(list(dict.fromkeys(prompts))))) + int(tokenizer.adds_bos)
+    new = max(map(len, tokens))
+    source = Source("the pool", "all", pool)
+    return completions(
+        source, tokenizer, batch=batch, prompt=longest, new=new, seed=seed, fields=fields, strata=strata
+    )
+
+
+def logits(
+    lm: LM, params: Params, batch: Mapping[str, Any], keys: jax.Array, control: Control = IDENTITY, cond: Any = None
+) -> jax.Array:
+    """Controlled logits float32 [B, N, V] of the completions of a batch, through exactly the hooks of `generate`."""
+    prompts = Prompts(batch["tokens"], batch["mask"], keys, cond)
+    return decode.forward(lm, params, prompts, batch["completion"], control)
+
+
+def repeats(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """(tokens int [B, T + N], candidates bool [B, N, T + N]) for `losses.unlikelihood`: what prompt and completion have
+    said before each token of the completion."""
+    tokens = jnp.concatenate([batch["tokens"], batch["completion"]], axis=1)
+    mask = jnp.concatenate([batch["mask"], batch["written"]], axis=1)
+    return tokens, losses.said_before(tokens, mask, batch["completion"].shape[1])

@@ -1,0 +1,104 @@
+"""Quark: the loss by hand, the quantiles it reaches in a world small enough to enumerate, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import worlds
+
+from ctg_jax import calibrate, decode, losses, methods
+from ctg_jax.methods import quark
+from ctg_jax.types import InputError
+
+LM = worlds.tiny(vocab=5, depth=1)
+PARAMS = worlds.lively(LM, factor=4)
+PROMPT, NEW, K = [1, 2], 2, 4
+EVERY = worlds.sequences(LM, NEW)
+REWARD = np.random.default_rng(0).normal(size=len(EVERY))
+
+
+def slices(p):
+    """float64 [K, n]: the base's distribution within each quantile of reward; an outcome may lie in two of them."""
+    order = np.argsort(REWARD, kind="stable")
+    upto = np.cumsum(p[order])
+    out = np.zeros((K, len(p)))
+    for k in range(K):
+        high, low = np.minimum(upto, (k + 1) / K), np.maximum(upto - p[order], k / K)
+        out[k, order] = np.maximum(high - low, 0) * K
+    return out
+
+
+def test_every_token_reaches_its_quantile():
+    """Conditioned on token k the policy is the base within the k-th quantile of reward, for every k."""
+    base = worlds.probabilities(LM, PARAMS, PROMPT, NEW)
+    draws = np.random.default_rng(1).choice(len(base), 8192, p=base / base.sum())
+    bins = calibrate.bins(REWARD[draws], K)
+    order = np.random.default_rng(2).permutation(len(draws))
+    parts = [worlds.written(PROMPT, EVERY[draws[i]], bin=bins[i]) for i in np.array_split(order, 16)]
+    control = quark.init(LM, jax.random.key(0), tokens=K, kind="full")
+    control, _ = worlds.trained(
+        quark.loss(LM, kl=0.0, entropy=0.0), control, {"params": PARAMS}, parts * 25, trained=r"delta/changes/.*|codes"
+    )
+    for k, wanted in enumerate(slices(base)):
+        at = methods.with_strength(control, k / (K - 1))
+        assert worlds.divergence(wanted, worlds.probabilities(LM, PARAMS, PROMPT, NEW, at)) < 0.03
+        assert worlds.divergence(wanted, base) > 1  # where it came from
+
+
+def test_the_loss_by_hand():
+    """One position with logits (0, 0) under the policy and (log 3, 0) under the base; target 0."""
+    lm = worlds.Bigram(vocab=2)
+    params = worlds.table([[0.75, 0.25], [0.5, 0.5]])
+    control = quark.init(lm, jax.random.key(0), tokens=2, kind="full")
+    flat = {"head/kernel": {"full": worlds.table([[0.5, 0.5], [0.5, 0.5]])["head"]["kernel"] - params["head"]["kernel"]}}
+    control = control.replace(delta=control.delta.replace(changes=flat))
+    batch = worlds.written([0], np.array([[0]]), bin=jnp.array([1]))
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def total(**hp):
+        out = quark.loss(lm, **hp)(control, {"params": params}, batch, keys)
+        return float(out.total / out.weight)
+
+    cross, entropy = np.log(2), np.log(2)
+    to_base = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    from_base = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
+    assert total(kl=0.0, entropy=0.0) == pytest.approx(cross, rel=1e-6)
+    assert total(kl=0.3, entropy=0.1) == pytest.approx(cross + 0.3 * from_base - 0.1 * entropy, rel=1e-6)
+    other = total(kl=0.3, entropy=0.1, direction="policy_reference")
+    assert other == pytest.approx(cross + 0.3 * to_base - 0.1 * entropy, rel=1e-6)
+
+
+def test_a_row_decodes_on_its_own_token():
+    control = quark.example(LM, jax.random.key(3))
+    prompts = worlds.prompts([PROMPT] * 3, cond={"bin": jnp.array([0, 2, 1])})
+    completion = jnp.asarray(EVERY[:3])
+    mixed = decode.score(LM, PARAMS, prompts, completion, control.replace(cond="bin"))
+    by_scale = methods.with_strength(control, jnp.array([0.0, 1.0, 0.5]))
+    np.testing.assert_allclose(decode.score(LM, PARAMS, prompts, completion, by_scale), mixed, rtol=1e-6)
+    for row, k in enumerate((0, 2, 1)):
+        alone = decode.score(LM, PARAMS, prompts, completion, methods.with_strength(control, k / 2))
+        np.testing.assert_allclose(alone[row], mixed[row], rtol=1e-6)
+    assert not np.allclose(mixed[0], decode.score(LM, PARAMS, prompts, completion, control)[0])
+
+
+def test_unlikelihood_by_hand():
+    """Tokens 2 3 2 | 3: the candidates for the last are 2 (once) and not 3, the target: -log(1 - p(2))."""
+    tokens, mask = jnp.array([[2, 3, 2, 3]]), jnp.ones((1, 4), bool)
+    z = jnp.log(jnp.array([[[0.1, 0.2, 0.4, 0.3]]]))
+    value = losses.unlikelihood(z, tokens, losses.said_before(tokens, mask, 1))
+    assert float(value[0, 0]) == pytest.approx(-np.log(0.6), rel=1e-6)
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="all 8 rewards are 1: there is nothing to sort"):
+        calibrate.bins([1.0] * 8, 2)
+    with pytest.raises(InputError, match="5 quantile bins were asked for and the pool has 3 samples"):
+        calibrate.bins([1.0, 2.0, 3.0], 5)
+    with pytest.raises(InputError, match="reward 1 is nan"):
+        calibrate.bins([1.0, np.nan, 3.0], 2)
+    with pytest.raises(InputError, match="direction is 'both', expected one of"):
+        quark.loss(LM, direction="both")
+    with pytest.raises(InputError, match="1 control codes"):
+        quark.init(LM, jax.random.key(0), tokens=1)
+    with pytest.raises(InputError, match="kind is 'prompt'"):
+        quark.init(LM, jax.random.key(0), kind="prompt")

@@ -1,6 +1,6 @@
 """Controllable text generation: a frozen language model, and a `Control` that acts on it.
 
-    data ──fit──▶ Control ──generate──▶ Samples ──reward──▶ Report
+data ──fit──▶ Control ──generate──▶ Samples ──reward──▶ Report
 """
 
 from ctg_jax.control import IDENTITY, Chain, Control

@@ -85,8 +85,8 @@ def best_of(rewards: Sequence[float], groups: Sequence[int]) -> np.ndarray:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n, nats of KL(best of n ‖ base) for a reward without ties, an upper bound with them (Stiennon et
-    al. 2020; Beirami et al. 2024)."""
+    """log n - (n - 1) / n, nats of KL(best of n ‖ base) for a reward without ties, an upper bound with them (Stiennon
+    et al. 2020; Beirami et al. 2024)."""
     if n < 1:
         raise InputError(f"n is {n}, expected at least 1")
     return float(np.log(n) - (n - 1) / n)

@@ -161,9 +161,7 @@ def batches(pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fiel
     longest = max(map(len, tokenizer.encode(list(dict.fromkeys(prompts))))) + int(tokenizer.adds_bos)
     new = max(map(len, tokens))
     source = Source("the pool", "all", pool)
-    return completions(
-        source, tokenizer, batch=batch, prompt=longest, new=new, seed=seed, fields=fields, strata=strata
-    )
+    return completions(source, tokenizer, batch=batch, prompt=longest, new=new, seed=seed, fields=fields, strata=strata)
 
 
 def logits(

@@ -51,9 +51,7 @@ def test_the_loss_of_the_search_is_the_score_of_decoding(site):
     assert (said(control, found) > before).mean() > 0.5  # three updates help
 
 
-@pytest.mark.parametrize(
-    "hp", [dict(steps="first"), dict(steps="prompt", dim=3), dict(parts=2, dim=5)], ids=str
-)
+@pytest.mark.parametrize("hp", [dict(steps="first"), dict(steps="prompt", dim=3), dict(parts=2, dim=5)], ids=str)
 def test_time_steps_dimensions_and_mixtures_score_as_they_decode(hp):
     control, found = learn("middle", hp=hp)
     assert found["z"].shape[1] == hp.get("dim", hp.get("parts", 1) * LM.width)

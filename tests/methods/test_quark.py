@@ -50,7 +50,9 @@ def test_the_loss_by_hand():
     lm = worlds.Bigram(vocab=2)
     params = worlds.table([[0.75, 0.25], [0.5, 0.5]])
     control = quark.init(lm, jax.random.key(0), tokens=2, kind="full")
-    flat = {"head/kernel": {"full": worlds.table([[0.5, 0.5], [0.5, 0.5]])["head"]["kernel"] - params["head"]["kernel"]}}
+    flat = {
+        "head/kernel": {"full": worlds.table([[0.5, 0.5], [0.5, 0.5]])["head"]["kernel"] - params["head"]["kernel"]}
+    }
     control = control.replace(delta=control.delta.replace(changes=flat))
     batch = worlds.written([0], np.array([[0]]), bin=jnp.array([1]))
     keys = jax.random.split(jax.random.key(0), 1)

@@ -39,7 +39,7 @@ def tiny():
     return parts | dict(
         learn=dict(
             data=dict(source=REVIEWS, split="validation", limit=4),
-            rewards=dict(words=dict(kind="bag", data=dict(source=REVIEWS, split="validation", limit=32))),
+            rewards=dict(words=dict(kind="bag", target=0, data=dict(source=REVIEWS, split="validation", limit=32))),
             explore=dict(n=4, max_new=6, batch=8),
             rounds=2,
             steps=2,

@@ -207,13 +207,20 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     return d.replace(z=z[:, 0], cache=out.cache, state=state)
 
 
-@partial(jax.jit, static_argnames=("lm",))
 def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
     """Controlled logits float32 [B, N, V] of each token of a completion int32 [B, N], teacher-forced.
 
     Position n saw the prompt and completion tokens before n: exactly what `generate` saw when it drew token n, so
     what follows the end of a completion does not matter. The sequence runs through stacked layers without a cache.
     """
+    return forward_states(lm, params, prompts, completion, control)[0]
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def forward_states(
+    lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY
+) -> tuple[jax.Array, jax.Array]:
+    """What `forward` gives, and the final hidden states [B, N, D] that each of the logits was read off."""
     params = control.weights(params)
     n = completion.shape[1]
     state = control.init(prompts, prompts.tokens.shape[1] + n)
@@ -225,7 +232,7 @@ def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, con
     out = lm.apply(params, x, mask, control=control, state=state, last=n)
     tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
     z, _ = control.logits(out.logits, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
-    return z
+    return z, out.hidden[:, out.hidden.shape[1] - n :]
 
 
 @partial(jax.jit, static_argnames=("lm",))

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import decode, evaluation, flow, losses, stage
+from ctg_jax import decode, evaluation, flow, losses, rng, stage
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.data import Source
-from ctg_jax.data.completions import completions
+from ctg_jax.data.completions import Completions, completions
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.judging import open_judge
@@ -156,12 +156,17 @@ class Pool(Sequence):
 
 def batches(pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fields=(), strata=None) -> Batches:
     """Batches of a pool's prompts and completions, as long as the longest of each; see `ctg_jax.data.completions`."""
+    prompt, new = _lengths(pool, tokenizer)
+    source = Source("the pool", "all", pool)
+    return completions(source, tokenizer, batch=batch, prompt=prompt, new=new, seed=seed, fields=fields, strata=strata)
+
+
+def _lengths(pool: Sequence, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest completion."""
     prompts = pool.column("prompt") if isinstance(pool, Pool) else [r["prompt"] for r in pool]
     tokens = pool.column("tokens") if isinstance(pool, Pool) else [r["tokens"] for r in pool]
     longest = max(map(len, tokenizer.encode(list(dict.fromkeys(prompts))))) + int(tokenizer.adds_bos)
-    new = max(map(len, tokens))
-    source = Source("the pool", "all", pool)
-    return completions(source, tokenizer, batch=batch, prompt=longest, new=new, seed=seed, fields=fields, strata=strata)
+    return longest, max(map(len, tokens))
 
 
 def logits(
@@ -178,3 +183,20 @@ def repeats(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     tokens = jnp.concatenate([batch["tokens"], batch["completion"]], axis=1)
     mask = jnp.concatenate([batch["mask"], batch["written"]], axis=1)
     return tokens, losses.said_before(tokens, mask, batch["completion"].shape[1])
+
+
+def log_probabilities(
+    lm: LM, params: Params, pool: Pool, tokenizer: Tokenizer, control: Control = IDENTITY, *, batch: int = 32
+) -> np.ndarray:
+    """log-probability float64 [n] of each completion of a pool under a control, in its order."""
+    rows = Completions(Source("the pool", "all", pool), tokenizer, *_lengths(pool, tokenizer))
+    out = np.zeros(len(pool))
+    for at in range(0, len(pool), batch):
+        some = [rows[min(i, len(pool) - 1)] for i in range(at, at + batch)]
+        b = {name: np.stack([r[name] for r in some]) for name in some[0]}
+        keys = rng.per_example(jax.random.key(0), jnp.asarray(b["ids"]))
+        prompts = Prompts(jnp.asarray(b["tokens"]), jnp.asarray(b["mask"]), keys)
+        logp = np.asarray(decode.score(lm, params, prompts, jnp.asarray(b["completion"]), control), np.float64)
+        found = np.where(b["written"], logp, 0.0).sum(1)
+        out[at : at + batch] = found[: len(out) - at]
+    return out

@@ -54,7 +54,7 @@ def completions(
         raise InputError(f"batch is {batch}, expected at least 1")
     for name in fields:
         _number(source[0], name, 0)
-    rows = _Completions(source, tokenizer, prompt, new, tuple(fields))
+    rows = Completions(source, tokenizer, prompt, new, tuple(fields))
     whole = grain.MapDataset.source(rows)
     if strata is None:
         dataset = whole.seed(seed).shuffle().repeat()
@@ -72,10 +72,10 @@ def completions(
     return Batches(dataset, signature, threads, prefetch)
 
 
-class _Completions(Sequence):
+class Completions(Sequence):
     """Row i is record i."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, prompt: int, new: int, fields: tuple[str, ...]):
+    def __init__(self, source: Source, tokenizer: Tokenizer, prompt: int, new: int, fields: tuple[str, ...] = ()):
         self.source, self.tokenizer, self.fields = source, tokenizer, fields
         self.prompt, self.new = prompt, new
         self.pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import decode, evaluation, flow, losses, rng, stage
+from ctg_jax import calibrate, decode, evaluation, flow, losses, rng, stage
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.data import Source
 from ctg_jax.data.completions import Completions, completions
@@ -93,6 +93,26 @@ def score(
     shares = {f"share_{j.name}": float((scores[:, i] >= j.threshold).mean()) for i, j in enumerate(judges)}
     run.log(round=round, samples=len(rows), tokens=size, kl_per_token=far / size, **figures, **shares)
     run.record(rewards={j.name: j.version for j in judges})
+
+
+def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
+    """Stage: writes samples.jsonl, the best of every n samples of each prompt by the reward: the reference that needs
+    no training (Stiennon et al. 2020). `logp` stays that of the sample, which is no longer what drew it.
+
+    Raises:
+      InputError: n below 1, or one that does not divide the number of samples of each prompt.
+    """
+    pool = Pool.open([scored])
+    count = int(pool.column("sample").max()) + 1
+    if n < 1 or count % n:
+        raise InputError(f"n is {n}, expected a divisor of {count}, the samples of each prompt")
+    groups = pool.column("prompt_id") * (count // n) + pool.column("sample") // n
+    rows = (pool[int(i)] for i in calibrate.best_of(pool.column("reward"), groups))
+    kept = ("prompt_id", "prompt", "text", "tokens", "logp", "reward")
+    stage.write_jsonl(
+        run.path / "samples.jsonl", [{key: r[key] for key in kept} | {"sample": r["sample"] // n} for r in rows]
+    )
+    run.record(kl_bound=calibrate.best_of_n_kl(n))
 
 
 def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: int) -> np.ndarray:

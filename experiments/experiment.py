@@ -6,8 +6,9 @@ sample    settings of `sample`; its `filter` holds for every method that has non
 judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
 evaluate  settings of `evaluate`, with `references` as settings of `load_data` and `fluency` as a section like lm
 methods   label -> {"method": name, "fit": its settings, "data": settings of `load_data`, "strengths": (…),
-          "filter": settings of `truncate`, "filter_first": bool, "rewards": name -> settings of `fit_judge`}, all but
-          `method` optional; `rewards` are for methods that learn from them, on the prompts in `data`
+          "filter": settings of `truncate`, "filter_first": bool, "rewards": name -> settings of `fit_judge`,
+          "best_of": (n, …)}, all but `method` optional; methods learn from `rewards` on the prompts in `data`;
+          with `best_of`, each sample is the best of n by the first of the rewards, n taking the place of strengths
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctg_jax import flow, judging, methods, sources
+from ctg_jax import experience, flow, judging, methods, sources
 from ctg_jax.stage import Artifact, nearest, stage
 from ctg_jax.types import InputError
 
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
-_METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first", "rewards")
+_METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first", "rewards", "best_of")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Cell:
     samples: Artifact
     figures: Artifact
     smooth: Artifact | None = None
+    seed: int = 0  # of the samples
 
 
 def run(root: str, config: ConfigDict) -> list[Cell]:
@@ -55,14 +57,16 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     human = stage(root, sources.load_data, human) if human else None
     other = measure.pop("fluency", None)
     given = dict(judges=judges, lm=lm, references=human, fluency=language_model(root, other) if other else None)
+    seed = settings["sample"].get("seed", 0)
     cells = []
     # ConfigDict sorts by name; what learns nothing is shown first, as the line to compare with.
     arms = sorted(settings["methods"].items(), key=lambda item: (item[1]["method"] != "truncate", item[0]))
     for label, arm in arms:
         mine = []
         for strength, samples in sampled(root, lm, prompts, settings["sample"], arm):
-            figures = stage(root, judging.evaluate, measure, samples=samples, **given)
-            mine.append(Cell(label, arm["method"], strength, samples, figures))
+            own = {"kl": False} if "best_of" in arm else {}  # its samples are of no distribution that can be scored
+            figures = stage(root, judging.evaluate, {**measure, **own}, samples=samples, **given)
+            mine.append(Cell(label, arm["method"], strength, samples, figures, seed=seed))
         smooth = smoothness(root, mine, measure)
         cells += [dataclasses.replace(cell, smooth=smooth) for cell in mine]
     return cells
@@ -116,19 +120,37 @@ def fitted(root: str, lm: Artifact, arm: dict[str, Any]) -> Artifact | None:
     if not hasattr(module, "fit"):
         return None
     data = stage(root, sources.load_data, arm["data"])
-    more = {}
-    if "rewards" in arm:
-        more["rewards"] = [judge(root, name, options) for name, options in arm["rewards"].items()]
+    more = {"rewards": rewards(root, arm)} if "rewards" in arm else {}
     return module.fit(root, lm=lm, data=data, **more, **arm.get("fit", {}))
+
+
+def rewards(root: str, arm: dict[str, Any]) -> list[Artifact]:
+    """The scorers that a method learns from."""
+    return [judge(root, name, options) for name, options in arm["rewards"].items()]
 
 
 def sampled(
     root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: dict[str, Any]
 ) -> Iterator[tuple[float | None, Artifact]]:
     """(strength, samples) of one method at each of its strengths."""
+    if "best_of" in arm:
+        yield from best_of(root, lm, prompts, common, arm)
+        return
     control = fitted(root, lm, arm)
     own = {key: arm[key] for key in ("filter", "filter_first") if key in arm}
     for strength in arm.get("strengths", (None,)):
         controls, strengths = ([], []) if control is None else ([control], [strength])
         settings = {**common, **own, "strengths": strengths}
         yield strength, stage(root, flow.sample, settings, lm=lm, prompts=prompts, controls=controls)
+
+
+def best_of(
+    root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: dict[str, Any]
+) -> Iterator[tuple[float, Artifact]]:
+    """(n, samples), each sample the best of n of the frozen model; larger n draw more of the same ones."""
+    own = {key: arm[key] for key in ("filter",) if key in arm}
+    for n in arm["best_of"]:
+        settings = {**common, **own, "n": n * common.get("n", 1)}
+        samples = stage(root, flow.sample, settings, lm=lm, prompts=prompts)
+        scored = stage(root, experience.score, {}, samples=samples, rewards=rewards(root, arm), lm=lm)
+        yield float(n), stage(root, experience.best, {"n": n}, scored=scored)

@@ -42,15 +42,13 @@ def write_grid(root: str, spec: str, config: ConfigDict, cells: Sequence[tuple[d
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    seed = cell.samples.spec["config"]["seed"]
-    return report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=seed)
+    return report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=cell.seed)
 
 
 def _smooth(cell: Cell) -> dict[str, Any] | None:
     if cell.smooth is None:
         return None
-    seed = cell.samples.spec["config"]["seed"]
-    return {**report.row(cell.smooth, method=cell.label, seed=seed), "smooth": cell.smooth.id}
+    return {**report.row(cell.smooth, method=cell.label, seed=cell.seed), "smooth": cell.smooth.id}
 
 
 def _commit() -> str | None:

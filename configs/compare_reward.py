@@ -1,0 +1,24 @@
+"""Learning from a reward: every method from the same base, with the same samples, the same scorer and as many updates.
+
+Sources: Lu et al. 2022 (Quark), Ouyang et al. 2022 (PPO), Khalifa et al. 2021 (GDC), Zheng et al. 2023 (Click),
+Stiennon et al. 2020 (best of n). Fine-tuning on the best samples alone is Quark with `best_only`.
+
+    python experiments/compare.py --config=configs/compare_reward.py[:yelp|:yelp_down|:tiny]
+"""
+
+from configs import gdc, ppo, quark, reward
+
+
+def get_config(arg="bundled"):
+    best = quark.arms(arg)["quark"]
+    best = best | dict(fit=best["fit"] | dict(best_only=True), strengths=(1.0,))
+    methods = dict(
+        base=dict(method="truncate", filter={}),
+        top_p=dict(method="truncate"),
+        best_of_n=dict(method="truncate", best_of=(2, 4) if arg == "tiny" else (4,), fit={}),
+        **quark.arms(arg),
+        best_only=best,
+        **ppo.arms(arg),
+        **gdc.arms(arg),
+    )
+    return reward.experiment(arg, "Learning from a reward", methods)

@@ -174,17 +174,21 @@ class Pool(Sequence):
         return Pool(self._table.take(np.asarray(indices)), {k: v[indices] for k, v in self._more.items()})
 
 
-def batches(pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fields=(), strata=None) -> Batches:
+def batches(
+    pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fields=(), strata=None, also: str | None = None
+) -> Batches:
     """Batches of a pool's prompts and completions, as long as the longest of each; see `ctg_jax.data.completions`."""
     prompt, new = _lengths(pool, tokenizer)
-    source = Source("the pool", "all", pool)
-    return completions(source, tokenizer, batch=batch, prompt=prompt, new=new, seed=seed, fields=fields, strata=strata)
+    if also is not None:
+        new = max(new, _lengths(pool, tokenizer, also)[1])
+    options = dict(batch=batch, prompt=prompt, new=new, seed=seed, fields=fields, strata=strata, also=also)
+    return completions(Source("the pool", "all", pool), tokenizer, **options)
 
 
-def _lengths(pool: Sequence, tokenizer: Tokenizer) -> tuple[int, int]:
+def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tuple[int, int]:
     """Tokens of the longest prompt and of the longest completion."""
     prompts = pool.column("prompt") if isinstance(pool, Pool) else [r["prompt"] for r in pool]
-    tokens = pool.column("tokens") if isinstance(pool, Pool) else [r["tokens"] for r in pool]
+    tokens = pool.column(field) if isinstance(pool, Pool) else [r[field] for r in pool]
     longest = max(map(len, tokenizer.encode(list(dict.fromkeys(prompts))))) + int(tokenizer.adds_bos)
     return longest, max(map(len, tokens))
 

@@ -27,7 +27,8 @@ def fit_judge(
 
     Args:
       kind: "oracle" (the grammar of the bundled reviews; exact), "bag" (bag of words), "probe" (linear probe on the
-        sentence encoder `encoder`), or "classifier" (the imported sequence classifier `encoder`).
+        sentence encoder `encoder`), "classifier" (the imported sequence classifier `encoder`), or "diversity" (one
+        minus the share of repeated 3-grams of words; it has no target).
       data, heldout: texts with labels, to fit and to test on.
       name: what reports call it; target: the label whose probability it gives.
       reads: "text" for the continuation alone, "both" for prompt and continuation.
@@ -60,7 +61,14 @@ def fit_judge(
 @lru_cache(maxsize=4)
 def open_judge(artifact: Artifact) -> Any:
     """The reward that `fit_judge` made."""
-    from ctg_jax.rewards import BagOfWords, LinearProbe, SequenceClassifier, reviews_oracle, sentence_embedder
+    from ctg_jax.rewards import (
+        BagOfWords,
+        LinearProbe,
+        SequenceClassifier,
+        diversity,
+        reviews_oracle,
+        sentence_embedder,
+    )
 
     spec = artifact.spec["judge"]
     kind, options = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}
@@ -72,7 +80,9 @@ def open_judge(artifact: Artifact) -> Any:
         return LinearProbe.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
     if kind == "classifier":
         return SequenceClassifier.load(spec["encoder"], **options)
-    raise InputError(f"kind is {kind!r}; a judge is one of oracle, bag, probe, classifier")
+    if kind == "diversity":
+        return diversity(name=spec["name"], reads=spec["reads"])
+    raise InputError(f"kind is {kind!r}; a judge is one of oracle, bag, probe, classifier, diversity")
 
 
 def evaluate(

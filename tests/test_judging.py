@@ -63,7 +63,7 @@ def test_an_oracle_of_the_other_label(root):
 
 
 def test_unknown_judge(tmp_path):
-    with pytest.raises(InputError, match="one of oracle, bag, probe, classifier"):
+    with pytest.raises(InputError, match="one of oracle, bag, probe, classifier, diversity"):
         stage(tmp_path, judging.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):
         stage(tmp_path, judging.fit_judge, {"kind": "bag"})

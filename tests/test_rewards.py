@@ -38,6 +38,15 @@ def test_lexicon_numbers():
     assert any_of(["", ""], ["you fool", "foolish"]).tolist() == [0.0 + 1.0, 0.0]
 
 
+def test_diversity_numbers():
+    """a b c a b c has the 3-grams abc, bca, cab, abc: three of four are distinct."""
+    reward = rewards.diversity()
+    assert reward([""] * 3, ["a b c a b c", "too short", "a b c d"]).tolist() == [0.75, 0.0, 1.0]
+    assert rewards.diversity(2)([""], ["a a a"]).tolist() == [0.5] and rewards.diversity(2).version != reward.version
+    with pytest.raises(InputError, match="order is 0"):
+        rewards.diversity(0)
+
+
 def test_lexicon_reads_prompt_only_when_asked():
     both = rewards.Lexicon({"good": 1.0}, normalise="sum", reads="both")
     text = rewards.Lexicon({"good": 1.0}, normalise="sum")

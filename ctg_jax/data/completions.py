@@ -26,6 +26,7 @@ def completions(
     seed: int,
     fields: Sequence[str] = (),
     strata: str | None = None,
+    also: str | None = None,
     threads: int = 1,
     prefetch: int = 4,
 ) -> Batches:
@@ -38,10 +39,12 @@ def completions(
       fields: numeric fields of the records to add to each batch, [B] or [B, …].
       strata: a numeric field; its values take turns in the stream, so that each has its share of every batch. None:
         batches are drawn uniformly.
+      also: a field with the tokens of a second completion of the same prompt, such as the worse one of a pair.
 
     Returns:
       An iterator of {"tokens": int32 [B, T], "mask": bool [B, T] (padding on the left), "completion": int32 [B, N],
-      "written": bool [B, N] (padding on the right), "ids": int32 [B], and `fields`}.
+      "written": bool [B, N] (padding on the right), "ids": int32 [B], and `fields`}; with `also`, a second completion
+      under that name and that name + "_written".
 
     Raises:
       InputError: no records, a field that is missing or not numeric, a prompt longer than `prompt`.
@@ -54,7 +57,7 @@ def completions(
         raise InputError(f"batch is {batch}, expected at least 1")
     for name in fields:
         _number(source[0], name, 0)
-    rows = Completions(source, tokenizer, prompt, new, tuple(fields))
+    rows = Completions(source, tokenizer, prompt, new, tuple(fields), also)
     whole = grain.MapDataset.source(rows)
     if strata is None:
         dataset = whole.seed(seed).shuffle().repeat()
@@ -67,7 +70,7 @@ def completions(
     signature = {
         "data": _sketch(source), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:12],
         "records": len(source), "seed": seed, "batch": batch, "prompt": prompt, "new": new, "strata": strata,
-        "epochs": None,
+        "also": also, "epochs": None,
     }  # fmt: skip
     return Batches(dataset, signature, threads, prefetch)
 
@@ -75,8 +78,16 @@ def completions(
 class Completions(Sequence):
     """Row i is record i."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, prompt: int, new: int, fields: tuple[str, ...] = ()):
-        self.source, self.tokenizer, self.fields = source, tokenizer, fields
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        prompt: int,
+        new: int,
+        fields: tuple[str, ...] = (),
+        also: str | None = None,
+    ):
+        self.source, self.tokenizer, self.fields, self.also = source, tokenizer, fields, also
         self.prompt, self.new = prompt, new
         self.pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
 
@@ -90,8 +101,13 @@ class Completions(Sequence):
         if len(head) > self.prompt:
             raise InputError(f"prompt of record {i} has {len(head)} tokens, expected at most {self.prompt}")
         tokens, mask = pad_rows([head], self.prompt, self.pad, left=True)
-        tail, written = pad_rows([list(record["tokens"])[: self.new]], self.new, self.pad, left=False)
-        row = {"tokens": tokens[0], "mask": mask[0], "completion": tail[0], "written": written[0], "ids": np.int32(i)}
+        row = {"tokens": tokens[0], "mask": mask[0], "ids": np.int32(i)}
+        wanted = [("tokens", "completion", "written")]
+        if self.also is not None:
+            wanted.append((self.also, self.also, f"{self.also}_written"))
+        for field, name, real in wanted:
+            tail, written = pad_rows([list(record[field])[: self.new]], self.new, self.pad, left=False)
+            row |= {name: tail[0], real: written[0]}
         return {**row, **{name: _number(record, name, i) for name in self.fields}}
 
 

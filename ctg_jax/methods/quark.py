@@ -50,7 +50,7 @@ def start(control: Coded, params: Any, key: jax.Array) -> Coded:
     each dimension."""
     words = params["embed"]["tokens"].astype(jnp.float32)
     noise = jax.random.normal(key, control.codes.shape)
-    return control.replace(codes=jnp.mean(words, axis=0) + jnp.std(words, axis=0) * noise)
+    return control.replace(codes=jnp.mean(words, axis=0)[None] + jnp.std(words, axis=0)[None] * noise)
 
 
 def loss(

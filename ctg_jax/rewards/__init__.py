@@ -7,6 +7,7 @@ judges, so two tokenizers never meet.
 from ctg_jax.rewards.bag import BagOfWords
 from ctg_jax.rewards.check import Reward, TextReward, checked
 from ctg_jax.rewards.classifier import SequenceClassifier
+from ctg_jax.rewards.diversity import diversity
 from ctg_jax.rewards.embed import Embedder, sentence_embedder
 from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words, reviews_oracle
 from ctg_jax.rewards.probe import LinearProbe
@@ -20,6 +21,7 @@ __all__ = [
     "SequenceClassifier",
     "TextReward",
     "checked",
+    "diversity",
     "read_weights",
     "read_words",
     "reviews_oracle",

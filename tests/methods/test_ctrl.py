@@ -1,0 +1,90 @@
+"""Control codes: each reaches the distribution of its label's texts in a world small enough to enumerate; what is saved
+reads back; bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import worlds
+
+from ctg_jax import decode, losses, methods
+from ctg_jax.methods import ctrl
+from ctg_jax.stage import open_lm
+from ctg_jax.types import InputError
+
+LM = worlds.tiny(vocab=5, depth=1)
+PARAMS = worlds.lively(LM, factor=4)
+PROMPT, NEW, K = [1], 2, 3
+EVERY = worlds.sequences(LM, NEW)
+TEXTS = np.random.default_rng(0).dirichlet(np.full(len(EVERY), 0.3), K)  # [K, n]: how likely label k's texts are
+
+
+def test_every_code_reaches_the_texts_of_its_label():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, K, 8192).astype(np.int32)
+    tails = np.concatenate([EVERY[rng.choice(len(EVERY), 1, p=TEXTS[k])] for k in labels])
+    rows = np.concatenate([np.full((len(tails), 1), PROMPT[0], np.int32), tails], axis=1)
+    parts = [
+        {
+            "tokens": jnp.asarray(rows[i]),
+            "mask": jnp.ones(rows[i].shape, bool),
+            "ids": jnp.asarray(i),
+            "label": jnp.asarray(labels[i]),
+        }
+        for i in np.split(np.arange(len(rows)), 16)
+    ]
+    control = ctrl.init(LM, jax.random.key(0), codes=K, kind="full")
+    control, _ = worlds.trained(
+        ctrl.loss(LM), control, {"params": PARAMS}, parts * 40, trained=r"delta/changes/.*|codes"
+    )
+    base = worlds.probabilities(LM, PARAMS, PROMPT, NEW)
+    for k in range(K):
+        drawn = np.zeros(len(EVERY))
+        np.add.at(drawn, (tails[labels == k] @ [LM.vocab, 1]), 1 / np.sum(labels == k))
+        found = worlds.probabilities(LM, PARAMS, PROMPT, NEW, methods.with_strength(control, k / (K - 1)))
+        assert worlds.divergence(drawn, found) < 0.03
+        assert worlds.divergence(drawn, base) > 0.5  # where it came from
+        assert worlds.divergence(drawn, worlds.probabilities(LM, PARAMS, PROMPT, NEW, control)) > 0.5 or k == K - 1
+
+
+def test_the_loss_reads_the_code_of_each_row():
+    control = ctrl.example(LM, jax.random.key(3))
+    tokens, labels = jnp.array([[1, 2, 3], [4, 0, 2]]), jnp.array([1, 0])
+    batch = {"tokens": tokens, "mask": jnp.ones((2, 3), bool), "ids": jnp.arange(2), "label": labels}
+    out = ctrl.loss(LM)(control, {"params": PARAMS}, batch, jax.random.split(jax.random.key(0), 2))
+    wanted = 0.0
+    for row, k in zip(tokens, (1.0, 0.0)):
+        one = worlds.prompts([[int(row[0])]])
+        wanted -= float(decode.score(LM, PARAMS, one, row[None, 1:], methods.with_strength(control, k)).sum())
+    assert float(out.total) == pytest.approx(wanted, rel=1e-5) and float(out.weight) == 4
+    other = losses.control_loss(LM)(control, {"params": PARAMS}, batch, jax.random.split(jax.random.key(0), 2))
+    assert float(other.total) != pytest.approx(wanted, rel=1e-3)  # both rows on the first code
+
+
+@pytest.mark.parametrize("cond", [None, "code"])
+def test_fit_leaves_a_control_that_loads(small, cond):
+    root, lm, data = small
+    artifact = ctrl.fit(root, lm=lm, data=data, steps=3, batch=4, tokens=12, rank=2, cond=cond)
+    model, _, _ = open_lm(lm)
+    control = methods.load(artifact, model)
+    assert control.codes.shape == (2, model.width) and control.cond == cond
+    assert float(control.scale) == 1.0  # the strength is not trained
+    assert any(float(jnp.max(jnp.abs(c["b"]))) > 0 for c in control.delta.changes.values())
+
+
+def test_bad_input(small):
+    root, lm, data = small
+    with pytest.raises(InputError, match="no text has the label 2"):
+        ctrl.fit(root, lm=lm, data=data, codes=3)
+    with pytest.raises(InputError, match="no text has the label 0"):
+        ctrl.fit(root, lm=lm, data=data, where={"label": 1})
+    with pytest.raises(InputError, match="label of record 1 is 2, expected a code from 0 to 1"):
+        ctrl.check_labels([{"label": 0}, {"label": 2}], 2)
+    with pytest.raises(InputError, match="label of record 0 is None, expected a code"):
+        ctrl.check_labels([{"text": "a"}], 2)
+    with pytest.raises(InputError, match=r"label of record 0 is 0\.7, expected a code"):
+        ctrl.check_labels([{"label": 0.7}], 2)
+    with pytest.raises(InputError, match="1 control codes"):
+        ctrl.init(LM, jax.random.key(0), codes=1)
+    with pytest.raises(InputError, match="kind is 'prompt'"):
+        ctrl.init(LM, jax.random.key(0), kind="prompt")

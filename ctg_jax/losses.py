@@ -83,6 +83,12 @@ def masked_sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.sum(values), jnp.sum(mask, dtype=jnp.float32)
 
 
+def row_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 [B], the mean of values [B, N] over the tokens of each row where mask; 0 for a row without any."""
+    total = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0), axis=-1)
+    return total / jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)
+
+
 def predicted(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """(targets, mask), [B, T-1] each: the tokens after the first, counted where they and the one before are real.
 

@@ -8,12 +8,13 @@ Source: Lu et al. 2022.
 
 from configs import reward
 
-SETTINGS = dict(fit=dict(tokens=5, kl=0.05, entropy=0.06))
+SETTINGS = dict(tokens=5, kl=0.05, entropy=0.06)
 
 
 def arms(arg):
     strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
-    return dict(quark=dict(method="quark", strengths=strengths, **SETTINGS))
+    more = {} if arg == "tiny" else dict(steps=300)  # each quantile sees a fifth of the updates
+    return dict(quark=dict(method="quark", strengths=strengths, fit=SETTINGS | more))
 
 
 def get_config(arg="bundled"):

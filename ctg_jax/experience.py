@@ -158,6 +158,8 @@ class Pool(Sequence):
         return self._table.num_rows
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         (row,) = self._table.slice(i, 1).to_pylist()
         return row | {name: values[i] for name, values in self._more.items()}
 

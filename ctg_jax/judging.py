@@ -11,6 +11,8 @@ import numpy as np
 from ctg_jax.stage import Artifact, Run, open_lm, write_jsonl
 from ctg_jax.types import InputError
 
+KINDS = ("oracle", "bag", "probe", "classifier", "diversity", "preference", "function")
+
 
 def fit_judge(
     run: Run,
@@ -22,40 +24,61 @@ def fit_judge(
     name: str = "positive",
     target: int = 1,
     reads: str = "text",
+    function: str | None = None,
+    version: str = "",
 ) -> None:
     """A scorer of texts, kept in state/ with its accuracy on held-out texts in metrics.jsonl.
 
     Args:
       kind: "oracle" (the grammar of the bundled reviews; exact), "bag" (bag of words), "probe" (linear probe on the
-        sentence encoder `encoder`), "classifier" (the imported sequence classifier `encoder`), or "diversity" (one
-        minus the share of repeated 3-grams of words; it has no target).
-      data, heldout: texts with labels, to fit and to test on.
+        sentence encoder `encoder`), "classifier" (the imported sequence classifier `encoder`), "diversity" (one
+        minus the share of repeated 3-grams of words), "preference" (linear in the embeddings of `encoder`, fitted on
+        comparisons: records with text, the chosen one, and rejected), or "function" (your own, of prompt and text).
+      data, heldout: texts with labels, to fit and to test on; or comparisons.
+      function, version: "package.module:function" and what would change if its answers changed.
       name: what reports call it; target: the label whose probability it gives.
       reads: "text" for the continuation alone, "both" for prompt and continuation.
     """
-    from ctg_jax.rewards import BagOfWords, LinearProbe, sentence_embedder
+    from ctg_jax.rewards import BagOfWords, LinearProbe, PreferenceModel, sentence_embedder
 
-    if kind in ("bag", "probe"):
+    if kind in ("bag", "probe", "preference"):
         if data is None:
             raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
         rows = data.rows("data.jsonl")
-        texts, labels = [r["text"] for r in rows], [r["label"] for r in rows]
-        if kind == "bag":
-            judge = BagOfWords.fit(texts, labels, name=name, target=target, reads=reads)
+        options = dict(name=name, reads=reads)
+        if kind == "preference":
+            judge = PreferenceModel.fit(sentence_embedder(encoder), *_comparisons(rows, data), **options)
+        elif kind == "bag":
+            judge = BagOfWords.fit(*_labelled(rows, data), target=target, **options)
         else:
-            judge = LinearProbe.fit(
-                sentence_embedder(encoder), texts, labels, name=name, target=target, reads=reads, strength=1.0
-            )
+            judge = LinearProbe.fit(sentence_embedder(encoder), *_labelled(rows, data), target=target, **options)
         judge.save(run.path / "state")
-    run.record(judge={"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads})
+    facts = {"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads}
+    run.record(judge=facts | {"function": function, "version": version})
     judge = open_judge(Artifact(run.path, ""))
     row: dict[str, Any] = {"name": name, "version": judge.version}
     if heldout is not None:
         rows = heldout.rows("data.jsonl")
-        texts, labels = [r["text"] for r in rows], np.asarray([r["label"] for r in rows])
-        said = judge([""] * len(texts), texts) >= judge.threshold
-        row |= {"accuracy": float(np.mean(said == (labels == target))), "heldout": len(texts)}
+        if kind == "preference":
+            row |= {"accuracy": judge.accuracy(*_comparisons(rows, heldout))}
+        else:
+            texts, labels = _labelled(rows, heldout)
+            said = judge([""] * len(texts), texts) >= judge.threshold
+            row |= {"accuracy": float(np.mean(said == (np.asarray(labels) == target)))}
+        row |= {"heldout": len(rows)}
     run.log(**row)
+
+
+def _labelled(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[int]]:
+    if any("label" not in r for r in rows):
+        raise InputError(f"{data.path} has records without a label: a judge is fitted and tested on texts with labels")
+    return [r["text"] for r in rows], [r["label"] for r in rows]
+
+
+def _comparisons(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[str], list[str]]:
+    if any(not isinstance(r.get("rejected"), str) for r in rows):
+        raise InputError(f"{data.path} has records without a text under rejected: comparisons have text and rejected")
+    return [r.get("prompt", "") for r in rows], [r["text"] for r in rows], [r["rejected"] for r in rows]
 
 
 @lru_cache(maxsize=4)
@@ -63,9 +86,12 @@ def open_judge(artifact: Artifact) -> Any:
     """The reward that `fit_judge` made."""
     from ctg_jax.rewards import (
         BagOfWords,
+        FunctionReward,
         LinearProbe,
+        PreferenceModel,
         SequenceClassifier,
         diversity,
+        named,
         reviews_oracle,
         sentence_embedder,
     )
@@ -78,11 +104,16 @@ def open_judge(artifact: Artifact) -> Any:
         return BagOfWords.load(artifact.path / "state")
     if kind == "probe":
         return LinearProbe.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
+    if kind == "preference":
+        return PreferenceModel.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
+    if kind == "function":
+        cache = artifact.path.parent / ".scores" / f"{spec['name']}.sqlite"
+        return FunctionReward(named(spec["function"]), name=spec["name"], version=spec["version"], cache=cache)
     if kind == "classifier":
         return SequenceClassifier.load(spec["encoder"], **options)
     if kind == "diversity":
         return diversity(name=spec["name"], reads=spec["reads"])
-    raise InputError(f"kind is {kind!r}; a judge is one of oracle, bag, probe, classifier, diversity")
+    raise InputError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
 
 
 def evaluate(

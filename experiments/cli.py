@@ -108,7 +108,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     and how many reused; what `main` returns, such as the path of a report, is printed last."""
     _log_to_stderr()
     argv = sys.argv[1:] if argv is None else argv
-    _compilation_cache()
+    keep_compiled()
     count, result = Tally(), None
     try:
         with tally() as count:
@@ -138,7 +138,7 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
-def _compilation_cache() -> None:
+def keep_compiled() -> None:
     """Keeps compiled programs between runs, so that a second start compiles nothing."""
     import jax
 

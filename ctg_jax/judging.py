@@ -45,13 +45,14 @@ def fit_judge(
         if data is None:
             raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
         rows = data.rows("data.jsonl")
+        given = _comparisons(rows, data) if kind == "preference" else _labelled(rows, data)
         options = dict(name=name, reads=reads)
         if kind == "preference":
-            judge = PreferenceModel.fit(sentence_embedder(encoder), *_comparisons(rows, data), **options)
+            judge = PreferenceModel.fit(sentence_embedder(encoder), *given, **options)
         elif kind == "bag":
-            judge = BagOfWords.fit(*_labelled(rows, data), target=target, **options)
+            judge = BagOfWords.fit(*given, target=target, **options)
         else:
-            judge = LinearProbe.fit(sentence_embedder(encoder), *_labelled(rows, data), target=target, **options)
+            judge = LinearProbe.fit(sentence_embedder(encoder), *given, target=target, **options)
         judge.save(run.path / "state")
     facts = {"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads}
     run.record(judge=facts | {"function": function, "version": version})

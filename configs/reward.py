@@ -5,7 +5,8 @@ bundled       restaurant reviews of a grammar with known sentiment; more positiv
 yelp          a real LM of reviews, first words of negative sentences; more positive text. A bag of words fitted on Yelp
               rewards, a probe on a sentence encoder fitted on SST-2 judges, perplexity is that of another LM
 yelp_down     the same from positive sentences; more negative text
-repetition    the same LM, greedy continuations of longer reviews (IMDB); diversity of n-grams rewards
+repetition    the same LM, greedy continuations of longer reviews (IMDB); the diversity of 3-grams rewards and, being a
+              count, judges as well
 toxicity      RealToxicityPrompts; a bag of words fitted on Davidson et al. 2017 rewards, a probe on other data judges
 tiny          the bundled world in seconds: for tests, not for figures
 
@@ -72,7 +73,30 @@ def yelp(label=0):
     )
 
 
-WORLDS = {"bundled": bundled, "yelp": yelp, "yelp_down": lambda: yelp(1), "tiny": tiny}
+def repetition():
+    """The model repeats itself where it is greedy, which leaves one sample of a prompt; so it explores at a temperature
+    at which half of the samples repeat themselves (0.3; at 1 one in twenty does)."""
+    parts = sentiment.yelp()
+    folder = parts["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
+    reviews = dict(source=f"jsonl:{folder}/imdb/train.jsonl.xz", split="all", words=16)
+    diversity = dict(diversity=dict(kind="diversity"))
+    return parts | dict(
+        prompts=reviews | dict(limit=100),
+        sample=dict(n=1, max_new=64, batch=100, greedy=True),
+        judges=diversity,
+        evaluate=parts["evaluate"] | dict(kl=False),  # which is estimated on samples, and these are greedy
+        learn=dict(
+            data=reviews | dict(skip=100, limit=500),
+            rewards=diversity,
+            explore=dict(n=4, max_new=64, batch=200, filter=dict(temperature=0.3)),
+            rounds=4,
+            steps=100,
+            batch=32,
+        ),
+    )
+
+
+WORLDS = {"bundled": bundled, "yelp": yelp, "yelp_down": lambda: yelp(1), "repetition": repetition, "tiny": tiny}
 
 
 def experiment(name, title, arms):

@@ -72,6 +72,26 @@ def said_before(tokens: jax.Array, mask: jax.Array, new: int) -> jax.Array:
     return first[:, None] & (at[None, None] < at[start:][None, :, None]) & (tokens[:, None] != target)
 
 
+def repeated(tokens: jax.Array, written: jax.Array, ngram: int) -> jax.Array:
+    """bool [B, N]: which of tokens [B, N] are part of an n-gram that began earlier in the row as well.
+
+    These are the candidates of sequence-level unlikelihood (Welleck et al. 2020, eq. 8).
+    """
+    length = tokens.shape[1]
+    same = (tokens[:, :, None] == tokens[:, None, :]) & written[:, :, None] & written[:, None, :]
+    starts = length - ngram + 1
+    out = jnp.zeros(tokens.shape, bool)
+    if starts < 2:
+        return out
+    run = jnp.tril(jnp.ones((starts, starts), bool), -1)[None]
+    for k in range(ngram):
+        run = run & same[:, k : k + starts, k : k + starts]
+    again = jnp.any(run, axis=2)
+    for k in range(ngram):
+        out = out.at[:, k : k + starts].set(out[:, k : k + starts] | again)
+    return out
+
+
 def z_loss(logits: jax.Array) -> jax.Array:
     """Squared log-normaliser float32 [...] of logits [..., V] (Chowdhery et al. 2022, PaLM, section 5)."""
     return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))

@@ -1,0 +1,39 @@
+"""Unlikelihood training: less repetition, by tokens, by sequences, and with a policy gradient beside them.
+
+Sources: Welleck et al. 2020; Lagutin et al. 2021, of which the arm `implicit` has the mix (half of it likelihood, a
+quarter each of sequence-level unlikelihood and policy gradient; the authors draw one of them for every update, with
+these as probabilities).
+
+    python experiments/main.py --config=configs/unlikelihood.py[:repetition|:yelp|:tiny]
+    python experiments/ablate.py --config=configs/unlikelihood.py:repetition
+
+`repetition` is the world to look at: the figures are rep-3 and the share of diverse continuations. In the others it is
+an arm to compare with; there the reward is diversity, whatever the world's is.
+"""
+
+from configs import reward
+
+DIVERSITY = dict(diversity=dict(kind="diversity"))
+ARMS = dict(
+    token=dict(likelihood=1.0, token=1.0),
+    sequence=dict(likelihood=0.5, token=0.0, sequence=0.5),
+    implicit=dict(likelihood=0.5, token=0.0, sequence=0.25, policy=0.25),
+)
+
+
+def arms(arg):
+    common = dict(method="unlikelihood", rewards=DIVERSITY, strengths=(1.0,))
+    return {label: common | dict(fit=weights) for label, weights in ARMS.items()}
+
+
+def get_config(arg="bundled"):
+    return reward.experiment(arg, "Unlikelihood", dict(base=dict(method="truncate", filter={}), **arms(arg)))
+
+
+def sweep():
+    for token in (0.5, 2.0):
+        yield {"methods.token.fit.token": token}
+    for policy in (0.0, 1.0):
+        yield {"methods.implicit.fit.policy": policy}
+    for ngram in (3, 6):
+        yield {"methods.sequence.fit.ngram": ngram}

@@ -1,0 +1,220 @@
+"""One round of Quark beside a plain PyTorch implementation of the same round: explore, score, learn.
+
+    python experiments/benchmarks/quark.py [--shape mini small] [--prompts 64] [--steps 8] [--repeats 3] [--json FILE]
+
+Both sides sample 20 tokens after the same prompts from the policy on its best token, score them with the same
+classifier (a BERT of six layers, random weights), sort them into five quantiles and make the same number of updates of
+all weights: cross-entropy on the reward token, KL to the frozen model over the whole vocabulary, entropy, Adam. They
+run on one pinned thread, in alternation, in one process. The share of wall time outside compiled programs (tokenizer,
+batches, Python) is what an accelerator would be idle.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# One thread for both libraries; must be set before either is imported.
+os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+import jax
+import numpy as np
+
+from ctg_jax import calibrate, experience, flow, train
+from ctg_jax.data import load, train_bpe
+from ctg_jax.methods import quark
+from ctg_jax.models import hf
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.rewards import Embedder, SequenceClassifier
+
+SHAPES = {"mini": dict(width=256, depth=4, heads=4, context=256, vocab=8192), "small": dict(vocab=50257)}
+K, NEW, RATE, KL, ENTROPY = 5, 20, 1e-5, 0.05, 0.06
+
+
+class Busy:
+    """Seconds spent inside compiled programs."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, f):
+        def timed(*args, **kw):
+            start = time.perf_counter()
+            out = jax.block_until_ready(f(*args, **kw))
+            self.seconds += time.perf_counter() - start
+            return out
+
+        return timed
+
+
+def ours(lm, params, tokenizer, texts, encoder, weights, args):
+    """A function that runs a round and gives (seconds of explore, score, learn; share outside programs)."""
+    control = quark.start(quark.init(lm, jax.random.key(0), tokens=K, kind="full"), params, jax.random.key(1))
+    tx = train.optimizer(RATE, trained=r"delta/changes/.*|codes")
+    state = train.init_state(control, tx, jax.random.key(2))
+    step = jax.jit(train.make_step(quark.loss(lm, kl=KL, entropy=ENTROPY), tx), donate_argnums=0)
+    flat = jax.jit(lm.unstack)(params)
+    judge = SequenceClassifier(Embedder(encoder, weights, tokenizer.encode, batch=args.batch))
+    busy = Busy()
+    flow.generate = busy(flow.generate)
+    frozen = {"params": params}
+
+    def round_(state):
+        busy.seconds, start = 0.0, time.perf_counter()
+        parts = flow.complete(lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch)
+        rows = [r for part in parts for r in part]
+        explored = time.perf_counter()
+        scores = judge([r["prompt"] for r in rows], [r["text"] for r in rows])
+        scored = time.perf_counter()
+        busy.seconds += scored - explored
+        bins = calibrate.bins(scores, K)
+        pool = [{**r, "bin": int(b)} for r, b in zip(rows, bins)]
+        batches = experience.batches(pool, tokenizer, batch=args.batch, seed=0, fields=("bin",))
+        run = busy(step)
+        for _ in range(args.steps):
+            state, _ = run(state, frozen, next(batches))
+        end = time.perf_counter()
+        return state, (explored - start, scored - explored, end - scored), 1 - busy.seconds / (end - start)
+
+    return round_, state
+
+
+def theirs(folder, classifier, tokenizer, texts, args):
+    """The same round in PyTorch: K more tokens in the vocabulary, a frozen copy, `generate`, Adam."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    load_ = transformers.AutoModelForCausalLM.from_pretrained
+    frozen, policy = (load_(folder, attn_implementation="sdpa", dtype=torch.float32) for _ in range(2))
+    v = frozen.config.vocab_size
+    policy.resize_token_embeddings(v + K, mean_resizing=False)
+    tx = torch.optim.Adam(policy.parameters(), lr=RATE)
+    encoded = tokenizer.encode(texts)
+    longest, pad = max(map(len, encoded)) + 1, tokenizer.eos
+    draw = np.random.default_rng(0)
+
+    def padded(rows, length, left):
+        ids, mask = np.full((len(rows), length), pad), np.zeros((len(rows), length))
+        for i, r in enumerate(rows):
+            at = slice(length - len(r), length) if left else slice(0, len(r))
+            ids[i, at], mask[i, at] = r, 1
+        return torch.as_tensor(ids, dtype=torch.long), torch.as_tensor(mask, dtype=torch.long)
+
+    def round_():
+        start, found = time.perf_counter(), []
+        for at in range(0, len(encoded), args.batch):
+            heads = [[v + K - 1, *r] for r in encoded[at : at + args.batch]]
+            ids, mask = padded(heads, longest, True)
+            with torch.no_grad():
+                out = policy.generate(
+                    ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, pad_token_id=pad,
+                    suppress_tokens=list(range(v, v + K)),
+                )  # fmt: skip
+            found += [(h[1:], o[longest:].tolist()) for h, o in zip(heads, out)]
+        written = tokenizer.decode([c for _, c in found])
+        explored = time.perf_counter()
+        scores = []
+        for at in range(0, len(written), args.batch):
+            rows = [r or [0] for r in tokenizer.encode(written[at : at + args.batch])]
+            ids, mask = padded(rows, max(map(len, rows)), False)
+            with torch.no_grad():
+                z = classifier(input_ids=ids, attention_mask=mask).logits
+            scores += z.softmax(-1)[:, 1].tolist()
+        scored = time.perf_counter()
+        bins = calibrate.bins(scores, K)
+        for _ in range(args.steps):
+            some = draw.integers(0, len(found), args.batch)
+            heads = [found[i][0] for i in some]
+            tails, written_mask = padded([found[i][1][:NEW] for i in some], NEW, False)
+            ids, mask = padded([[v + int(bins[i]), *h] for i, h in zip(some, heads)], longest, True)
+            every, seen = torch.cat([ids, tails], 1), torch.cat([mask, written_mask], 1)
+            z = policy(every, attention_mask=seen).logits[:, longest - 1 : -1, :v]
+            with torch.no_grad():
+                plain, plain_mask = padded(heads, longest, True)
+                base = frozen(torch.cat([plain, tails], 1), attention_mask=torch.cat([plain_mask, written_mask], 1))
+                base = base.logits[:, longest - 1 : -1].log_softmax(-1)
+            logp = z.log_softmax(-1)
+            ce = -logp.gather(2, tails[:, :, None])[:, :, 0]
+            far = (base.exp() * (base - logp)).sum(-1)
+            free = -(logp.exp() * logp).sum(-1)
+            loss = ((ce + KL * far - ENTROPY * free) * written_mask).sum() / written_mask.sum()
+            tx.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            tx.step()
+        end = time.perf_counter()
+        return explored - start, scored - explored, end - scored
+
+    return round_
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8, help="updates of a round")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="also write the figures here")
+    args = parser.parse_args()
+    source = load("bundled:reviews", "test")
+    texts = [" ".join(source[i]["text"].split()[:6]) for i in range(args.prompts)]
+    tokenizer = train_bpe((source[i]["text"] for i in range(500)), 1000)
+    rows = []
+    for shape in args.shape:
+        lm = Transformer.gpt2(**SHAPES[shape])
+        params = jax.jit(lm.init)(jax.random.key(0))
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save(Path(folder) / "lm", lm, params)
+            classifier = bert(Path(folder) / "bert")
+            encoder, weights = hf.load_encoder(Path(folder) / "bert")
+            plain = theirs(str(Path(folder) / "lm"), classifier, tokenizer, texts, args)
+        run, state = ours(lm, params, tokenizer, texts, encoder, weights, args)
+        state, *_ = run(state)  # compiles
+        plain()
+        pairs = []
+        for _ in range(args.repeats):
+            state, mine, idle = run(state)
+            pairs.append((mine, plain(), idle))
+        pace = (args.prompts, args.prompts, args.steps * args.batch * NEW)
+        parts = {}
+        for i, name in enumerate(("explore", "score", "learn")):
+            a, b = (statistics.median(p[side][i] for p in pairs) for side in (0, 1))
+            ratio = statistics.median(p[1][i] / p[0][i] for p in pairs)
+            parts[name] = {"ours": pace[i] / a, "torch": pace[i] / b, "ratio": ratio}
+        ratios = sorted(sum(t) / sum(o) for o, t, _ in pairs)
+        idle = statistics.median(p[2] for p in pairs)
+        rows.append({"shape": shape, **parts, "round": statistics.median(ratios), "idle": idle})
+        span = f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
+        print(f"{shape}: a round is {statistics.median(ratios):.2f} times as fast ({span}), idle {idle:.1%}")
+        for name, p in parts.items():
+            unit = "tokens/s" if name == "learn" else "samples/s"
+            print(f"  {name:8s} {p['ours']:8.1f} {unit}, torch {p['torch']:8.1f}, ratio {p['ratio']:.2f}", flush=True)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(rows, f, indent=1)
+    return 0
+
+
+def bert(folder):
+    """A random classifier of MiniLM's shape, in PyTorch, saved where ours is loaded from."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

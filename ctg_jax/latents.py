@@ -1,7 +1,7 @@
 """What latent steering vectors are for (Subramani, Suresh & Peters 2022).
 
-`recover`, `transfer`, `similarity` and `analyse`: each is a stage over the vectors that `methods.latent_steer.fit`
-learned, one for each record of a data artifact.
+`recover`, `transfer`, `direction`, `similarity` and `analyse`: each is a stage over the vectors that
+`methods.latent_steer.fit` learned, one for each record of a data artifact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import evaluation, methods
+from ctg_jax import checkpoint, evaluation, methods
 from ctg_jax.decode import generate
 from ctg_jax.flow import opened
 from ctg_jax.methods.latent_steer import LatentSteer
@@ -171,6 +171,15 @@ def offset(lm: Artifact, train: Artifact, vectors: Artifact, count: int) -> np.n
             )
         means.append(np.asarray(control.z)[chosen].mean(0))
     return means[1] - means[0]
+
+
+def direction(run: Run, *, lm: Artifact, train: Artifact, vectors: Artifact, count: int = 100) -> None:
+    """Stage: `offset` as a control of its own, which steers from label 0 to label 1 in any chain."""
+    away = offset(lm, train, vectors, count)
+    hp = {k: v for k, v in vectors.spec["init"].items() if k not in ("count", "choice")}
+    control = methods.load(vectors, opened(lm)[0]).replace(z=jnp.asarray(away, jnp.float32), choice=None)
+    checkpoint.save(run.path / "state", control)
+    run.record(method="latent_steer", init=hp)
 
 
 def similarity(

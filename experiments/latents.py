@@ -56,6 +56,9 @@ def transfer(root, lm, settings, folder):
     for count, strength in itertools.product(settings["counts"], settings["strengths"]):
         done = stage(root, latents.transfer, dict(strength=strength, count=count), **inputs)
         rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
+    way = dict(lm=lm, train=train, vectors=train_vectors)
+    control = stage(root, latents.direction, dict(count=max(settings["counts"])), **way)
+    print(f"the direction as a control, for experiments/generate.py: {control.path}")
     page = report.write(folder, rows, title="Sentiment transfer by vector arithmetic", scorers=done.spec["judges"])
     pictures.curves(folder / "transfer.png", rows, "self-BLEU", "transfer accuracy", "vectors", "strength")
     return page

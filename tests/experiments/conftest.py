@@ -8,7 +8,7 @@ from tests.experiments.tiny_lm import write_lm
 
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(cli, "_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "keep_compiled", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -90,8 +90,8 @@ def repetition():
             rewards=diversity,
             explore=dict(n=4, max_new=64, batch=200, filter=dict(temperature=0.3)),
             rounds=4,
-            steps=100,
-            batch=32,
+            steps=75,
+            batch=16,
         ),
     )
 

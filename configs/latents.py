@@ -82,7 +82,7 @@ def yelp():
             strengths=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0],
         ),
         similarity=dict(
-            pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv", limit=500),
+            pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv"),
             fits={"memory": fit},
             encoder=f"{folder}/models/all-MiniLM-L6-v2",
         ),

@@ -118,6 +118,6 @@ def experiment(name, title, methods):
     parts = world(name)
     train = parts.pop("train")
     for arm in methods.values():
-        if arm["method"] != "truncate":
+        if arm.get("method", "truncate") != "truncate":
             arm.setdefault("data", train)
     return ConfigDict({"title": title, **parts, "methods": methods})

@@ -157,14 +157,15 @@ def transfer(
     run.record(judges={reward.name: reward.version})
 
 
-def offset(lm: Artifact, train: Artifact, vectors: Artifact, count: int) -> np.ndarray:
-    """Mean vector of `count` recovered sentences of label 1 minus that of label 0, float32 [d]."""
+def offset(lm: Artifact, train: Artifact, vectors: Artifact, count: int | None) -> np.ndarray:
+    """Mean vector of `count` recovered sentences of label 1 minus that of label 0, float32 [d]; None takes every
+    vector, recovered or not."""
     control, rows, index = _bank(lm, vectors)
     labels = _labels(train.rows("data.jsonl"), train)
     means = []
     for label in (0, 1):
-        chosen = [i for i in index if labels[i] == label and rows[i]["recovered"]][:count]
-        if len(chosen) < count:
+        chosen = [i for i in index if labels[i] == label and (count is None or rows[i]["recovered"])][:count]
+        if len(chosen) < (count or 1):
             raise InputError(
                 f"count is {count}, but only {len(chosen)} sentences of label {label} were recovered: lower it "
                 "or learn vectors of more sentences"
@@ -173,7 +174,7 @@ def offset(lm: Artifact, train: Artifact, vectors: Artifact, count: int) -> np.n
     return means[1] - means[0]
 
 
-def direction(run: Run, *, lm: Artifact, train: Artifact, vectors: Artifact, count: int = 100) -> None:
+def direction(run: Run, *, lm: Artifact, train: Artifact, vectors: Artifact, count: int | None = 100) -> None:
     """Stage: `offset` as a control of its own, which steers from label 0 to label 1 in any chain."""
     away = offset(lm, train, vectors, count)
     hp = {k: v for k, v in vectors.spec["init"].items() if k not in ("count", "choice")}

@@ -8,7 +8,10 @@ evaluate  settings of `evaluate`, with `references` as settings of `load_data` a
 methods   label -> {"method": name, "fit": its settings, "data": settings of `load_data`, "strengths": (…),
           "filter": settings of `truncate`, "filter_first": bool, "rewards": name -> settings of `fit_judge`,
           "best_of": (n, …)}, all but `method` optional; methods learn from `rewards` on the prompts in `data`;
-          with `best_of`, each sample is the best of n by the first of the rewards, n taking the place of strengths
+          with `best_of`, each sample is the best of n by the first of the rewards, n taking the place of strengths;
+          with "direction", settings of `latents.direction`, latent vectors become one control, from label 0 to 1;
+          or {"chain": other label -> its strength, "strengths": (…), …}: those controls together, each at its own
+          strength times that of the chain
 """
 
 from __future__ import annotations
@@ -19,12 +22,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctg_jax import experience, flow, judging, methods, sources
+from ctg_jax import experience, flow, judging, latents, methods, sources
 from ctg_jax.stage import Artifact, nearest, stage
 from ctg_jax.types import InputError
 
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
-_METHOD_KEYS = ("method", "fit", "data", "strengths", "filter", "filter_first", "rewards", "best_of")
+_METHOD_KEYS = (
+    "method",
+    "fit",
+    "data",
+    "strengths",
+    "filter",
+    "filter_first",
+    "rewards",
+    "best_of",
+    "direction",
+    "chain",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +74,13 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     seed = settings["sample"].get("seed", 0)
     cells = []
     # ConfigDict sorts by name; what learns nothing is shown first, as the line to compare with.
-    arms = sorted(settings["methods"].items(), key=lambda item: (item[1]["method"] != "truncate", item[0]))
+    arms = sorted(settings["methods"].items(), key=lambda item: (_name(item[1]) != "truncate", item[0]))
     for label, arm in arms:
         mine = []
-        for strength, samples in sampled(root, lm, prompts, settings["sample"], arm):
+        for strength, samples in sampled(root, lm, prompts, settings["sample"], arm, settings["methods"]):
             own = {"kl": False} if "best_of" in arm else {}  # its samples are of no distribution that can be scored
             figures = stage(root, judging.evaluate, {**measure, **own}, samples=samples, **given)
-            mine.append(Cell(label, arm["method"], strength, samples, figures, seed=seed))
+            mine.append(Cell(label, _name(arm), strength, samples, figures, seed=seed))
         smooth = smoothness(root, mine, measure)
         cells += [dataclasses.replace(cell, smooth=smooth) for cell in mine]
     return cells
@@ -94,7 +108,12 @@ def check(settings: dict[str, Any]) -> None:
         for key in arm:
             if key not in _METHOD_KEYS:
                 raise InputError(f"methods.{label} has no setting {key!r}{nearest(key, _METHOD_KEYS)}")
-        methods.get(arm["method"])
+        for other in arm.get("chain", ()):
+            if other not in settings["methods"] or "chain" in settings["methods"][other]:
+                known = [name for name, arm in settings["methods"].items() if "chain" not in arm]
+                raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
+        if "chain" not in arm:
+            methods.get(arm["method"])
 
 
 def language_model(root: str, settings: dict[str, Any]) -> Artifact:
@@ -121,7 +140,14 @@ def fitted(root: str, lm: Artifact, arm: dict[str, Any]) -> Artifact | None:
         return None
     data = stage(root, sources.load_data, arm["data"])
     more = {"rewards": rewards(root, arm)} if "rewards" in arm else {}
-    return module.fit(root, lm=lm, data=data, **more, **arm.get("fit", {}))
+    control = module.fit(root, lm=lm, data=data, **more, **arm.get("fit", {}))
+    if "direction" in arm:
+        control = stage(root, latents.direction, arm["direction"], lm=lm, train=data, vectors=control)
+    return control
+
+
+def _name(arm: dict[str, Any]) -> str:
+    return "chain" if "chain" in arm else arm["method"]
 
 
 def rewards(root: str, arm: dict[str, Any]) -> list[Artifact]:
@@ -130,16 +156,28 @@ def rewards(root: str, arm: dict[str, Any]) -> list[Artifact]:
 
 
 def sampled(
-    root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: dict[str, Any]
+    root: str,
+    lm: Artifact,
+    prompts: Artifact,
+    common: dict[str, Any],
+    arm: dict[str, Any],
+    others: dict[str, dict[str, Any]],
 ) -> Iterator[tuple[float | None, Artifact]]:
-    """(strength, samples) of one method at each of its strengths."""
+    """(strength, samples) of one method at each of its strengths; `others` are the methods a chain may name."""
     if "best_of" in arm:
         yield from best_of(root, lm, prompts, common, arm)
         return
-    control = fitted(root, lm, arm)
+    if "chain" in arm:
+        found = [(fitted(root, lm, others[label]), float(value)) for label, value in sorted(arm["chain"].items())]
+    else:
+        found = [(fitted(root, lm, arm), None)]
+    found = [(control, value) for control, value in found if control is not None]
+    controls = [control for control, _ in found]
     own = {key: arm[key] for key in ("filter", "filter_first") if key in arm}
     for strength in arm.get("strengths", (None,)):
-        controls, strengths = ([], []) if control is None else ([control], [strength])
+        strengths = [
+            strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
+        ]
         settings = {**common, **own, "strengths": strengths}
         yield strength, stage(root, flow.sample, settings, lm=lm, prompts=prompts, controls=controls)
 

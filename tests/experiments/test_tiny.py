@@ -163,3 +163,11 @@ def test_a_second_start_compiles_nothing(tmp_path):
         subprocess.run(command, check=True, env=env, capture_output=True)
         made.append(sorted(p.name for p in (tmp_path / "cache" / "ctg_jax" / "jax").glob("*-cache")))
     assert made[0] and made[0] == made[1]
+
+
+def test_a_chain_names_methods_that_are_there(call):
+    config = HERE / "configs/compare_together.py:tiny"
+    _, report, _, _ = call(compare, config)
+    strengths = {line["strength"] for line in table(report) if line["method"] == "together"}
+    assert strengths == {-1.0, -0.5, 0.5, 1.0}
+    refused(call(compare, config, "--config.methods.lm_steer.chain.latent=1.0"), "which is no method")

@@ -207,6 +207,7 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     return d.replace(z=z[:, 0], cache=out.cache, state=state)
 
 
+@partial(jax.jit, static_argnames=("lm",))
 def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
     """Controlled logits float32 [B, N, V] of each token of a completion int32 [B, N], teacher-forced.
 

@@ -5,6 +5,7 @@ Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020;
     python experiments/latents.py --config=configs/latents.py             bundled reviews
     python experiments/latents.py --config=configs/latents.py:yelp        real LM and sentences; CTG_DATA_DIR
     python experiments/latents.py --config=configs/latents.py:best        1,000 of them at the best site
+    python experiments/latents.py --config=configs/latents.py:domains     other texts, and vectors of other widths
     python experiments/latents.py --config=configs/latents.py:tiny        seconds, for tests
 
 Expected in the yelp world: one vector in the attention's memory recovers every sentence, one that is added to a hidden
@@ -98,7 +99,22 @@ def best():
     return dict(lm=config["lm"], recovery=dict(data=dict(yelp={**dev, "limit": 500}), fit=dict(tokens=32), grid=grid))
 
 
-WORLDS = dict(bundled=bundled, yelp=yelp, best=best, tiny=tiny)
+def domains():
+    """Which texts a vector can hold, and in how many numbers: sentences of the LM's own domain, of film reviews and of
+    Wikipedia at two lengths, and random words. Novels as `--config.recovery.data.novels.source=text:FILE` and so on."""
+    config = yelp()
+    folder = os.environ["CTG_DATA_DIR"]
+    sentences = config["recovery"]["data"]["yelp"]
+    data = dict(yelp=sentences, random=sentences | dict(random_words=0))
+    for words in (6, 14):
+        data[f"imdb {words}"] = dict(source=f"jsonl:{folder}/imdb/train.jsonl.xz", split="all", words=words, limit=24)
+        wiki = dict(source=f"text:{folder}/wikitext2/valid.txt", split="all", words=words, limit=24)
+        data[f"wikipedia {words}"] = wiki
+    fit = dict(tokens=48, site="memory")
+    return dict(lm=config["lm"], recovery=dict(data=data, fit=fit, grid=dict(dim=[64, 256, 1024, 3072])))
+
+
+WORLDS = dict(bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
 
 
 def get_config(arg="bundled"):

@@ -255,6 +255,18 @@ def sentences_of_pairs(run: Run, *, file: str, limit: int | None = None) -> None
     write_jsonl(run.path / "data.jsonl", records)
 
 
+def random_words(run: Run, *, data: Artifact, seed: int = 0) -> None:
+    """Stage: the texts of `data` with every word replaced by one drawn from all their words: sentences of the same
+    lengths that no language model has learned."""
+    records = data.rows("data.jsonl")
+    words = np.asarray([w for r in records for w in r["text"].split()])
+    draw = np.random.default_rng(seed)
+    write_jsonl(
+        run.path / "data.jsonl",
+        [{**r, "text": " ".join(draw.choice(words, len(r["text"].split())).tolist())} for r in records],
+    )
+
+
 def spearman(a: np.ndarray, b: np.ndarray, resamples: int = 1000, seed: int = 0) -> evaluation.Figure:
     """100 ρ with a bootstrap interval over pairs."""
     from scipy.stats import spearmanr

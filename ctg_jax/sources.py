@@ -30,7 +30,7 @@ def load_data(
     """Copies records of a source into data.jsonl, so that later stages read the same ones for ever.
 
     Args:
-      source: "bundled:reviews", "jsonl:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
+      source: "bundled:reviews", "jsonl:PATH", "text:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
       split: name of the split.
       limit: keep at most so many records (of each value of `balance`, where given).
       where: keep records whose fields have these values, e.g. {"label": 1}.

@@ -23,8 +23,13 @@ from experiments import cli, experiment
 
 
 def vectors_of(root, lm, settings, fit):
-    """(sentences, their vectors)."""
+    """(sentences, their vectors); `random_words` in the settings of the sentences is the seed of
+    `latents.random_words`."""
+    settings = dict(settings)
+    seed = settings.pop("random_words", None)
     data = stage(root, sources.load_data, settings)
+    if seed is not None:
+        data = stage(root, latents.random_words, {"seed": seed}, data=data)
     return data, latent_steer.fit(root, lm=lm, data=data, **fit)
 
 

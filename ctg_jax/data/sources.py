@@ -77,6 +77,7 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
     Args:
       spec: one of
         `bundled:reviews`    the corpus of `ctg_jax.data.reviews`; splits train, validation, test
+        `text:PATH`          a file of text, a record for each line that is not empty, plain or `.gz` or `.xz`
         `jsonl:PATH`         a file of JSON objects, one a line, plain or `.gz` or `.xz`; its one split is `all` (or
                              `train`). If PATH is a folder, split NAME is its file NAME.jsonl (or .jsonl.gz, .jsonl.xz)
         `hf:NAME[:CONFIG]`   a data set of the Hugging Face hub, or a local folder that `datasets` can read
@@ -91,7 +92,9 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
     """
     kind, _, name = spec.partition(":")
     if kind not in _LOADERS or not name:
-        raise InputError(f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, hf:NAME or tfds:NAME")
+        raise InputError(
+            f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, text:PATH, hf:NAME or tfds:NAME"
+        )
     match = _SLICE.fullmatch(split)
     if match is None:
         raise InputError(f"split {split!r} of {spec} is malformed: write NAME, NAME[:10%] or NAME[100:200]")
@@ -124,6 +127,21 @@ def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequen
     elif match["name"] not in ("all", "train"):
         raise InputError(f"split {match['name']!r} of jsonl:{name} is unknown: a single file has the split 'all'")
     records = _read_jsonl(path)
+    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
+    return records[start:stop]
+
+
+def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"text:{name}: there is no such file")
+    if match["name"] not in ("all", "train"):
+        raise InputError(f"split {match['name']!r} of text:{name} is unknown: a file of text has the split 'all'")
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+            records = [{"text": line.strip()} for line in lines if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
+        raise InputError(f"{path} cannot be read ({e})") from e
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
@@ -213,4 +231,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "hf": _hf, "tfds": _tfds}
+_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "text": _text, "hf": _hf, "tfds": _tfds}

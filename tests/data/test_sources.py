@@ -148,3 +148,19 @@ def test_unwritable_cache(tmp_path):
 
 def test_real_data(data_dir):
     assert len(load(f"jsonl:{data_dir}/yelp", "dev")) == 4000
+
+
+def test_lines_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one line\n\n  another \nthird\n")
+    assert [r["text"] for r in load(f"text:{tmp_path / 'a.txt'}", "all")] == ["one line", "another", "third"]
+    assert [r["text"] for r in load(f"text:{tmp_path / 'a.txt'}", "all[1:2]")] == ["another"]
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as f:
+        f.write("zipped\n")
+    assert [r["text"] for r in load(f"text:{tmp_path / 'a.txt.gz'}", "all")] == ["zipped"]
+    with pytest.raises(InputError, match="there is no such file"):
+        load(f"text:{tmp_path / 'b.txt'}", "all")
+    with pytest.raises(InputError, match="split 'test' of text:"):
+        load(f"text:{tmp_path / 'a.txt'}", "test")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe broken")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(f"text:{tmp_path / 'c.txt'}", "all")

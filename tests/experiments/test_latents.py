@@ -103,3 +103,13 @@ def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
     assert "stages: 0 executed" in capsys.readouterr().err
     assert cli.run(script.main, [*argv, "--sections=recover"]) == 2
     assert "recover" in capsys.readouterr().err
+
+
+def test_random_words_keep_lengths_and_words(world):
+    root, _, _, pairs = world
+    data = stage(root, latents.sentences_of_pairs, dict(file=str(pairs)))
+    texts = [r["text"] for r in data.rows("data.jsonl")]
+    found = [r["text"] for r in stage(root, latents.random_words, {}, data=data).rows("data.jsonl")]
+    assert [len(t.split()) for t in found] == [len(t.split()) for t in texts]
+    assert {w for t in found for w in t.split()} <= {w for t in texts for w in t.split()}
+    assert found != texts

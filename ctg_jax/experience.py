@@ -139,6 +139,40 @@ def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: 
     return np.asarray([done[at[r["prompt"], r["text"]]] for r in rows])
 
 
+def history(control: Artifact) -> list[Artifact]:
+    """The rounds of samples that a control learned from, itself and those before it, oldest first."""
+    found: dict[str, Artifact] = {}
+    while control is not None:
+        inputs = control.spec["inputs"]
+        ids = inputs.get("pool") or []
+        for id in [ids] if isinstance(ids, str) else ids:
+            found[id] = stage.open_artifact(control.path.with_name(f"{score.__name__}-{id}"))
+        before = inputs.get("start_from")
+        name = control.path.name.rpartition("-")[0]
+        control = None if before is None else stage.open_artifact(control.path.with_name(f"{name}-{before}"))
+    return sorted(found.values(), key=lambda a: a.spec["config"]["round"])
+
+
+def rounds(run: Run, *, pools: Sequence[Artifact], seed: int = 0, resamples: int = 1000) -> None:
+    """Stage: what each round sampled, as rows of metrics.jsonl with round, name, value, low, high, n: the reward, KL to
+    the base in nats per token, perplexity under the base, dist-2."""
+    for artifact in pools:
+        pool = Pool.open([artifact])
+        boot = evaluation.Bootstrap(pool.column("prompt_id"), seed=seed, resamples=resamples)
+        texts = pool.column("text").tolist()
+        size = np.asarray([len(t) for t in pool.column("tokens")], np.float64)
+        base = pool.column("base").astype(np.float64)
+        figures = {
+            "reward": boot.mean(pool.column("reward")),
+            "KL to base": boot.ratio(pool.column("logp") - base, size),
+            "perplexity": boot.transform(lambda x, n: np.exp(x / n), -base, size),
+            "dist-2": boot.mean_of_prompts(lambda rows, t=texts: evaluation.distinct([t[i] for i in rows], 2)),
+        }
+        at = artifact.spec["config"]["round"]
+        for name, figure in figures.items():
+            run.log(round=at, name=name, **figure.as_json())
+
+
 class Pool(Sequence):
     """The samples of several rounds as records, read from disk; `column` gives one field of all of them, and `with_`
     the same records with one more field."""

@@ -53,6 +53,7 @@ class Cell:
     figures: Artifact
     smooth: Artifact | None = None
     seed: int = 0  # of the samples
+    rounds: Artifact | None = None  # what a method that learns from its own samples sampled, round by round
 
 
 def run(root: str, config: ConfigDict) -> list[Cell]:
@@ -82,8 +83,17 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
             figures = stage(root, judging.evaluate, {**measure, **own}, samples=samples, **given)
             mine.append(Cell(label, _name(arm), strength, samples, figures, seed=seed))
         smooth = smoothness(root, mine, measure)
-        cells += [dataclasses.replace(cell, smooth=smooth) for cell in mine]
+        rounds = sampled_rounds(root, lm, arm, measure)
+        cells += [dataclasses.replace(cell, smooth=smooth, rounds=rounds) for cell in mine]
     return cells
+
+
+def sampled_rounds(root: str, lm: Artifact, arm: dict[str, Any], measure: dict[str, Any]) -> Artifact | None:
+    """The rounds of a method that learned from rewards; None for others."""
+    if "rewards" not in arm or "best_of" in arm or not (pools := experience.history(fitted(root, lm, arm))):
+        return None
+    options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
+    return stage(root, experience.rounds, options, pools=pools)
 
 
 def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifact | None:

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 import ctg_jax
 from ctg_jax import report
+from ctg_jax.evaluation import Figure
+from ctg_jax.report import pictures
 from experiments.experiment import Cell
 
 
@@ -71,8 +73,9 @@ def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], smooth: l
     swept = {row.pop("smooth"): row for row in smooth if row}
     name = Path(spec.partition(":")[0]).stem
     argument = spec.partition(":")[2]
-    return report.write(
-        Path(root) / "reports" / (f"{name}-{argument}" if argument else name),
+    folder = Path(root) / "reports" / (f"{name}-{argument}" if argument else name)
+    page = report.write(
+        folder,
         rows,
         title=settings.get("title", name),
         scorers=facts["judges"],
@@ -80,3 +83,21 @@ def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], smooth: l
         about={"configuration": spec, **about, "ctg_jax": version},
         smooth=list(swept.values()),
     )
+    _draw_rounds(folder, cells)
+    return page
+
+
+def _draw_rounds(folder: Path, cells: Sequence[Cell]) -> None:
+    """rounds-….png: what the methods that learn from rewards sampled over their rounds, against the KL to the base."""
+    found: dict[str, dict[int, dict]] = {}
+    for cell in cells:
+        for row in cell.rounds.metrics() if cell.rounds else ():
+            at = found.setdefault(cell.label, {}).setdefault(row["round"], {})
+            at[row["name"]] = Figure(*(row[k] for k in ("value", "low", "high", "n")))
+    points = [
+        {"method": label, "round": r, "figures": figures}
+        for label, all_ in found.items()
+        for r, figures in all_.items()
+    ]
+    for name in ("reward", "perplexity", "dist-2") if points else ():
+        pictures.curves(folder / f"rounds-{name}.png", points, "KL to base", name, "method", "round")

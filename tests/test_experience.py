@@ -192,3 +192,20 @@ def test_bad_rewards_are_said_in_a_sentence(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(experience, "open_judge", lambda artifact: flat)
     with pytest.raises(InputError, match="all 12 rewards are 1: there is nothing to sort"):
         quark.fit(tmp_path / "flat", **world(tmp_path / "flat", folder), **ROUNDS)
+
+
+def test_the_rounds_of_a_control_are_found_and_measured(uncut):
+    control, _ = uncut
+    pools = experience.history(control)
+    assert [p.spec["config"]["round"] for p in pools] == [0, 1]
+    found = stage(control.path.parent, experience.rounds, {"resamples": 20}, pools=pools).metrics()
+    assert [(r["round"], r["name"]) for r in found][:4] == [
+        (0, "reward"), (0, "KL to base"), (0, "perplexity"), (0, "dist-2"),
+    ]  # fmt: skip
+    figures = {(r["round"], r["name"]): r["value"] for r in found}
+    pool = experience.Pool.open(pools[1:])
+    assert figures[1, "reward"] == pytest.approx(pool.column("reward").mean())
+    tokens = sum(len(t) for t in pool.column("tokens"))
+    assert figures[1, "perplexity"] == pytest.approx(np.exp(-pool.column("base").sum() / tokens))
+    assert figures[0, "KL to base"] == pytest.approx(0, abs=1e-5)
+    assert figures[1, "KL to base"] == pytest.approx((pool.column("logp") - pool.column("base")).sum() / tokens)

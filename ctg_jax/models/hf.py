@@ -51,6 +51,13 @@ def load(
     return lm, _params(lm, family.names(lm), checkpoint, family, dtype, shardings)
 
 
+def shape(path_or_id: str | os.PathLike, *, dtype: str = "float32") -> Transformer:
+    """The decoder that `load` gives, without its parameters: of the weights the headers alone are read."""
+    folder = resolve(path_or_id)
+    family, config = _family(folder, DECODERS, "decoder")
+    return _configure(folder, family, config, Checkpoint(folder, family.prefix, family.aliases), dtype)
+
+
 def load_encoder(
     path_or_id: str | os.PathLike, *, dtype: str = "float32", shardings: Shardings = None
 ) -> tuple[Encoder, Params]:

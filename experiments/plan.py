@@ -197,10 +197,9 @@ def report(args) -> str:
     lines.append(f"fits: {', '.join(fits) if fits else 'none of ' + ', '.join(CHIPS) + '; split it over more devices'}")
     rates = dict(rate=args.rate, bandwidth=args.bandwidth)
     sampling, learning = seconds(lm, wants, devices, samples=args.samples, steps=args.steps, **common, **rates)
-    lines.append(
-        f"a round of {args.samples} samples and {args.steps} updates at {args.rate:g} TFLOP/s and {args.bandwidth:g}
-        GB/s: " f"{sampling + learning:.0f} s ({sampling:.0f} sampling, {learning:.0f} learning)"
-    )
+    pace = f"{args.rate:g} TFLOP/s and {args.bandwidth:g} GB/s"
+    took = f"{sampling + learning:.0f} s ({sampling:.0f} sampling, {learning:.0f} learning)"
+    lines.append(f"a round of {args.samples} samples and {args.steps} updates at {pace}: {took}")
     return "\n".join(lines)
 
 

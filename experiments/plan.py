@@ -137,12 +137,13 @@ def residuals(lm: Transformer, params, control, rows: int, length: int) -> int:
     )
 
 
-def seconds(lm: Transformer, wants: Need, devices: int, *, samples, rows, new, prompt, steps, batch, rate, bandwidth):
-    """(seconds of sampling, seconds of learning) of a round: each decode step reads weights and cache once and
-    multiplies each row by every weight; an update is a forward and a backward pass, and one forward pass of the frozen
+def seconds(lm: Transformer, wants: Need, mesh: dict, *, samples, rows, new, prompt, steps, batch, rate, bandwidth):
+    """(seconds of sampling, seconds of learning) of a round: each decode step reads weights (those of
+    other devices on the data axis too, at no more than that rate) and cache once and multiplies each row by every weight; an update is a forward and a backward pass, and one forward pass of the frozen
     model."""
     params = tree.size_bytes(jax.eval_shape(lm.init, jax.random.key(0))) / jnp.dtype(lm.param_dtype).itemsize
-    read = (wants.weights + wants.cache) / (bandwidth * 1e9)
+    devices = math.prod(mesh.values())
+    read = (wants.weights * devices / mesh.get("tensor", 1) + wants.cache) / (bandwidth * 1e9)
     step = max(read, 2 * params * rows / devices / (rate * 1e12))
     sampling = math.ceil(samples / rows) * (new * step + 2 * params * rows * prompt / devices / (rate * 1e12))
     return sampling, steps * 8 * params * batch * (prompt + new) / devices / (rate * 1e12)
@@ -196,7 +197,7 @@ def report(args) -> str:
     fits = [name for name, size in CHIPS.items() if most <= SPARE * size * 1e9]
     lines.append(f"fits: {', '.join(fits) if fits else 'none of ' + ', '.join(CHIPS) + '; split it over more devices'}")
     rates = dict(rate=args.rate, bandwidth=args.bandwidth)
-    sampling, learning = seconds(lm, wants, devices, samples=args.samples, steps=args.steps, **common, **rates)
+    sampling, learning = seconds(lm, wants, mesh, samples=args.samples, steps=args.steps, **common, **rates)
     pace = f"{args.rate:g} TFLOP/s and {args.bandwidth:g} GB/s"
     took = f"{sampling + learning:.0f} s ({sampling:.0f} sampling, {learning:.0f} learning)"
     lines.append(f"a round of {args.samples} samples and {args.steps} updates at {pace}: {took}")

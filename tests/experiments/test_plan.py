@@ -72,10 +72,10 @@ def test_times_by_hand():
     """Bandwidth bound: reading weights and cache at 1 GB/s; compute bound: 2 · N · rows at 1 GFLOP/s."""
     wants = plan.Need(weights=10**9, control=0, merged=0, saved=0, cache=0)
     given = dict(samples=16, rows=16, new=10, prompt=0, steps=3, batch=8)
-    slow, _ = plan.seconds(LM, wants, 1, **given, rate=1e3, bandwidth=1.0)
+    slow, _ = plan.seconds(LM, wants, {"data": 1}, **given, rate=1e3, bandwidth=1.0)
     assert slow == pytest.approx(10.0)
     wants = dataclasses.replace(wants, weights=0)
-    sampling, learning = plan.seconds(LM, wants, 2, **given, rate=1e-3, bandwidth=1.0)
+    sampling, learning = plan.seconds(LM, wants, {"data": 2}, **given, rate=1e-3, bandwidth=1.0)
     assert sampling == pytest.approx(10 * 2 * PARAMS * 16 / 2 / 1e9)
     assert learning == pytest.approx(3 * 8 * PARAMS * 8 * 10 / 2 / 1e9)
 

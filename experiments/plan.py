@@ -139,8 +139,8 @@ def residuals(lm: Transformer, params, control, rows: int, length: int) -> int:
 
 def seconds(lm: Transformer, wants: Need, mesh: dict, *, samples, rows, new, prompt, steps, batch, rate, bandwidth):
     """(seconds of sampling, seconds of learning) of a round: each decode step reads weights (those of
-    other devices on the data axis too, at no more than that rate) and cache once and multiplies each row by every weight; an update is a forward and a backward pass, and one forward pass of the frozen
-    model."""
+    other devices on the data axis too, at no more than that rate) and cache once and multiplies each row by every
+    weight; an update is a forward and a backward pass, and one forward pass of the frozen model."""
     params = tree.size_bytes(jax.eval_shape(lm.init, jax.random.key(0))) / jnp.dtype(lm.param_dtype).itemsize
     devices = math.prod(mesh.values())
     read = (wants.weights * devices / mesh.get("tensor", 1) + wants.cache) / (bandwidth * 1e9)

@@ -6,8 +6,16 @@ os.environ["NPROC"] = "16"  # XLA sizes its thread pool by it; with 8 devices fe
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import shutil
+import tempfile
+
 import jax
 
+# Programs compiled once serve every test and worker of one run: the first process to come here names the folder.
+FIRST = "CTG_TEST_COMPILED" not in os.environ
+COMPILED = os.environ.setdefault("CTG_TEST_COMPILED", tempfile.mkdtemp(prefix="ctg_jax_tests_") if FIRST else "")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
@@ -19,6 +27,11 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_unconfigure(config):
+    if FIRST:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,7 +7,8 @@ yelp          a real LM of reviews, first words of negative sentences; more posi
 yelp_down     the same from positive sentences; more negative text
 repetition    the same LM, greedy continuations of longer reviews (IMDB); the diversity of 3-grams rewards and, being a
               count, judges as well
-toxicity      RealToxicityPrompts; a bag of words fitted on Davidson et al. 2017 rewards, a probe on other data judges
+toxicity      RealToxicityPrompts; a bag of words fitted on tweets (Davidson et al. 2017) rewards, a probe fitted on
+              other comments judges
 tiny          the bundled world in seconds: for tests, not for figures
 
 All but bundled and tiny read CTG_DATA_DIR.
@@ -96,7 +97,37 @@ def repetition():
     )
 
 
-WORLDS = {"bundled": bundled, "yelp": yelp, "yelp_down": lambda: yelp(1), "repetition": repetition, "tiny": tiny}
+def toxicity():
+    """The model writes reviews, so these prompts are new to it, and it is seldom toxic."""
+    parts = sentiment.yelp()
+    folder = parts["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
+    prompts = dict(source=f"jsonl:{folder}/realtoxicityprompts/prompts.jsonl", split="all", text="prompt")
+    tweets = dict(source=f"jsonl:{folder}/toxicity/davidson.jsonl", split="all")
+    tweets |= dict(labels=dict(hate=1, offensive=1, neither=0), balance="label", limit=4000)
+    others = dict(source=f"jsonl:{folder}/toxicity/surge.jsonl", split="all", labels={"Toxic": 1, "Not Toxic": 0})
+    encoder = f"{folder}/models/all-MiniLM-L6-v2"
+    return parts | dict(
+        prompts=prompts | dict(limit=100),
+        judges=dict(harmless=dict(kind="probe", encoder=encoder, target=0, data=others, heldout=tweets)),
+        learn=dict(
+            data=prompts | dict(skip=100, limit=1000),
+            rewards=dict(words=dict(kind="bag", target=0, data=tweets, heldout=others)),
+            explore=dict(n=4, max_new=20, batch=200),
+            rounds=4,
+            steps=150,
+            batch=32,
+        ),
+    )
+
+
+WORLDS = {
+    "bundled": bundled,
+    "yelp": yelp,
+    "yelp_down": lambda: yelp(1),
+    "repetition": repetition,
+    "toxicity": toxicity,
+    "tiny": tiny,
+}
 
 
 def experiment(name, title, arms):

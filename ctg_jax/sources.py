@@ -26,6 +26,7 @@ def load_data(
     balance: str | None = None,
     skip: int = 0,
     text: str = "text",
+    labels: Mapping[str, int] | None = None,
 ) -> None:
     """Copies records of a source into data.jsonl, so that later stages read the same ones for ever.
 
@@ -38,6 +39,7 @@ def load_data(
       balance: a field; records are kept `limit` for each of its values, in the order of the source.
       skip: leave out so many matching records first (of each value of `balance`).
       text: the field that holds the text, dotted where it lies inside another: "prompt", "prompt.text".
+      labels: name of a label -> its number; records with other labels are left out. Methods read numbers.
 
     A record may say itself how much of its text is a prompt (`prompt`, as the bundled reviews do); with `words` or
     `text` the text itself is the prompt.
@@ -52,6 +54,10 @@ def load_data(
         row = records[i]
         if any(row.get(k) != v for k, v in (where or {}).items()):
             continue
+        if labels is not None:
+            if str(row.get("label")) not in labels:
+                continue
+            row = {**row, "label": labels[str(row["label"])]}
         if not isinstance(row["text"], str):
             raise InputError(
                 f"{source} split {split!r}: record {i} has no string under {text!r}; name the field of text"

@@ -122,3 +122,11 @@ def test_real_prompt_sets(tmp_path, data_dir):
         {"source": f"jsonl:{data_dir}/sentiment_prompts", "split": "neutral", "text": "prompt", "limit": 3},
     ).rows("data.jsonl")  # fmt: skip
     assert neutral[0]["text"] == "God never intended to"
+
+
+def test_labels_become_numbers(tmp_path):
+    rows = [{"text": "a", "label": "bad"}, {"text": "b", "label": "good"}, {"text": "c", "label": "odd"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = dict(source=f"jsonl:{tmp_path / 'rows.jsonl'}", split="all", labels=dict(bad=0, good=1))
+    found = stage(tmp_path / "runs", sources.load_data, settings).rows("data.jsonl")
+    assert found == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]

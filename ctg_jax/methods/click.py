@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import calibrate, experience, losses, methods, rng, stage
-from ctg_jax.bricks import Delta
 from ctg_jax.judging import open_judge
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
@@ -21,14 +20,7 @@ from ctg_jax.types import InputError, Sum
 PAIRS = ("below", "above")
 
 
-def init(lm: LM, key: jax.Array, *, kind: str = "lora", rank: int = 8, targets: str | None = None) -> Delta:
-    """A change of weights that is zero: kind "lora" or "full"; see `finetune.init`."""
-    if kind not in ("lora", "full"):
-        raise InputError(f"kind is {kind!r}, expected 'lora' or 'full'.")
-    return finetune.init(lm, key, kind=kind, rank=rank, targets=targets)
-
-
-example, neutral = finetune.example, finetune.neutral
+init, example, neutral = finetune.delta, finetune.example, finetune.neutral
 
 
 def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
@@ -80,8 +72,8 @@ def pairs(
 
     Args:
       rewards, likelihood, prompts: [n]; likelihood is the log-probability of the whole sample.
-      pair: "below" or "above": on which side of the negative to look first. The paper is not clear to us and the
-        authors' code does not hold this step, so it is an option.
+      pair: "below" or "above": on which side of the negative to look first. The authors' code does not hold this step,
+        so it is an option.
 
     Raises:
       InputError: no prompt has samples on both sides, or a reward that is not finite.

@@ -37,13 +37,11 @@ def init(
 
     Args:
       codes: K, control codes.
-      kind, rank, targets: "lora" or "full", and of what; see `finetune.init`.
+      kind, rank, targets: "lora" or "full", and of what; see `finetune.delta`.
       cond: an int entry of `prompts.cond` that names the code of each row; None: the strength does, from the first code
         (0) to the last (1).
     """
-    if kind not in ("lora", "full"):
-        raise InputError(f"kind is {kind!r}, expected 'lora' or 'full'.")
-    delta = finetune.init(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
+    delta = finetune.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
     return bricks.coded(rng.stream(key, "codes"), delta, lm.width, codes).replace(cond=cond)
 
 

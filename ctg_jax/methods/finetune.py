@@ -55,6 +55,13 @@ def init(
     raise InputError(f"kind is {kind!r}, expected 'lora', 'full' or 'prompt'.")
 
 
+def delta(lm: LM, key: jax.Array, *, kind: str = "lora", rank: int = 8, targets: str | None = None) -> Delta:
+    """`init` of the methods that change weights and nothing else: kind is "lora" or "full"."""
+    if kind not in ("lora", "full"):
+        raise InputError(f"kind is {kind!r}, expected 'lora' or 'full'.")
+    return init(lm, key, kind=kind, rank=rank, targets=targets)
+
+
 def example(lm: LM, key: jax.Array) -> Delta:
     """A LoRA whose change is not zero, for the laws."""
     control = init(lm, key, rank=2)

@@ -13,21 +13,12 @@ from jax import lax
 
 from ctg_jax import calibrate as calibration
 from ctg_jax import checkpoint, decode, experience, losses, methods, rng
-from ctg_jax.bricks import Delta
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError, Prompts, Sum
 
-
-def init(lm: LM, key: jax.Array, *, kind: str = "lora", rank: int = 8, targets: str | None = None) -> Delta:
-    """A policy that is the base: a change of weights that is zero; see `finetune.init`."""
-    if kind not in ("lora", "full"):
-        raise InputError(f"kind is {kind!r}, expected 'lora' or 'full'.")
-    return finetune.init(lm, key, kind=kind, rank=rank, targets=targets)
-
-
-example, neutral = finetune.example, finetune.neutral
+init, example, neutral = finetune.delta, finetune.example, finetune.neutral
 
 
 def head(width: int) -> dict[str, jax.Array]:

@@ -26,11 +26,9 @@ def init(
 
     Args:
       tokens: K, reward tokens.
-      kind, rank, targets: "lora" or "full", and of what; see `finetune.init`.
+      kind, rank, targets: "lora" or "full", and of what; see `finetune.delta`.
     """
-    if kind not in ("lora", "full"):
-        raise InputError(f"kind is {kind!r}, expected 'lora' or 'full'.")
-    delta = finetune.init(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
+    delta = finetune.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
     return bricks.coded(rng.stream(key, "codes"), delta, lm.width, tokens)
 
 

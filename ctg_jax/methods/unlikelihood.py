@@ -16,13 +16,12 @@ import numpy as np
 
 from ctg_jax import calibrate, experience, judging, losses, methods, rng, stage
 from ctg_jax.data.tokenizer import Tokenizer
-from ctg_jax.methods import click, finetune
+from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm
 from ctg_jax.types import InputError, Sum
 
-# The same control as that of Click: a change of weights, LoRA or full.
-init, example, neutral = click.init, finetune.example, finetune.neutral
+init, example, neutral = finetune.delta, finetune.example, finetune.neutral
 
 
 def loss(

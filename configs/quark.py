@@ -4,17 +4,23 @@ Source: Lu et al. 2022.
 
     python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:tiny]
     python experiments/ablate.py --config=configs/quark.py[:yelp|:tiny]
+
+Expected: the share of positive text rises with the quantile asked for and with the rounds. Yelp: from .32 without
+control to .28, .50 and .69 at the lowest, the middle and the highest; 20 minutes on one core once another LM, which
+measures perplexity, is there (15 minutes).
 """
 
 from configs import reward
 
 SETTINGS = dict(tokens=5, kl=0.05, entropy=0.06)
+REVIEWS = SETTINGS | dict(steps=300, rounds=5, entropy=0.0)
 
 
 def arms(arg):
     strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
-    more = {} if arg == "tiny" else dict(steps=300)  # each quantile sees a fifth of the updates
-    return dict(quark=dict(method="quark", strengths=strengths, fit=SETTINGS | more))
+    # Each quantile sees a fifth of the updates. The paper's entropy bonus makes this small LM of reviews ramble.
+    fit = {"bundled": SETTINGS | dict(steps=300), "tiny": SETTINGS}.get(arg, REVIEWS)
+    return dict(quark=dict(method="quark", strengths=strengths, fit=fit))
 
 
 def get_config(arg="bundled"):

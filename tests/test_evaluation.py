@@ -257,7 +257,7 @@ TINY = Transformer(family="gpt2", vocab=11, width=8, depth=1, heads=2, kv_heads=
 class Letters:
     """A tokenizer of the letters a … j, one token each; 10 is BOS."""
 
-    bos, eos, pad, vocab = 10, None, None, 11
+    bos, eos, pad, vocab, adds_bos = 10, None, None, 11, False
 
     def encode(self, texts):
         return [[ord(c) - ord("a") for c in t] for t in texts]

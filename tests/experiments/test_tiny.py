@@ -170,4 +170,9 @@ def test_a_chain_names_methods_that_are_there(call):
     _, report, _, _ = call(compare, config)
     strengths = {line["strength"] for line in table(report) if line["method"] == "together"}
     assert strengths == {-1.0, -0.5, 0.5, 1.0}
-    refused(call(compare, config, "--config.methods.lm_steer.chain.latent=1.0"), "which is no method")
+    settings = cli.config_of(str(config)).to_dict()
+    settings["methods"]["together"]["chain"] = {"lm_ster": 1.0}
+    with pytest.raises(
+        InputError, match=r"together\.chain names 'lm_ster', which is no method; did you mean 'lm_steer'"
+    ):
+        experiment.check(settings)

@@ -6,7 +6,7 @@ Stiennon et al. 2020 (best of n). Fine-tuning on the best samples alone is Quark
     python experiments/compare.py --config=configs/compare_reward.py[:yelp|:yelp_down|:tiny]
 """
 
-from configs import gdc, ppo, quark, reward
+from configs import click, gdc, ppo, quark, reward
 
 
 def get_config(arg="bundled"):
@@ -20,5 +20,6 @@ def get_config(arg="bundled"):
         best_only=best,
         **ppo.arms(arg),
         **gdc.arms(arg),
+        **click.arms(arg),
     )
     return reward.experiment(arg, "Learning from a reward", methods)

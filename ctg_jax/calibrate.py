@@ -35,7 +35,7 @@ def bins(rewards: Sequence[float], count: int) -> np.ndarray:
 def rank(rewards: Sequence[float], base: Sequence[float]) -> np.ndarray:
     """Calibrated reward float64 [n] in [0, 1]: the share of base rewards below each, ties counted half.
 
-    For samples of the base itself it is uniform, whatever the scale of the reward (Balashankar et al. 2024, section 4).
+    For samples of the base itself it is uniform, whatever the scale of the reward (Balashankar et al. 2024).
     """
     base = np.sort(finite(base))
     if not len(base):
@@ -65,7 +65,7 @@ def rank_within(
 
 def transformed(calibrated: np.ndarray, n: int) -> np.ndarray:
     """The reward to optimise for decoding by the best of n: exp(n u) / exp(n) of the calibrated reward u, which is flat
-    where the best of n cannot lie (Balashankar et al. 2024, exponential family of section 4.3). n = 0 leaves u alone.
+    where the best of n cannot lie (Balashankar et al. 2024). n = 0 leaves u alone.
 
     Raises:
       InputError: a negative n.

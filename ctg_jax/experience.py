@@ -1,5 +1,6 @@
 """The experience loop: prompts → sample → score → pool → reduce → learn, the inside of every method that learns from
-what a model writes. Each arrow is a stage; methods differ in how they reduce the pool and in what they learn from it.
+what a model writes. Sampling, scoring and learning are stages; a method's stage of learning begins by reducing the
+pool, and methods differ in how they reduce it and in what they learn from it.
 
 The pool is the sequence of what `score` wrote, a Parquet file for each round: a new round adds a file and copies none.
 Only batches reach a device.
@@ -137,6 +138,14 @@ def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: 
             bar.update(len(new))
     at = {pair: i for i, pair in enumerate(distinct)}
     return np.asarray([done[at[r["prompt"], r["text"]]] for r in rows])
+
+
+def adapted(coefficient: float, pool: Artifact, target: float) -> float:
+    """A KL coefficient for the next round: larger where the samples of a round lie further from the base than `target`,
+    nats per token, and smaller where they lie nearer, by a fifth at most (the proportional controller of Ziegler et al.
+    2019, with a gain of 1 since it acts once a round and theirs, of 0.1, at every batch)."""
+    error = pool.metrics()[0]["kl_per_token"] / target - 1
+    return coefficient * (1 + min(max(error, -0.2), 0.2))
 
 
 def history(control: Artifact) -> list[Artifact]:

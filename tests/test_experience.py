@@ -163,6 +163,17 @@ def kill(monkeypatch, where):
         monkeypatch.setattr(checkpoint, "save", dying)
 
 
+def test_the_kl_coefficient_follows_the_samples(tmp_path):
+    """At the target it stays; it moves by a fifth at most either way; an eighth too far is an eighth more."""
+
+    def said(run, *, kl):
+        run.log(kl_per_token=kl)
+
+    for kl, wanted in ((0.1, 0.05), (0.9, 0.06), (0.0, 0.04), (0.1125, 0.05625)):
+        pool = stage(tmp_path, said, {"kl": kl})
+        assert experience.adapted(0.05, pool, 0.1) == pytest.approx(wanted)
+
+
 def test_the_best_of_n(tmp_path, folder, counting):
     given = world(tmp_path, folder)
     scored = experience.explore(tmp_path, **given, **EXPLORE)

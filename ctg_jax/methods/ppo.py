@@ -110,8 +110,8 @@ def fit(
 
     Args:
       data: prompts. rewards: the first is learned from.
-      beta: β, the KL penalty per nat. target_kl: nats per token that β aims at, by a proportional controller between
-        rounds (Ziegler et al. 2019, eq. 4); None leaves it fixed.
+      beta: β, the KL penalty per nat. target_kl: nats per token that β aims at, see
+        `experience.adapted`; None leaves it fixed.
       calibrate: None, the reward as it is; n, its rank among the base's samples of the same prompt, transformed for
         decoding by the best of n (0: the rank itself). The base's samples are those of the first round.
       rounds, explore, seed, hp: see `quark.fit`; hp are those of `ppo`.
@@ -124,11 +124,11 @@ def fit(
             root, lm=lm, data=data, rewards=rewards, control=policy, round=r, seed=seed, **(explore or {})
         )
         first = first or pool
+        if target_kl is not None and r:
+            beta = experience.adapted(beta, pool, target_kl)
         settings = {**hp, "beta": beta, "seed": seed + r, "calibrate_for": calibrate}
         given = {"pool": pool, "base": None if calibrate is None else first, "start_from": policy}
         policy = stage(root, ppo, settings, lm=lm, **given)
-        if target_kl is not None:
-            beta *= 1 + 0.2 * min(max(policy.metrics()[-1]["kl"] / target_kl - 1, -1.0), 1.0)
     return policy
 
 

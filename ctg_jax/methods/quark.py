@@ -55,7 +55,7 @@ def loss(
     lm: LM, *, kl: float = 0.05, direction: str = "reference_policy", entropy: float = 0.06, unlikelihood: float = 0.0
 ) -> losses.LossFn:
     """Per response token: cross-entropy on the reward token `batch["bin"]`, plus `kl` · KL to the frozen model over the
-    whole vocabulary, minus `entropy` · entropy (Lu et al. 2022, eq. 3 and appendix), plus `unlikelihood` times the
+    whole vocabulary, minus `entropy` · entropy (Lu et al. 2022), plus `unlikelihood` times the
     token-level unlikelihood of what the response has said before (Welleck et al. 2020).
 
     params is the control, frozen = {"params": those of the LM, "kl": float32 [] that multiplies `kl`, optional}.
@@ -104,8 +104,7 @@ def fit(
       rounds: how often.
       explore: settings of `ctg_jax.flow.sample`, such as n (samples of a prompt) and max_new.
       pool: "all" sorts the samples of all rounds again, "last" those of the last.
-      target_kl: nats per token that the KL coefficient aims at, by a proportional controller between rounds (Ziegler et
-        al. 2019, eq. 4); None leaves it fixed.
+      target_kl: nats per token that the KL coefficient aims at, see `experience.adapted`; None leaves it fixed.
       seed: of samples and of training. hp: of `quark`.
     """
     if pool not in ("all", "last"):
@@ -119,11 +118,11 @@ def fit(
                 root, lm=lm, data=data, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
             )
         )
+        if target_kl is not None and r:
+            factor = experience.adapted(factor, seen[-1], target_kl)
         given = {"pool": seen if pool == "all" else seen[-1:], "start_from": control}
         settings = {**hp, "seed": seed + r} | ({} if target_kl is None else {"kl_factor": factor})
         control = stage.stage(root, quark, settings, lm=lm, **given)
-        if target_kl is not None:
-            factor *= 1 + 0.2 * min(max(control.metrics()[-1]["kl"] / target_kl - 1, -1.0), 1.0)
     return control
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode import generate
 from ctg_jax.methods import truncate
 from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
-from ctg_jax.types import InputError, Sampling
+from ctg_jax.types import InputError, Samples, Sampling
 
 _ROWS_PER_PROMPT = 1 << 16  # example ids: prompt * this + number of the sample, so that more samples keep the first
 # What the record of a prompt says about its samples: field there -> field here; judging reads the last two.
@@ -54,8 +54,28 @@ def build(
         if strength is not None:
             control = methods.with_strength(control, strength)
         parts.append(control)
+    if writer(controls, filter) is not generate:
+        return parts[0]
     filters = (truncate.init(model, **filter),) if filter else ()
     return Chain((*filters, *parts) if filter_first else (*parts, *filters))
+
+
+def writer(controls: Sequence[Artifact], filter: Mapping[str, Any] | None = None) -> Callable[..., Samples]:
+    """What completes prompts under these controls: `decode.generate`, or the `write` of a method that is no control of
+    the language model but writes by itself, such as a diffusion model.
+
+    Raises:
+      InputError: such a model together with controls or with a filter, which have nowhere to act.
+    """
+    alone = [a for a in controls if "method" in a.spec and methods.writes(a.spec["method"])]
+    if not alone:
+        return generate
+    name = alone[0].spec["method"]
+    if len(controls) > 1:
+        raise InputError(f"{name} writes without the language model, so no other control can act on it: give it alone")
+    if filter:
+        raise InputError(f"filter is {dict(filter)}, but {name} has no next-token distribution: set filter to {{}}")
+    return methods.get(name).write
 
 
 def same_lm(control: Artifact, lm: Artifact) -> None:
@@ -96,13 +116,14 @@ def sample(
 
     records = prompts.rows("data.jsonl")
     texts = [r.get("prompt", r.get("text", "")) for r in records]
-    control = build(lm, controls, strengths, filter, filter_first)
+    control, write = build(lm, controls, strengths, filter, filter_first), writer(controls, filter)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
     rows = _whole_batches(partial, min(batch, total), total)
     batches = complete(
-        *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows)
-    )
+        *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows),
+        write=write,
+    )  # fmt: skip
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:
         for new in batches:
@@ -134,9 +155,11 @@ def complete(
     batch: int = 64,
     seed: int = 0,
     skip: int = 0,
+    write: Callable[..., Samples] = generate,
 ) -> Iterator[list[dict[str, Any]]]:
     """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
-    a multiple of `batch`. All batches have one shape. Raises InputError as `check_prompts` does."""
+    a multiple of `batch`. All batches have one shape. `write` is what completes a batch, with the signature of
+    `generate`. Raises InputError as `check_prompts` does."""
     from ctg_jax.data.tokenizer import to_prompts
 
     check_prompts(model, tokenizer, texts, max_new)
@@ -151,7 +174,7 @@ def complete(
         ids = np.asarray([i * _ROWS_PER_PROMPT + j for i, j in full])
         prompts = to_prompts(tokenizer, [texts[i] for i, _ in full], seed, ids=ids, length=length)
         started = time.monotonic()
-        out = generate(model, params, prompts, control, sampling)
+        out = write(model, params, prompts, control, sampling)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]

@@ -79,7 +79,8 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     for label, arm in arms:
         mine = []
         for strength, samples in sampled(root, lm, prompts, settings["sample"], arm, settings["methods"]):
-            own = {"kl": False} if "best_of" in arm else {}  # its samples are of no distribution that can be scored
+            unscored = "best_of" in arm or ("method" in arm and methods.writes(arm["method"]))
+            own = {"kl": False} if unscored else {}  # its samples are of no distribution that can be scored
             figures = stage(root, judging.evaluate, {**measure, **own}, samples=samples, **given)
             mine.append(Cell(label, _name(arm), strength, samples, figures, seed=seed))
         smooth = smoothness(root, mine, measure)

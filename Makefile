@@ -5,7 +5,7 @@ PYTHON := $(V)/bin/python
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: test nightly demo lint lock parity clean
+.PHONY: test nightly demo docs lint lock parity clean
 
 test: $(V)/.ok $(V)/.parity ## the default suite, with the parity tests
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
@@ -15,6 +15,10 @@ nightly: $(V)/.ok $(V)/.parity ## everything, the long ones too
 
 demo: $(V)/.ok ## the main job on the bundled corpus; ends with the path of report.html
 	$(PYTHON) experiments/compare.py --config=configs/compare_sentiment.py --root=runs/demo
+
+docs: $(V)/.ok ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(V)/bin/mkdocs build --strict
+	@echo build/site/index.html
 
 lint: $(V)/.ok
 	$(V)/bin/ruff check . && $(V)/bin/ruff format --check .
@@ -32,7 +36,7 @@ $(V)/.parity: $(V)/.ok
 	touch $@
 
 lock: $(V)/.ok ## writes requirements.lock anew from setup.py
-	$(V)/bin/uv pip compile -q --universal --python-version 3.11 setup.py --extra dev --extra tensorboard -o requirements.lock
+	$(V)/bin/uv pip compile -q --universal --python-version 3.11 setup.py --extra dev --extra tensorboard --extra docs -o requirements.lock
 
 clean:
 	rm -rf $(V) runs build dist *.egg-info

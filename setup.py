@@ -48,6 +48,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],  # reference models in tests and benchmarks
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30", "mkdocs>=1.6,<2"],
+        "slurm": ["submitit>=1.5"],  # grids on a cluster: experiments/ablate.py --slurm
         "notebook": ["jupyterlab>=4", "nbconvert>=7", "nbclient>=0.10", "treescope>=0.1.9"],
         "dev": [
             "pytest>=8",
@@ -56,6 +58,9 @@ setup(
             "beartype>=0.19",
             "ruff>=0.12",
             "tensorboardX>=2.6",
+            "submitit>=1.5",
+            "nbclient>=0.10",  # with ipykernel: the notebooks are run by the long tests
+            "ipykernel>=6",
         ],
     },
     classifiers=[

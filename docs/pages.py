@@ -1,0 +1,192 @@
+"""The pages of the site that are made while it is built, so that nothing is written twice; a hook of mkdocs.
+
+The home page comes from README.md, a page for each method from its docstrings, its configuration and RESULTS.md, the
+laws from their tests, the reference from the package, how to cite from CITATION.cff.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import textwrap
+import tokenize
+from pathlib import Path
+
+import yaml
+from markdown.extensions.toc import slugify
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ROOT / "ctg_jax" / "methods"
+PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
+WRITTEN = {"Design": "design.md", "A new method": "new_method.md"}  # the pages that docs/ holds
+DIFFERS = re.compile(r"\b(papers?|authors?)\b")
+
+
+def on_config(config):
+    """The navigation: what docs/ holds and what `pages` makes."""
+    made = pages()
+    methods = [{Path(p).stem: p} for p in made if p.startswith("methods/") and p != "methods/index.md"]
+    reference = [{Path(p).stem.removeprefix("ctg_jax."): p} for p in made if p.startswith("api/")]
+    config.nav = [
+        {"Home": "index.md"},
+        {"Methods": ["methods/index.md", *methods]},
+        *({title: path} for title, path in WRITTEN.items()),
+        {"Laws": "laws.md"},
+        {"Results": "results.md"},
+        {"Reference": reference},
+        {"How to cite": "cite.md"},
+    ]
+    return config
+
+
+def on_files(files: Files, config) -> Files:
+    """The files of docs/ and the pages that are made."""
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def pages() -> dict[str, str]:
+    """Path in the site -> Markdown, of every page that is made."""
+    readme, results = (linked((ROOT / name).read_text("utf-8")) for name in ("README.md", "RESULTS.md"))
+    names = sorted(p.stem for p in METHODS.glob("*.py") if p.stem != "__init__")
+    table = section(readme, "Methods").split("\nA method is one file")[0]
+    for name in names:
+        readme = readme.replace(f"\n| `{name}` |", f"\n| [`{name}`](methods/{name}.md) |")
+        table = table.replace(f"\n| `{name}` |", f"\n| [`{name}`]({name}.md) |")
+    made = {
+        "index.md": readme,
+        "results.md": results,
+        "laws.md": laws(),
+        "cite.md": cite(table.replace("](", "](methods/")),
+        "methods/index.md": f"# Methods\n{table}",
+    }
+    made |= {f"methods/{name}.md": method(name, results) for name in names}
+    for module in modules():
+        made[f"api/{module}.md"] = f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+    return made
+
+
+def linked(text: str) -> str:
+    """Links of a file in the root of the checkout as links of a page in the root of the site."""
+    for here, there in PLACES.items():
+        text = text.replace(f"]({here})", f"]({there})").replace(f"[{here}]", f"[{Path(there).stem}]")
+    return re.sub(r"\]\(docs/", "](", text).replace("[docs/", "[")
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def method(name: str, results: str) -> str:
+    """A page: what the module says of itself, its configuration, what was measured, known differences, reference."""
+    source = (METHODS / f"{name}.py").read_text("utf-8")
+    about = ast.get_docstring(ast.parse(source))
+    parts = [f"# {name}", about]
+    file = ROOT / "configs" / f"{name}.py"
+    config = file.read_text("utf-8") if file.exists() else ""
+    if not config:
+        uses = [p for p in sorted(file.parent.glob("*.py")) if f'method="{name}"' in p.read_text("utf-8")]
+        file, config = (uses[0], uses[0].read_text("utf-8")) if uses else (file, "")
+    differences = [*remarks(source, f"ctg_jax/methods/{name}.py"), *remarks(config, f"configs/{file.name}")]
+    parts += [
+        "## Known differences from the paper and the authors' code",
+        "\n".join(differences) or "None is recorded.",
+    ]
+    parts += ["## Results", measured(name, about, results)]
+    if config:
+        parts += ["## Configuration", f"`configs/{file.name}`", f"```python\n{config.strip()}\n```"]
+    parts.append("## Reference")
+    options = "\n    options:\n      heading_level: 3\n      show_root_full_path: false"
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            parts.append(f"::: ctg_jax.methods.{name}.{node.name}{options}")
+    return "\n\n".join(parts) + "\n"
+
+
+def remarks(source: str, file: str) -> list[str]:
+    """The sentences in docstrings and comments of a file that speak of the paper or its authors, as list items."""
+    if not source:
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            where = "" if isinstance(node, ast.Module) else f", `{node.name}`"
+            blocks = re.split(r"\n\s*\n|\n(?=\s*\w+(?:, \w+)*: )", text)
+            found += [(where, " ".join(block.split())) for block in blocks]
+    run: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            run.append(token.string.lstrip("# "))
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE) and run:
+            found, run = [*found, ("", " ".join(run))], []
+    items = []
+    for where, text in found:
+        kept = [s for s in re.split(r"(?<=[.;])\s+(?=[A-Z(`])", text) if DIFFERS.search(s)]
+        if kept:
+            items.append(f"- {' '.join(kept)} (`{file}`{where})")
+    return items
+
+
+def measured(name: str, about: str, results: str) -> str:
+    """The rows of RESULTS.md that bear the method's name, with their header, and the sections that speak of it."""
+    title = re.split(r"[:(,]| as | against ", about)[0].strip()
+    word = re.compile(rf"\b({re.escape(name)}|{re.escape(title)})\b", re.IGNORECASE)
+    parts, others = [], []
+    for text in re.split(r"\n(?=## )", results)[1:]:
+        heading = text.splitlines()[0].removeprefix("## ")
+        link = f"[{heading}](../results.md#{slugify(heading, '-')})"
+        rows = own_rows(text, name)
+        if rows:
+            parts.append(f"From {link}:\n\n" + "\n".join(rows))
+        elif word.search(text):
+            others.append(f"- {link}")
+    if others:
+        parts.append("It is also spoken of in\n\n" + "\n".join(others))
+    return "\n\n".join(parts) or "Nothing was recorded yet."
+
+
+def own_rows(text: str, name: str) -> list[str]:
+    """The first table of a section that has rows of the method: header and those rows."""
+    for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        header, line, *rows = table.strip().splitlines()
+        own = [row for row in rows if re.fullmatch(rf"{name}(_\w+)?", row.split("|")[1].strip())]
+        if own:
+            return [header, line, *own]
+    return []
+
+
+def laws() -> str:
+    """The tests of tests/laws as statements with their proofs."""
+    source = (ROOT / "tests" / "laws" / "test_laws.py").read_text("utf-8")
+    tree = ast.parse(source)
+    parts = ["# The laws", ast.get_docstring(tree), "Each is a test; the name of the test is the law."]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            statement = node.name.removeprefix("test_").replace("_", " ")
+            code = textwrap.dedent(ast.get_source_segment(source, node))
+            parts += [f"## {statement[0].upper()}{statement[1:]}", f"```python\n{code}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def modules() -> list[str]:
+    """The modules of the package that have a page of reference; methods have theirs with the rest of what they are."""
+    files = sorted((ROOT / "ctg_jax").rglob("*.py"))
+    dotted = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files]
+    return [m for m in dotted if not m.startswith("ctg_jax.methods.")]
+
+
+def cite(table: str) -> str:
+    """How to cite, from CITATION.cff."""
+    facts = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    authors = " and ".join(a.get("name") or f"{a['family-names']}, {a['given-names']}" for a in facts["authors"])
+    year = str(facts["date-released"])[:4]
+    entry = {"title": facts["title"], "author": f"{{{authors}}}", "version": facts["version"], "year": year}
+    fields = "".join(f"  {key:<7} = {{{value}}},\n" for key, value in entry.items())
+    return (
+        f"# How to cite\n\n{facts['message']}\n\n```bibtex\n@software{{ctg_jax,\n{fields}}}\n```\n\n"
+        f"## The papers\n{table}"
+    )

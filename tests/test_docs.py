@@ -1,0 +1,52 @@
+"""The site: a page for every method, and a strict build (the long tests)."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ctg_jax import methods
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pages():
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("pages", HERE / "docs" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_has_a_page_made_of_its_own_words(pages, name):
+    page, module = pages[f"methods/{name}.md"], methods.get(name)
+    assert module.__doc__.strip().splitlines()[0] in page
+    assert f"::: ctg_jax.methods.{name}." in page and f"({name}.md)" in pages["methods/index.md"]
+    config = HERE / "configs" / f"{name}.py"
+    assert not config.exists() or config.read_text().strip() in page
+
+
+def test_what_was_measured_and_what_differs_is_found(pages):
+    quark = pages["methods/quark.md"]
+    assert "| quark | highest | 0.686" in quark and "results.md#quark-a-real-lm-on-negative-prompts" in quark
+    assert "the paper's" in quark and "`loss`" in quark
+    assert "| quark" not in pages["methods/gdc.md"]
+
+
+def test_the_laws_and_how_to_cite(pages):
+    assert "## A row alone is the row in its batch" in pages["laws.md"]
+    assert "@software{ctg_jax," in pages["cite.md"] and "{2026}" in pages["cite.md"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(pages, tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    assert (tmp_path / "methods" / "quark" / "index.html").is_file()

@@ -13,7 +13,7 @@ measures perplexity, is there (15 minutes).
 from configs import reward
 
 SETTINGS = dict(tokens=5, kl=0.05, entropy=0.06)
-REVIEWS = SETTINGS | dict(steps=300, rounds=5, entropy=0.0)
+REVIEWS = SETTINGS | dict(steps=300, entropy=0.0)
 
 
 def arms(arg):

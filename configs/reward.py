@@ -74,7 +74,7 @@ def yelp(label=0):
             data=dict(source=train, split="all", words=4, where=dict(label=label), limit=1000),
             rewards=dict(sentiment=towards | dict(heldout=parts["judges"]["positive"]["heldout"])),
             explore=dict(n=4, max_new=20, batch=200),
-            rounds=4,
+            rounds=5,
             steps=150,
             batch=32,
         ),

@@ -1,0 +1,155 @@
+"""Samplers of Gaussian diffusion, each one `lax.scan`, and their guides.
+
+A model is its estimate of the clean latent, `estimate(z [B, …], gamma [B]) -> x [B, …]`; a guide is an energy of that
+estimate, whose gradient moves it. Every row has a key of its own, so a row does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ctg_jax import rng
+from ctg_jax.models.diffusion import Schedule, alpha_sigma, rows
+from ctg_jax.types import InputError
+
+Estimate = Callable[[jax.Array, jax.Array], jax.Array]  # (z [B, …], gamma [B]) -> x [B, …]
+Energy = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, …], gamma [B]) -> [B]
+# What a sampler may do to each new latent: (z [B, …], x [B, …], the γ of z [B], keys [B]) -> z
+Edit = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+
+
+def guided(estimate: Estimate, energy: Energy, scale: jax.Array | float) -> Estimate:
+    """The estimate of a model whose density is multiplied by exp(-scale · energy).
+
+    The score at z gains -scale · ∇_z energy(x̂(z)), which is x̂ - scale · (σ² / α) ∇_z energy (Dhariwal and Nichol 2021,
+    with the classifier read at the clean estimate). It is exact where log E[exp(-energy(x)) | z] is that of the
+    estimate up to a constant: for a Gaussian x and a linear energy. At scale 0 it is the estimate to the bit.
+
+    Args:
+      scale: float [] or [B].
+    """
+
+    def moved(z, gamma):
+        def total(z):
+            x = estimate(z, gamma)
+            return jnp.sum(energy(x, gamma)), x
+
+        gradient, x = jax.grad(total, has_aux=True)(z)
+        alpha, sigma = alpha_sigma(gamma)
+        return x - rows(jnp.asarray(scale, jnp.float32) * sigma**2 / alpha, x) * gradient
+
+    return moved
+
+
+def classifier_free(conditioned: Estimate, unconditioned: Estimate, weight: jax.Array | float) -> Estimate:
+    """weight · conditioned + (1 - weight) · unconditioned (Ho and Salimans 2022); at weight 1 the first to the bit."""
+
+    def mixed(z, gamma):
+        w = rows(jnp.asarray(weight, jnp.float32), z)
+        return w * conditioned(z, gamma) + (1 - w) * unconditioned(z, gamma)
+
+    return mixed
+
+
+def averaged(energy: Energy, keys: jax.Array, samples: int, deviation: Callable[[jax.Array], jax.Array]) -> Energy:
+    """-log of the mean of exp(-energy) over Gaussian noise around the estimate: the classifier's likelihood averaged
+    over what the clean latent may be (Monte Carlo, Song et al. 2023, "Loss-guided diffusion").
+
+    Exact where the clean latent given z is normal with that deviation: for a standard normal latent it is σ.
+
+    Args:
+      keys: [B], of the rows.
+      samples: of the noise; 0 is the energy itself.
+      deviation: γ [B] -> the noise's deviation [B].
+    """
+    if samples < 0:
+        raise InputError(f"samples is {samples}, expected 0 or more.")
+    if samples == 0:
+        return energy
+
+    def mean(x, gamma):
+        width = rows(deviation(gamma), x)
+
+        def one(i):
+            return -energy(x + width * noise(rng.at_step(keys, i), x.shape[1:]), gamma)
+
+        values = jax.vmap(one)(jnp.arange(samples))
+        return jnp.log(samples) - jax.nn.logsumexp(values, axis=0)
+
+    return mean
+
+
+def noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal float32 [B, *shape], each row from its own key [B]."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def sample(
+    estimate: Estimate,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+    steps: int = 50,
+    sampler: str = "ddpm",
+    variance: float = 0.2,
+    edit: Edit | None = None,
+) -> jax.Array:
+    """Draws clean latents float32 [B, *shape], one for each key [B].
+
+    Args:
+      estimate: the model, guided or not.
+      schedule: where the steps stand, evenly in time.
+      steps: calls of `estimate`.
+      sampler: "ddpm", ancestral (Ho et al. 2020); "ddim", deterministic given the first noise (Song et al. 2021); or
+        "dpm++", DPM-Solver++ (2M), of second order and deterministic too (Lu et al. 2022).
+      variance: of "ddpm": log-interpolates between the smallest (0) and the largest (1) variance of a step (Nichol
+        and Dhariwal 2021, eq. 15).
+      edit: changes every latent but the last, which is the estimate itself.
+
+    Raises:
+      InputError: an unknown sampler, or fewer than one step.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}.")
+    if steps < 1:
+        raise InputError(f"steps is {steps}, expected at least 1.")
+    gammas = schedule.log_snr(jnp.linspace(1.0, 0.0, steps + 1))
+    batch = keys.shape[0]
+    z = noise(rng.at_step(keys, 0), shape)
+
+    def ddpm(z, x, before, gamma, then, i):
+        (alpha, sigma), (alpha_then, sigma_then) = alpha_sigma(gamma), alpha_sigma(then)
+        gain = -jnp.expm1(gamma - then)  # the share of the noise that this step removes
+        mean = alpha_then * (z * (1 - gain) / alpha + gain * x)
+        deviation = sigma_then ** (1 - variance) * sigma**variance * jnp.sqrt(gain)
+        return mean + deviation * noise(rng.at_step(keys, i + 1), shape)
+
+    def ddim(z, x, before, gamma, then, i):
+        (alpha, sigma), (alpha_then, sigma_then) = alpha_sigma(gamma), alpha_sigma(then)
+        return alpha_then * x + sigma_then * (z - alpha * x) / sigma
+
+    def solver(z, x, before, gamma, then, i):
+        (_, sigma), (alpha_then, sigma_then) = alpha_sigma(gamma), alpha_sigma(then)
+        h, previous = (then - gamma) / 2, (gamma - gammas[jnp.maximum(i - 1, 0)]) / 2
+        ahead = jnp.where(i == 0, 0.0, h / (2 * jnp.where(i == 0, 1.0, previous)))
+        return sigma_then / sigma * z - alpha_then * jnp.expm1(-h) * (x + ahead * (x - before))
+
+    move = {"ddpm": ddpm, "ddim": ddim, "dpm++": solver}[sampler]
+
+    def step(carry, i):
+        z, before = carry
+        gamma, then = gammas[i], gammas[i + 1]
+        x = estimate(z, jnp.full((batch,), gamma))
+        z = move(z, x, before, gamma, then, i)
+        if edit is not None:
+            z = edit(z, x, jnp.full((batch,), then), rng.at_step(keys, steps + 1 + i))
+        return (z, x), None
+
+    (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), jnp.arange(steps - 1))
+    return estimate(z, jnp.full((batch,), gammas[steps - 1]))

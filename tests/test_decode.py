@@ -141,7 +141,7 @@ def test_draw_follows_the_distribution_and_never_takes_a_removed_token():
     z = jnp.where(q > 0, jnp.log(jnp.maximum(q, 1e-9)), truncate.NEG).astype(jnp.float32)
     n = 20_000
     for blocks in (1, 2, 4, 256):
-        tokens = decode.draw(jax.random.split(jax.random.key(blocks), n), jnp.broadcast_to(z, (n, 6)), blocks)
+        tokens = rng.draw(jax.random.split(jax.random.key(blocks), n), jnp.broadcast_to(z, (n, 6)), blocks)
         counts = np.bincount(tokens, minlength=6) / n
         assert (counts[q == 0] == 0).all()
         assert np.abs(counts - q).max() < 4 * np.sqrt(0.25 / n)

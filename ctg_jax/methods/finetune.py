@@ -196,7 +196,7 @@ def learn(
 
 def keep(run: Run, control: Control, method: str, init: Mapping[str, Any]) -> None:
     """Ends a stage that trained: saves the control for `methods.load`, which calls the method's `init(lm, key, **init)`
-    for its shapes, and removes the optimizer states, which have served."""
+    for its shapes, and removes the optimizer states, if there were any, which have served."""
     run.record(method=method, init=dict(init))
     checkpoint.save(run.path / "state", control)
-    shutil.rmtree(run.path / "steps")
+    shutil.rmtree(run.path / "steps", ignore_errors=True)

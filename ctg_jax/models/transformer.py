@@ -41,6 +41,8 @@ class Transformer:
       dtype: of activations and products ("float32", "bfloat16"); norms, softmax and logits are float32.
       param_dtype: of initialised parameters.
       remat: recompute each block in the backward pass.
+      causal: a token attends to itself and those before it; False: to every token of its row, as the denoiser of a
+        diffusion model does. Such a network reads whole rows, so it has no cache.
     """
 
     vocab: int
@@ -68,6 +70,7 @@ class Transformer:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    causal: bool = True
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -125,6 +128,8 @@ class Transformer:
         return upper, params and {**params, "layers": self.unstack(params)["layers"][site:]}
 
     def init_cache(self, params: Params, batch: int, length: int) -> Cache:
+        if not self.causal:
+            raise InputError("a network with causal=False reads whole rows and has no cache: call apply without one.")
         shape = (batch, self.kv_heads, length, self.head_dim)
 
         def empty():
@@ -163,7 +168,7 @@ class Transformer:
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         if cache is None:
             t = jnp.arange(x.shape[1])
-            allowed = mask[:, None, :] & (t[None, :, None] >= t[None, None, :])
+            allowed = mask[:, None, :] & ((t[None, :, None] >= t[None, None, :]) | (not self.causal))
             prefix = control.prefix(state)
         else:
             pos = pos + cache.offset[:, None]

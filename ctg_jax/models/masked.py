@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ctg_jax import rng
-from ctg_jax.types import InputError
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.types import InputError, Params
 
 SCHEDULES = ("loglinear", "linear", "cosine")
 FINALS = ("draw", "argmax")
@@ -168,6 +169,22 @@ def first_order(gradient: jax.Array, table: jax.Array, mask: int) -> jax.Array:
     an exact ratio is the posterior.
     """
     return jnp.einsum("bsd,vd->bsv", gradient, table - table[mask][None])
+
+
+def denoise(net: Transformer, params: Params, x: jax.Array) -> jax.Array:
+    """Logits float32 [B, S, V + 1] that a network with `causal=False` gives for rows x int [B, S]."""
+    return net.apply(params, net.embed(params, x), jnp.ones(x.shape, bool)).logits
+
+
+def classify(net: Transformer, params: Params, head: Params, e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log p(class | row) float32 [B, C], logits [B, S, V + 1]) of rows that are embedded already, e [B, S, D].
+
+    The classifier, {"kernel": [C, (L + 2) D], "bias": [C]}, is linear in the means over a row of the network's states
+    at every site; the lowest of them is the embeddings themselves, in which first order is exact.
+    """
+    out = net.apply(params, e, jnp.ones(e.shape[:2], bool), tap=lambda h: jnp.mean(h.astype(jnp.float32), axis=1))
+    means = jnp.concatenate([*out.taps], axis=-1)
+    return jax.nn.log_softmax(means @ head["kernel"].T + head["bias"][None], axis=-1), out.logits
 
 
 def check(schedule: str) -> None:

@@ -1,0 +1,65 @@
+"""MDLM: a masked diffusion language model beside an autoregressive one of the same size, on the same texts.
+
+Sources: Sahoo et al. 2024; guidance: Nisonoff et al. 2024, Schiff et al. 2024.
+
+    python experiments/main.py --config=configs/mdlm.py[:yelp|:tiny]
+    python experiments/ablate.py --config=configs/mdlm.py[:yelp|:tiny]
+
+The stage `bound` leaves nats per token of held-out texts in runs/bound-…/metrics.jsonl: an upper bound for MDLM, exact
+for the LM.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import reward, sentiment
+
+REVIEWS = sentiment.REVIEWS
+TINY = dict(width=16, depth=1, heads=2, length=64, steps=2, batch=4, draws=2, warmup=1)
+SETTINGS = dict(
+    bundled=dict(
+        data=dict(source=REVIEWS, where=dict(topic=0)),
+        fit=dict(
+            width=128, depth=2, length=104, batch=16, steps=1200, heldout=dict(source=REVIEWS, split="test", limit=200)
+        ),
+        strengths=(0.0, 1.0, 3.0),
+    ),
+    tiny=dict(
+        data=dict(source=REVIEWS, limit=64),
+        fit=dict(TINY, heldout=dict(source=REVIEWS, split="test", limit=4), guide=dict(steps=2, batch=4)),
+        strengths=(0.0, 1.0),
+    ),
+)
+
+
+def yelp():
+    """The texts that the LM was trained on, as many positive as negative prompts, and the larger LM of reviews to
+    measure perplexity."""
+    parts = sentiment.yelp()
+    folder = parts["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
+    lm = reward.yelp()["evaluate"]["fluency"]
+    larger = dict(parts["evaluate"], lm_name="yelp-gpt2-mini", fluency=parts["lm"])
+    arm = dict(
+        data=lm["data"],
+        fit=dict(
+            width=128, depth=4, length=32, batch=32, draws=2, steps=4000,
+            heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all"),
+        ),
+        strengths=(0.0, 1.0, 2.0, 4.0),
+    )  # fmt: skip
+    prompts = dict(parts["prompts"], limit=25)
+    return parts | dict(lm=dict(lm, source=""), prompts=prompts, evaluate=larger), arm
+
+
+def get_config(arg="bundled"):
+    parts, arm = yelp() if arg == "yelp" else (sentiment.world(arg), sentiment.of_world(SETTINGS, arg))
+    del parts["train"]
+    # A diffusion model has no next-token distribution that top-p could cut, so the base has none either.
+    methods = dict(base=dict(method="truncate", filter={}), mdlm=dict(method="mdlm", filter={}, **arm))
+    return ConfigDict({"title": "MDLM", **parts, "methods": methods})
+
+
+def sweep():
+    for reveal in (8, 32):
+        yield {"methods.mdlm.fit.guide.reveal": reveal}
+    for block in (1, 8):
+        yield {"methods.mdlm.fit.guide.block": block}

@@ -78,6 +78,16 @@ def writer(controls: Sequence[Artifact], filter: Mapping[str, Any] | None = None
     return methods.get(name).write
 
 
+def conditions(controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What controls read for each row that is made from the text of its prompt, name -> [n, …]: the `conditions` of the
+    methods that have them, such as the embedding of the prompt."""
+    found: dict[str, np.ndarray] = {}
+    for artifact in controls:
+        make = getattr(methods.get(artifact.spec["method"]), "conditions", None)
+        found |= make(artifact, lm, texts) if make else {}
+    return found
+
+
 def same_lm(control: Artifact, lm: Artifact) -> None:
     """InputError where a control was fitted on another language model than `lm`."""
     fitted = control.spec.get("fingerprints", {}).get("lm")
@@ -122,7 +132,7 @@ def sample(
     rows = _whole_batches(partial, min(batch, total), total)
     batches = complete(
         *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows),
-        write=write,
+        write=write, cond=conditions(controls, lm, texts),
     )  # fmt: skip
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:
@@ -156,10 +166,11 @@ def complete(
     seed: int = 0,
     skip: int = 0,
     write: Callable[..., Samples] = generate,
+    cond: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
     a multiple of `batch`. All batches have one shape. `write` is what completes a batch, with the signature of
-    `generate`. Raises InputError as `check_prompts` does."""
+    `generate`; `cond` what the texts bring for controls, name -> [n, …]. Raises InputError as `check_prompts` does."""
     from ctg_jax.data.tokenizer import to_prompts
 
     check_prompts(model, tokenizer, texts, max_new)
@@ -172,7 +183,9 @@ def complete(
         part = work[at : at + batch]
         full = part + [part[0]] * (batch - len(part))
         ids = np.asarray([i * _ROWS_PER_PROMPT + j for i, j in full])
-        prompts = to_prompts(tokenizer, [texts[i] for i, _ in full], seed, ids=ids, length=length)
+        rows = [i for i, _ in full]
+        own = {name: values[rows] for name, values in cond.items()} if cond else None
+        prompts = to_prompts(tokenizer, [texts[i] for i in rows], seed, ids=ids, length=length, cond=own)
         started = time.monotonic()
         out = write(model, params, prompts, control, sampling)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))

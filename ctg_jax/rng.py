@@ -14,6 +14,11 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, word)
 
 
+def named(keys: jax.Array, name: str) -> jax.Array:
+    """`stream` of each of the keys [B]."""
+    return jax.vmap(lambda key: stream(key, name))(keys)
+
+
 def per_example(key: jax.Array, ids: jax.Array) -> jax.Array:
     """Keys [B] for example ids int [B]: ``fold_in(key, id)`` for each row."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(ids))

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctg_jax"
 LAYERS = [
-    {"types", "tree", "rng"},
+    {"types", "tree", "rng", "locks"},
     {"control", "bricks", "parallel", "checkpoint", "metrics"},
     {"models"},
     {
@@ -25,7 +25,7 @@ LAYERS = [
         "invert",
         "calibrate",
     },
-    {"methods", "flow", "experience"},
+    {"methods", "flow", "experience", "embeddings", "latent_diffusion"},
     {"latents"},
 ]
 HOMES = {  # library -> the parts of the package that may import it

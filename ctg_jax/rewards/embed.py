@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +67,34 @@ def sentence_embedder(
     """
     encoder, params, encode = load_text_encoder(path, dtype=dtype, length=length)
     return Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mean:
+    """A language model as an encoder: the mean of its final states over the tokens of a text."""
+
+    lm: Any
+    pad: int
+
+    @property
+    def context(self) -> int:
+        return self.lm.context
+
+    @property
+    def embed_width(self) -> int:
+        return self.lm.width
+
+    @partial(jax.jit, static_argnums=0)
+    def embed(self, params, tokens, mask):
+        x = self.lm.apply(params, self.lm.embed(params, tokens), mask, last=1).hidden.astype(jnp.float32)
+        some = mask[:, :, None].astype(jnp.float32)
+        return jnp.sum(x * some, axis=1) / jnp.sum(some, axis=1)
+
+
+def lm_embedder(lm, params: Params, tokenizer, *, batch: int = 64) -> Embedder:
+    """An `Embedder` out of a language model itself, where no sentence encoder is at hand; see `_Mean`."""
+    pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
+    return Embedder(_Mean(lm, pad), params, tokenizer.encode, name="mean-of-states", batch=batch)
 
 
 def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int | None = None):

@@ -2,7 +2,7 @@
 
 Source: Lu et al. 2022.
 
-    python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:tiny]
+    python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:repetition|:toxicity|:tiny]
     python experiments/ablate.py --config=configs/quark.py[:yelp|:tiny]
 
 Expected: the share of positive text rises with the quantile asked for and with the rounds. Yelp: from .32 without
@@ -19,8 +19,12 @@ REVIEWS = SETTINGS | dict(steps=300, entropy=0.0)
 def arms(arg):
     strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
     # Each quantile sees a fifth of the updates. The paper's entropy bonus makes this small LM of reviews ramble.
-    fit = {"bundled": SETTINGS | dict(steps=300), "tiny": SETTINGS}.get(arg, REVIEWS)
-    return dict(quark=dict(method="quark", strengths=strengths, fit=fit))
+    fit = {"bundled": SETTINGS | dict(steps=300), "tiny": SETTINGS, "repetition": REVIEWS | dict(steps=150)}
+    fit = fit.get(arg, REVIEWS)
+    quark = dict(method="quark", strengths=strengths, fit=fit)
+    if arg == "repetition":  # the paper shows it with and without
+        return dict(quark=quark, quark_unlikelihood=quark | dict(fit=fit | dict(unlikelihood=0.5)))
+    return dict(quark=quark)
 
 
 def get_config(arg="bundled"):

@@ -92,7 +92,8 @@ def repetition():
         prompts=reviews | dict(limit=100),
         sample=dict(n=1, max_new=64, batch=100, greedy=True),
         judges=diversity,
-        evaluate=parts["evaluate"] | dict(kl=False),  # which is estimated on samples, and these are greedy
+        evaluate=parts["evaluate"]
+        | dict(kl=False, human=reviews | dict(skip=600, limit=500)),  # KL is estimated on samples, these are greedy
         learn=dict(
             data=reviews | dict(skip=100, limit=500),
             rewards=diversity,

@@ -1,5 +1,5 @@
-"""The stage `sample` and what it is made of: the chain of controls, and completions of prompts under it; with
-`ctg_jax.sources`, `ctg_jax.judging` and the `fit` of the methods it is every experiment."""
+"""The stages `sample` and `human`, and what they are made of: the chain of controls, and completions of prompts under
+it; with `ctg_jax.sources`, `ctg_jax.judging` and the `fit` of the methods it is every experiment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctg_jax import methods
+from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode import generate
 from ctg_jax.methods import truncate
@@ -150,6 +150,43 @@ def sample(
         row["seconds"] = float(np.median(later)) if later else row["seconds"]
     write_jsonl(run.path / "samples.jsonl", rows)
     partial.unlink()
+
+
+def human(
+    run: Run,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    controls: Sequence[Artifact] = (),
+    strengths: Sequence[float | None] = (),
+    length: int = 64,
+    batch: int = 32,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> None:
+    """Stage: what control costs where people wrote. Writes the perplexity of the controlled LM on human continuations
+    of the prompts in `data`, over all their tokens, to metrics.jsonl under the name human_perplexity.
+
+    No rule that leaves tokens out, such as top-p, takes part: under it human text has probability 0.
+
+    Args:
+      data: texts and their prompts, see `ctg_jax.data.completions.continuations`.
+      length: tokens of a continuation, at most; the LM must have room for them behind one token of the prompt.
+      controls, strengths: see `build`.
+      seed, resamples: of the bootstrap over texts.
+
+    Raises:
+      InputError: what `build` and `continuations` raise.
+    """
+    from ctg_jax.data.completions import continuations
+
+    records = data.rows("data.jsonl")
+    model, params, tokenizer = open_lm(lm)
+    reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=build(lm, controls, strengths))
+    heads = reader.heads([r.get("prompt", r["text"]) for r in records])
+    nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, model.context - 1)))
+    boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
+    run.log(name="human_perplexity", **evaluation.Perplexity("pooled").figure(boot, nats, tokens).as_json())
 
 
 def complete(

@@ -4,7 +4,8 @@ lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": sett
 prompts   settings of `load_data`
 sample    settings of `sample`; its `filter` holds for every method that has none of its own
 judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
-evaluate  settings of `evaluate`, with `references` as settings of `load_data` and `fluency` as a section like lm
+evaluate  settings of `evaluate`, with `references` as settings of `load_data` and `fluency` as a section like lm; with
+          `human`, settings of `load_data` for texts cut to `words`, also their perplexity under each method
 methods   label -> {"method": name, "fit": its settings, "data": settings of `load_data`, "strengths": (…),
           "filter": settings of `truncate`, "filter_first": bool, "rewards": name -> settings of `fit_judge`,
           "best_of": (n, …)}, all but `method` optional; methods learn from `rewards` on the prompts in `data`;
@@ -17,6 +18,7 @@ methods   label -> {"method": name, "fit": its settings, "data": settings of `lo
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +56,7 @@ class Cell:
     smooth: Artifact | None = None
     seed: int = 0  # of the samples
     rounds: Artifact | None = None  # what a method that learns from its own samples sampled, round by round
+    human: Artifact | None = None  # the perplexity of human text under it
 
 
 def run(root: str, config: ConfigDict) -> list[Cell]:
@@ -70,6 +73,8 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     measure = dict(settings["evaluate"])
     human = measure.pop("references", None)
     human = stage(root, sources.load_data, human) if human else None
+    written = measure.pop("human", None)
+    written = stage(root, sources.load_data, written) if written else None
     other = measure.pop("fluency", None)
     given = dict(judges=judges, lm=lm, references=human, fluency=language_model(root, other) if other else None)
     seed = settings["sample"].get("seed", 0)
@@ -78,11 +83,17 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     arms = sorted(settings["methods"].items(), key=lambda item: (_name(item[1]) != "truncate", item[0]))
     for label, arm in arms:
         mine = []
-        for strength, samples in sampled(root, lm, prompts, settings["sample"], arm, settings["methods"]):
+        for strength, samples, chain in sampled(root, lm, prompts, settings["sample"], arm, settings["methods"]):
             unscored = "best_of" in arm or ("method" in arm and methods.writes(arm["method"]))
             own = {"kl": False} if unscored else {}  # its samples are of no distribution that can be scored
             figures = stage(root, judging.evaluate, {**measure, **own}, samples=samples, **given)
-            mine.append(Cell(label, _name(arm), strength, samples, figures, seed=seed))
+            read = None
+            if written is not None and not unscored:
+                options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
+                read = stage(
+                    root, flow.human, options | {"strengths": chain[1]}, lm=lm, data=written, controls=chain[0]
+                )
+            mine.append(Cell(label, _name(arm), strength, samples, figures, seed=seed, human=read))
         smooth = smoothness(root, mine, measure)
         rounds = sampled_rounds(root, lm, arm, measure)
         cells += [dataclasses.replace(cell, smooth=smooth, rounds=rounds) for cell in mine]
@@ -124,7 +135,10 @@ def check(settings: dict[str, Any]) -> None:
                 known = [name for name, arm in settings["methods"].items() if "chain" not in arm]
                 raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
         if "chain" not in arm:
-            methods.get(arm["method"])
+            fit = inspect.signature(getattr(methods.get(arm["method"]), "fit", lambda **any: None)).parameters
+            for key in arm.get("fit", ()):
+                if key not in fit and not any(p.kind is p.VAR_KEYWORD for p in fit.values()):
+                    raise InputError(f"methods.{label}.fit has no setting {key!r}{nearest(key, fit)}")
 
 
 def language_model(root: str, settings: dict[str, Any]) -> Artifact:
@@ -173,8 +187,9 @@ def sampled(
     common: dict[str, Any],
     arm: dict[str, Any],
     others: dict[str, dict[str, Any]],
-) -> Iterator[tuple[float | None, Artifact]]:
-    """(strength, samples) of one method at each of its strengths; `others` are the methods a chain may name."""
+) -> Iterator[tuple[float | None, Artifact, tuple[list[Artifact], list[float | None]]]]:
+    """(strength, samples, (controls, their strengths)) of one method at each of its strengths; `others` are the methods
+    a chain may name."""
     if "best_of" in arm:
         yield from best_of(root, lm, prompts, common, arm)
         return
@@ -190,16 +205,17 @@ def sampled(
             strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
         ]
         settings = {**common, **own, "strengths": strengths}
-        yield strength, stage(root, flow.sample, settings, lm=lm, prompts=prompts, controls=controls)
+        samples = stage(root, flow.sample, settings, lm=lm, prompts=prompts, controls=controls)
+        yield strength, samples, (controls, strengths)
 
 
 def best_of(
     root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: dict[str, Any]
-) -> Iterator[tuple[float, Artifact]]:
-    """(n, samples), each sample the best of n of the frozen model; larger n draw more of the same ones."""
+) -> Iterator[tuple[float, Artifact, tuple[list, list]]]:
+    """(n, samples, no controls), each sample the best of n of the frozen model; larger n draw more of the same ones."""
     own = {key: arm[key] for key in ("filter",) if key in arm}
     for n in arm["best_of"]:
         settings = {**common, **own, "n": n * common.get("n", 1)}
         samples = stage(root, flow.sample, settings, lm=lm, prompts=prompts)
         scored = stage(root, experience.score, {}, samples=samples, rewards=rewards(root, arm), lm=lm)
-        yield float(n), stage(root, experience.best, {"n": n}, scored=scored)
+        yield float(n), stage(root, experience.best, {"n": n}, scored=scored), ([], [])

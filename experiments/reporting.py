@@ -22,9 +22,15 @@ def write(root: str, spec: str, config: ConfigDict, cells: Sequence[Cell]) -> Pa
     return _write(root, spec, config, [_row(cell) for cell in cells], [_smooth(cell) for cell in cells], cells)
 
 
-def write_grid(root: str, spec: str, config: ConfigDict, cells: Sequence[tuple[dict[str, Any], Cell]]) -> Path:
+def write_grid(
+    root: str,
+    spec: str,
+    config: ConfigDict,
+    cells: Sequence[tuple[dict[str, Any], Cell]],
+    about: dict[str, str] | None = None,
+) -> Path:
     """Writes the report of a grid: pairs of changed settings and a cell. A setting of one method is a column of that
-    method's rows alone, and a cell that several settings share is shown once."""
+    method's rows alone, and a cell that several settings share is shown once. `about`: more facts for the report."""
     rows, smooth, seen = [], [], {}
     for changes, cell in cells:
         if cell.figures.id in seen:
@@ -40,11 +46,14 @@ def write_grid(root: str, spec: str, config: ConfigDict, cells: Sequence[tuple[d
                 columns[key] = value
         rows.append({**columns, **_row(cell)})
         smooth.append(_smooth(cell) and {**columns, **_smooth(cell)})
-    return _write(root, spec, config, rows, smooth, list(seen.values()))
+    return _write(root, spec, config, rows, smooth, list(seen.values()), about)
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    return report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=cell.seed)
+    row = report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=cell.seed)
+    if cell.human is not None:
+        row["figures"] |= report.row(cell.human)["figures"]
+    return row
 
 
 def _smooth(cell: Cell) -> dict[str, Any] | None:
@@ -62,7 +71,21 @@ def _commit() -> str | None:
         return None
 
 
-def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], smooth: list, cells: Sequence[Cell]) -> Path:
+def name_of(spec: str) -> str:
+    """What the files of an experiment are called: `FILE.py:ARGUMENT` is FILE-ARGUMENT."""
+    file, _, argument = spec.partition(":")
+    return "-".join(filter(None, (Path(file).stem, argument)))
+
+
+def _write(
+    root: str,
+    spec: str,
+    config: ConfigDict,
+    rows: list[dict],
+    smooth: list,
+    cells: Sequence[Cell],
+    more: dict[str, str] | None = None,
+) -> Path:
     settings = config.to_dict()
     facts = cells[0].figures.spec
     about = {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
@@ -71,16 +94,14 @@ def _write(root: str, spec: str, config: ConfigDict, rows: list[dict], smooth: l
     version = ctg_jax.__version__ + (f", commit {commit}" if commit else "")
     # The cells of one method share their smoothness.
     swept = {row.pop("smooth"): row for row in smooth if row}
-    name = Path(spec.partition(":")[0]).stem
-    argument = spec.partition(":")[2]
-    folder = Path(root) / "reports" / (f"{name}-{argument}" if argument else name)
+    folder = Path(root) / "reports" / name_of(spec)
     page = report.write(
         folder,
         rows,
-        title=settings.get("title", name),
+        title=settings.get("title", Path(spec.partition(":")[0]).stem),
         scorers=facts["judges"],
         perplexity=facts["perplexity"],
-        about={"configuration": spec, **about, "ctg_jax": version},
+        about={"configuration": spec, **about, **(more or {}), "ctg_jax": version},
         smooth=list(swept.values()),
     )
     _draw_rounds(folder, cells)

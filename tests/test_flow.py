@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -108,6 +109,39 @@ def test_perplexity_of_a_text_is_that_of_its_log_probability(root, lm, prompts):
     nats, _ = LMScorer(model, params, tokenizer)([r["prompt"] for r in rows], [r["text"] for r in rows])
     assert rows
     np.testing.assert_allclose(nats, [-r["logp"] for r in rows], atol=2e-4)
+
+
+def test_perplexity_of_human_text_under_a_control(root, lm):
+    """By hand from `decode.score`, pooled over all tokens, with and without a control; a control that was trained on
+    these texts finds them likelier."""
+    from ctg_jax import decode
+    from ctg_jax.methods import finetune
+    from ctg_jax.stage import open_lm
+    from ctg_jax.types import Prompts
+
+    rows = [{"text": "the food", "reference": "the food was good"}, {"text": "we", "reference": "we like the room"}]
+    data = stage(root, texts, {"rows": rows})
+    whole = stage(root, texts, {"rows": [{"text": r["reference"]} for r in rows]})
+    control = finetune.fit(root, lm=lm, data=whole, steps=20, batch=2, tokens=16, rank=2, rate=1e-2)
+    model, params, tokenizer = open_lm(lm)
+    end = [tokenizer.eos]
+    values = []
+    for controls, strengths in ([], []), ([control], [1.0]):
+        nats = count = 0
+        for r in rows:
+            head = tokenizer.encode([r["text"]])[0]
+            tail = tokenizer.encode([r["reference"][len(r["text"]) :]])[0] + end
+            ids = np.asarray([head], np.int32)
+            prompts = Prompts(ids, np.ones_like(ids, bool), jax.random.split(jax.random.key(0), 1))
+            chain = flow.build(lm, controls, strengths)
+            nats -= float(decode.score(model, params, prompts, np.asarray([tail], np.int32), chain).sum())
+            count += len(tail)
+        settings = {"strengths": strengths, "resamples": 20}
+        (row,) = stage(root, flow.human, settings, lm=lm, data=data, controls=controls).metrics()
+        assert row["name"] == "human_perplexity"
+        np.testing.assert_allclose(row["value"], np.exp(nats / count), rtol=1e-5)
+        values.append(row["value"])
+    assert values[1] < 0.9 * values[0]
 
 
 def test_partial_rows_are_cut_back_to_whole_batches(tmp_path):

@@ -1,12 +1,14 @@
-"""Batches of prompts with their completions, for methods that learn from what a model wrote.
+"""Batches of prompts with their completions, for methods that learn from what a model wrote, and what people wrote
+after the same prompts.
 
-The tokens of a completion are those that were drawn, never its text encoded again.
+The tokens of a model's completion are those that were drawn, never its text encoded again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -122,3 +124,27 @@ class _Part(Sequence):
 
     def __getitem__(self, i: int) -> Batch:
         return self.rows[int(self.indices[i])]
+
+
+def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """What people wrote after each prompt, with the end token, cut at `length` tokens.
+
+    The prompt of a record is what `ctg_jax.flow.sample` takes for it: `prompt`, or else `text`; the whole text is
+    `reference`, which `load_data` keeps when it cuts to `words`, or else `text`.
+
+    Raises:
+      InputError: a record with no text behind its prompt.
+    """
+    tails = []
+    for i, record in enumerate(records):
+        prompt = record.get("prompt", record["text"])
+        text = record.get("reference", record["text"])
+        text = text if text.startswith(prompt) else " ".join(text.split())
+        if not text.startswith(prompt) or not text[len(prompt) :].strip():
+            raise InputError(
+                f"record {i} of the data has no text behind its prompt {prompt[:40]!r}: load texts cut to `words`, or "
+                "records with a `prompt` that their `text` begins with"
+            )
+        tails.append(text[len(prompt) :])
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    return [(ids + end)[:length] for ids in tokenizer.encode(tails)]

@@ -73,15 +73,18 @@ class LMScorer:
       lm, params, tokenizer: as `ctg_jax.stage.open_lm` gives them.
       name: how reports call the LM.
       batch: rows of a compiled batch.
+      control: that the LM is under.
 
     Attributes:
       version: name and digest of the weights. start: the id that stands for an empty prompt, BOS or EOS, or None.
     """
 
-    def __init__(self, lm: LM, params: Params, tokenizer, *, name: str = "lm", batch: int = 32):
+    def __init__(
+        self, lm: LM, params: Params, tokenizer, *, name: str = "lm", batch: int = 32, control: Control = IDENTITY
+    ):
         from ctg_jax.rewards.embed import params_digest
 
-        self.lm, self.tokenizer, self.name, self.batch = lm, tokenizer, name, batch
+        self.lm, self.tokenizer, self.name, self.batch, self.control = lm, tokenizer, name, batch, control
         self.version = f"{name}@{params_digest(params)}"
         self._params = params
         start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
@@ -137,7 +140,7 @@ class LMScorer:
             tail[r, : len(c)], tail_mask[r, : len(c)] = c, True
         keys = jax.random.split(jax.random.key(0), self.batch)  # scoring draws nothing; the field must be filled
         prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), keys)
-        logp = np.asarray(decode.score(self.lm, self._params, prompts, jnp.asarray(tail)), np.float64)
+        logp = np.asarray(decode.score(self.lm, self._params, prompts, jnp.asarray(tail), self.control), np.float64)
         return -np.where(tail_mask, logp, 0.0).sum(axis=1)[: len(rows)]
 
 

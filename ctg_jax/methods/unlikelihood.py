@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import calibrate, experience, judging, losses, methods, rng, stage
-from ctg_jax.data.tokenizer import Tokenizer
+from ctg_jax.data.completions import continuations
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm
@@ -91,30 +91,6 @@ def advantages(rewards: Sequence[float], prompts: Sequence[int]) -> np.ndarray:
     return out / out.std() if out.std() > 0 else out
 
 
-def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """What people wrote after each prompt, with the end token, cut at `length` tokens.
-
-    The prompt of a record is what `ctg_jax.flow.sample` takes for it: `prompt`, or else `text`; the whole text is
-    `reference`, which `load_data` keeps when it cuts to `words`, or else `text`.
-
-    Raises:
-      InputError: a record with no text behind its prompt.
-    """
-    tails = []
-    for i, record in enumerate(records):
-        prompt = record.get("prompt", record["text"])
-        text = record.get("reference", record["text"])
-        text = text if text.startswith(prompt) else " ".join(text.split())
-        if not text.startswith(prompt) or not text[len(prompt) :].strip():
-            raise InputError(
-                f"record {i} of the data has no text behind its prompt {prompt[:40]!r}: load texts cut to `words`, or "
-                "records with a `prompt` that their `text` begins with"
-            )
-        tails.append(text[len(prompt) :])
-    end = [] if tokenizer.eos is None else [tokenizer.eos]
-    return [(ids + end)[:length] for ids in tokenizer.encode(tails)]
-
-
 def fit(
     root,
     *,
@@ -129,7 +105,7 @@ def fit(
     """Rounds of explore → score → learn; nothing is sampled where neither `sequence` nor `policy` has a weight.
 
     Args:
-      data: texts and their prompts, see `continuations`.
+      data: texts and their prompts, see `ctg_jax.data.completions.continuations`.
       rewards: the policy learns from the first; without any, it is the diversity of 3-grams.
       rounds: how often. explore: settings of `ctg_jax.flow.sample`.
       seed: of samples and of training. hp: of `unlikelihood`.
@@ -178,7 +154,7 @@ def unlikelihood(
     """Stage: one round of learning from texts and, where a term needs them, own samples of their prompts.
 
     Args:
-      data: see `continuations`. pool: the samples of the round, by `experience.score`. start_from: as for `quark`.
+      data: see `fit`. pool: the samples of the round, by `experience.score`. start_from: as for `quark`.
       likelihood, token, sequence, policy, ngram: of the loss. length: tokens of a human continuation.
       kind, rank, targets: of the change of weights. steps, batch, rate, warmup, schedule: of the optimizer.
 

@@ -110,7 +110,12 @@ def describe(name: str) -> str:
     head, _, tail = name.rpartition("/")
     if head and tail in MEASURES:
         return f"{head}: {MEASURES[tail]}"
-    also = {"perplexity_pooled": "perplexity, pooled", "kl": "KL to base, nats per token", "length": "length, words"}
+    also = {
+        "perplexity_pooled": "perplexity, pooled",
+        "human_perplexity": "perplexity of human text",
+        "kl": "KL to base, nats per token",
+        "length": "length, words",
+    }
     return also.get(name, name.replace("_", " "))
 
 

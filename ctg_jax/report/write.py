@@ -23,6 +23,7 @@ from ctg_jax.types import InputError
 # Columns of the first table, in this order, after the share of every attribute; all others follow at the end.
 _MAIN = (
     "perplexity",
+    "human_perplexity",
     "dist-2",
     "dist-3",
     "rep-3",

@@ -83,6 +83,14 @@ def test_references_are_data_of_the_evaluation(root, tmp_path):
         experiment.run(str(root), config)
 
 
+def test_the_perplexity_of_human_text_stands_in_the_table(root):
+    config = cli.config_of(f"{HERE / 'configs/truncate.py'}:tiny")
+    config.evaluate.human = {"source": "bundled:reviews", "split": "test", "limit": 3, "words": 4}
+    rows = [reporting._row(cell) for cell in experiment.run(str(root), config)]
+    found = {row["figures"]["human_perplexity"].value for row in rows}
+    assert len(found) == 1 and found.pop() > 1  # truncation, which gives human text no probability, is left out
+
+
 def test_changing_one_method_runs_that_method_alone(call):
     call(compare, HERE / "configs/compare_sentiment.py:tiny")
     _, _, err, counts = call(

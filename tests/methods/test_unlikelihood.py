@@ -133,18 +133,6 @@ def test_advantages_by_hand():
     assert unlikelihood.advantages([2.0, 2.0], [0, 0]).tolist() == [0.0, 0.0]
 
 
-def test_continuations_are_what_people_wrote(small):
-    _, lm, _ = small
-    _, _, tokenizer = open_lm(lm)
-    records = [{"prompt": "so", "text": "so good so nice"}, {"text": "fun and", "reference": "fun  and\nnice"}]
-    found = unlikelihood.continuations(records, tokenizer, 40)
-    assert tokenizer.decode(found) == [" good so nice", " nice"]
-    assert all(ids[-1] == tokenizer.eos for ids in found)
-    assert unlikelihood.continuations(records, tokenizer, 2) == [ids[:2] for ids in found]
-    with pytest.raises(InputError, match="record 0 of the data has no text behind its prompt 'fun'"):
-        unlikelihood.continuations([{"text": "fun"}], tokenizer, 40)
-
-
 @pytest.fixture(scope="module")
 def texts(small, tmp_path_factory):
     from ctg_jax import sources

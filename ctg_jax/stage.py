@@ -16,8 +16,6 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
-import errno
-import fcntl
 import hashlib
 import inspect
 import json
@@ -28,12 +26,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.locks import locked, writable
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
-_BAD_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO}
 _tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
+_planned: contextvars.ContextVar[dict[str, dict] | None] = contextvars.ContextVar("planned", default=None)
+_verified: dict[Path, tuple] = {}  # artifact -> size and time of change of its files when they were last compared
+
+
+class UnfinishedError(InputError):
+    """Inside `plan`, what a stage that has not run will write was asked for."""
+
+
+class _Planned(dict):
+    """The spec of a stage that has not run: what `Run.record` will add is not known."""
+
+    def __missing__(self, key):
+        raise UnfinishedError(f"what follows depends on {key!r} of a stage that has not run yet")
 
 
 @dataclasses.dataclass
@@ -55,6 +66,22 @@ def tally() -> Iterator[Tally]:
         _tally.reset(token)
 
 
+@contextlib.contextmanager
+def plan() -> Iterator[dict[str, dict[str, Any]]]:
+    """Inside the `with` block no stage is executed. What has run is found as ever; of the others an `Artifact` that can
+    be the input of others is given, and they are collected: directory name -> spec.
+
+    Raises:
+      UnfinishedError: inside, where what follows depends on the contents of a stage that has not run.
+    """
+    planned: dict[str, dict[str, Any]] = {}
+    token = _planned.set(planned)
+    try:
+        yield planned
+    finally:
+        _planned.reset(token)
+
+
 @dataclasses.dataclass(frozen=True)
 class Artifact:
     """A finished stage: its directory and its id (12 hexadecimal digits)."""
@@ -65,7 +92,7 @@ class Artifact:
     @property
     def spec(self) -> dict[str, Any]:
         """The contents of spec.json: function, revision, config, inputs, and what `Run.record` added."""
-        return _read_json(self.path / "spec.json")
+        return (_planned.get() or {}).get(self.path.name) or _read_json(self.path / "spec.json")
 
     @property
     def fingerprint(self) -> str:
@@ -74,17 +101,24 @@ class Artifact:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of one of its JSONL files; InputError naming the file and the line where one cannot be read."""
+        self._finished()
         return read_jsonl(self.path / name)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; empty where the stage logged nothing."""
+        self._finished()
         return self.rows("metrics.jsonl") if (self.path / "metrics.jsonl").exists() else []
 
     def load(self, like: Any = None) -> Any:
         """The pytree in state/, in the structure, types and shardings of `like` where given."""
         from ctg_jax import checkpoint
 
+        self._finished()
         return checkpoint.load(self.path / "state", like)
+
+    def _finished(self) -> None:
+        if self.path.name in (_planned.get() or {}):
+            raise UnfinishedError(f"{self.path} has not run yet, and what follows depends on what is in it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +169,10 @@ def stage(
         if count is not None and path.name not in count.executed + count.reused:
             count.reused.append(path.name)
         return Artifact(path, id)
-    with _disk(path), _lock(path):
+    if (planned := _planned.get()) is not None:
+        planned[path.name] = _Planned(spec)
+        return Artifact(path, id)
+    with writable(path), locked(path):
         if (path / "DONE").exists():  # somebody else finished it while this process waited
             verify(path)
         else:
@@ -148,6 +185,8 @@ def stage(
 def open_artifact(path: str | os.PathLike) -> Artifact:
     """The finished artifact at a path, verified; InputError where there is none."""
     path = Path(path).absolute()
+    if path.name in (_planned.get() or {}):
+        return Artifact(path, path.name.rpartition("-")[2])
     if not (path / "DONE").exists():
         found = "is unfinished" if (path / "spec.json").exists() else "holds no artifact"
         raise InputError(f"{path} {found}: expected a directory that a finished stage wrote (spec.json and DONE)")
@@ -165,6 +204,7 @@ def open_lm(artifact: Artifact, *, dtype: str = "float32") -> tuple[Any, Any, An
     from ctg_jax.models import hf
 
     spec = artifact.spec
+    artifact._finished()
     if "lm" not in spec:
         raise InputError(
             f"{artifact.path} was made by {spec['function']} and is no language model: expected an artifact of "
@@ -186,8 +226,14 @@ def digest_lm(path: Path) -> str:
 
 
 def verify(path: Path) -> None:
-    """Compares every file of a finished stage with DONE; InputError naming the first that is missing or differs."""
-    for name, (size, digest) in _read_json(path / "DONE").items():
+    """Compares every file of a finished stage with DONE; InputError naming the first that is missing or differs.
+
+    Files that have not changed since this process compared them last are not read again."""
+    sums = _read_json(path / "DONE")
+    now = tuple(_stamp(path / name) for name in ("DONE", *sums))
+    if _verified.get(path) == now:
+        return
+    for name, (size, digest) in sums.items():
         file = path / name
         how = None
         if not file.is_file():
@@ -198,6 +244,16 @@ def verify(path: Path) -> None:
             how = "has other contents than were written"
         if how:
             raise InputError(f"{file} {how}: the artifact is damaged; delete {path} and run again")
+    _verified[path] = now
+
+
+def _stamp(file: Path) -> tuple | None:
+    """What changes with a file: its number, size and times; None where it is missing."""
+    try:
+        s = file.stat()
+    except OSError:
+        return None
+    return s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
 def sha256(file: Path) -> str:
@@ -300,34 +356,6 @@ def _ids(fn, name, value):
     if isinstance(value, Sequence) and all(isinstance(v, Artifact) for v in value):
         return [v.id for v in value]
     raise InputError(f"{fn.__name__}: input {name!r} is a {type(value).__name__} where an Artifact is expected")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time. The kernel drops the lock with its holder, so a killed one blocks nobody."""
-    folder = path.parent / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / path.name, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("waiting for another process that is running %s", path.name)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Says a full or unwritable output directory as bad input."""
-    try:
-        yield
-    except OSError as e:
-        place = Path(e.filename) if e.filename else path
-        if e.errno in _BAD_DISK and (e.errno == errno.ENOSPC or path.parent in (place, *place.parents, place.parent)):
-            raise InputError(f"the output directory {path.parent} cannot be written ({e.strerror}: {place})") from e
-        if isinstance(e, FileExistsError | NotADirectoryError):
-            raise InputError(f"the output directory {path.parent} is not a directory ({place})") from e
-        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,14 @@ from ctg_jax.stage import Tally, nearest, tally
 from ctg_jax.types import InputError
 
 
+class Incomplete(InputError):
+    """Something was made, from a part only: `result` is printed last and the exit code is 1."""
+
+    def __init__(self, message: str, result: Any):
+        super().__init__(message)
+        self.result = result
+
+
 def parse(
     argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage: str, positional: bool = False
 ) -> tuple[flags.FlagValues, list[str]]:
@@ -79,9 +87,21 @@ def config_of(spec: str) -> ConfigDict:
 
 
 def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one."""
+    """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one.
+
+    A section called `fit` may be given settings that the configuration leaves at the method's default; the method
+    refuses those it lacks.
+    """
     config = ConfigDict(config.to_dict())
     for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if ".fit." in f"{section}.":
+            _check_key(config, section)
+            where = _get(config, section)
+            if name not in where:
+                with where.unlocked():
+                    where[name] = value
+                continue
         _check_key(config, key)
         try:
             config.update_from_flattened_dict({key: value})
@@ -104,7 +124,8 @@ def spec_of(argv: Sequence[str]) -> str:
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs a script: bad input is one sentence on stderr and exit code 2. Says how many stages were executed
+    """Runs a script: bad input is one sentence on stderr and exit code 2; what could be made in part
+    only, exit code 1. Says how many stages were executed
     and how many reused; what `main` returns, such as the path of a report, is printed last."""
     _log_to_stderr()
     argv = sys.argv[1:] if argv is None else argv
@@ -114,8 +135,12 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
         with tally() as count:
             result = main(argv)
         return 0
+    except Incomplete as e:
+        print(e, file=sys.stderr)
+        result = e.result
+        return 1
     except InputError as e:
-        print(" ".join(str(e).split()), file=sys.stderr)
+        print("\n".join(" ".join(line.split()) for line in str(e).splitlines()), file=sys.stderr)
         return 2
     except SystemExit as e:
         return int(e.code or 0)

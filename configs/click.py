@@ -19,6 +19,8 @@ SETTINGS = {
 
 def arms(arg):
     fit = SETTINGS.get(arg, dict(gamma=0.1, margin=15.0))
+    if arg in ("yelp", "yelp_down"):
+        fit = fit | dict(steps=75)  # of pairs
     return dict(click=dict(method="click", strengths=(0.5, 1.0), fit=fit))
 
 

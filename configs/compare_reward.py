@@ -1,4 +1,7 @@
-"""Learning from a reward: every method from the same base, with the same samples, the same scorer and as many updates.
+"""Learning from a reward: every method from the same base, with as many samples, by the same scorer.
+
+In the bundled world they make as many updates too. Elsewhere Quark and `best_only` make twice as many as PPO and GDC,
+for Quark splits them over its quantiles, and Click, whose rows are pairs, half as many.
 
 Sources: Lu et al. 2022 (Quark), Ouyang et al. 2022 (PPO), Khalifa et al. 2021 (GDC), Zheng et al. 2023 (Click),
 Stiennon et al. 2020 (best of n). Fine-tuning on the best samples alone is Quark with `best_only`.
@@ -12,6 +15,7 @@ from configs import click, gdc, ppo, quark, reward
 def get_config(arg="bundled"):
     best = quark.arms(arg)["quark"]
     best = best | dict(fit=best["fit"] | dict(best_only=True), strengths=(1.0,))
+    pointwise = gdc.arms(arg) if arg == "bundled" else dict(gdc=gdc.arms(arg)["gdc"])
     methods = dict(
         base=dict(method="truncate", filter={}),
         top_p=dict(method="truncate"),
@@ -19,7 +23,7 @@ def get_config(arg="bundled"):
         **quark.arms(arg),
         best_only=best,
         **ppo.arms(arg),
-        **gdc.arms(arg),
+        **pointwise,
         **click.arms(arg),
     )
     return reward.experiment(arg, "Learning from a reward", methods)

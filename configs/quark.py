@@ -19,8 +19,7 @@ REVIEWS = SETTINGS | dict(steps=300, entropy=0.0)
 def arms(arg):
     strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
     # Each quantile sees a fifth of the updates. The paper's entropy bonus makes this small LM of reviews ramble.
-    fit = {"bundled": SETTINGS | dict(steps=300), "tiny": SETTINGS, "repetition": REVIEWS | dict(steps=150)}
-    fit = fit.get(arg, REVIEWS)
+    fit = {"bundled": SETTINGS, "tiny": SETTINGS, "repetition": REVIEWS | dict(steps=150)}.get(arg, REVIEWS)
     quark = dict(method="quark", strengths=strengths, fit=fit)
     if arg == "repetition":  # the paper shows it with and without
         return dict(quark=quark, quark_unlikelihood=quark | dict(fit=fit | dict(unlikelihood=0.5)))
@@ -32,13 +31,16 @@ def get_config(arg="bundled"):
 
 
 def sweep():
-    for tokens in (2, 3, 5, 8):
+    yield {}
+    for tokens in (2, 3, 8):
         yield {"methods.quark.fit.tokens": tokens}
     for kl in (0.0, 0.2):
         yield {"methods.quark.fit.kl": kl}
     yield {"methods.quark.fit.direction": "policy_reference"}
     yield {"methods.quark.fit.entropy": 0.0}
     yield {"methods.quark.fit.best_only": True}
+    yield {"methods.quark.fit.rank": 2}
     yield {"methods.quark.fit.kind": "full"}
     for rounds in (1, 2):
         yield {"methods.quark.fit.rounds": rounds}
+    yield {"methods.quark.fit.explore.n": 2}

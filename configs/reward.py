@@ -97,8 +97,8 @@ def repetition():
         learn=dict(
             data=reviews | dict(skip=100, limit=500),
             rewards=diversity,
-            explore=dict(n=4, max_new=64, batch=200, filter=dict(temperature=0.3)),
-            rounds=4,
+            explore=dict(n=2, max_new=64, batch=200, filter=dict(temperature=0.3)),
+            rounds=3,
             steps=75,
             batch=16,
         ),

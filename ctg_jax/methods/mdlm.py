@@ -102,11 +102,6 @@ def init(
     return Masked(net.init(key), guide, jnp.zeros(()), net, eos, **how)
 
 
-def plain(control: Masked, x: jax.Array) -> jax.Array:
-    """Logits float32 [B, S, V + 1] of the clean tokens of rows x int [B, S], without guidance."""
-    return masked.denoise(control.net, control.params, x)
-
-
 def guided(control: Masked, x: jax.Array) -> jax.Array:
     """`masked.denoise` with `scale` times the log-ratio of the target's probability, to first order, added to it."""
     net, table = control.net, control.params["embed"]["tokens"].astype(jnp.float32)
@@ -122,13 +117,7 @@ def guided(control: Masked, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("greedy", "cache"))
 def infill(
-    control: Masked,
-    tokens: jax.Array,
-    given: jax.Array,
-    keys: jax.Array,
-    *,
-    greedy: bool = False,
-    cache: bool = True,
+    control: Masked, tokens: jax.Array, given: jax.Array, keys: jax.Array, *, greedy: bool = False, cache: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere; and the calls of the network.
 
@@ -142,10 +131,12 @@ def infill(
     when = masked.order(of["order"], ~given, schedule=control.schedule, **plan)
     x = jnp.where(given, tokens, control.mask).astype(jnp.int32)
 
+    bare = partial(masked.denoise, control.net, control.params)
+
     def model(x):
         if not control.guide["bias"].size:
-            return plain(control, x)
-        return jax.lax.cond(jnp.any(control.scale != 0), guided, plain, control, x)
+            return bare(x)
+        return jax.lax.cond(jnp.any(control.scale != 0), partial(guided, control), bare, x)
 
     return masked.unmask(
         model, x, when, of["tokens"], steps=masked.length(x.shape[1], **plan),
@@ -201,16 +192,15 @@ def _write(prompts, control, sampling):
     return Samples(jnp.where(mask, text, sampling.pad), mask, jnp.zeros(text.shape), calls)
 
 
-def loss(net: Transformer, eos: int, *, schedule: str = "loglinear", draws: int = 4) -> losses.LossFn:
+def loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: int = 4) -> losses.LossFn:
     """The bound in nats per token of the text, its end included; params are those of the network.
 
     The nats are those of whole rows, the end tokens that fill them included, so they bound the text's own."""
 
     def total(params, frozen, batch, keys):
         tokens = jnp.where(batch["mask"], batch["tokens"], eos)
-        each = masked.nelbo(
-            partial(masked.denoise, net, params), tokens, keys, net.vocab - 1, schedule=schedule, draws=draws
-        )  # fmt: skip
+        denoise = partial(masked.denoise, net, params)
+        each = masked.nelbo(denoise, tokens, keys, net.vocab - 1, schedule=schedule, draws=draws)
         some = jnp.any(batch["mask"], axis=1)
         return Sum(jnp.sum(jnp.where(some, each, 0.0)), jnp.sum(batch["mask"], dtype=jnp.float32))
 
@@ -266,7 +256,7 @@ def mdlm(
     depth: int = 4,
     heads: int = 4,
     length: int = 32,
-    schedule: str = "loglinear",
+    schedule: str = "cosine",
     draws: int = 4,
     steps: int = 2000,
     batch: int = 32,
@@ -359,14 +349,7 @@ def classifier(
 
 
 def bound(
-    run: Run,
-    *,
-    lm: Artifact,
-    data: Artifact,
-    control: Artifact,
-    draws: int = 16,
-    batch: int = 32,
-    seed: int = 0,
+    run: Run, *, lm: Artifact, data: Artifact, control: Artifact, draws: int = 16, batch: int = 32, seed: int = 0
 ) -> None:
     """Stage: logs nats per token of texts, their ends included, with the standard error and its exponential: an upper
     bound for the diffusion model, and the exact value for `lm`, which reads its end token first. The tokens are the
@@ -381,7 +364,9 @@ def bound(
     source = Source(str(data.path), "all", finetune.matching(data, None))
     settings = dict(batch=batch, length=net.context, seed=seed, epochs=1, shuffle=False, drop_last=False)
     estimate = jax.jit(
-        lambda tokens, keys: masked.nelbo(partial(plain, diffusion), tokens, keys, diffusion.mask, draws=draws)
+        lambda tokens, keys: masked.nelbo(
+            partial(masked.denoise, net, diffusion.params), tokens, keys, diffusion.mask, draws=draws
+        )
     )
     nats, tokens = {"mdlm": [], "lm": []}, []
     for rows in pipeline(source, tokenizer, **settings):

@@ -1,7 +1,7 @@
 """Masked diffusion over tokens (MDLM, Sahoo et al. 2024; also Ou et al. 2024, Shi et al. 2024).
 
-Going forward in time t from 0 to 1 every token is replaced by the mask, each at a moment of its own; `alpha(t)` is the
-share that is still there. A denoiser reads a row with some tokens masked and gives the distribution of each of them;
+Going forward in time t from 0 to 1 every token is replaced by the mask, each at a moment of its own; `share(t)` of them
+are masked. A denoiser reads a row with some tokens masked and gives the distribution of each of them;
 the time is not told, since the row says it (Ou et al. 2024). Here a denoiser is any function of tokens int [N, S] that
 gives logits [N, S, V + 1], the mask being token V; rows must not depend on each other.
 """
@@ -26,24 +26,24 @@ NEVER = -1  # in an order: a token that is given
 Denoiser = Callable[[jax.Array], jax.Array]
 
 
-def alpha(t: jax.Array, schedule: str = "loglinear") -> jax.Array:
-    """Probability that a token is not yet masked at time t, both float32 of one shape: 1 at t = 0 and 0 at t = 1.
+def share(t: jax.Array, schedule: str = "cosine") -> jax.Array:
+    """1 - alpha(t): the probability that a token is masked at time t, both float32 of one shape; 0 at 0 and 1 at 1.
 
-    "loglinear" is 1 - t, "linear" exp(-20 t) (linear in the total noise; 2e-9 at t = 1), "cosine" 1 - sin(pi t / 2)
-    (Sahoo et al. 2024).
+    "loglinear" is t, "linear" 1 - exp(-20 t) (linear in the total noise; 1 - 2e-9 at t = 1), "cosine" sin²(pi t / 2)
+    (Sahoo et al. 2024, who call that cosine squared).
     """
     check(schedule)
     if schedule == "loglinear":
-        return 1 - t
-    return jnp.exp(-20 * t) if schedule == "linear" else 1 - jnp.sin(math.pi / 2 * t)
+        return t
+    return -jnp.expm1(-20 * t) if schedule == "linear" else jnp.sin(math.pi / 2 * t) ** 2
 
 
-def weight(t: jax.Array, schedule: str = "loglinear") -> jax.Array:
+def weight(t: jax.Array, schedule: str = "cosine") -> jax.Array:
     """-alpha'(t) / (1 - alpha(t)) for t > 0: what the loss of the masked tokens at time t counts."""
     check(schedule)
     if schedule == "loglinear":
         return 1 / t
-    return 20 / jnp.expm1(20 * t) if schedule == "linear" else math.pi / 2 / jnp.tan(math.pi / 2 * t)
+    return 20 / jnp.expm1(20 * t) if schedule == "linear" else math.pi / jnp.tan(math.pi / 2 * t)
 
 
 def subs(logits: jax.Array, x: jax.Array) -> jax.Array:
@@ -60,13 +60,14 @@ def subs(logits: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def nelbo(
-    denoise: Denoiser, tokens: jax.Array, keys: jax.Array, mask: int, *, schedule: str = "loglinear", draws: int = 1
+    denoise: Denoiser, tokens: jax.Array, keys: jax.Array, mask: int, *, schedule: str = "cosine", draws: int = 1
 ) -> jax.Array:
     """An unbiased estimate float32 [B], in nats, of an upper bound of -log p(row), rows int [B, S], keys [B].
 
     Rao-Blackwellised and in continuous time (Sahoo et al. 2024): the integral over t of `weight(t)` times the
     cross-entropy of what is masked. The bound is tight for the denoiser that gives the true conditional distributions,
-    and its value depends on no schedule.
+    and its value depends on no schedule. The variance does: few tokens are masked near t = 0 and count much, so that it
+    is not finite under "loglinear" and "linear"; under "cosine" it is.
 
     Args:
       draws: times for each row, one in each of as many equal parts of (0, 1], which is what keeps the variance low.
@@ -77,7 +78,7 @@ def nelbo(
     batch, length = tokens.shape
     u = 1 - jax.vmap(lambda k: jax.random.uniform(k, (1 + length * draws,)))(keys)  # in (0, 1]
     t = (jnp.arange(draws)[None, :] + u[:, :1]) / draws
-    gone = u[:, 1:].reshape(batch, draws, length) <= 1 - alpha(t, schedule)[:, :, None]
+    gone = u[:, 1:].reshape(batch, draws, length) <= share(t, schedule)[:, :, None]
     x = jnp.where(gone, mask, tokens[:, None, :]).reshape(batch * draws, length)
     z = subs(denoise(x), x)
     truth = jnp.repeat(tokens, draws, axis=0)
@@ -104,7 +105,7 @@ def order(
     part = nth // block if block else jnp.zeros_like(nth)
     if steps:
         after = 1 - jnp.arange(1, steps + 1) / steps
-        still = u[:, :, None] < (1 - alpha(after, schedule))[None, None]
+        still = u[:, :, None] < share(after, schedule)[None, None]
         when = part * steps + jnp.sum(still, axis=-1, dtype=jnp.int32)
     else:
         late = jnp.where(hidden, part + u, jnp.inf)

@@ -8,12 +8,14 @@ Orbax alone restores a flipped bit silently, so every file is checked before it 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ctg_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class DamagedError(InputError):
@@ -46,7 +49,7 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
       meta: JSON-able facts, read back by `read_meta`.
 
     Raises:
-      InputError: `path` is there and is not a checkpoint.
+      InputError: `path` is there and is not a checkpoint; it cannot be written, for a full disk say.
     """
     path = Path(path).absolute()
     if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
@@ -62,27 +65,57 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
         if x.size:  # Orbax refuses empty arrays; their shape says all there is
             arrays[name] = x
     if _first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in (new, old):
-            if left.exists():
-                shutil.rmtree(left)
-        new.mkdir()
+        with _disk(path, new):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in (new, old):
+                if left.exists():
+                    shutil.rmtree(left)
+            new.mkdir()
     _sync(f"{path} begin")
-    if arrays:
-        ocp.save(new / "arrays", _nest(arrays))
+    with _disk(path, new):
+        if arrays:
+            ocp.save(new / "arrays", _nest(arrays))
     _sync(f"{path} written")
     if _first():
-        files = {p.relative_to(new).as_posix(): _digest(p, flush=True) for p in sorted(new.rglob("*")) if p.is_file()}
-        body = {"leaves": leaves, "keys": keys, "meta": dict(meta or {}), "files": files}
-        with open(new / MANIFEST, "w", encoding="utf-8") as f:
-            json.dump({"body": body, "sha256": _sha(body)}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        with _disk(path, new):
+            _seal(new, {"leaves": leaves, "keys": keys, "meta": dict(meta or {})})
         if path.exists():
             os.replace(path, old)
         os.replace(new, path)
         shutil.rmtree(old, ignore_errors=True)
     _sync(f"{path} done")
+
+
+def _seal(new: Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest of a directory whose files are there."""
+    files = {p.relative_to(new).as_posix(): _digest(p, flush=True) for p in sorted(new.rglob("*")) if p.is_file()}
+    body = {**facts, "files": files}
+    with open(new / MANIFEST, "w", encoding="utf-8") as f:
+        json.dump({"body": body, "sha256": _sha(body)}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def _disk(path: Path, new: Path) -> Iterator[None]:
+    """Says a full or broken disk in a sentence and leaves nothing of the attempt. Orbax gives the number of the error
+    in the text of another one, and logs a traceback."""
+    logger = logging.getLogger("absl")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        code = e.errno if isinstance(e, OSError) else _OS_ERROR.search(str(e))
+        if code is None:
+            raise
+        code = code if isinstance(code, int) else int(code[1])
+        shutil.rmtree(new, ignore_errors=True)
+        raise InputError(
+            f"the checkpoint {path} cannot be written ({os.strerror(code)}): make room and run again; what was saved "
+            "before is whole"
+        ) from e
+    finally:
+        logger.disabled = was
 
 
 def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None) -> PyTree:

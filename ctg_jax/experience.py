@@ -9,6 +9,7 @@ Only batches reach a device.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,20 +125,32 @@ def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: 
     partial = run.path / "scores.partial"
     done: list[list[float]] = []
     if partial.exists():
-        whole = [line for line in partial.read_text("utf-8").splitlines(keepends=True) if line.endswith("]\n")]
-        stage.write_text(partial, "".join(whole))
-        done = [json.loads(line) for line in whole]
+        for line in partial.read_bytes().split(b"\n"):
+            found = json.loads(line[9:]) if line[:8].decode("latin-1") == _check(line[9:]) else None
+            if not found:
+                break  # half a line, or a damaged one: what follows is scored again
+            done.append(found)
+        stage.write_text(partial, "".join(map(_line, done)))
     bar = tqdm(total=len(distinct), initial=len(done), desc=run.path.name, unit="text", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:
         for at in range(len(done), len(distinct), batch):
             prompts, texts = zip(*distinct[at : at + batch])
             new = np.stack([j(list(prompts), list(texts)) for j in judges], axis=1).astype(float).tolist()
-            f.write("".join(json.dumps(values) + "\n" for values in new))
+            f.write("".join(map(_line, new)))
             f.flush()
             done += new
             bar.update(len(new))
     at = {pair: i for i, pair in enumerate(distinct)}
     return np.asarray([done[at[r["prompt"], r["text"]]] for r in rows])
+
+
+def _line(scores: list[float]) -> str:
+    text = json.dumps(scores)
+    return f"{_check(text.encode())} {text}\n"
+
+
+def _check(text: bytes) -> str:
+    return f"{zlib.crc32(text):08x}"
 
 
 def adapted(coefficient: float, pool: Artifact, target: float) -> float:

@@ -4,7 +4,7 @@
                          state/          what it learned or imported
                          metrics.jsonl   one row of figures per line
                          samples.jsonl   texts, where there are any
-                         DONE            size and SHA-256 of every file above; written last
+                         DONE            size and SHA-256 of every file above and of these; written last
 
 An experiment is a Python function and its data flow is its arguments: a call whose directory holds DONE is not
 run again; one that was interrupted runs again in its own directory and may go on from what it finds there.
@@ -230,6 +230,9 @@ def verify(path: Path) -> None:
 
     Files that have not changed since this process compared them last are not read again."""
     sums = _read_json(path / "DONE")
+    own = sums.pop("DONE", None)
+    if own is not None and own != _own(sums):
+        raise InputError(f"{path / 'DONE'} has other contents than were written: delete {path} and run again")
     now = tuple(_stamp(path / name) for name in ("DONE", *sums))
     if _verified.get(path) == now:
         return
@@ -245,6 +248,12 @@ def verify(path: Path) -> None:
         if how:
             raise InputError(f"{file} {how}: the artifact is damaged; delete {path} and run again")
     _verified[path] = now
+
+
+def _own(sums: dict) -> list:
+    """What DONE holds about itself."""
+    text = _dumps(sums, sort_keys=True).encode()
+    return [len(text), hashlib.sha256(text).hexdigest()]
 
 
 def _stamp(file: Path) -> tuple | None:
@@ -304,8 +313,8 @@ def _execute(fn, path: Path, spec: dict, config: dict, inputs: dict) -> None:
     write_text(path / "spec.json", _dumps(spec, indent=1))
     metrics = path / "metrics.jsonl"
     if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint
-        whole = [line for line in metrics.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-        write_text(metrics, "".join(line for line in whole if "step" in json.loads(line)))
+        whole = [line for line in metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
+        write_text(metrics, "".join(line.decode() for line in whole if _has_step(line)))
     log.info("running %s", path.name)
     try:
         fn(Run(path), **config, **inputs)
@@ -315,8 +324,15 @@ def _execute(fn, path: Path, spec: dict, config: dict, inputs: dict) -> None:
             shutil.rmtree(path)
         raise
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "DONE")
-    sums = {p.relative_to(path).as_posix(): (p.stat().st_size, sha256(p)) for p in files}
-    write_text(path / "DONE", _dumps(sums, indent=1))
+    sums = {p.relative_to(path).as_posix(): [p.stat().st_size, sha256(p)] for p in files}
+    write_text(path / "DONE", _dumps({**sums, "DONE": _own(sums)}, indent=1))
+
+
+def _has_step(line: bytes) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:  # damaged while nothing guarded it yet
+        return False
 
 
 def _fill(fn, config: dict, inputs: dict) -> dict:

@@ -230,4 +230,9 @@ def test_two_processes_run_a_stage_once_and_a_dead_holder_blocks_nobody(tmp_path
 def test_artifact_is_a_value(tmp_path):
     a = stage(tmp_path, number)
     assert a == Artifact(a.path, a.id) and hash(a) == hash(Artifact(a.path, a.id))
-    assert json.loads((a.path / "DONE").read_text()).keys() == {"spec.json", "metrics.jsonl", "state/value.txt"}
+    assert json.loads((a.path / "DONE").read_text()).keys() == {
+        "spec.json",
+        "metrics.jsonl",
+        "state/value.txt",
+        "DONE",
+    }

@@ -8,6 +8,8 @@ updates (`:paper`, for the planner).
 Expected: the share of positive text rises with the guidance.
 """
 
+import re
+
 from configs import sentiment
 from configs.sentiment import of_world
 
@@ -17,16 +19,18 @@ SETTINGS = {
         denoiser=dict(net=dict(width=128, depth=4, tokens=8), steps=2000, batch=64),
     ),
     "yelp": dict(
-        prompter=dict(net=dict(width=192, depth=3), steps=2000, batch=32),
-        denoiser=dict(net=dict(width=192, depth=6, tokens=8), steps=5000, batch=128),
+        prompter=dict(net=dict(width=192, depth=3, tokens=8), steps=1500, batch=32, prefix=20, new=20),
+        denoiser=dict(net=dict(width=192, depth=4, tokens=4), steps=3000, batch=64),
     ),
     "tiny": dict(
-        encode=dict(new=8),
+        encode=dict(words=4, new=8),
         prompter=dict(net=dict(width=16, depth=1, heads=2, tokens=4, length=2), steps=2, batch=4, new=8),
         denoiser=dict(net=dict(width=16, depth=2, heads=2, tokens=4), steps=2, batch=4),
         draw=dict(steps=3),
     ),
 }
+# What a continuation about food says.
+FOOD = r"\b(food|meal|dish|pizza|burger|sandwich|salad|sushi|tacos?|steak|chicken|beef|pork|soup|fries|bread|rice)\b"
 SCALES = {
     "bundled": (0.0, 1.0, 3.0, 10.0, 30.0),
     "yelp": (0.0, 1.0, 3.0, 10.0, 30.0),
@@ -34,23 +38,44 @@ SCALES = {
 }
 
 
-def data(arg):
-    """Texts to learn latents of; None: those of the world."""
-    if arg != "yelp":
-        return {}
-    folder = sentiment.yelp()["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
-    return dict(data=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", balance="label", limit=20000))
+def texts(arg):
+    """Texts to learn latents of."""
+    train = sentiment.world(arg)["train"]
+    return train | dict(limit=10000) if arg == "yelp" else train
+
+
+def fit(arg):
+    """Settings of `dglm.fit`, with one attribute, sentiment."""
+    settings = dict(of_world(SETTINGS, arg))
+    if arg == "yelp":
+        settings["encode"] = dict(encoder=sentiment.yelp()["evaluate"]["embed"])
+    return settings
 
 
 def arms(arg):
-    fit = dict(of_world(SETTINGS, arg))
+    """Guided to positive text; and, of real reviews, to negative text, to food, and to both sides of food."""
+    one = dict(method="dglm", strengths=SCALES[arg], fit=fit(arg), data=texts(arg))
+    found = dict(dglm=one)
     if arg == "yelp":
-        fit["encode"] = dict(encoder=sentiment.yelp()["evaluate"]["embed"])
-    return dict(dglm=dict(method="dglm", strengths=SCALES[arg], fit=fit, **data(arg)))
+        wishes = dict(negative=dict(positive=-1.0), food=dict(food=1.0), good_food=dict(positive=1.0, food=1.0))
+        wishes["bad_food"] = dict(positive=-1.0, food=1.0)
+        both = dict(positive={}, food=dict(pattern=FOOD))
+        for name, weights in wishes.items():
+            asked = dict(attributes={k: both[k] for k in weights}, weights=weights)
+            found[name] = one | dict(fit=one["fit"] | asked, strengths=(3.0, 10.0))
+    return found
+
+
+def about_food(prompt, text):
+    """A judge: whether a continuation names food, which is what the probe of food learned from other texts."""
+    return float(re.search(FOOD, text, re.IGNORECASE) is not None)
 
 
 def get_config(arg="bundled"):
-    return sentiment.experiment(arg, "Diffusion-guided language model", arms(arg))
+    config = sentiment.experiment(arg, "Diffusion-guided language model", arms(arg))
+    if arg == "yelp":
+        config.judges.food = dict(kind="function", function="configs.dglm:about_food", version="1")
+    return config
 
 
 def sweep():

@@ -6,6 +6,7 @@ Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020;
     python experiments/latents.py --config=configs/latents.py:yelp        real LM and sentences; CTG_DATA_DIR
     python experiments/latents.py --config=configs/latents.py:best        1,000 of them at the best site
     python experiments/latents.py --config=configs/latents.py:domains     other texts, and vectors of other widths
+    python experiments/latents.py --config=configs/latents.py:said        DGLM's prompter and sentences held out
     python experiments/latents.py --config=configs/latents.py:tiny        seconds, for tests
 
 Expected in the yelp world: one vector in the attention's memory recovers every sentence, one that is added to a hidden
@@ -16,7 +17,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from configs import sentiment
+from configs import dglm, sentiment
 
 REVIEWS = sentiment.REVIEWS
 
@@ -33,6 +34,12 @@ def tiny():
             grid=dict(site=["memory", "middle"], steps=["all"]),
         ),
         analysis=dict(data=data, fit=fit, options=dict(pairs=2, between=3, draws=2)),
+        reconstruction=dict(
+            train=dglm.texts("tiny"),
+            data=dict(source=REVIEWS, split="test", limit=4),
+            fit=dglm.fit("tiny"),
+            options=dict(max_new=6, batch=4),
+        ),
     )
 
 
@@ -114,7 +121,15 @@ def domains():
     return dict(lm=config["lm"], recovery=dict(data=data, fit=fit, grid=dict(dim=[64, 256, 1024, 3072])))
 
 
-WORLDS = dict(bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
+def said():
+    """What the latent of a sentence encoder makes a language model say (DGLM)."""
+    config = yelp()
+    held = config["recovery"]["data"]["yelp"] | dict(limit=250)
+    way = dict(train=dglm.texts("yelp"), fit=dglm.fit("yelp"))
+    return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, **way))
+
+
+WORLDS = dict(said=said, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
 
 
 def get_config(arg="bundled"):

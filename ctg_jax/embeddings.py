@@ -58,14 +58,14 @@ def encode(
         prompt, rest = " ".join(parts[:at]), " ".join(parts[at:])
         pieces.append({**kept, "prompt": prompt, "text": f"{prompt} {rest}", "continuation": rest})
     if not pieces:
-        raise InputError(
-            f"{data.path} holds no text that can be cut into a prefix and a continuation: give longer ones"
-        )
+        raise InputError(f"{data.path} holds no text long enough to be cut into a prefix and a continuation")
     tokens = continuations(pieces, open_lm(lm)[2], new)
     write_jsonl(run.path / "pieces.jsonl", [{**p, "tokens": ids} for p, ids in zip(pieces, tokens)])
     embed = embedder(lm, encoder)
     parts = [slice(at, at + _PART) for at in range(0, len(pieces), _PART)]
     for field, name in (("continuation", "latents"), ("prompt", "contexts")):
+        if (run.path / f"{name}.npy").exists():
+            continue
         files = [run.path / f"{name}-{i}.npy" for i in range(len(parts))]
         for part, file in tqdm([*zip(parts, files)], desc=f"{run.path.name} {name}", disable=None, leave=False):
             if not file.exists():

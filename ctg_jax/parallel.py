@@ -49,6 +49,10 @@ CONTROL: Rules = (
     (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
     (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
     (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
+    # The networks of diffusion: small beside the language model, so only the optimizer's states are worth splitting.
+    (r"(score|prompter)/(.*/)?kernel", P("data", None)),
+    (r"(score|prompter)/.*", P()),
+    (r"mean|deviation|probes|biases|weights_of|free", P()),
     (r"z|basis|vectors?|codes|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
 )
 

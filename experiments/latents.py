@@ -1,4 +1,5 @@
-"""Latent steering vectors: recovery, sentiment transfer, sentence similarity, and a look at the vectors themselves.
+"""Latents of sentences: recovery by steering vectors, transfer of sentiment, similarity, a look at the vectors; and
+what the latent of a sentence encoder makes a language model say.
 
     python experiments/latents.py --config=configs/latents.py:tiny [--sections=recovery,transfer] [--root=runs]
 
@@ -14,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from ctg_jax import latents, report, sources
-from ctg_jax.methods import latent_steer
+from ctg_jax import embeddings, latents, reconstruct, report, sources
+from ctg_jax.methods import dglm, latent_steer
 from ctg_jax.report import pictures
 from ctg_jax.stage import nearest, stage
 from ctg_jax.types import InputError
@@ -94,7 +95,23 @@ def analysis(root, lm, settings, folder):
     return page
 
 
-SECTIONS = dict(recovery=recovery, transfer=transfer, similarity=similarity, analysis=analysis)
+def reconstruction(root, lm, settings, folder):
+    """Continuations said from the true latent, from another text's and from none, of held-out texts."""
+    data = stage(root, sources.load_data, settings["train"])
+    control = dglm.fit(root, lm=lm, data=data, **settings["fit"])
+    held = stage(root, sources.load_data, settings["data"])
+    latents = stage(root, embeddings.encode, settings["fit"].get("encode", {}), lm=lm, data=held)
+    rows = []
+    for latent in reconstruct.LATENTS:
+        options = {**settings["options"], "latent": latent}
+        done = stage(root, reconstruct.reconstruct, options, lm=lm, control=control, latents=latents)
+        rows.append(report.row(done, done, method="dglm", latent=latent))
+    return report.write(folder, rows, title="Continuations said from the latent of the true one")
+
+
+SECTIONS = dict(
+    recovery=recovery, transfer=transfer, similarity=similarity, analysis=analysis, reconstruction=reconstruction
+)
 
 
 def main(argv):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctg_jax"
 LAYERS = [
-    {"types", "tree", "rng", "locks"},
+    {"types", "tree", "rng", "files", "hosts"},
     {"control", "bricks", "parallel", "checkpoint", "metrics"},
     {"models"},
     {
@@ -26,7 +26,7 @@ LAYERS = [
         "calibrate",
     },
     {"methods", "flow", "experience", "embeddings", "latent_diffusion"},
-    {"latents"},
+    {"latents", "reconstruct"},
 ]
 HOMES = {  # library -> the parts of the package that may import it
     "flax.linen": {"models"},

@@ -2,9 +2,10 @@
 vector of a sentence encoder, pushed by linear classifiers; a prompter turns it into a soft prompt that makes the
 language model say it.
 
-Known differences from the authors' code: all rows are drawn at once, and by a solver of second order with fewer
-steps; a classifier's likelihood is averaged over the noise, not its loss; the language model is frozen or changed by
-LoRA unless `kind` is "full", and only continuations are trained on.
+Known differences from the authors' code: all rows are drawn at once, and by a solver of second order in few steps;
+these do not bear that the classifiers' gradient runs back through the denoiser, so it does not unless `through` is set;
+their likelihood is averaged over the noise, not their loss; the language model is changed by LoRA unless `kind` is
+"full" or "frozen", and only continuations are trained on.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Draw:
     Attributes:
       sampler, steps, schedule: see `samplers.sample`.
       average: noisy copies of the estimate that the classifiers read; 0 is the estimate alone.
+      through: whether guidance runs back through the denoiser, as the authors' does; see `samplers.guided`.
       signal: α² of the latent that the prompter reads; below 1 it forgives errors of the diffusion.
     """
 
@@ -48,6 +50,7 @@ class Draw:
     steps: int = 20
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     average: int = 0
+    through: bool = False
     signal: float = 0.95
 
 
@@ -145,7 +148,7 @@ class Proposal(Control):
             energy = samplers.averaged(
                 lambda x, gamma: self.energy(x, weights), rng.named(keys, "average"), self.draw.average, _deviation
             )
-            estimate = samplers.guided(estimate, energy, self.scale)
+            estimate = samplers.guided(estimate, energy, self.scale, through=self.draw.through)
         x = samplers.sample(
             estimate, keys, self.mean.shape, schedule=self.draw.schedule, steps=self.draw.steps,
             sampler=self.draw.sampler,

@@ -9,6 +9,7 @@ half of the blocks to the second.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -60,8 +61,8 @@ class Denoiser(nn.Module):
         c = self.trunk
         if x.shape[1] > c.positions:
             raise InputError(f"the input has {x.shape[1]} positions, expected at most {c.positions} (`positions`).")
-        time = Dense(c.width, c, True, name="time")(waves(1000 * alpha_sigma(gamma)[0] ** 2, c.width))
-        time = Dense(c.width, c, True, name="time_out")(jax.nn.silu(time))
+        time = _dense(c.width, c, c.width, "time")(waves(1000 * alpha_sigma(gamma)[0] ** 2, c.width))
+        time = _dense(c.width, c, c.width, "time_out")(jax.nn.silu(time))
         table = self.param("positions", nn.initializers.normal(0.02), (c.positions, c.width), jnp.dtype(c.param_dtype))
         x = x.astype(c.dtype) + table[None, : x.shape[1]].astype(c.dtype)
         if allowed is None:
@@ -69,7 +70,7 @@ class Denoiser(nn.Module):
         below = []
         for i in range(c.depth):
             if i >= (c.depth + 1) // 2:
-                x = Dense(c.width, c, False, name=f"skip_{i}")(jnp.concatenate([x, below.pop()], axis=-1))
+                x = _dense(c.width, c, 2 * c.width, f"skip_{i}")(jnp.concatenate([x, below.pop()], axis=-1))
             x = _Block(c, name=f"block_{i}")(x, time, allowed)
             if i < c.depth // 2:
                 below.append(x)
@@ -89,13 +90,19 @@ class _Block(nn.Module):
         scale_a, shift_a, scale_m, shift_m = jnp.split(moves[:, None], 4, axis=-1)
 
         y = Norm(c, name="attn_norm")(x) * (1 + scale_a) + shift_a
-        q, k, v = jnp.split(Dense(3 * width, c, False, name="qkv")(y), 3, axis=-1)
+        q, k, v = jnp.split(_dense(3 * width, c, width, "qkv")(y), 3, axis=-1)
         q, k, v = (a.reshape(batch, t, c.heads, -1) for a in (q, k, v))
         q, k = Norm(c, name="q_norm")(q), Norm(c, name="k_norm")(k)
         y = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), allowed).reshape(batch, t, width)
         x = x + Dense(width, c, False, name="out")(y)
         y = Norm(c, name="mlp_norm")(x) * (1 + scale_m) + shift_m
         return x + Mlp(c, name="mlp")(y)
+
+
+def _dense(features: int, config, inputs: int, name: str) -> Dense:
+    """A dense layer that keeps the variance of its inputs at first: a deviation of 0.02 is meant for wide models, and
+    these may be narrow."""
+    return Dense(features, config, True, 1 / (0.02 * math.sqrt(inputs)), name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +181,15 @@ class _LatentNet(nn.Module):
         if net.prompt:
             return Dense(net.out, c, True, name="out")(y[:, -net.prompt :]).astype(jnp.float32)
         each = -(-net.out * net.spread // net.tokens)
-        flat = Dense(each, c, True, name="gather")(y[:, : net.tokens]).reshape(x.shape[0], -1)
+        flat = _dense(each, c, c.width, "gather")(y[:, : net.tokens]).reshape(x.shape[0], -1)
         return Dense(net.out, c, True, name="out")(flat).astype(jnp.float32)
 
     def _spread(self, name, vector):
         """[B, n] -> [B, tokens, width]."""
         net, c = self.net, self.net.trunk
-        wide = Dense(vector.shape[1] * net.spread, c, True, name=f"{name}_spread")(vector)
-        return Dense(c.width, c, True, name=f"{name}_in")(wide.reshape(vector.shape[0], net.tokens, -1))
+        size = vector.shape[1] * net.spread
+        wide = _dense(size, c, vector.shape[1], f"{name}_spread")(vector).reshape(-1, net.tokens, size // net.tokens)
+        return _dense(c.width, c, size // net.tokens, f"{name}_in")(wide)
 
 
 def waves(t: jax.Array, width: int) -> jax.Array:

@@ -125,6 +125,14 @@ def test_a_linear_guide_tilts_a_normal_exactly(sampler):
     np.testing.assert_allclose(x.std(0), DEVIATION, rtol=0.06)
 
 
+def test_without_the_jacobian_a_standard_normal_is_tilted_exactly():
+    w = jnp.asarray([0.8, -0.4, 0.5])
+    standard = lambda z, gamma: posterior(z, gamma, jnp.zeros(3), jnp.ones(3))  # noqa: E731
+    x = draw(samplers.guided(standard, lambda x, gamma: -x @ w, 2.0, through=False), "dpm++")
+    np.testing.assert_allclose(x.mean(0), 2 * np.asarray(w), atol=0.08)
+    np.testing.assert_allclose(x.std(0), 1.0, rtol=0.06)
+
+
 def test_a_linear_classifier_averaged_over_the_noise_gives_its_posterior():
     """p(x) = N(0, I), p(y | x) = sigmoid(w x + b): along w the posterior is one integral."""
     w, b = np.array([1.5, 0.0, -2.0], np.float32), -1.0

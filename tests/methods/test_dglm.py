@@ -1,0 +1,223 @@
+"""DGLM: its guidance by hand and on latents that lie in two heaps, its prompter on words that only the latent knows,
+its stages, and bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from laws import worlds
+
+from ctg_jax import embeddings, latent_diffusion, methods, rng, sources, train
+from ctg_jax.methods import dglm
+from ctg_jax.models.diffusion import Schedule
+from ctg_jax.stage import Artifact, stage
+from ctg_jax.types import InputError
+
+LM = worlds.tiny(vocab=8, depth=1)
+PARAMS = worlds.lively(LM, factor=2)
+NET = dict(width=16, depth=2, heads=2, tokens=2, spread=4)
+
+
+def prompts(n, cond=None):
+    p = worlds.prompts([[1, 2]] * n)
+    return p.replace(keys=rng.per_example(jax.random.key(0), jnp.arange(n)), cond=cond)
+
+
+@pytest.fixture(scope="module")
+def heaps():
+    """A proposal whose denoiser has learned two equal heaps of unit vectors, at + and - along the first axis."""
+    r = np.random.default_rng(0)
+    x = np.concatenate([[3.0, 0, 0, 0] + r.normal(size=(500, 4)), [-3.0, 0, 0, 0] + r.normal(size=(500, 4))])
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    mean, deviation = latent_diffusion.moments(x)
+    net = latent_diffusion.network(4, **NET)
+    params = {"net": net.init(jax.random.key(0)), "bins": jnp.zeros(latent_diffusion.BINS)}
+    tx = optax.partition({"net": optax.adam(6e-3), "bins": optax.sgd(3.0)}, {"net": "net", "bins": "bins"})
+    step = train.make_step(latent_diffusion.denoiser_loss(net, drop=1.0), tx)
+
+    def one(state, i):
+        rows = jax.random.randint(jax.random.fold_in(jax.random.key(1), i), (64,), 0, len(x))
+        batch = {"latent": jnp.asarray(x)[rows], "context": jnp.zeros((64, 4)), "ids": rows}
+        return step(state, {"mean": mean, "deviation": deviation}, batch)[0], None
+
+    state = train.init_state(params, tx, jax.random.key(2))
+    state, _ = jax.jit(lambda s: jax.lax.scan(one, s, jnp.arange(800)))(state)
+    control = dglm.init(
+        LM, jax.random.key(0), latent=4, denoiser=NET, prompter=NET | dict(length=2, kind="frozen"), attributes=2,
+        draw=dict(steps=20), conditioned=False,
+    )  # fmt: skip
+    probes = jnp.asarray([[4.0, 0, 0, 0], [0, 4.0, 0, 0]])
+    return control.replace(score=state.params["net"], mean=mean, deviation=deviation, probes=probes)
+
+
+def drawn(control, n=200, cond=None):
+    z = jax.jit(lambda c, p: c.latent(p))(control, prompts(n, cond))
+    return np.asarray(z * control.deviation[None] + control.mean[None])
+
+
+def with_weights(control, *weights, scale=1.0):
+    return control.replace(weights_of=jnp.asarray(weights, jnp.float32), scale=jnp.asarray(scale, jnp.float32))
+
+
+def test_the_energy_is_the_loss_of_what_is_asked_for():
+    control = dglm.example(LM, jax.random.key(0)).replace(
+        mean=jnp.asarray([1.0, 0, 0, 0]), deviation=jnp.asarray([1.0, 2, 1, 1]), probes=jnp.asarray([[0.0, 3, 0, 0]]),
+        biases=jnp.asarray([0.5]),
+    )  # fmt: skip
+    x = jnp.asarray([[2.0, 2.0, 0, 0]])  # not standardised: (3, 4, 0, 0), of length one (.6, .8, 0, 0)
+    logit = 3 * 0.8 + 0.5
+    for weight in (2.0, -0.5):
+        want = abs(weight) * np.log1p(np.exp(-np.sign(weight) * logit))
+        np.testing.assert_allclose(control.energy(x, jnp.asarray([[weight]])), [want], rtol=1e-5)
+
+
+def test_latents_have_length_one_and_fall_in_both_heaps(heaps):
+    x = drawn(with_weights(heaps, 1.0, 0.0, scale=0.0))
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-5)
+    assert 0.35 < np.mean(x[:, 0] > 0) < 0.65 and np.mean(np.abs(x[:, 0])) > 0.8
+
+
+def test_guidance_moves_to_the_heap_asked_for_and_composes(heaps):
+    shares = [np.mean(drawn(with_weights(heaps, 1.0, 0.0, scale=s))[:, 0] > 0) for s in (0.0, 0.1, 4.0)]
+    assert shares[0] < shares[1] < shares[2] and shares[2] > 0.95
+    assert np.mean(drawn(with_weights(heaps, -1.0, 0.0, scale=4.0))[:, 0] < 0) > 0.95
+    both = drawn(with_weights(heaps, 1.0, 1.0, scale=4.0))
+    assert np.mean((both[:, 0] > 0) & (both[:, 1] > 0)) > 0.9
+
+
+def test_no_guidance_is_the_unguided_draw_to_the_bit(heaps):
+    none = heaps.replace(probes=jnp.zeros((0, 4)), biases=jnp.zeros(0), weights_of=jnp.ones(0))
+    np.testing.assert_array_equal(drawn(with_weights(heaps, 1.0, -1.0, scale=0.0), 8), drawn(none, 8))
+
+
+def test_every_row_its_own_weights_and_its_own_scale(heaps):
+    choose = jnp.asarray([[1.0, 0.0], [-1.0, 0.0]] * 50)
+    x = drawn(with_weights(heaps, 1.0, 0.0, scale=4.0).replace(cond="wish"), 100, {"wish": choose})
+    assert np.mean(x[::2, 0] > 0) > 0.95 and np.mean(x[1::2, 0] < 0) > 0.95
+    alone = drawn(with_weights(heaps, 1.0, 0.0, scale=4.0), 1)
+    np.testing.assert_allclose(x[:1], alone, atol=1e-5)
+
+
+def test_averaged_guidance_and_many_steps_agree_on_the_heap(heaps):
+    for draw in (dict(average=8), dict(sampler="ddpm", steps=60), dict(sampler="ddpm", steps=60, through=True)):
+        control = with_weights(heaps, 1.0, 0.0, scale=4.0).replace(draw=dglm.Draw(schedule=Schedule(), **draw))
+        assert np.mean(drawn(control, 64)[:, 0] > 0) > 0.85
+
+
+def test_the_prompter_says_what_only_the_latent_knows():
+    """After the same prompt, the word is the one that the latent points at."""
+    control = dglm.said(LM, jax.random.key(0), 8, **NET, length=2, kind="frozen")
+    latent = jnp.eye(8)
+    batch = {
+        "tokens": jnp.full((8, 2), 1), "mask": jnp.ones((8, 2), bool), "ids": jnp.arange(8),
+        "completion": jnp.arange(8)[:, None], "written": jnp.ones((8, 1), bool), "latent": latent,
+    }  # fmt: skip
+    frozen = {"params": PARAMS, "mean": jnp.full(8, 1 / 8), "deviation": jnp.full(8, 0.33)}
+    tx = train.optimizer(5e-3, trained="prompter/.*")
+    step = train.make_step(dglm.said_loss(LM), tx)
+    state = train.init_state(control, tx, jax.random.key(1))
+    run = lambda s, _: (step(s, frozen, batch)[0], None)  # noqa: E731
+    state, _ = jax.jit(lambda s: jax.lax.scan(run, s, None, length=300))(state)
+    from ctg_jax import decode
+
+    cond = {"latent": (latent - frozen["mean"][None]) / frozen["deviation"][None], "gamma": jnp.full(8, 6.0)}
+    z = decode.forward(LM, PARAMS, prompts(8, cond), batch["completion"], state.params)
+    assert np.mean(np.argmax(z[:, 0], axis=-1) == np.arange(8)) > 0.8
+
+
+TINY = dict(
+    encode=dict(new=4),
+    prompter=dict(net=NET | dict(length=2, rank=2), steps=2, batch=4, new=4),
+    denoiser=dict(net=NET, steps=2, batch=4),
+    draw=dict(steps=2),
+)
+
+
+def test_stages_are_kept_and_shared(small):
+    root, lm, data = small
+    one = dglm.fit(root, lm=lm, data=data, **TINY)
+    other = dglm.fit(root, lm=lm, data=data, **TINY, weights=dict(positive=-1.0))
+    assert one.path != other.path and one.spec["inputs"] == other.spec["inputs"]
+    control = methods.load(one, worlds_lm(lm))
+    assert control.reads == "context" and float(control.weights_of[0]) == 1.0
+    assert methods.with_strength(control, 3.0).scale == 3.0
+    found = dglm.conditions(one, lm, ["good day", "bad"])["context"]
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
+    rows = embeddings_of(one).rows("pieces.jsonl")
+    assert all(r["text"] == f"{r['prompt']} {r['continuation']}" for r in rows)
+
+
+def worlds_lm(lm):
+    from ctg_jax.stage import open_lm
+
+    return open_lm(lm)[0]
+
+
+def embeddings_of(control):
+    return Artifact(control.path.parent / f"encode-{control.spec['inputs']['latents']}", "")
+
+
+def test_encoding_goes_on_where_it_stopped(small, monkeypatch):
+    root, lm, data = small
+    real, seen = embeddings.embedder(lm, None), []
+
+    class Failing:
+        version = real.version
+
+        def __init__(self, after):
+            self.left = after
+
+        def __call__(self, texts):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            seen.extend(texts)
+            return real(texts)
+
+    monkeypatch.setattr(embeddings, "_PART", 5)
+    options = dict(words=1, new=4, seed=3)
+    monkeypatch.setattr(embeddings, "embedder", lambda *a: Failing(4))
+    with pytest.raises(KeyboardInterrupt):
+        stage(root, embeddings.encode, options, lm=lm, data=data)
+    monkeypatch.setattr(embeddings, "embedder", lambda *a: Failing(99))
+    done = stage(root, embeddings.encode, options, lm=lm, data=data)
+    rows = done.rows("pieces.jsonl")
+    assert len(seen) == 2 * len(rows)  # no text twice
+    x, contexts = embeddings.arrays(done)
+    np.testing.assert_allclose(x, real([r["continuation"] for r in rows]), atol=1e-6)
+    np.testing.assert_allclose(contexts, real([r["prompt"] for r in rows]), atol=1e-6)
+
+
+def test_bad_input_is_one_sentence(small, tmp_path):
+    root, lm, data = small
+    with pytest.raises(InputError, match="weights names the attribute 'food'"):
+        dglm.fit(root, lm=lm, data=data, **TINY, weights=dict(food=1.0))
+    with pytest.raises(InputError, match="reads 'stars', which the records lack"):
+        dglm.fit(root, lm=lm, data=data, **TINY, attributes=dict(stars=dict(field="stars")))
+    with pytest.raises(InputError, match="1 distinct value"):
+        dglm.fit(root, lm=lm, data=data, **TINY, attributes=dict(long=dict(words=50)))
+    with pytest.raises(InputError, match="no regular expression"):
+        dglm.fit(root, lm=lm, data=data, **TINY, attributes=dict(odd=dict(pattern="(")))
+    with pytest.raises(InputError, match="tokens that divide"):
+        latent_diffusion.network(7, **NET | dict(tokens=5))
+    control = dglm.init(LM, jax.random.key(0), latent=4, denoiser=NET, prompter=NET | dict(length=2))
+    with pytest.raises(InputError, match="width 6, but the denoiser reads embeddings of width 4"):
+        control.latent(prompts(1, {"context": jnp.zeros((1, 6))}))
+    with pytest.raises(InputError, match="for each row"):
+        control.latent(prompts(1))
+    fitted = dglm.fit(root, lm=lm, data=data, **TINY)
+    probe = next(root.glob("probe-*"))
+    with pytest.raises(InputError, match="latents of the same encoder"):
+        embeddings.coefficients(Artifact(probe, ""), "another@1")
+    spec = json.loads((fitted.path / "spec.json").read_text())
+    (tmp_path / "spec.json").write_text(json.dumps(spec | {"version": "another@1"}))
+    with pytest.raises(InputError, match="restore it, or fit"):
+        dglm.conditions(Artifact(tmp_path, ""), lm, ["good"])
+    short = root / "short.jsonl"
+    short.write_text('{"text": "one"}\n')
+    words = stage(root, sources.load_data, dict(source=f"jsonl:{short}", split="all"))
+    with pytest.raises(InputError, match="no text long enough"):
+        stage(root, embeddings.encode, {}, lm=lm, data=words)

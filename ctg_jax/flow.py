@@ -4,13 +4,15 @@ it; with `ctg_jax.sources`, `ctg_jax.judging` and the `fit` of the methods it is
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
@@ -116,8 +118,9 @@ def sample(
     """Writes samples.jsonl: `n` completions of every prompt, records with prompt_id, prompt, text, tokens, logp,
     seconds (the row's share of the wall clock without compilation).
 
-    Batches have one shape, so one program is compiled. A sample depends on the seed, its prompt's number and its own
-    number only; an interrupted stage goes on behind its last whole batch.
+    Batches have one shape, so one program is compiled, and their rows are split over the accelerators of this machine.
+    A sample depends on the seed, its prompt's number and its own number only; an interrupted stage goes on behind its
+    last whole batch.
 
     Raises:
       InputError: no prompts, an empty prompt, one that does not fit in the context, and what `build` raises.
@@ -132,7 +135,7 @@ def sample(
     rows = _whole_batches(partial, min(batch, total), total)
     batches = complete(
         *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows),
-        write=write, cond=conditions(controls, lm, texts),
+        write=write, cond=conditions(controls, lm, texts), devices=_devices(),
     )  # fmt: skip
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:
@@ -204,10 +207,13 @@ def complete(
     skip: int = 0,
     write: Callable[..., Samples] = generate,
     cond: Mapping[str, np.ndarray] | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
     a multiple of `batch`. All batches have one shape. `write` is what completes a batch, with the signature of
-    `generate`; `cond` what the texts bring for controls, name -> [n, …]. Raises InputError as `check_prompts` does."""
+    `generate`; `cond` what the texts bring for controls, name -> [n, …]. Each of `devices` (the default one where none
+    are given) completes rows of its own, as many devices as divide a batch. Raises InputError as `check_prompts` does.
+    """
     from ctg_jax.data.tokenizer import to_prompts
 
     check_prompts(model, tokenizer, texts, max_new)
@@ -216,6 +222,10 @@ def complete(
     length = max(map(len, tokenizer.encode(list(texts)))) + int(tokenizer.adds_bos)
     end = () if tokenizer.eos is None else (tokenizer.eos,)
     sampling = Sampling(max_new=max_new, eos=end, pad=tokenizer.pad or 0, greedy=greedy)
+    used = tuple(devices[: math.gcd(batch, len(devices))])
+    if len(used) > 1:
+        params, control = jax.device_put((params, control), NamedSharding(_mesh(used), PartitionSpec()))
+        write = _split(write, used)
     for at in range(skip, len(work), batch):
         part = work[at : at + batch]
         full = part + [part[0]] * (batch - len(part))
@@ -241,6 +251,32 @@ def complete(
             }
             for r, (i, j) in enumerate(part)
         ]
+
+
+def _devices() -> Sequence[jax.Device]:
+    """The accelerators of this machine; none for a CPU, whose devices share its cores."""
+    return () if jax.default_backend() == "cpu" else jax.local_devices()
+
+
+def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    return Mesh(np.asarray(devices), ("data",))
+
+
+@lru_cache(maxsize=8)
+def _split(write: Callable[..., Samples], devices: tuple[jax.Device, ...]) -> Callable[..., Samples]:
+    """`write` as one program over devices. Rows never meet: no device waits for the longest row of another."""
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    @partial(jax.jit, static_argnums=(0, 4))
+    def split(model, params, prompts, control, sampling):
+        def some(params, prompts, control):
+            out = write(model, params, prompts, control, sampling)
+            return out.replace(generated=out.generated[None])  # of each device
+
+        specs = dict(in_specs=(whole, rows, whole), out_specs=rows)
+        return jax.shard_map(some, mesh=_mesh(devices), check_vma=False, **specs)(params, prompts, control)
+
+    return split
 
 
 def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int) -> None:

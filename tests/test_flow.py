@@ -58,6 +58,18 @@ def test_a_text_does_not_depend_on_the_batch_or_on_how_many_there_are(root, lm, 
     assert [r["tokens"] for r in kept] == [r["tokens"] for r in samples.rows("samples.jsonl")]
 
 
+def test_eight_devices_write_what_one_writes(lm):
+    """13 rows in batches of 8: a row a device, and the last batch is filled up."""
+    opened, chain = flow.opened(lm), flow.build(lm, filter={"top_p": 0.9})
+    one, eight = (
+        [r for part in flow.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, batch=8, devices=d) for r in part]
+        for d in ((), jax.devices())
+    )
+    assert len(jax.devices()) == 8 and len(one) == 13
+    assert [r["tokens"] for r in eight] == [r["tokens"] for r in one]
+    np.testing.assert_allclose([r["logp"] for r in eight], [r["logp"] for r in one], atol=2e-5)
+
+
 @pytest.mark.parametrize("whole", [1, 2])
 def test_interrupted_sampling_goes_on_behind_its_last_whole_batch(tmp_path, lm, prompts, samples, monkeypatch, whole):
     done = [0]

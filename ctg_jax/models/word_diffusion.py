@@ -1,0 +1,277 @@
+"""Continuous diffusion over word vectors (Diffusion-LM, Li et al. 2022): the vectors and the way back to words, the
+network that reads noisy vectors, its errors, and the updates that steer what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from ctg_jax import rng
+from ctg_jax.models.denoiser import Denoiser, Trunk
+from ctg_jax.models.diffusion import Schedule, alpha_sigma, noised, rows
+from ctg_jax.models.layers import Dense
+from ctg_jax.models.samplers import SAMPLERS, Edit, Energy, Estimate, noise
+from ctg_jax.types import InputError, Params
+
+SCHEDULE = Schedule("sqrt")
+FIRST = 1 / 200  # times below this are the first step, whose target is the vector itself
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a text is drawn and steered.
+
+    Attributes:
+      calls, sampler: `steps` and `sampler` of `samplers.sample`.
+      clamp: see `estimate`.
+      updates, rate: of Adagrad, after each step. coef: of the pull to what the sampler drew; see `steered`.
+      floor: what Adagrad starts its sum of squares with: entries whose gradient is far below its root stay in place.
+        With 0, as the authors have it, every entry moves by `rate` however small its gradient is.
+    """
+
+    calls: int = 100
+    sampler: str = "ddpm"
+    clamp: float = 0.0
+    updates: int = 3
+    rate: float = 0.1
+    coef: float = 0.01
+    floor: float = 1e-4
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
+        if not 0 <= self.clamp <= 1 or self.calls < 1 or min(self.updates, self.rate, self.coef, self.floor) < 0:
+            raise InputError(f"{self}: expected clamp from 0 to 1, calls from 1, and the others from 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class WordNet:
+    """Noisy vectors [B, T, d] at γ [B] -> `out` numbers for each of them, float32 [B, T, out].
+
+    The same network says which words the vectors are of (out = V) and classifies noisy texts (the mean over T).
+
+    Attributes:
+      dim: d. trunk: the transformer; its `positions` is the longest T.
+    """
+
+    trunk: Trunk
+    dim: int
+    out: int
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters."""
+        z = jnp.zeros((1, 1, self.dim))
+        return _WordNet(self).init(key, z, jnp.zeros(1), jnp.zeros((1, 1), bool))["params"]
+
+    def apply(self, params: Params, z: jax.Array, gamma: jax.Array, given: jax.Array | None = None) -> jax.Array:
+        """given: bool [B, T], where z is clean; None: nowhere."""
+        given = jnp.zeros(z.shape[:2], bool) if given is None else given
+        return _WordNet(self).apply({"params": params}, z, gamma, given)
+
+
+class _WordNet(nn.Module):
+    net: WordNet
+
+    @nn.compact
+    def __call__(self, z, gamma, given):
+        c = self.net.trunk
+        seen = self.param("given", nn.initializers.normal(0.02), (c.width,), jnp.dtype(c.param_dtype))
+        x = Dense(c.width, c, True, 10.0, name="in")(z)
+        x = x + jnp.where(given[:, :, None], seen[None, None].astype(x.dtype), 0)
+        x = Denoiser(c, name="denoiser")(x, gamma)
+        return Dense(self.net.out, c, True, name="out")(x).astype(jnp.float32)
+
+
+def vectors(raw: jax.Array) -> jax.Array:
+    """float32 [V, d]: every word's vector at norm √d, so that its entries have unit power and γ means what it says
+    (Dieleman et al. 2022, section 3.1); without it the loss is lowered by shrinking them."""
+    raw = raw.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(raw * raw, axis=-1, keepdims=True) + 1e-12)
+    return raw / norm * jnp.sqrt(jnp.float32(raw.shape[-1]))
+
+
+def words(table: jax.Array, z: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
+    """log p(word | z) float32 [B, T, V] of vectors z [B, T, d], all words of the table [V, d] being as likely before.
+
+    It is the posterior of w where z = α EMB(w) + σ ε, for γ [B]; without γ, for α = σ = 1: the rounding distribution
+    softmax(z · EMB(w)) of Li et al. 2022 where the vectors have one norm.
+    """
+    alpha, sigma = (1.0, 1.0) if gamma is None else (rows(a, z) for a in alpha_sigma(gamma))
+    inner = jnp.einsum("btd,vd->btv", z.astype(jnp.float32), table)
+    half = 0.5 * jnp.sum(table * table, axis=-1)[None, None]
+    return jax.nn.log_softmax((alpha * inner - alpha**2 * half) / sigma**2, axis=-1)
+
+
+def nearest(table: jax.Array, x: jax.Array) -> jax.Array:
+    """int32 [B, T]: the word whose vector is nearest to each x [B, T, d]; of equally near ones the first."""
+    half = 0.5 * jnp.sum(table * table, axis=-1)[None, None]
+    return jnp.argmax(jnp.einsum("btd,vd->btv", x, table) - half, axis=-1).astype(jnp.int32)
+
+
+def errors(net: WordNet, params: Params, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
+    """What the losses are made of, at one random time for each row: (bool [B, S], which tokens were not given; and
+    float32 [B, S] each |x0 - f(z_t)|² / d, -log p(w | x0) and -log p(w | z_t)).
+
+    x0 ~ N(EMB(w), σ0²) and t is uniform; in the first step the error is that of EMB(w) (Li et al. 2022, section 4.2).
+    Half of the rows are written freely; a quarter has a prefix given, a quarter tokens anywhere, as many as a uniform
+    number says.
+
+    Args:
+      params: {"raw": [V, d], "net": those of `net`}. tokens: int [B, S]. keys: of the rows, [B].
+    """
+    table = vectors(params["raw"])
+    e = table[tokens]
+    of = {name: jax.vmap(partial(rng.stream, name=name))(keys) for name in ("time", "word", "noise", "given")}
+    t = jax.vmap(jax.random.uniform)(of["time"])
+    alpha, sigma = alpha_sigma(SCHEDULE.log_snr(0.0))
+    x0 = e + sigma / alpha * noise(of["word"], e.shape[1:])
+    given, gamma = _given(of["given"], tokens.shape[1]), SCHEDULE.log_snr(t)
+    z = noised(x0, gamma, noise(of["noise"], e.shape[1:]))
+    said = jax.nn.log_softmax(net.apply(params["net"], jnp.where(given[:, :, None], e, z), gamma, given), axis=-1)
+    f = jnp.exp(said) @ table
+    error = jnp.mean((jnp.where(rows(t < FIRST, e), e, x0) - f) ** 2, axis=-1)
+    true = tokens[:, :, None]
+    rounding, reading = (-jnp.take_along_axis(x, true, axis=2)[:, :, 0] for x in (words(table, x0), said))
+    return ~given, error, rounding, reading
+
+
+def _given(keys, length):
+    """bool [B, S]: which tokens of a row of training are given; never all of them."""
+
+    def one(key):
+        kind, share, each, last = jax.random.split(key, 4)
+        kind, share = jax.random.uniform(kind), jax.random.uniform(share)
+        place = jnp.arange(length)
+        prefix, anywhere = place < share * (length - 1), jax.random.uniform(each, (length,)) < share
+        anywhere &= place != jax.random.randint(last, (), 0, length)
+        return jnp.where(kind < 0.5, False, jnp.where(kind < 0.75, prefix, anywhere))
+
+    return jax.vmap(one)(keys)
+
+
+def estimate(
+    net: WordNet, params: Params, table: jax.Array, tokens: jax.Array, given: jax.Array, clamp: float = 0.0
+) -> Estimate:
+    """The estimate of the clean vectors of rows whose tokens int [B, S] are known where given bool [B, S]: the mean of
+    the word vectors over what the network says (Dieleman et al. 2022, section 3.1), which is f of Li et al. 2022.
+
+    Args:
+      clamp: the last share of the time, in which the nearest word vectors take the place of the estimate (the clamping
+        trick of Li et al. 2022, section 4.3); 0 for never.
+    """
+    known, where = table[tokens], given[:, :, None]
+
+    def clean(z, gamma):
+        x = jax.nn.softmax(net.apply(params, jnp.where(where, known, z), gamma, given), axis=-1) @ table
+        if clamp:
+            late = gamma >= SCHEDULE.log_snr(jnp.float32(clamp))
+            x = jnp.where(rows(late, x), table[nearest(table, x)], x)
+        return jnp.where(where, known, x)
+
+    return clean
+
+
+def noisy(e: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(z [B, S, d], γ [B]): the vectors e [B, S, d] at a uniform time for each of the keys [B]."""
+    of = {name: jax.vmap(partial(rng.stream, name=name))(keys) for name in ("time", "noise")}
+    gamma = SCHEDULE.log_snr(jax.vmap(jax.random.uniform)(of["time"]))
+    return noised(e, gamma, noise(of["noise"], e.shape[1:])), gamma
+
+
+def classify(reader: WordNet, params: Params, z: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Logits float32 [B, out] of noisy texts z [B, S, d] at γ [B]."""
+    return jnp.mean(reader.apply(params, z, gamma), axis=1)
+
+
+def energy(
+    table: jax.Array,
+    aims: Mapping[str, jax.Array],
+    free: jax.Array,
+    eos: int,
+    tags: jax.Array,
+    classify: Callable[[jax.Array, jax.Array], jax.Array],
+    fields: Mapping[str, int],
+) -> Energy:
+    """-log p(c | z) float32 [B] of noisy vectors z, summed over the controls c.
+
+    Those of places are exact where words are independent and alike: a place counts -log of the probability, given its
+    own vector, of the words that are allowed there.
+
+    Args:
+      aims: "length" int [B], the place in the row where the text ends: `eos` from there on and nowhere before; "tags"
+        int [B, S], of `tags` int [V]; and of fields their class int [B]. In all of them -1 asks for nothing.
+      free: bool [B, S], the places that are not given.
+      classify: (z, γ) -> logits [B, Σ classes] of `fields`, name -> classes.
+    """
+    vocab, place = jnp.arange(len(table)), jnp.arange(free.shape[1])[None, :]
+
+    def minus_log_p(z, gamma):
+        total = jnp.zeros(len(z))
+        said = words(table, z, gamma) if {"length", "tags"} & set(aims) else None
+        if "length" in aims:
+            end = aims["length"][:, None]
+            right = (vocab == eos)[None, None, :] == (place >= end)[:, :, None]
+            total += _outside(said, right, free & (end >= 0))
+        if "tags" in aims:
+            right = tags[None, None, :] == aims["tags"][:, :, None]
+            total += _outside(said, right, free & (aims["tags"] >= 0))
+        logits = classify(z, gamma) if set(fields) & set(aims) else None
+        at = 0
+        for name, classes in fields.items():
+            if name in aims:
+                logp = jax.nn.log_softmax(logits[:, at : at + classes], axis=-1)
+                mine = jnp.take_along_axis(logp, jnp.maximum(aims[name], 0)[:, None], axis=1)[:, 0]
+                total -= jnp.where(aims[name] >= 0, mine, 0.0)
+            at += classes
+        return total
+
+    return minus_log_p
+
+
+def _outside(said, right, counts):
+    """-log p of the words that are right bool [B, S, V], summed over the places that count bool [B, S]."""
+    inside = jax.nn.logsumexp(jnp.where(right, said, -1e9), axis=-1)
+    return -jnp.sum(jnp.where(counts, inside, 0.0), axis=1)
+
+
+def moved(values: jax.Array, at: jax.Array, other: jax.Array | int) -> jax.Array:
+    """values [B, n] at columns `at` int [B, S] of it; `other` where there is no such column."""
+    n = values.shape[1]
+    return jnp.where((at >= 0) & (at < n), jnp.take_along_axis(values, jnp.clip(at, 0, n - 1), axis=1), other)
+
+
+def steered(energy: Energy, scale: jax.Array, how: How) -> Edit:
+    """What follows each step of the sampler: `updates` steps of Adagrad, begun anew, down
+    scale · energy(z) + coef · |z - z'|² / σ², with z' what the sampler drew and σ the noise it holds (Li et al. 2022,
+    section 5.1; the authors pull to the mean of the step in place of z').
+
+    Args:
+      scale: float32 [] or [B]; where it is 0 the sampler's latent is kept, to the bit.
+    """
+    tx = optax.adagrad(how.rate, initial_accumulator_value=how.floor, eps=1e-10)
+
+    def edit(z, x, gamma, keys):
+        strength = jnp.broadcast_to(scale, z.shape[:1])
+        variance = rows(alpha_sigma(gamma)[1] ** 2, z)
+
+        def total(y):
+            return jnp.sum(strength * energy(y, gamma)) + how.coef * jnp.sum((y - z) ** 2 / variance)
+
+        def update(_, carry):
+            y, state = carry
+            change, state = tx.update(jax.grad(total)(y), state)
+            return y + change, state
+
+        def moved(z):
+            return jax.lax.fori_loop(0, how.updates, update, (z, tx.init(z)))[0]
+
+        y = jax.lax.cond(jnp.any(strength != 0), moved, lambda z: z, z)
+        return jnp.where(rows(strength != 0, z), y, z)
+
+    return edit

@@ -1,0 +1,68 @@
+"""How often each control of Diffusion-LM holds, alone and with others, and how often it would without being asked for.
+
+    python experiments/diffusion_controls.py --config=configs/diffusion_lm.py[:yelp|:tiny] [--root=runs]
+
+Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
+configuration (label by the judge, length and tags by the tokens, exactly), that have all the arm was asked for, and the
+perplexity under the autoregressive LM.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from ctg_jax.data.tags import TAGS, tag_table
+from ctg_jax.judging import open_judge
+from ctg_jax.stage import open_artifact, open_lm
+from experiments import cli, experiment
+
+
+def holds(name, value, rows, liked, tags, eos):
+    """bool [n]: which samples have a target.
+
+    Args:
+      rows: their tokens, with the end token where they have one. liked: bool [n], what the judge calls positive.
+      tags: int [V], of every token.
+    """
+    if name == "label":
+        return np.asarray(liked) == bool(value)
+    if name == "length":
+        return np.asarray([len(row) == value + 1 and row[-1] == eos for row in rows])
+    wanted = [(i, TAGS.index(tag)) for i, tag in enumerate(value) if tag is not None]
+    return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
+
+
+def main(argv):
+    values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
+    config = cli.chosen(values)
+    settings, cells = config.to_dict(), experiment.run(values.root, config)
+    lm = experiment.language_model(values.root, settings["lm"])
+    tokenizer = open_lm(lm)[2]
+    tags = tag_table(tokenizer)
+    (name, judge), *_ = settings["judges"].items()
+    threshold = open_judge(experiment.judge(values.root, name, judge)).threshold
+    asked = {
+        label: dict(arm.get("fit", {}).get("aim", {}).get("target", {})) for label, arm in settings["methods"].items()
+    }
+    every = {key: value for target in asked.values() for key, value in target.items()}
+    lines = [" | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all it was asked for", "perplexity", ""])]
+    lines.append("|---" * (len(every) + 3) + "|")
+    for cell in cells:
+        samples = open_artifact(cell.samples.path).rows("samples.jsonl")
+        scores = cell.figures.rows("scores.jsonl")
+        rows, liked = [r["tokens"] for r in samples], [s["scores"][name] >= threshold for s in scores]
+        found = {key: holds(key, value, rows, liked, tags, tokenizer.eos) for key, value in every.items()}
+        mine = [holds(key, value, rows, liked, tags, tokenizer.eos) for key, value in asked[cell.label].items()]
+        fluency = next(m for m in cell.figures.metrics() if m["name"] == "perplexity")
+        shares = [f"{found[key].mean():.3f}" for key in every]
+        both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"
+        spread = f"{fluency['value']:.2f} [{fluency['low']:.2f}, {fluency['high']:.2f}]"
+        lines.append(" | ".join(["", cell.label, *shares, both, spread, ""]))
+    return "\n".join(line.strip() for line in lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

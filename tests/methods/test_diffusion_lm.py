@@ -1,0 +1,362 @@
+"""Diffusion-LM in a world of 27 texts, where the best denoiser and the probability of any class are known; rounding,
+clamping, energies and updates by hand; what is given stays; what is fitted reads back and goes on where it stopped."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import worlds
+
+from ctg_jax import losses, methods, rng
+from ctg_jax.data.pipeline import Batches
+from ctg_jax.data.tags import TAGS, tag_table
+from ctg_jax.data.tokenizer import train_bpe
+from ctg_jax.flow import complete
+from ctg_jax.methods import diffusion_lm
+from ctg_jax.models import word_diffusion
+from ctg_jax.models.diffusion import Schedule, alpha_sigma
+from ctg_jax.models.word_diffusion import How, vectors
+from ctg_jax.stage import open_lm
+from ctg_jax.types import InputError, Sampling
+
+V, S = 3, 3
+LM = worlds.tiny(vocab=V)
+EVERY = np.array(list(itertools.product(range(V), repeat=S)), np.int32)
+P = np.random.default_rng(0).dirichlet(np.full(len(EVERY), 0.7))
+CLASS = (EVERY == 1).sum(1) >= 2  # a class of texts: token 1 at least twice
+TABLE = vectors(jnp.asarray([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.9]]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Logits of the true p(token | z) at every place, or of the classes, by enumeration; params are log P [27]."""
+
+    classes: bool = False
+
+    def apply(self, params, z, gamma, given=None):
+        each = word_diffusion.words(TABLE, z, gamma)
+        if given is not None:
+            far = jnp.sum((z[:, :, None] - TABLE[None, None]) ** 2, axis=-1)
+            each = jnp.where(given[:, :, None], -1e4 * far, each)
+        joint = params[None] + sum(each[:, i, EVERY[:, i]] for i in range(S))
+        if self.classes:
+            sides = [jax.nn.logsumexp(jnp.where(jnp.asarray(k == CLASS)[None], joint, -1e9), axis=1) for k in (0, 1)]
+            return jnp.broadcast_to(jnp.stack(sides, axis=1)[:, None], (len(z), S, 2))
+        is_ = jnp.asarray(EVERY[:, :, None] == np.arange(V))[None]
+        return jax.nn.logsumexp(jnp.where(is_, joint[:, :, None, None], -1e9), axis=1)
+
+
+def exact(**how):
+    """The model of P, and the classifier of `CLASS`."""
+    control = diffusion_lm.init(LM, jax.random.key(0), dim=2, width=8, heads=1, depth=1, length=S, fields={"label": 2})
+    logp = jnp.log(jnp.asarray(P, jnp.float32))
+    return control.replace(
+        params={"raw": TABLE, "net": logp}, guide=logp, net=Exact(), reader=Exact(True),
+        tags=jnp.arange(V, dtype=jnp.int32), how=How(**how),
+    )  # fmt: skip
+
+
+def keys(n, seed=0):
+    return rng.per_example(jax.random.key(seed), jnp.arange(n))
+
+
+def drawn(control, aims=None, n=4000, tokens=None, given=None):
+    """Share of each of `EVERY` among n rows."""
+    row = jnp.zeros((n, S), jnp.int32)
+    tokens = row if tokens is None else jnp.broadcast_to(jnp.asarray(tokens, jnp.int32)[None], row.shape)
+    given = row > 0 if given is None else jnp.broadcast_to(jnp.asarray(given)[None], row.shape)
+    aims = {name: jnp.broadcast_to(jnp.asarray(v)[None], (n, *np.shape(v))) for name, v in (aims or {}).items()}
+    rows = np.asarray(diffusion_lm.infill(control, tokens, given, aims, keys(n)))
+    return np.bincount(rows @ [V * V, V, 1], minlength=len(EVERY)) / n
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_best_denoiser_reaches_the_distribution_of_texts(sampler):
+    found = drawn(exact(calls=100, sampler=sampler))
+    assert worlds.divergence(found, P) < 0.01  # of 4,000 samples 0.003 is expected
+    assert worlds.divergence(found, np.full(len(P), 1 / len(P))) > 0.1
+
+
+def test_infilling_keeps_what_is_given_and_draws_the_rest_given_it():
+    given = np.array([True, False, True])
+    found = drawn(exact(calls=100), tokens=[2, 0, 1], given=given)
+    fits = (EVERY[:, 0] == 2) & (EVERY[:, 2] == 1)
+    assert found[~fits].sum() == 0
+    assert worlds.divergence(found, np.where(fits, P, 1e-30) / P[fits].sum()) < 0.01
+
+
+def test_control_with_the_exact_energy_raises_its_target_the_more_the_stronger():
+    gentle, shares = exact(calls=50, rate=0.02, floor=1.0), []
+    for scale in (0.0, 0.3, 1.0):
+        found = drawn(gentle.replace(scale=jnp.float32(scale)), {"label": 1}, n=1000)
+        shares.append(found[CLASS].sum())
+    assert abs(shares[0] - P[CLASS].sum()) < 0.04
+    assert shares[0] + 0.1 < shares[1] < shares[2] - 0.1
+    usual = exact(calls=50)
+    assert drawn(usual, {"label": 1}, n=1000)[CLASS].sum() > 0.95
+    assert drawn(usual, {"label": 0}, n=1000)[CLASS].sum() < 0.02
+
+
+def test_controls_of_places_hold_alone_and_with_a_class():
+    control = exact(calls=50)
+    ends = (EVERY[:, 2] == 0) & (EVERY[:, :2] != 0).all(1)
+    assert P[ends].sum() < 0.3 and drawn(control, {"length": 2}, n=500)[ends].sum() > 0.95
+    tagged = EVERY[:, 0] == 2
+    assert P[tagged].sum() < 0.6 and drawn(control, {"tags": [2, -1, -1]}, n=500)[tagged].sum() > 0.95
+    both = drawn(control, {"length": 2, "label": 1}, n=500)[ends & CLASS].sum()
+    assert P[ends & CLASS].sum() < 0.2 and both > 0.9
+    assert drawn(control, {"tags": [2, -1, -1], "label": 1}, n=500)[tagged & CLASS].sum() > 0.9
+
+
+def test_rounding_and_clamping_by_hand():
+    table = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    z = jnp.asarray([[[0.6, 0.2], [-0.1, 0.3]]])
+    np.testing.assert_array_equal(word_diffusion.nearest(table, z), [[0, 1]])
+    inner = np.asarray(z[0]) @ np.asarray(table).T
+    for gamma in (None, jnp.asarray([1.5])):
+        a, s = (1.0, 1.0) if gamma is None else (float(x[0]) for x in alpha_sigma(gamma))
+        density = np.exp(-np.sum((np.asarray(z[0])[:, None] - a * np.asarray(table)[None]) ** 2, -1) / (2 * s * s))
+        wanted = np.log(density / density.sum(1, keepdims=True))
+        np.testing.assert_allclose(word_diffusion.words(table, z, gamma)[0], wanted, atol=1e-5)
+    softmax = np.exp(inner) / np.exp(inner).sum(1, keepdims=True)
+    np.testing.assert_allclose(np.exp(word_diffusion.words(table, z)[0]), softmax, atol=1e-6)
+    unequal = vectors(jnp.asarray([[3.0, 4.0], [0.0, -0.1]]))
+    np.testing.assert_allclose(unequal, np.sqrt(2) * np.array([[0.6, 0.8], [0, -1]]), atol=1e-5)
+
+    control, row, free = exact(), jnp.zeros((1, S), jnp.int32), jnp.zeros((1, S), bool)
+    net, logp = control.net, control.params["net"]
+    z = jax.random.normal(jax.random.key(1), (1, S, 2))
+    middle = Schedule("sqrt").log_snr(jnp.asarray([0.3]))
+    plain = word_diffusion.estimate(net, logp, TABLE, row, free)(z, middle)
+    late = word_diffusion.estimate(net, logp, TABLE, row, free, 0.5)(z, middle)
+    np.testing.assert_allclose(late, TABLE[word_diffusion.nearest(TABLE, plain)])
+    assert np.abs(late - plain).max() > 0.1
+    np.testing.assert_array_equal(word_diffusion.estimate(net, logp, TABLE, row, free, 0.2)(z, middle), plain)
+
+
+def test_energies_by_hand():
+    z, gamma = jax.random.normal(jax.random.key(0), (2, S, 2)), jnp.asarray([0.3, -0.4])
+    p = np.exp(np.asarray(word_diffusion.words(TABLE, z, gamma)))
+    free, tags = jnp.asarray([[True, True, True], [False, True, True]]), jnp.asarray([5, 6, 6])
+
+    def of(aims):
+        given = {name: jnp.asarray(v) for name, v in aims.items()}
+        logits = lambda z, gamma: jnp.asarray([[0.0, 1.0], [2.0, 0.0]])  # noqa: E731
+        return word_diffusion.energy(TABLE, given, free, 0, tags, logits, {"label": 2})(z, gamma)
+
+    length = -np.log([(1 - p[0, 0, 0]) * p[0, 1, 0] * p[0, 2, 0], (1 - p[1, 1, 0]) * (1 - p[1, 2, 0])])
+    tagged = -np.log([(p[0, 0, 1] + p[0, 0, 2]) * p[0, 2, 0], p[1, 1, 0]])
+    label = [np.log(1 + np.exp(-1)), 0.0]
+    np.testing.assert_allclose(of({"length": [1, 3]}), length, rtol=1e-4)
+    np.testing.assert_allclose(of({"tags": [[6, -1, 5], [5, 5, -1]]}), tagged, rtol=1e-4)
+    np.testing.assert_allclose(of({"label": [1, -1]}), label, rtol=1e-5, atol=1e-7)
+    all_ = {"length": [1, 3], "tags": [[6, -1, 5], [5, 5, -1]], "label": [1, -1]}
+    np.testing.assert_allclose(of(all_), length + tagged + label, rtol=1e-4)
+
+
+def test_updates_by_hand():
+    """Energy Σ c z; the second gradient also pulls back to where the sampler was."""
+    c, z, gamma = np.array([2.0, -1.0, 0.0]), np.zeros((2, 1, 3), np.float32), np.array([0.5, 0.5], np.float32)
+    how = How(updates=2, rate=0.1, coef=0.3, floor=0.04)
+    scale = jnp.asarray([0.5, 0.0])
+    edit = word_diffusion.steered(
+        lambda z, g: jnp.sum(z * jnp.asarray(c, jnp.float32)[None, None], axis=(1, 2)), scale, how
+    )
+    found = np.asarray(edit(jnp.asarray(z), None, jnp.asarray(gamma), None))
+    variance = 1 / (1 + np.exp(0.5))
+    y, squares = np.zeros(3), np.full(3, 0.04)
+    for _ in range(2):
+        g = 0.5 * c + 2 * 0.3 * y / variance
+        squares += g * g
+        y = y - 0.1 * g / np.sqrt(squares)
+    np.testing.assert_allclose(found[0, 0], y, rtol=1e-5)
+    np.testing.assert_array_equal(found[1], z[1])
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A random network for rows of 12 tokens, with a classifier."""
+    lm = worlds.tiny(vocab=11)
+    control = diffusion_lm.init(lm, jax.random.key(0), dim=4, width=16, heads=2, depth=2, length=12, calls=8,
+                                fields={"label": 2}, reader_width=8, reader_depth=1)  # fmt: skip
+    louder = jax.tree.map(lambda x: 5 * x, control.params["net"])
+    tags = jnp.arange(11, dtype=jnp.int32) % len(TAGS)
+    return lm, control.replace(params=control.params | {"net": louder}, tags=tags)
+
+
+ROWS, SAMPLING = [[3, 4], [5], [6, 7, 8]], Sampling(max_new=8, eos=(0,))
+COND = {
+    "label": np.array([1, -1, 0]),
+    "length": np.array([4, 5, -1]),
+    "tags": np.array([[1, 2, -1], [-1, -1, -1], [4, -1, 5]]),
+    "words": np.array([[-1, -1, 7, -1, 9], [-1] * 5, [10, 1, -1, -1, 2]]),
+}
+
+
+def write(net, rows=slice(None), scale=1.0, cond=COND, length=None):
+    lm, control = net
+    prompts = worlds.prompts(ROWS, length, cond={name: v for name, v in cond.items()} if cond else None)
+    prompts = jax.tree.map(lambda x: x[rows], prompts)
+    return diffusion_lm.write(lm, None, prompts, methods.with_strength(control, scale), SAMPLING)
+
+
+def test_given_words_are_kept_exactly_on_both_sides(net):
+    only = {"words": np.where(COND["words"] >= 0, COND["words"], -1)}
+    for scale in (0.0, 1.0):
+        out = np.asarray(write(net, scale=scale, cond=only).tokens)
+        mask = np.asarray(write(net, scale=scale, cond=only).mask)
+        kept = (only["words"] >= 0) & mask[:, :5]
+        assert kept.any() and (out[:, :5][kept] == only["words"][kept]).all()
+
+
+def test_strength_0_is_the_unguided_model_to_the_bit(net):
+    words = {"words": COND["words"]}
+    free, off, on = write(net, cond=words), write(net, scale=0.0), write(net)
+    np.testing.assert_array_equal(free.tokens, off.tokens)
+    assert (np.asarray(on.tokens) != np.asarray(off.tokens)).any()
+    mixed = write(net, scale=np.array([0.0, 1.0, 0.0]))
+    for i, same in enumerate((off, on, off)):
+        np.testing.assert_array_equal(mixed.tokens[i], same.tokens[i])
+
+
+def test_a_row_alone_is_as_in_its_batch_and_padding_does_not_matter(net):
+    whole, wider = write(net), write(net, length=5)
+    for i in range(3):
+        alone = write(net, rows=slice(i, i + 1))
+        np.testing.assert_array_equal(alone.tokens[0], whole.tokens[i])
+        np.testing.assert_array_equal(wider.tokens[i], whole.tokens[i])
+    assert np.all(np.asarray(whole.logp) == 0) and int(whole.generated) == 8
+
+
+def test_the_mask_ends_with_the_first_end_token(net):
+    out = write(net, cond={"length": np.array([4, 5, 2])}, scale=30.0)
+    tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+    for row, real in zip(tokens, mask):
+        ends = np.flatnonzero(row == 0)
+        assert real.sum() == (min(ends[0] + 1, 8) if real.sum() < 8 else 8)
+        assert (row[~real] == SAMPLING.pad).all()
+
+
+def test_training_learns_the_distribution_of_texts():
+    control = diffusion_lm.init(LM, jax.random.key(1), dim=2, width=32, heads=2, depth=2, length=S, calls=50)
+    random = np.random.default_rng(3)
+    batches = [
+        {"tokens": jnp.asarray(EVERY[random.choice(len(P), 128, p=P)]), "mask": jnp.ones((128, S), bool),
+         "ids": jnp.arange(128) + 128 * i}
+        for i in range(400)
+    ]  # fmt: skip
+    params, metrics = worlds.trained(diffusion_lm.loss(control.net, 0), control.params, {}, batches)
+    assert {"error", "rounding", "reading"} <= metrics.keys() and float(metrics["error"]) < 0.6
+    control = control.replace(params=params)
+    found = drawn(control, n=2000)
+    assert worlds.divergence(found, P) < 0.1 < worlds.divergence(P, np.full(len(P), 1 / len(P)))
+    fits = EVERY[:, 2] == 1
+    given = drawn(control, n=2000, tokens=[0, 0, 1], given=[False, False, True])
+    assert given[~fits].sum() == 0 and worlds.divergence(given, np.where(fits, P, 1e-30) / P[fits].sum()) < 0.1
+
+
+def test_the_loss_is_the_sum_of_its_three_parts():
+    control = diffusion_lm.init(LM, jax.random.key(1), dim=2, width=8, heads=1, depth=1, length=S)
+    batch = {"tokens": jnp.asarray(EVERY[:8]), "mask": jnp.ones((8, S), bool).at[7].set(False)}
+    out = diffusion_lm.loss(control.net, 0, read=0.5)(control.params, {}, batch, keys(8))
+    parts = {name: float(total) for name, (total, _) in out.metrics.items()}
+    assert float(out.total) == pytest.approx(parts["error"] + parts["rounding"] + 0.5 * parts["reading"], rel=1e-6)
+    tokens = jnp.where(batch["mask"], batch["tokens"], 0)
+    free, error, rounding, _ = word_diffusion.errors(control.net, control.params, tokens, keys(8))
+    assert float(out.weight) == float(free[:7].sum()) and bool(free.any(1).all())
+    total, _ = losses.masked_sum(error[:7], free[:7])
+    assert parts["error"] == pytest.approx(float(total), rel=1e-6)
+    assert 0 < float(rounding.mean()) < 1
+
+
+FIT = dict(dim=4, width=8, heads=2, depth=1, length=24, steps=5, batch=4, warmup=1, save_every=2)
+GUIDE = dict(fields={"label": 2}, steps=2, batch=4, reader_width=8, reader_depth=1)
+
+
+def test_fit_leaves_a_model_that_loads_and_writes(small):
+    root, lm, data = small
+    aim = dict(target={"label": 1, "length": 3, "tags": ["adj", None, "noun"]}, calls=3)
+    artifact = diffusion_lm.fit(root, lm=lm, data=data, guide=GUIDE, aim=aim, **FIT)
+    model, params, tokenizer = open_lm(lm)
+    control = methods.load(artifact, model)
+    assert control.target == (("label", 1), ("length", 3), ("tags", (TAGS.index("adj"), -1, TAGS.index("noun"))))
+    np.testing.assert_array_equal(control.tags, tag_table(tokenizer))
+    (rows,) = complete(model, params, tokenizer, ["so good"], control, n=2, max_new=5, write=diffusion_lm.write)
+    assert len(rows) == 2 and all(0 < len(r["tokens"]) <= 5 for r in rows)
+
+
+def test_training_goes_on_where_it_was_cut_short(small, tmp_path, monkeypatch):
+    root, lm, data = small
+    whole = diffusion_lm.fit(root, lm=lm, data=data, **FIT).load()
+    reads, real = [], Batches.__next__
+
+    def cut(self):
+        reads.append(1)
+        if len(reads) == 4:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Batches, "__next__", cut)
+    with pytest.raises(KeyboardInterrupt):
+        diffusion_lm.fit(tmp_path, lm=lm, data=data, **FIT)
+    reads[:] = [0] * 10
+    again = diffusion_lm.fit(tmp_path, lm=lm, data=data, **FIT).load()
+    assert len(reads) - 10 < 5
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_tags_of_tokens():
+    tokenizer = train_bpe(["The soup was delicious and the waiter was truly rude ."] * 50, 320)
+    tags = tag_table(tokenizer)
+    said = {tokenizer.decode([[i]])[0]: TAGS[t] for i, t in enumerate(tags)}
+    wanted = {" soup": "noun", " was": "verb", " delicious": "adj", " the": "det", " truly": "adv", "The": "det"}
+    assert {w: said[w] for w in wanted} == wanted
+    assert TAGS[tags[tokenizer.eos]] == "end" and said["."] == "punct" and said["l"] == "part"
+
+
+def test_bad_input(net, small):
+    lm, control = net
+    init = lambda **hp: diffusion_lm.init(lm, jax.random.key(0), **{"width": 16, "length": 12, **hp})  # noqa: E731
+    for message, call in {
+        "sampler is 'euler', expected": lambda: init(sampler="euler"),
+        "expected clamp from 0 to 1": lambda: init(clamp=2.0),
+        "calls from 1": lambda: init(calls=0),
+        "fields is .* expected names other than length": lambda: init(fields={"length": 2}),
+        "target names 'mood', expected one of": lambda: init(target={"mood": 1}),
+        "target label is 2, expected a class": lambda: init(fields={"label": 2}, target={"label": 2}),
+        "target tags has 'verbs', expected": lambda: init(target={"tags": ["verbs"]}),
+        "cond names 'mood', expected one of": lambda: write(net, cond={"mood": np.zeros(3, int)}),
+        r"tags has shape \(3,\), expected \[3, up to 8\]": lambda: write(net, cond={"tags": np.zeros(3, int)}),
+        r"words has shape \(3, 9\)": lambda: write(net, cond={"words": np.zeros((3, 9), int)}),
+        "words is 11 or 11 somewhere, expected": lambda: write(net, cond={"words": np.full((3, 2), 11)}),
+        r"length is 9 or 9 somewhere, expected -1 \(none\) to 8": lambda: write(net, cond={"length": np.full(3, 9)}),
+        "label is 2 or 2 somewhere": lambda: write(net, cond={"label": np.full(3, 2)}),
+        "rows of 12 tokens were trained on": lambda: diffusion_lm.write(
+            lm, None, worlds.prompts(ROWS), control, Sampling(max_new=10)
+        ),
+        "stop is set": lambda: diffusion_lm.write(lm, None, worlds.prompts(ROWS), control, Sampling(4, stop=((1,),))),
+        "control has 11 tokens and the model 3": lambda: diffusion_lm.write(LM, None, worlds.prompts(ROWS), control),
+        "field label .* expected all of 0 to 2": lambda: diffusion_lm.fit(
+            small[0], lm=small[1], data=small[2], guide=GUIDE | dict(fields={"label": 3}), **FIT
+        ),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_how_often_a_control_holds_by_hand():
+    from experiments.diffusion_controls import holds
+
+    rows, liked, tags = [[3, 4, 0], [3, 0], [4, 3, 4]], [True, False, True], np.asarray([0, 0, 0, 9, 10])
+    assert (TAGS[9], TAGS[10]) == ("adj", "noun")
+    for name, value, wanted in (
+        ("label", 1, [True, False, True]),
+        ("label", 0, [False, True, False]),
+        ("length", 2, [True, False, False]),  # the last row does not end
+        ("tags", ["adj", None], [True, True, False]),
+        ("tags", [None, "adj", "noun"], [False, False, True]),
+    ):
+        assert holds(name, value, rows, liked, tags, 0).tolist() == wanted

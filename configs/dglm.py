@@ -1,7 +1,7 @@
 """Diffusion-guided language model: a latent pushed by a linear classifier, said by the language model.
 
-Source: Lovelace et al. 2024. DGLM: 12 layers of 768, 32 pseudo-tokens, sentence-T5-xl, GPT-2 large fine-tuned, 250,000
-updates (`:paper`, for the planner).
+Source: Lovelace et al. 2024. `PAPER` has the sizes of the paper, for `dglm.init`: sentence-T5-xl, GPT-2
+large fine-tuned, 250,000 updates of each network.
 
     python experiments/main.py --config=configs/dglm.py[:yelp|:tiny]
 
@@ -29,6 +29,13 @@ SETTINGS = {
         draw=dict(steps=3),
     ),
 }
+PAPER = dict(
+    latent=768,
+    denoiser=dict(width=768, depth=12, heads=12, tokens=32, spread=8),
+    prompter=dict(width=768, depth=6, heads=12, tokens=32, spread=8, length=8, kind="full"),
+    attributes=1,
+    draw=dict(sampler="ddpm", steps=250, through=True, average=32),
+)
 # What a continuation about food says.
 FOOD = r"\b(food|meal|dish|pizza|burger|sandwich|salad|sushi|tacos?|steak|chicken|beef|pork|soup|fries|bread|rice)\b"
 SCALES = {

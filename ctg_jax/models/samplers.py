@@ -56,13 +56,18 @@ def guided(estimate: Estimate, energy: Energy, scale: jax.Array | float, *, thro
 
 
 def classifier_free(conditioned: Estimate, unconditioned: Estimate, weight: jax.Array | float) -> Estimate:
-    """weight · conditioned + (1 - weight) · unconditioned (Ho and Salimans 2022); at weight 1 the first to the bit."""
+    """weight · conditioned + (1 - weight) · unconditioned (Ho and Salimans 2022); where all weights are 1 the first to
+    the bit, alone."""
+    weight = jnp.asarray(weight, jnp.float32)
 
     def mixed(z, gamma):
-        w = rows(jnp.asarray(weight, jnp.float32), z)
+        w = rows(weight, z)
         return w * conditioned(z, gamma) + (1 - w) * unconditioned(z, gamma)
 
-    return mixed
+    def either(z, gamma):
+        return jax.lax.cond(jnp.any(weight != 1), mixed, conditioned, z, gamma)
+
+    return either
 
 
 def averaged(energy: Energy, keys: jax.Array, samples: int, deviation: Callable[[jax.Array], jax.Array]) -> Energy:

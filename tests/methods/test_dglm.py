@@ -128,6 +128,22 @@ def test_the_prompter_says_what_only_the_latent_knows():
     assert np.mean(np.argmax(z[:, 0], axis=-1) == np.arange(8)) > 0.8
 
 
+def test_the_sizes_of_the_paper_have_shapes():
+    from configs.dglm import PAPER
+    from ctg_jax.decode import generate
+    from ctg_jax.models.transformer import Transformer
+    from ctg_jax.types import Sampling
+
+    lm = Transformer.gpt2(width=1280, depth=36, heads=20)
+    control = jax.eval_shape(lambda key: dglm.init(lm, key, **PAPER), jax.random.key(0))
+    sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (control.score, control.said.prompter)]
+    assert 100e6 < sizes[0] < 200e6 and 40e6 < sizes[1] < 100e6
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    ask = jax.eval_shape(lambda: prompts(2, {"context": jnp.zeros((2, 768))}))
+    out = jax.eval_shape(lambda p, a, c: generate(lm, p, a, c, Sampling(max_new=4)), params, ask, control)
+    assert out.tokens.shape == (2, 4)
+
+
 TINY = dict(
     encode=dict(new=4),
     prompter=dict(net=NET | dict(length=2, rank=2), steps=2, batch=4, new=4),

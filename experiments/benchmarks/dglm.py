@@ -1,0 +1,218 @@
+"""Guided proposals and their continuations beside the same networks in PyTorch, sample after sample.
+
+    python experiments/benchmarks/dglm.py [--prompts 64] [--samples 25] [--steps 20 50 250] [--torch_samples 1]
+
+Both sides draw, for every prompt, latents by guided diffusion (one linear classifier), write eight soft tokens from
+each and let the same GPT-2 continue by 20 tokens. Ours draws all rows in batches of `--batch`, by DPM-Solver++ without
+a gradient through the denoiser, in so many steps; PyTorch, as the authors do, one sample of all prompts after another,
+by DDPM in 250 steps with a gradient through it, of which `--torch_samples` are timed and multiplied. Their default
+against ours at every number of steps, and both at 250. One pinned thread each, in one process. That both denoisers are
+the same is checked first.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# One thread for both libraries; must be set before either is imported.
+os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ctg_jax import rng
+from ctg_jax.decode import generate
+from ctg_jax.methods import dglm
+from ctg_jax.models import hf
+from ctg_jax.models.diffusion import Schedule
+from ctg_jax.models.transformer import Transformer
+from ctg_jax.types import Prompts, Sampling
+
+LATENT, NEW, PROMPT, SCALE, SIGNAL = 384, 20, 8, 10.0, 0.95
+DENOISER = dict(width=192, depth=6, heads=4, tokens=8, spread=4)
+PROMPTER = dict(width=192, depth=3, heads=4, tokens=8, spread=4, length=8, kind="frozen")
+
+
+class Net:
+    """A `LatentNet` in PyTorch, with the same parameters."""
+
+    def __init__(self, net, params):
+        self.net, self.c = net, net.trunk
+        self.p = jax.tree.map(lambda x: torch.from_numpy(np.array(x, np.float32)), params)
+
+    def dense(self, x, p):
+        return F.linear(x, p["kernel"], p.get("bias"))
+
+    def norm(self, x, p):
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.c.norm_eps) * p["scale"]
+
+    def spread(self, name, vector):
+        wide = self.dense(vector, self.p[f"{name}_spread"])
+        return self.dense(wide.reshape(len(vector), self.net.tokens, -1), self.p[f"{name}_in"])
+
+    def __call__(self, z, gamma, context=None):
+        """z [B, Z], gamma a number, context [B, C] or None for the null context."""
+        net, c, p = self.net, self.c, self.p
+        x = self.spread("latent", z)
+        if net.context:
+            context = p["null"].expand(len(z), -1) if context is None else context
+            x = torch.cat([x, self.spread("context", context)], 1)
+        if net.prompt:
+            x = torch.cat([x, p["prompt"].expand(len(z), -1, -1)], 1)
+        d = p["denoiser"]
+        half = c.width // 2
+        angle = 1000 / (1 + math.exp(-gamma)) * torch.exp(-math.log(10000.0) * torch.arange(half) / half)
+        time_ = torch.cat([angle.sin(), angle.cos()])[None].expand(len(z), -1)
+        time_ = self.dense(F.silu(self.dense(time_, d["time"])), d["time_out"])
+        x = x + d["positions"][: x.shape[1]]
+        below = []
+        for i in range(c.depth):
+            if i >= (c.depth + 1) // 2:
+                x = self.dense(torch.cat([x, below.pop()], -1), d[f"skip_{i}"])
+            x = self.block(x, time_, d[f"block_{i}"])
+            if i < c.depth // 2:
+                below.append(x)
+        x = self.norm(x, d["norm"])
+        if net.prompt:
+            return self.dense(x[:, -net.prompt :], p["out"])
+        return self.dense(self.dense(x[:, : net.tokens], p["gather"]).reshape(len(z), -1), p["out"])
+
+    def block(self, x, time_, p):
+        b, t, width = x.shape
+        moves = self.dense(F.silu(time_), p["modulation"])[:, None].chunk(4, -1)
+        y = self.norm(x, p["attn_norm"]) * (1 + moves[0]) + moves[1]
+        q, k, v = (a.reshape(b, t, self.c.heads, -1) for a in self.dense(y, p["qkv"]).chunk(3, -1))
+        q, k = self.norm(q, p["q_norm"]), self.norm(k, p["k_norm"])
+        y = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
+        x = x + self.dense(y.transpose(1, 2).reshape(b, t, width), p["out"])
+        y = self.norm(x, p["mlp_norm"]) * (1 + moves[2]) + moves[3]
+        m = p["mlp"]
+        return x + self.dense(F.silu(self.dense(y, m["gate"])) * self.dense(y, m["up"]), m["down"])
+
+
+def theirs(control, folder, tokens, context, steps):
+    """A function that draws and continues one sample of every prompt; steps of DDPM, variance 0.2."""
+    import transformers
+
+    score, prompter = Net(control.net, control.score), Net(control.said.net, control.said.prompter)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    w, b = (torch.from_numpy(np.array(x)) for x in (control.probes[0], control.biases[0]))
+    gammas = np.asarray(Schedule().log_snr(jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
+    sig = lambda g: 1 / (1 + math.exp(-g))  # noqa: E731
+    context, ids = torch.from_numpy(np.array(context)), torch.from_numpy(np.array(tokens)).long()
+
+    def guided(z, gamma):
+        alpha, sigma = math.sqrt(sig(gamma)), math.sqrt(sig(-gamma))
+        z = z.detach().requires_grad_()
+        x = alpha * z - sigma * score(z, gamma, context)
+        energy = F.softplus(-(x / x.norm(dim=1, keepdim=True) @ w + b)).sum()
+        return (x - SCALE * sigma**2 / alpha * torch.autograd.grad(energy, z)[0]).detach()
+
+    def run():
+        z = torch.randn(len(ids), LATENT)
+        for gamma, then in itertools.pairwise(gammas[:-1]):
+            x = guided(z, gamma)
+            gain = -math.expm1(gamma - then)
+            mean = math.sqrt(sig(then)) * (z * (1 - gain) / math.sqrt(sig(gamma)) + gain * x)
+            deviation = math.sqrt(sig(-then)) ** 0.8 * math.sqrt(sig(-gamma)) ** 0.2 * math.sqrt(gain)
+            z = mean + deviation * torch.randn_like(z)
+        x = guided(z, gammas[-2])
+        with torch.no_grad():
+            x = x / x.norm(dim=1, keepdim=True)
+            noisy = math.sqrt(SIGNAL) * x + math.sqrt(1 - SIGNAL) * torch.randn_like(x)
+            soft = prompter(noisy, math.log(SIGNAL / (1 - SIGNAL)))
+            embeds = torch.cat([lm.transformer.wte(ids), soft], 1)
+            past, out = None, []
+            for _ in range(NEW):
+                step = lm(inputs_embeds=embeds, past_key_values=past, use_cache=True)
+                past = step.past_key_values
+                token = torch.multinomial(step.logits[:, -1].softmax(-1), 1)
+                out.append(token)
+                embeds = lm.transformer.wte(token)
+        return torch.cat(out, 1)
+
+    return run, score
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=25, help="of each prompt")
+    parser.add_argument("--batch", type=int, default=320, help="rows at once, ours")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 250], help="of our sampler")
+    parser.add_argument("--torch_samples", type=int, default=1, help="samples timed in PyTorch, of which all are alike")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", help="also write the figures here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    lm = Transformer.gpt2(width=256, depth=4, heads=4, context=256, vocab=8192)
+    params = jax.jit(lm.init)(jax.random.key(0))
+    control = dglm.init(lm, jax.random.key(1), latent=LATENT, denoiser=DENOISER, prompter=PROMPTER, attributes=1)
+    control = control.replace(
+        probes=jax.random.normal(jax.random.key(2), (1, LATENT)), scale=jnp.float32(SCALE), free=jnp.float32(1.0)
+    )
+    r = np.random.default_rng(0)
+    tokens = r.integers(0, lm.vocab, (args.prompts, PROMPT)).astype(np.int32)
+    context = r.normal(size=(args.prompts, LATENT)).astype(np.float32)
+    context /= np.linalg.norm(context, axis=1, keepdims=True)
+
+    total = args.prompts * args.samples
+    rows = np.arange(total) % args.prompts
+    flat = jax.jit(lm.unstack)(params)
+
+    def ours(steps, total=total):
+        c = control.replace(draw=dglm.Draw(steps=steps, signal=SIGNAL))
+        start = time.perf_counter()
+        for at in range(0, total, args.batch):
+            some = rows[np.arange(at, at + args.batch) % len(rows)]
+            keys = rng.per_example(jax.random.key(0), jnp.arange(at, at + args.batch))
+            cond = {"context": jnp.asarray(context[some])}
+            ask = Prompts(jnp.asarray(tokens[some]), jnp.ones((args.batch, PROMPT), bool), keys, cond)
+            jax.block_until_ready(generate(lm, flat, ask, c, Sampling(max_new=NEW)))
+        return time.perf_counter() - start
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(Path(folder), lm, params)
+        run, score = theirs(control, folder, tokens, context, 250)
+        some = min(4, args.prompts)
+        z = r.normal(size=(some, LATENT)).astype(np.float32)
+        mine = control.net.apply(control.score, z, jnp.full(some, 0.5), context[:some])
+        with torch.no_grad():
+            same = score(torch.from_numpy(z), 0.5, torch.from_numpy(context[:some])).numpy()
+        np.testing.assert_allclose(np.asarray(mine), same, atol=1e-4)
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            for _ in range(args.torch_samples):
+                run()
+            seconds = (time.perf_counter() - start) / args.torch_samples * args.samples
+            for steps in args.steps:
+                ours(steps, 1)  # compiles
+                found.append({"steps": steps, "ours": ours(steps), "torch": seconds})
+    print(f"{args.samples} samples of each of {args.prompts} prompts; PyTorch: 250 steps, sample after sample")
+    result = []
+    for steps in args.steps:
+        mine = [f for f in found if f["steps"] == steps]
+        ratio = statistics.median(f["torch"] / f["ours"] for f in mine)
+        ours_s, torch_s = (statistics.median(f[k] for f in mine) for k in ("ours", "torch"))
+        result.append({"steps": steps, "ours": ours_s, "torch": torch_s, "ratio": ratio})
+        print(f"  {steps:4d} steps: {ours_s:7.1f} s, PyTorch {torch_s:7.1f} s, {ratio:.1f} times as fast", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,8 @@ the LM as that allows.
 Source: Khalifa et al. 2021.
 
     python experiments/main.py --config=configs/gdc.py[:yelp|:yelp_down|:tiny]
+
+Expected: the share nears the moment that is asked for, in few rounds not all the way. Yelp: .71 positive, from .32.
 """
 
 from configs import reward

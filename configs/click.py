@@ -6,9 +6,10 @@ Source: Zheng et al. 2023.
     python experiments/ablate.py --config=configs/click.py[:yelp|:tiny]
 
 The rounds, samples and updates are those of the world, so that it stands beside the other methods at equal cost; the
-paper's tables have one round of 20 samples a prompt. 
+paper's tables have one round of 20 samples a prompt.
 
-Expected on Yelp: from .32 positive to .73 at half the strength and .78 at all of it, at 1.3 and 1.7 times the perplexity.
+Expected on Yelp: from .32 positive to .73 at half the strength and .78 at all of it, at 1.3 and 1.7 times the
+perplexity.
 """
 
 from configs import reward

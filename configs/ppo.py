@@ -5,7 +5,7 @@ Source: Ziegler et al. 2019, Ouyang et al. 2022; `calibrate` for InfAlign (Balas
     python experiments/main.py --config=configs/ppo.py[:yelp|:yelp_down|:tiny]
     python experiments/ablate.py --config=configs/ppo.py[:yelp|:tiny]
 
-Expected: reward rises in every round at little KL. Yelp: from .32 positive to .50 at half the strength, .68 at all of it.
+Expected: reward rises in every round at little KL. Yelp: from .32 positive to .50 at half the strength, .68 at all.
 """
 
 from configs import reward

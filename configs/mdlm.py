@@ -6,7 +6,7 @@ Sources: Sahoo et al. 2024; guidance: Nisonoff et al. 2024, Schiff et al. 2024.
     python experiments/ablate.py --config=configs/mdlm.py[:yelp|:tiny]
 
 The stage `bound` leaves nats per token of held-out texts in runs/bound-…/metrics.jsonl: an upper bound for MDLM, exact
-for the LM.
+for the LM. In the yelp world an update of MDLM costs about 0.4 s of one core.
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ def yelp():
     arm = dict(
         data=lm["data"],
         fit=dict(
-            width=128, depth=4, length=32, batch=32, draws=2, steps=4000,
+            width=128, depth=4, length=32, batch=64, draws=1, steps=2500,
             heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all"),
         ),
         strengths=(0.0, 1.0, 2.0, 4.0),

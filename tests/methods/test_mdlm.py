@@ -1,0 +1,190 @@
+"""MDLM: what it learns in a world small enough to enumerate, how it completes prompts, its stages, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import worlds
+
+from ctg_jax import checkpoint, flow, methods, rng, stage
+from ctg_jax.methods import mdlm
+from ctg_jax.models import masked
+from ctg_jax.stage import open_lm
+from ctg_jax.types import InputError, Sampling
+
+LM = worlds.tiny(vocab=7)
+SHAPE = dict(width=16, depth=1, heads=2, length=12, eos=0)
+ROWS = [[1, 2, 3], [4], [5, 6], [1, 1, 1, 1]]
+SAMPLING = Sampling(max_new=6, eos=(0,), pad=0)
+FIT = dict(width=16, depth=1, heads=2, length=16, steps=4, batch=4, draws=2, warmup=1, save_every=2)
+
+
+def lively(seed=1, **more):
+    """Random and loud, with a classifier."""
+    control = mdlm.init(LM, jax.random.key(0), classes=2, **SHAPE, **more)
+    kernel = jax.random.normal(jax.random.key(seed), control.guide["kernel"].shape)
+    params = worlds.lively(control.net, factor=6)
+    return control.replace(params=params, guide=control.guide | {"kernel": kernel})
+
+
+def test_a_small_network_learns_a_distribution():
+    """Its bound comes down to the entropy, and its samples have the distribution."""
+    world, n = worlds.Bigram(3), 3
+    truth = worlds.probabilities(world, worlds.table([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.4, 0.5, 0.1]]), [0], n)
+    truth = truth / truth.sum()
+    every = worlds.sequences(world, n)
+    control = mdlm.init(world, jax.random.key(0), width=16, depth=1, heads=2, length=n)
+    r = np.random.default_rng(0)
+    batches = []
+    for _ in range(300):
+        tokens = jnp.asarray(every[r.choice(len(every), 64, p=truth)])
+        batches.append({"tokens": tokens, "mask": tokens >= 0, "ids": jnp.arange(64, dtype=jnp.int32)})
+    params, _ = worlds.trained(mdlm.loss(control.net, 0), control.params, {}, batches)
+    keys = jax.random.split(jax.random.key(2), 4096)
+    rows = jnp.asarray(np.repeat(every, 4096 // len(every) + 1, axis=0)[:4096])
+    denoise = functools.partial(masked.denoise, control.net, params)
+    nats = np.asarray(jax.jit(lambda: masked.nelbo(denoise, rows, keys, 3, draws=4))(), np.float64)
+    each = np.array([nats[np.all(np.asarray(rows) == row[None], axis=1)].mean() for row in every])
+    entropy = -truth @ np.log(truth)
+    assert entropy - 0.02 < truth @ each < entropy + 0.05
+    blank = jnp.zeros((4096, n), jnp.int32)
+    found, _ = mdlm.infill(control.replace(params=params), blank, blank > 0, keys)
+    share = np.bincount(np.asarray(found) @ 3 ** np.arange(n)[::-1], minlength=27) / 4096
+    assert np.abs(share - truth).sum() / 2 < 0.08
+
+
+def test_the_nats_of_a_text_are_those_of_its_whole_row():
+    """Padding becomes end tokens, which count, while the weight is the number of tokens of the text."""
+    control = lively()
+    text = jnp.array([[1, 2, 0] + [5] * 9, [3] * 12])
+    mask = jnp.array([[True] * 3 + [False] * 9, [False] * 12])  # the second row only fills up the batch
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = mdlm.loss(control.net, 0)(control.params, {}, {"tokens": text, "mask": mask}, keys)
+    row = jnp.where(mask, text, 0)
+    denoise = functools.partial(masked.denoise, control.net, control.params)
+    each = masked.nelbo(denoise, row, keys, control.mask, draws=4)
+    assert float(found.weight) == 3 and float(found.total) == pytest.approx(float(each[0]), rel=1e-5)
+
+
+def test_strength_zero_is_no_guidance_to_the_bit_and_a_strength_guides():
+    control, prompts = lively(), worlds.prompts(ROWS * 16)
+    bare = control.replace(guide={"kernel": jnp.zeros((0, 48)), "bias": jnp.zeros(0)})
+    plain = mdlm.write(LM, {}, prompts, bare, SAMPLING)
+    zero = mdlm.write(LM, {}, prompts, control, SAMPLING)
+    np.testing.assert_array_equal(plain.tokens, zero.tokens)
+    # A network without opinions and a classifier that reads the embeddings alone, in which first order is exact.
+    lowest = 30 * jax.random.normal(jax.random.key(1), (2, 16))
+    guide = control.guide | {"kernel": jnp.pad(lowest, ((0, 0), (0, 32)))}
+    control = control.replace(params=control.net.init(jax.random.key(0)), guide=guide)
+    share, keys = {}, rng.per_example(jax.random.key(4), jnp.arange(256))
+    given = jnp.broadcast_to(jnp.arange(12)[None] % 5 == 2, (256, 12))
+    for strength in (-2.0, 0.0, 2.0):
+        at = methods.with_strength(control, strength)
+        rows, _ = mdlm.infill(at, jnp.full((256, 12), 5), given, keys)
+        assert bool(jnp.all(jnp.where(given, rows == 5, rows < LM.vocab)))
+        logp, _ = masked.classify(control.net, control.params, guide, control.net.embed(control.params, rows))
+        share[strength] = float(jnp.mean(jnp.exp(logp[:, 1])))
+    assert share[-2.0] < share[0.0] - 0.05 < share[0.0] + 0.05 < share[2.0]
+
+
+@pytest.mark.parametrize("how", [dict(), dict(reveal=6, block=4, final="argmax")], ids=str)
+def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding(how):
+    control = methods.with_strength(lively(**how), 1.0)
+    prompts = worlds.prompts(ROWS, length=6)
+    batch = mdlm.write(LM, {}, prompts, control, SAMPLING)
+    alone = worlds.prompts([ROWS[1]])
+    out = mdlm.write(LM, {}, alone.replace(keys=prompts.keys[1:2]), control, SAMPLING)
+    np.testing.assert_array_equal(out.tokens[0], batch.tokens[1])
+
+
+def test_completions_end_at_the_first_end_token():
+    prompts = worlds.prompts(ROWS * 16)
+    out = mdlm.write(LM, {}, prompts, lively(), SAMPLING)
+    tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+    assert tokens.shape == (64, 6) and tokens.max() < LM.vocab and not np.any(out.logp)
+    ended = 0
+    for row, real in zip(tokens, mask):
+        n = real.sum()
+        assert real[:n].all() and not (row[: n - 1] == 0).any() and not row[n:].any()
+        ended += n < 6
+        assert n == 6 or row[n - 1] == 0
+    assert 0 < ended < 64
+    greedy = Sampling(max_new=6, eos=(0,), greedy=True)
+    assert not np.array_equal(mdlm.write(LM, {}, prompts, lively(), greedy).tokens, tokens)
+
+
+def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, monkeypatch, tmp_path):
+    _, lm, data = small
+    texts = dict(source=str(data.spec["config"]["source"]), split="all")
+    more = dict(heldout=texts, guide=dict(steps=4, batch=4, save_every=2, rate=0.1))
+    whole = mdlm.fit(tmp_path / "a", lm=lm, data=data, **FIT, **more)
+
+    def killed(*a, **k):
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # once in each of the stages that train
+        monkeypatch.setattr(checkpoint, "prune", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mdlm.fit(tmp_path / "b", lm=lm, data=data, **FIT, **more)
+        monkeypatch.undo()
+        if not list(tmp_path.glob("b/mdlm-*/DONE")):
+            stage.stage(tmp_path / "b", mdlm.mdlm, FIT, lm=lm, data=data)
+    assert list(tmp_path.glob("b/classifier-*/steps/*"))
+    again = mdlm.fit(tmp_path / "b", lm=lm, data=data, **FIT, **more)
+    jax.tree.map(np.testing.assert_array_equal, whole.load(), again.load())
+    assert [r["step"] for r in again.metrics()] == [1, 2, 3, 4]
+    rows = {r["name"]: r for r in stage.read_jsonl(next(tmp_path.glob("b/bound-*")) / "metrics.jsonl")}
+    assert rows["mdlm"]["tokens"] == rows["lm"]["tokens"] > 0 and rows["lm"]["exact"] and not rows["mdlm"]["exact"]
+    assert rows["mdlm"]["perplexity"] > 1 and rows["lm"]["texts"] == len(data.rows("data.jsonl"))
+
+    control = methods.load(again, open_lm(lm)[0])
+    assert np.any(control.guide["kernel"]) and not (again.path / "steps").exists()
+    out = stage.stage(
+        tmp_path / "b",
+        flow.sample,
+        dict(n=2, max_new=3, batch=4, strengths=[1.0]),
+        lm=lm,
+        prompts=data,
+        controls=[again],
+    )
+    texts = out.rows("samples.jsonl")
+    assert len(texts) == 2 * len(data.rows("data.jsonl")) and all(
+        r["logp"] == 0 and len(r["tokens"]) <= 3 for r in texts
+    )
+
+
+def test_the_size_of_the_paper_on_paper():
+    """12 layers of width 768 over rows of 1,024 tokens of GPT-2's vocabulary and the mask."""
+    lm = worlds.Transformer.gpt2()
+    paper = dict(width=768, depth=12, heads=12, length=1024, eos=50256, classes=2)
+    control = jax.eval_shape(lambda key: mdlm.init(lm, key, **paper), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(control.params)) == 124_439_808 + 768
+    prompts = jax.eval_shape(lambda: worlds.prompts([[1] * 8] * 2))
+    out = jax.eval_shape(lambda p, c: mdlm._write(p, c, Sampling(max_new=64, eos=(50256,))), prompts, control)
+    assert out.tokens.shape == (2, 64)
+
+
+def test_bad_input(small, tmp_path):
+    _, lm, data = small
+    with pytest.raises(InputError, match="final is 'best', expected one of draw, argmax"):
+        mdlm.init(LM, jax.random.key(0), final="best")
+    with pytest.raises(InputError, match="width is 10, which heads=4 does not divide"):
+        mdlm.init(LM, jax.random.key(0), width=10)
+    with pytest.raises(InputError, match="reveal=-1"):
+        mdlm.init(LM, jax.random.key(0), reveal=-1)
+    with pytest.raises(InputError, match="target is 2, expected a class from 0 to 1"):
+        mdlm.init(LM, jax.random.key(0), classes=2, target=2)
+    control, prompts = mdlm.init(LM, jax.random.key(0), **SHAPE), worlds.prompts(ROWS)
+    with pytest.raises(InputError, match="longest prompt has 4 tokens and max_new is 9, but rows of 12"):
+        mdlm.write(LM, {}, prompts, control, Sampling(max_new=9))
+    with pytest.raises(InputError, match="no classifier was fitted"):
+        mdlm.write(LM, {}, prompts, methods.with_strength(control, 1.0), SAMPLING)
+    with pytest.raises(InputError, match="stop is set"):
+        mdlm.write(LM, {}, prompts, control, Sampling(max_new=2, stop=((1,),)))
+    with pytest.raises(InputError, match="control has 7 tokens and the model 11"):
+        mdlm.write(worlds.tiny(), {}, prompts, control, SAMPLING)
+    network = stage.stage(tmp_path, mdlm.mdlm, FIT | dict(steps=1), lm=lm, data=data)
+    with pytest.raises(InputError, match="expected two or more of 0 to"):
+        stage.stage(tmp_path, mdlm.classifier, dict(classes=1), lm=lm, data=data, network=network)

@@ -213,7 +213,7 @@ def test_embedder_keeps_order_in_few_shapes():
     texts = [" ".join(["2"] * n) for n in lengths]
     want = [[min(n, 40), 2 * min(n, 40)] for n in lengths]
     assert embed(texts).tolist() == want
-    assert encoder.shapes == {(4, 16), (4, 40)}
+    assert encoder.shapes == {(4, 8), (4, 40)}
     assert embed([]).shape == (0, 2)
     assert embed.version != rewards.Embedder(encoder, {"w": np.float32(2)}, toy_ids).version
 
@@ -221,7 +221,7 @@ def test_embedder_keeps_order_in_few_shapes():
 def test_length_batches_never_give_an_empty_row():
     batches = list(length_batches([[], [5, 6]], batch=4, pad=9, longest=64))
     ((indices, tokens, mask),) = batches
-    assert indices.tolist() == [0, 1] and tokens.shape == (4, 16)
+    assert indices.tolist() == [0, 1] and tokens.shape == (4, 8)
     assert mask.any(axis=1).all() and mask.sum(1).tolist() == [1, 2, 1, 1]
 
 

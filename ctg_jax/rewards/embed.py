@@ -16,7 +16,7 @@ from ctg_jax.rewards.check import digest
 from ctg_jax.tree import flatten
 from ctg_jax.types import Params
 
-_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
+_WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
 class Embedder:

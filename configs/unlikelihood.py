@@ -23,7 +23,11 @@ ARMS = dict(
 
 def arms(arg):
     common = dict(method="unlikelihood", rewards=DIVERSITY, strengths=(1.0,))
-    return {label: common | dict(fit=weights) for label, weights in ARMS.items()}
+    found = {label: common | dict(fit=weights) for label, weights in ARMS.items()}
+    if arg == "repetition":  # greedy samples, as in the paper: there the model repeats itself
+        greedy = dict(n=1, max_new=64, batch=100, greedy=True)
+        found["sequence"] = common | dict(fit=ARMS["sequence"] | dict(sequence=2.0, explore=greedy))
+    return found
 
 
 def get_config(arg="bundled"):

@@ -22,10 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from ctg_jax import tree
+from ctg_jax import hosts, tree
 from ctg_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
     Raises:
       InputError: `path` is there and is not a checkpoint; it cannot be written, for a full disk say.
     """
-    path = Path(path).absolute()
+    mine = Path(path).absolute()
+    path = hosts.real(mine)
     if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not a checkpoint: choose another path or remove it")
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -61,29 +62,34 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
             keys[name] = str(jax.random.key_impl(x))
             x = jax.random.key_data(x)
         x = x if isinstance(x, jax.Array) else _plain(name, x)
+        if hosts.count() > 1 and isinstance(x, jax.Array) and x.is_fully_addressable:
+            x = np.asarray(x)  # the first process writes it; Orbax takes only arrays that all processes share
         leaves[name] = [str(x.dtype), list(x.shape)]
         if x.size:  # Orbax refuses empty arrays; their shape says all there is
             arrays[name] = x
-    if _first():
+    if hosts.first():
         with _disk(path, new):
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in (new, old):
                 if left.exists():
                     shutil.rmtree(left)
             new.mkdir()
-    _sync(f"{path} begin")
+    hosts.barrier(f"{path} begin")
     with _disk(path, new):
         if arrays:
             ocp.save(new / "arrays", _nest(arrays))
-    _sync(f"{path} written")
-    if _first():
+    hosts.barrier(f"{path} written")
+    if hosts.first():
         with _disk(path, new):
             _seal(new, {"leaves": leaves, "keys": keys, "meta": dict(meta or {})})
         if path.exists():
             os.replace(path, old)
         os.replace(new, path)
         shutil.rmtree(old, ignore_errors=True)
-    _sync(f"{path} done")
+    hosts.barrier(f"{path} done")
+    if mine != path:
+        mine.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path / MANIFEST, mine)
 
 
 def _seal(new: Path, facts: dict[str, Any]) -> None:
@@ -131,7 +137,7 @@ def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None)
       InputError: no checkpoint there, a pickle, a damaged file (named), a leaf (named) of another shape or type than
         `like` has, or missing, or unexpected.
     """
-    path = Path(path).absolute()
+    path = hosts.real(Path(path).absolute())
     body = verify(path)
     leaves, keys = body["leaves"], body["keys"]
     wanted = dict.fromkeys(leaves) if like is None else tree.flatten(like)
@@ -141,16 +147,20 @@ def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None)
         put = dict.fromkeys(leaves, shardings)
     else:
         put = tree.flatten(shardings)
-    found, abstract = {}, {}
+    found, abstract, own = {}, {}, {}
     for name, (dtype, shape) in leaves.items():
         where = put.get(name) or getattr(wanted[name], "sharding", None)
         where = where or SingleDeviceSharding(jax.local_devices()[0])
         if 0 in shape:
             found[name] = jax.device_put(jnp.zeros(shape, dtype), where)
         else:
-            abstract[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=where)
+            own[name] = where
+            abstract[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=_shared(where))
     if abstract:
         found |= _flat(ocp.load(path / "arrays", _nest(abstract)), abstract)
+    for name, where in own.items():
+        if _shared(where) is not where:
+            found[name] = jax.device_put(found[name].addressable_data(0), where)
     for name, impl in keys.items():
         found[name] = jax.random.wrap_key_data(found[name], impl=impl)
     if like is None:
@@ -158,9 +168,17 @@ def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None)
     return tree.map_with_path(lambda name, _: found[name], like)
 
 
+def _shared(where: Any) -> Any:
+    """A sharding over all processes, on every device whole, in place of one of this process alone: Orbax takes only
+    those that all processes share."""
+    if hosts.count() == 1 or not where.is_fully_addressable:
+        return where
+    return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
+
+
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON facts given to `save`."""
-    return _manifest(Path(path).absolute())["meta"]
+    return _manifest(hosts.real(Path(path).absolute()))["meta"]
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -309,14 +327,3 @@ def _digest(file: Path, flush: bool = False) -> list:
 
 def _sha(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _first() -> bool:
-    return jax.process_index() == 0
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -16,10 +16,12 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax import rng
+from ctg_jax import hosts, rng, tree
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.models.lm import LM, Cache
 from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling
+
+_STRENGTHS = ("scale", "alpha")  # leaves of a control that may have a number for each row
 
 
 @struct.dataclass
@@ -53,7 +55,20 @@ def generate(
       InputError: the prompts and `max_new` do not fit in the LM's context, or there are no prompts.
     """
     check_lengths(lm, prompts, sampling.max_new)
-    return _generate(lm, params, prompts, control, sampling)
+    if not _divisible(prompts, control):
+        return _generate(lm, params, prompts, control, sampling)
+    out = _generate(lm, params, hosts.rows(prompts), control, sampling)
+    whole = hosts.gather({"tokens": out.tokens, "mask": out.mask, "logp": out.logp})
+    return Samples(**whole, generated=jnp.max(hosts.gather(out.generated[None])))
+
+
+def _divisible(prompts: Prompts, control: Control) -> bool:
+    """Whether several processes share the rows: each decodes its own, which changes none of them. A batch they do not
+    divide, and a control with numbers for each row, is decoded by all."""
+    size = prompts.tokens.shape[0]
+    if hosts.count() == 1 or isinstance(prompts.tokens, jax.core.Tracer) or size % hosts.count():
+        return False
+    return not any(x.shape[:1] == (size,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
 
 
 @partial(jax.jit, static_argnames=("lm", "sampling"))
@@ -209,9 +224,16 @@ def forward_states(
     return z, out.hidden[:, out.hidden.shape[1] - n :]
 
 
-@partial(jax.jit, static_argnames=("lm",))
 def score(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
     """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`."""
+    if _divisible(prompts, control) and not isinstance(completion, jax.core.Tracer):
+        prompts, completion = hosts.rows((prompts, completion))
+        return hosts.gather(_score(lm, params, prompts, completion, control))
+    return _score(lm, params, prompts, completion, control)
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _score(lm, params, prompts, completion, control):
     z = forward(lm, params, prompts, completion, control)
     chosen = jnp.take_along_axis(z, completion[:, :, None], axis=2)[:, :, 0]
     return chosen - jax.nn.logsumexp(z, axis=-1)

@@ -23,17 +23,18 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.locks import locked, writable
+from ctg_jax import hosts
+from ctg_jax.files import locked, read_json, seal, sha256, verify, writable, write_text
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
 _tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
 _planned: contextvars.ContextVar[dict[str, dict] | None] = contextvars.ContextVar("planned", default=None)
-_verified: dict[Path, tuple] = {}  # artifact -> size and time of change of its files when they were last compared
 
 
 class UnfinishedError(InputError):
@@ -92,7 +93,7 @@ class Artifact:
     @property
     def spec(self) -> dict[str, Any]:
         """The contents of spec.json: function, revision, config, inputs, and what `Run.record` added."""
-        return (_planned.get() or {}).get(self.path.name) or _read_json(self.path / "spec.json")
+        return (_planned.get() or {}).get(self.path.name) or read_json(self.path / "spec.json")
 
     @property
     def fingerprint(self) -> str:
@@ -135,7 +136,7 @@ class Run:
 
     def record(self, **facts: Any) -> None:
         """Adds facts to spec.json, such as `method` and `init` of a control; they are no part of the id."""
-        spec = _read_json(self.path / "spec.json")
+        spec = read_json(self.path / "spec.json")
         write_text(self.path / "spec.json", _dumps({**spec, **facts}, indent=1))
 
 
@@ -163,20 +164,25 @@ def stage(
     path = Path(root).absolute() / f"{fn.__name__.strip('_')}-{id}"
     spec = {"function": what[0], "revision": revision, "config": filled, "inputs": ids}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
-    count = _tally.get()
-    if (path / "DONE").exists():
-        verify(path)
+    count, planned = _tally.get(), _planned.get()
+    done = (path / "DONE").exists()
+    if done if planned is not None else hosts.agree(done):
+        hosts.once(lambda: verify(path))
         if count is not None and path.name not in count.executed + count.reused:
             count.reused.append(path.name)
         return Artifact(path, id)
-    if (planned := _planned.get()) is not None:
+    if planned is not None:
         planned[path.name] = _Planned(spec)
         return Artifact(path, id)
-    with writable(path), locked(path):
-        if (path / "DONE").exists():  # somebody else finished it while this process waited
-            verify(path)
+    with contextlib.ExitStack() as held:
+        hosts.once(lambda: _begin(held, path, spec))
+        if hosts.agree((path / "DONE").exists()):  # somebody else finished it while this process waited
+            hosts.once(lambda: verify(path))
         else:
-            _execute(fn, path, spec, filled, inputs)
+            log.info("running %s", path.name)
+            with hosts.aside(path) as mine:
+                fn(Run(mine), **filled, **inputs)
+            hosts.once(lambda: seal(path))
             if count is not None:
                 count.executed.append(path.name)
     return Artifact(path, id)
@@ -225,65 +231,6 @@ def digest_lm(path: Path) -> str:
     return hashlib.sha256("\n".join(f"{p.name} {sha256(p)}" for p in files).encode()).hexdigest()
 
 
-def verify(path: Path) -> None:
-    """Compares every file of a finished stage with DONE; InputError naming the first that is missing or differs.
-
-    Files that have not changed since this process compared them last are not read again."""
-    sums = _read_json(path / "DONE")
-    own = sums.pop("DONE", None)
-    if own is not None and own != _own(sums):
-        raise InputError(f"{path / 'DONE'} has other contents than were written: delete {path} and run again")
-    now = tuple(_stamp(path / name) for name in ("DONE", *sums))
-    if _verified.get(path) == now:
-        return
-    for name, (size, digest) in sums.items():
-        file = path / name
-        how = None
-        if not file.is_file():
-            how = "is missing"
-        elif file.stat().st_size != size:
-            how = f"has {file.stat().st_size} bytes where {size} were written"
-        elif sha256(file) != digest:
-            how = "has other contents than were written"
-        if how:
-            raise InputError(f"{file} {how}: the artifact is damaged; delete {path} and run again")
-    _verified[path] = now
-
-
-def _own(sums: dict) -> list:
-    """What DONE holds about itself."""
-    text = _dumps(sums, sort_keys=True).encode()
-    return [len(text), hashlib.sha256(text).hexdigest()]
-
-
-def _stamp(file: Path) -> tuple | None:
-    """What changes with a file: its number, size and times; None where it is missing."""
-    try:
-        s = file.stat()
-    except OSError:
-        return None
-    return s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(new, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows as JSON lines, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
@@ -307,25 +254,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _execute(fn, path: Path, spec: dict, config: dict, inputs: dict) -> None:
-    fresh = not path.exists()
+def _begin(held: contextlib.ExitStack, path: Path, spec: dict) -> None:
+    """Takes the lock and makes the directory ready, where another process has not finished the stage meanwhile."""
+    held.enter_context(writable(path))
+    held.enter_context(locked(path))
+    if (path / "DONE").exists():
+        return
+    held.push(partial(_tidy, path, not path.exists()))
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / "spec.json", _dumps(spec, indent=1))
     metrics = path / "metrics.jsonl"
     if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint
         whole = [line for line in metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
         write_text(metrics, "".join(line.decode() for line in whole if _has_step(line)))
-    log.info("running %s", path.name)
-    try:
-        fn(Run(path), **config, **inputs)
-    except InputError:
-        # Bad input must leave nothing half-written; what an earlier attempt or a checkpoint holds is kept.
-        if fresh and not any(p.is_dir() for p in path.iterdir()):
-            shutil.rmtree(path)
-        raise
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "DONE")
-    sums = {p.relative_to(path).as_posix(): [p.stat().st_size, sha256(p)] for p in files}
-    write_text(path / "DONE", _dumps({**sums, "DONE": _own(sums)}, indent=1))
+
+
+def _tidy(path: Path, fresh: bool, kind: type | None, *_: Any) -> None:
+    """Bad input must leave nothing half-written; what an earlier attempt or a checkpoint holds is kept."""
+    if kind is not None and issubclass(kind, InputError) and fresh and not any(p.is_dir() for p in path.iterdir()):
+        shutil.rmtree(path)
 
 
 def _has_step(line: bytes) -> bool:
@@ -372,15 +319,6 @@ def _ids(fn, name, value):
     if isinstance(value, Sequence) and all(isinstance(v, Artifact) for v in value):
         return [v.id for v in value]
     raise InputError(f"{fn.__name__}: input {name!r} is a {type(value).__name__} where an Artifact is expected")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"{path} cannot be read as JSON ({e}): the artifact is damaged; delete it and run again"
-        ) from e
 
 
 def _dumps(value: Any, **kw) -> str:

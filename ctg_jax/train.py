@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from ctg_jax import checkpoint, rng, tree
+from ctg_jax import checkpoint, hosts, rng, tree
 from ctg_jax.losses import LossFn
 from ctg_jax.metrics import Writer
 from ctg_jax.parallel import Plan
@@ -238,15 +238,16 @@ def loop(
       run_dir: made where it is missing.
       state: where a new run starts; copied, so the caller's arrays stay valid.
       step: from `make_step`.
-      batches: dicts of numpy arrays, leaves [B, …]. With `get_state() -> dict` and `set_state(dict)` it resumes at
-        the exact batch; without them, the batches already used are skipped.
+      batches: dicts of numpy arrays, leaves [B, …], the same in every process, which takes its rows. With
+        `get_state() -> dict` and `set_state(dict)` it resumes at the exact batch; without them, the batches already
+        used are skipped.
       steps: updates in all.
       save_every: steps between checkpoints; the last step is always saved. 0 saves only that.
       frozen: what the loss only reads.
       log_every: steps between rows of metrics.jsonl, each the metrics of that step's batch.
       keep: how many checkpoints to keep.
       progress: show a progress bar.
-      plan: the layout.
+      plan: the layout; with several processes that of one device becomes one that splits rows over all of them.
       tensorboard: also write TensorBoard event files.
 
     Raises:
@@ -255,6 +256,9 @@ def loop(
     """
     run_dir = Path(run_dir)
     folder = run_dir / "steps"
+    spread = hosts.count() > 1 and plan.size == 1
+    if spread:  # rows over the devices of all processes
+        plan = Plan(axes={"data": jax.device_count()})
     found = checkpoint.load_last(folder, state, plan.shardings(state))
     if found:
         at, state, meta = found
@@ -262,11 +266,12 @@ def loop(
         _resume(batches, meta.get("data"), at)
     else:
         at = int(state.step)
-        state = plan.place(jax.tree.map(jnp.copy, state))
+        state = jax.tree.map(jnp.copy, state)
+        state = hosts.everywhere(state, plan.shardings(state))
     with Writer(run_dir / "metrics.jsonl", at, run_dir / "tensorboard" if tensorboard else None) as writer:
         if at >= steps:
-            return state
-        frozen = plan.place(frozen)
+            return hosts.local(state) if spread else state
+        frozen = hosts.everywhere(frozen, plan.shardings(frozen))
         run = _Run(folder, writer, log_every, keep, steps, at, progress)
         compiled = plan.compile(step.over, state, frozen)
         with run.bar:
@@ -279,14 +284,14 @@ def loop(
                         f"batches ended after {n - 1} steps and steps is {steps}: let the data repeat or train for "
                         "fewer steps"
                     )
-                state, metrics = compiled(state, frozen, plan.put(batch))
+                state, metrics = compiled(state, frozen, plan.put(hosts.rows(batch)))
                 run.pending.append((n, metrics, _position(batches)))
                 saving = n == steps or (save_every and n % save_every == 0)
                 if saving or len(run.pending) >= IN_FLIGHT:
                     run.settle(state)
                 if saving:
                     run.save(state)
-    return state
+    return hosts.local(state) if spread else state
 
 
 @dataclasses.dataclass
@@ -329,8 +334,7 @@ class _Run:
             return  # where this run started
         meta = {} if self.data is None else {"data": self.data}
         checkpoint.save(checkpoint.step_path(self.folder, self.at), state, meta)
-        if jax.process_index() == 0:
-            checkpoint.prune(self.folder, self.keep)
+        checkpoint.prune(self.folder, self.keep)
 
     def _stop(self, state: TrainState, n: int, values: dict[str, np.ndarray]) -> None:
         self.save(state.replace(ok=jnp.ones_like(state.ok)))

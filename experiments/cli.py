@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ctg_jax.stage import Tally, nearest, tally
 from ctg_jax.types import InputError
+from experiments import hosts
 
 
 class Incomplete(InputError):
@@ -62,6 +63,7 @@ def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values, sys_argv=["ctg_jax", *argv],
     )  # fmt: skip
     flags.DEFINE_string("root", "runs", "directory of all artifacts and reports", flag_values=values)
+    hosts.flag(values)
 
 
 def module_of(spec: str) -> Any:
@@ -127,11 +129,12 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     """Runs a script: bad input is one sentence on stderr and exit code 2; what could be made in part
     only, exit code 1. Says how many stages were executed
     and how many reused; what `main` returns, such as the path of a report, is printed last."""
-    _log_to_stderr()
     argv = sys.argv[1:] if argv is None else argv
+    _log_to_stderr()
     keep_compiled()
     count, result = Tally(), None
     try:
+        hosts.start(argv)
         with tally() as count:
             result = main(argv)
         return 0

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import ctg_jax
-from ctg_jax import report
+from ctg_jax import hosts, report
 from ctg_jax.evaluation import Figure
 from ctg_jax.report import pictures
 from experiments.experiment import Cell
@@ -86,6 +86,8 @@ def _write(
     cells: Sequence[Cell],
     more: dict[str, str] | None = None,
 ) -> Path:
+    if not hosts.first():
+        return None
     settings = config.to_dict()
     facts = cells[0].figures.spec
     about = {name: facts[name] for name in ("relevance", "encoder") if facts[name]}

@@ -1,0 +1,161 @@
+"""Several processes that run one program together (`jax.distributed`): all of them run every stage on the same data,
+the first one writes. With one process everything here is nothing.
+
+What differs between processes is only which rows they compute: `rows` of a batch, whose results `gather` brings
+together, and the shards of arrays that `everywhere` laid over all devices. Files that a stage writes are those of the
+first process; the others write `aside`, into a copy that is thrown away, except for checkpoints, which all of them
+write together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax.types import InputError, PyTree
+
+_aside: contextvars.ContextVar[tuple[Path, Path] | None] = contextvars.ContextVar("aside", default=None)
+
+
+def count() -> int:
+    """Number of processes."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return count() == 1 or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value: int) -> int:
+    """The value of the first process, in all of them."""
+    if count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def once(act: Callable[[], Any]) -> None:
+    """Calls `act` in the first process, while the others wait; what it raises stops all of them."""
+    error = None
+    if first():
+        try:
+            act()
+        except Exception as e:
+            error = e
+    failed = agree(int(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise InputError("the first process stopped: its log says why")
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """The directory in which this process works for `path`: that itself in the first process, in others a copy of it
+    without the arrays of checkpoints, which is removed in the end."""
+    if first():
+        barrier(f"{path} copied")
+        yield path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="ctg_jax-"))
+    try:
+        mine = folder / path.name
+        shutil.copytree(path, mine, ignore=shutil.ignore_patterns("arrays", ".*"))
+        barrier(f"{path} copied")
+        token = _aside.set((mine, path))
+        try:
+            yield mine
+        finally:
+            _aside.reset(token)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def real(path: Path) -> Path:
+    """Where the first process has what this one has at `path`."""
+    found = _aside.get()
+    return found[1] / path.relative_to(found[0]) if found and path.is_relative_to(found[0]) else path
+
+
+def rows(values: PyTree) -> PyTree:
+    """This process's part of the rows of a batch, leaves [B, …]; the parts follow each other as the processes do.
+
+    Raises:
+      InputError: the rows cannot be divided evenly.
+    """
+    if count() == 1:
+        return values
+
+    def part(x):
+        if x.shape[0] % count():
+            raise InputError(
+                f"a batch of {x.shape[0]} rows cannot be divided over {count()} processes: choose a multiple of that"
+            )
+        size = x.shape[0] // count()
+        return x[size * jax.process_index() : size * (jax.process_index() + 1)]
+
+    return jax.tree.map(part, values)
+
+
+def gather(values: PyTree) -> PyTree:
+    """The rows of all processes, in their order, in each of them."""
+    if count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(values, tiled=True))
+
+
+def everywhere(values: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays over the devices of all processes, from values that each of them holds."""
+    if count() == 1:
+        return jax.device_put(values, shardings)
+
+    def put(x, where):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, where)
+        impl, raw = _raw(x)
+        raw = np.asarray(raw)
+        out = jax.make_array_from_callback(raw.shape, where, lambda index: raw[index])
+        return out if impl is None else jax.random.wrap_key_data(out, impl=impl)
+
+    return jax.tree.map(put, values, shardings)
+
+
+def local(values: PyTree) -> PyTree:
+    """Arrays on this process's own device, from arrays that lie whole on every device."""
+    if count() == 1:
+        return values
+
+    def get(x):
+        impl, raw = _raw(x)
+        raw = jnp.asarray(np.asarray(raw))
+        return raw if impl is None else jax.random.wrap_key_data(raw, impl=impl)
+
+    return jax.tree.map(get, values)
+
+
+def _raw(x: Any) -> tuple[Any, Any]:
+    """(the kind of random key it is, or None; the numbers of an array)"""
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.key_impl(x), jax.random.key_data(x)
+    return None, x

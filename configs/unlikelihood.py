@@ -7,8 +7,11 @@ these as probabilities).
     python experiments/main.py --config=configs/unlikelihood.py[:repetition|:yelp|:tiny]
     python experiments/ablate.py --config=configs/unlikelihood.py:repetition
 
-`repetition` is the world to look at: the figures are rep-3 and the share of diverse continuations. In the others it is
-an arm to compare with; there the reward is diversity, whatever the world's is.
+`repetition` is the world to look at: the figures are rep-3, the share of diverse continuations and the perplexity of
+human text. In the others it is an arm to compare with; there the reward is diversity, whatever the world's is.
+
+Expected there: rep-3 of greedy continuations from .34 to .14 with `sequence`; `token` alone does not lower it. Human text
+becomes likelier, since these reviews are new to the LM.
 """
 
 from configs import reward

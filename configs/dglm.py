@@ -5,7 +5,11 @@ large fine-tuned, 250,000 updates of each network.
 
     python experiments/main.py --config=configs/dglm.py[:yelp|:tiny]
 
-Expected: the share of positive text rises with the guidance.
+    python experiments/latents.py --config=configs/latents.py:said     what the latent makes the LM say
+    python experiments/ablate.py --config=configs/dglm.py[:yelp]       samplers and their steps
+
+Expected: the share of positive text rises with the guidance; of Yelp from .58 to .67, .72, .81 and .87, at the perplexity
+of the unguided text. Wall time: 40 minutes on one core, of which the prompter takes 25.
 """
 
 import re
@@ -40,7 +44,7 @@ PAPER = dict(
 FOOD = r"\b(food|meal|dish|pizza|burger|sandwich|salad|sushi|tacos?|steak|chicken|beef|pork|soup|fries|bread|rice)\b"
 SCALES = {
     "bundled": (0.0, 1.0, 3.0, 10.0, 30.0),
-    "yelp": (0.0, 1.0, 3.0, 10.0, 30.0),
+    "yelp": (0.0, 10.0, 30.0, 100.0, 300.0),
     "tiny": (0.0, 10.0),
 }
 
@@ -62,14 +66,14 @@ def fit(arg):
 def arms(arg):
     """Guided to positive text; and, of real reviews, to negative text, to food, and to both sides of food."""
     one = dict(method="dglm", strengths=SCALES[arg], fit=fit(arg), data=texts(arg))
-    found = dict(dglm=one)
+    found = dict(top_p=dict(method="truncate"), dglm=one)
     if arg == "yelp":
         wishes = dict(negative=dict(positive=-1.0), food=dict(food=1.0), good_food=dict(positive=1.0, food=1.0))
         wishes["bad_food"] = dict(positive=-1.0, food=1.0)
         both = dict(positive={}, food=dict(pattern=FOOD))
         for name, weights in wishes.items():
             asked = dict(attributes={k: both[k] for k in weights}, weights=weights)
-            found[name] = one | dict(fit=one["fit"] | asked, strengths=(3.0, 10.0))
+            found[name] = one | dict(fit=one["fit"] | asked, strengths=(30.0, 100.0))
     return found
 
 
@@ -86,5 +90,10 @@ def get_config(arg="bundled"):
 
 
 def sweep():
-    for steps in (10, 50, 250):
-        yield {"methods.dglm.fit.draw": {"steps": steps}}
+    """Samplers and their steps, with the gradient through the denoiser and without, at one strength."""
+    ways = [dict(sampler="dpm++", steps=n) for n in (10, 50)]
+    ways += [dict(sampler="ddpm", steps=n) for n in (20, 50, 250)]
+    ways += [dict(sampler="ddim", steps=20), dict(sampler="dpm++", steps=20, through=True)]
+    ways += [dict(sampler="ddpm", steps=250, through=True), dict(average=8)]
+    for draw in ways:
+        yield {"methods.dglm.fit.draw": draw, "methods.dglm.strengths": (100.0,)}

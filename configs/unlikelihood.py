@@ -10,8 +10,8 @@ these as probabilities).
 `repetition` is the world to look at: the figures are rep-3, the share of diverse continuations and the perplexity of
 human text. In the others it is an arm to compare with; there the reward is diversity, whatever the world's is.
 
-Expected there: rep-3 of greedy continuations from .34 to .14 with `sequence`; `token` alone does not lower it. Human text
-becomes likelier, since these reviews are new to the LM.
+Expected there: rep-3 of greedy continuations from .34 to .14 with `sequence`; `token` alone does not lower it. Human
+text becomes likelier, since these reviews are new to the LM.
 """
 
 from configs import reward

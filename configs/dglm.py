@@ -8,8 +8,8 @@ large fine-tuned, 250,000 updates of each network.
     python experiments/latents.py --config=configs/latents.py:said     what the latent makes the LM say
     python experiments/ablate.py --config=configs/dglm.py[:yelp]       samplers and their steps
 
-Expected: the share of positive text rises with the guidance; of Yelp from .58 to .67, .72, .81 and .87, at the perplexity
-of the unguided text. Wall time: 40 minutes on one core, of which the prompter takes 25.
+Expected: the share of positive text rises with the guidance; of Yelp from .58 to .67, .72, .81 and .87, as fluent as
+unguided text. Wall time: 40 minutes on one core, of which the prompter takes 25.
 """
 
 import re

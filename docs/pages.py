@@ -73,6 +73,7 @@ def linked(text: str) -> str:
     """Links of a file in the root of the checkout as links of a page in the root of the site."""
     for here, there in PLACES.items():
         text = text.replace(f"]({here})", f"]({there})").replace(f"[{here}]", f"[{Path(there).stem}]")
+    text = re.sub(r"\[[^]]*\]\((notebooks)\)", r"`\1/`", text)
     return re.sub(r"\]\(docs/", "](", text).replace("[docs/", "[")
 
 

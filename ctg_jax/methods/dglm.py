@@ -2,9 +2,9 @@
 vector of a sentence encoder, pushed by linear classifiers; a prompter turns it into a soft prompt that makes the
 language model say it.
 
-Known differences from the authors' code: all rows are drawn at once, and by a solver of second order in few steps;
-these do not bear that the classifiers' gradient runs back through the denoiser, so it does not unless `through` is set;
-their likelihood is averaged over the noise, not their loss; the language model is changed by LoRA unless `kind` is
+Known differences from the authors' code: all rows are drawn at once, and by a solver of second order in few steps; the
+classifiers' gradient does not run back through the denoiser unless `through` is set (docs/design.md says why); their
+likelihood is averaged over the noise, not their loss; the language model is changed by LoRA unless `kind` is
 "full" or "frozen", and only continuations are trained on.
 """
 

@@ -85,7 +85,9 @@ def run(root, n, stop=-1):
     finally:
         for p in processes:
             p.kill()
-    return [p.returncode for p in processes], [out.strip() for out, _ in said], [err for _, err in said]
+    # Gloo announces its peers on standard output.
+    lines = ["\n".join(x for x in out.splitlines() if not x.startswith("[Gloo]")) for out, _ in said]
+    return [p.returncode for p in processes], lines, [err for _, err in said]
 
 
 def artifact(root, name):

@@ -252,16 +252,16 @@ def test_training_learns_the_distribution_of_texts():
     batches = [
         {"tokens": jnp.asarray(EVERY[random.choice(len(P), 128, p=P)]), "mask": jnp.ones((128, S), bool),
          "ids": jnp.arange(128) + 128 * i}
-        for i in range(400)
+        for i in range(800)
     ]  # fmt: skip
     params, metrics = worlds.trained(diffusion_lm.loss(control.net, 0), control.params, {}, batches)
     assert {"error", "rounding", "reading"} <= metrics.keys() and float(metrics["error"]) < 0.6
     control = control.replace(params=params)
     found = drawn(control, n=2000)
-    assert worlds.divergence(found, P) < 0.15 < worlds.divergence(P, np.full(len(P), 1 / len(P)))
+    assert worlds.divergence(found, P) < 0.1 < worlds.divergence(P, np.full(len(P), 1 / len(P)))
     fits = EVERY[:, 2] == 1
     given = drawn(control, n=2000, tokens=[0, 0, 1], given=[False, False, True])
-    assert given[~fits].sum() == 0 and worlds.divergence(given, np.where(fits, P, 1e-30) / P[fits].sum()) < 0.15
+    assert given[~fits].sum() == 0 and worlds.divergence(given, np.where(fits, P, 1e-30) / P[fits].sum()) < 0.1
 
 
 def test_the_loss_is_the_sum_of_its_three_parts():

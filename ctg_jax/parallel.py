@@ -146,7 +146,10 @@ class Plan:
         """Compiles `make(axis=…)`, a train step, for this plan.
 
         Args:
-          make: gives the step; called with axis=None for `jit` and axis="batch" for `pmap`.
+          make: gives the step; called with axis=None where the compiler divides the work, else with the name of the
+            axis to sum over: "batch" for `pmap`, "data" for `jit` where the batch alone is split. There each device
+            adds up the gradients of its rows before they meet; the compiler would bring together the gradient of a
+            weight that a low-rank change is merged into, which is many times larger than that of the change.
           state: the training state, or its shapes. `jit` donates it: use what the step returns.
           frozen: what the step only reads, or its shapes.
         """
@@ -157,8 +160,21 @@ class Plan:
             )
         whole, rows = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, P("data"))
         here = self.shardings(state)
+        alone = self.size > 1 and dict(self.axes)["data"] == self.size
+        used = jax.tree.leaves(self.specs((state, frozen)), is_leaf=_is_spec)
+        if alone and not any(_names(part) for spec in used for part in spec):
+            each = make(axis="data")
+            specs = dict(in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
+            train_step = jax.shard_map(each, mesh=self.mesh, check_vma=False, **specs)
+        else:
+            step = make(axis=None)
+
+            def train_step(state, frozen, batch):
+                with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for `split`
+                    return step(state, frozen, batch)
+
         return jax.jit(
-            make(axis=None),
+            train_step,
             in_shardings=(here, self.shardings(frozen), rows),
             out_shardings=(here, whole),
             donate_argnums=0,
@@ -197,6 +213,26 @@ class Plan:
             ways = math.prod(sizes[n] for n in names)
             kept.append((names if len(names) > 1 else names[0]) if names and size % ways == 0 else None)
         return P(*kept)
+
+
+def split(x: jax.Array, *parts: str | None) -> jax.Array:
+    """x, its last dimensions split over the named axes of the mesh it is computed on, and whole where None is given;
+    x itself where there is no mesh, or one without these axes.
+
+    Activations need it: from the weights alone the compiler takes fully sharded weights for a split of the features and
+    moves activations in place of weights. A dimension that its axis does not divide is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {n: mesh.shape[n] for n in mesh.auto_axes if mesh.shape[n] > 1}
+    if not sizes:
+        return x
+    free = P.UNCONSTRAINED
+    dims = x.shape[x.ndim - len(parts) :]
+    wanted = [
+        None if part is None else part if part in sizes and size % sizes[part] == 0 else free
+        for size, part in zip(dims, parts)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*(free,) * (x.ndim - len(parts)), *wanted))
 
 
 def _names(part: Any) -> tuple[str, ...]:

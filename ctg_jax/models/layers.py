@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ctg_jax.parallel import split
 from ctg_jax.types import InputError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -136,6 +137,7 @@ class Attention(nn.Module):
         q, k, v = (a.reshape(batch, t, -1, h) for a in parts)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (split(a, "data", None, "tensor", None) for a in (q, k, v))
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if length is not None:
             k = lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), (0, 0, length, 0))
@@ -145,6 +147,7 @@ class Attention(nn.Module):
             visible = jnp.ones((batch, t, past[0].shape[2]), bool)
             allowed = jnp.concatenate([visible, allowed], axis=2)
         y = attend(q, k, v, allowed).reshape(batch, t, heads * h)
+        y = split(y, "data", None, "tensor")
         return Dense(lm.width, lm, lm.bias_out, 1 / math.sqrt(2 * lm.depth), name="out")(y), (k, v)
 
 
@@ -161,6 +164,7 @@ class Mlp(nn.Module):
             y = act(Dense(lm.mlp_width, lm, lm.bias_mlp, name="gate")(x)) * y
         else:
             y = act(y)
+        y = split(y, "data", None, "tensor")
         return Dense(lm.width, lm, lm.bias_mlp, 1 / math.sqrt(2 * lm.depth), name="down")(y)
 
 

@@ -19,6 +19,7 @@ from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.models.layers import ACTIVATIONS, Block, Norm, matmul, scale_frequencies
 from ctg_jax.models.lm import Cache, Out, Tap
+from ctg_jax.parallel import split
 from ctg_jax.types import InputError, Params
 
 
@@ -151,7 +152,7 @@ class Transformer:
     def unembed(self, params: Params, h: jax.Array) -> jax.Array:
         """Logits float32 [..., V] of final hidden states [..., D]."""
         kernel = params["embed"]["tokens"] if self.tied else params["head"]["kernel"]
-        return matmul(h, kernel, self.dtype, out=jnp.float32)
+        return split(matmul(h, kernel, self.dtype, out=jnp.float32), "data", None, "tensor")
 
     def apply(
         self,
@@ -180,7 +181,7 @@ class Transformer:
         if self.positions == "learned":
             # Padding may lie past the table; its value is never attended to.
             x = x + params["embed"]["positions"].astype(x.dtype)[jnp.minimum(pos, self.context - 1)]
-        x = control.hidden(x.astype(self.dtype), 0, pos, state)
+        x = control.hidden(split(x.astype(self.dtype), "data", None, None), 0, pos, state)
         first = tap(x)
 
         block, rope = Block(self), self._rope(pos)
@@ -191,6 +192,7 @@ class Transformer:
                 return control.hidden(h, self.depth + 1 + site, pos, state)
 
             x, kv = block.apply({"params": layer}, x, allowed, rope, past, length, between)
+            x = split(x, "data", None, None)
             return control.hidden(x, site, pos, state), kv
 
         scanned = cache is None and isinstance(params["layers"], dict)

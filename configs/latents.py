@@ -25,7 +25,7 @@ REVIEWS = sentiment.REVIEWS
 def tiny():
     world = sentiment.tiny()
     data = dict(source=REVIEWS, split="test", words=4, balance="label", limit=4)
-    fit = dict(site="memory", updates=12, rate=0.3, batch=4)
+    fit = dict(site="memory", updates=12, batch=4)
     return dict(
         lm=world["lm"],
         recovery=dict(

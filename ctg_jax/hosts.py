@@ -125,10 +125,22 @@ def gather(values: PyTree) -> PyTree:
     return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(values, tiled=True))
 
 
+def read(x: jax.Array) -> np.ndarray:
+    """The numbers of an array that may be split over the devices of all processes."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def everywhere(values: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays over the devices of all processes, from values that each of them holds."""
+    """Arrays over the devices of all processes, from values that each of them holds; shardings: a tree of the same
+    structure, or one for all."""
     if count() == 1:
         return jax.device_put(values, shardings)
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda x, one=shardings: one, values)
 
     def put(x, where):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:

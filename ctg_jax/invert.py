@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctg_jax import checkpoint
+from ctg_jax import checkpoint, hosts
 from ctg_jax.models.lm import LM
 from ctg_jax.types import PyTree
 
@@ -138,13 +138,13 @@ def compile_advance(mesh: Mesh, **options: Any) -> Callable[[Search, jax.Array, 
 
 def shrink(search: Search, slots: int, devices: int = 1) -> Search:
     """The same search in fewer slots on each device: those at work come first. Reads the rows back to the host."""
-    row = np.asarray(search.slots.row).reshape(devices, -1)
+    row = hosts.read(search.slots.row).reshape(devices, -1)
     if row.shape[1] == slots:
         return search
     empty = search.found.loss.shape[0] // devices - 1
     order = np.argsort(row == empty, axis=1, kind="stable")[:, :slots]
     index = (order + np.arange(devices)[:, None] * row.shape[1]).reshape(-1)
-    return search.replace(slots=jax.tree.map(lambda x: x[index], search.slots))
+    return search.replace(slots=jax.tree.map(lambda x: hosts.read(x)[index], search.slots))
 
 
 def solve(
@@ -164,7 +164,7 @@ def solve(
     """z [N, d], loss, score, steps and solved [N] of N rows, found by `run` (`compile_advance`).
 
     Slots are reduced while three quarters of them stand empty, down to `least`, so that the last stubborn rows do not
-    cost a whole batch.
+    cost a whole batch. Several processes search together, on the devices of all of them.
 
     Args:
       start: float32 [N, d]. rows: numpy leaves [N, …].
@@ -181,31 +181,32 @@ def solve(
     def spread(x):
         out = np.zeros((devices * (per_device + 1), *x.shape[1:]), x.dtype)
         out[place] = x
-        return jax.device_put(out, lie)
+        return out
 
     start, rows = jax.tree.map(spread, (np.asarray(start), rows))
-    parts = [begin(x, tx, min(slots, per_device)) for x in np.split(np.asarray(start), devices)]
-    search = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    parts = [begin(x, tx, min(slots, per_device)) for x in np.split(start, devices)]
+    search = hosts.everywhere(jax.tree.map(lambda *x: np.concatenate(x), *parts), lie)
+    start, rows = hosts.everywhere((start, rows), lie)
     if keep is not None and (keep / checkpoint.MANIFEST).exists():
         size = checkpoint.read_meta(keep)["slots"]
-        search = checkpoint.load(keep, shrink(search, size, devices))
+        search = checkpoint.load(keep, hosts.everywhere(shrink(search, size, devices), lie))
     saved = time.monotonic()
     while True:
-        search = run(jax.device_put(search, lie), start, rows, frozen)
-        busy = (np.asarray(search.slots.row) < per_device).reshape(devices, -1).sum(1)
-        waiting = devices * per_device - int(np.asarray(search.next).sum())
+        search = run(search, start, rows, frozen)
+        busy = (hosts.read(search.slots.row) < per_device).reshape(devices, -1).sum(1)
+        waiting = devices * per_device - int(hosts.read(search.next).sum())
         progress(max(0, n - int(busy.sum()) - waiting))
         if not busy.any():
             break
         size = len(search.slots.row) // devices
         while waiting == 0 and size > least and busy.max() <= size // 4:
             size = max(least, size // 4)
-        search = shrink(search, size, devices)
-        if keep is not None and time.monotonic() - saved >= save_every:
+        search = hosts.everywhere(shrink(search, size, devices), lie)
+        if keep is not None and hosts.agree(time.monotonic() - saved >= save_every):
             checkpoint.save(keep, search, {"slots": size})
             saved = time.monotonic()
     found = search.found
-    return {k: np.asarray(getattr(found, k))[place] for k in ("z", "loss", "score", "steps", "solved")}
+    return {k: hosts.read(getattr(found, k))[place] for k in ("z", "loss", "score", "steps", "solved")}
 
 
 def chunks(width: int, inputs: Sequence[int], memory: float) -> Iterator[tuple[int, np.ndarray]]:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from ctg_jax import hosts
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.judging import open_judge
 from ctg_jax.stage import open_artifact, open_lm
@@ -61,7 +62,7 @@ def main(argv):
         both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"
         spread = f"{fluency['value']:.2f} [{fluency['low']:.2f}, {fluency['high']:.2f}]"
         lines.append(" | ".join(["", cell.label, *shares, both, spread, ""]))
-    return "\n".join(line.strip() for line in lines)
+    return "\n".join(line.strip() for line in lines) if hosts.first() else None
 
 
 if __name__ == "__main__":

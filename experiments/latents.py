@@ -9,18 +9,29 @@ grid, strengths and counts are stages: finished ones are not run again, an inter
 
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from ctg_jax import embeddings, latents, reconstruct, report, sources
+from ctg_jax import embeddings, hosts, latents, reconstruct, report, sources
 from ctg_jax.methods import dglm, latent_steer
 from ctg_jax.report import pictures
 from ctg_jax.stage import nearest, stage
 from ctg_jax.types import InputError
 from experiments import cli, experiment
+
+
+def page(folder, rows, draw=None, **facts):
+    """The report of a section and the pictures that `draw` adds; the first process writes them."""
+    if not hosts.first():
+        return None
+    found = report.write(folder, rows, **facts)
+    if draw is not None:
+        draw()
+    return found
 
 
 def vectors_of(root, lm, settings, fit):
@@ -46,10 +57,9 @@ def recovery(root, lm, settings, folder):
             columns = {**cell, "domain": domain}
             rows.append(report.row(figures, figures, method="latent_steer", **columns))
             cells.append({**columns, **{k: f.value for k, f in rows[-1]["figures"].items()}})
-    page = report.write(folder, rows, title="Recovery of sentences from a frozen LM")
-    if len(grid.get("site", ())) > 1:
-        pictures.heat_map(folder / "recovery.png", cells, "site", "steps", "BLEU-4")
-    return page
+    several = len(grid.get("site", ())) > 1
+    draw = partial(pictures.heat_map, folder / "recovery.png", cells, "site", "steps", "BLEU-4") if several else None
+    return page(folder, rows, draw, title="Recovery of sentences from a frozen LM")
 
 
 def transfer(root, lm, settings, folder):
@@ -64,10 +74,11 @@ def transfer(root, lm, settings, folder):
         rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
     way = dict(lm=lm, train=train, vectors=train_vectors)
     control = stage(root, latents.direction, dict(count=max(settings["counts"])), **way)
-    print(f"the direction as a control, for experiments/generate.py: {control.path}")
-    page = report.write(folder, rows, title="Sentiment transfer by vector arithmetic", scorers=done.spec["judges"])
-    pictures.curves(folder / "transfer.png", rows, "self-BLEU", "transfer accuracy", "vectors", "strength")
-    return page
+    if hosts.first():
+        print(f"the direction as a control, for experiments/generate.py: {control.path}")
+    where = folder / "transfer.png"
+    draw = partial(pictures.curves, where, rows, "self-BLEU", "transfer accuracy", "vectors", "strength")
+    return page(folder, rows, draw, title="Sentiment transfer by vector arithmetic", scorers=done.spec["judges"])
 
 
 def similarity(root, lm, settings, folder):
@@ -83,16 +94,16 @@ def similarity(root, lm, settings, folder):
             if figure == "z" or not any(r["method"] == figure for r in rows):
                 label = f"z, {name}" if figure == "z" else figure
                 rows.append({"method": label, "figures": {"100 Spearman's ρ": value}, "samples": []})
-    return report.write(folder, rows, title="Cosine of latent vectors and human similarity")
+    return page(folder, rows, title="Cosine of latent vectors and human similarity")
 
 
 def analysis(root, lm, settings, folder):
     """Interpolation, random vectors, neighbours, principal components."""
     data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
     done = stage(root, latents.analyse, settings["options"], lm=lm, data=data, vectors=vectors)
-    page = report.write(folder, [report.row(done, done, method="latent_steer")], title="A look at latent vectors")
-    pictures.scatter(folder / "principal.png", done.rows("principal.jsonl"), "first component", "second component")
-    return page
+    points = done.rows("principal.jsonl")
+    draw = partial(pictures.scatter, folder / "principal.png", points, "first component", "second component")
+    return page(folder, [report.row(done, done, method="latent_steer")], draw, title="A look at latent vectors")
 
 
 def reconstruction(root, lm, settings, folder):
@@ -106,7 +117,7 @@ def reconstruction(root, lm, settings, folder):
         options = {**settings["options"], "latent": latent}
         done = stage(root, reconstruct.reconstruct, options, lm=lm, control=control, latents=latents)
         rows.append(report.row(done, done, method="dglm", latent=latent))
-    return report.write(folder, rows, title="Continuations said from the latent of the true one")
+    return page(folder, rows, title="Continuations said from the latent of the true one")
 
 
 SECTIONS = dict(
@@ -130,8 +141,8 @@ def main(argv):
     pages = []
     for name in values.sections or present:
         folder = Path(values.root) / "reports" / f"latents-{argument}" / name
-        pages.append(str(SECTIONS[name](values.root, lm, config[name], folder)))
-    return "\n".join(pages)
+        pages.append(SECTIONS[name](values.root, lm, config[name], folder))
+    return "\n".join(map(str, pages)) if hosts.first() else None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctg_jax import bricks, checkpoint, invert, rng
+from ctg_jax import bricks, checkpoint, hosts, invert, rng
 from ctg_jax.control import Control
 from ctg_jax.data.tokenizer import pad_rows
 from ctg_jax.models.lm import LM
@@ -343,9 +343,9 @@ def search(
     everywhere = NamedSharding(mesh, PartitionSpec())
     shape = control.replace(z=None, scale=None, basis=None, choice=None)
     tx, run, lower = _programs(model, shape, mesh, rate, decay, patience, updates)
-    params = jax.device_put(model.unstack(params), everywhere)
+    params = hosts.everywhere(model.unstack(params), everywhere)
     above, upper = model.above(params, split(shape, model.depth)[0])
-    frozen = (upper, None if control.basis is None else jax.device_put(control.basis, everywhere))
+    frozen = (upper, None if control.basis is None else hosts.everywhere(control.basis, everywhere))
 
     n, d = z0.shape
     out = {"z": np.zeros((n, d), np.float32), "loss": np.zeros(n, np.float32), "score": np.zeros(n, np.float32)}

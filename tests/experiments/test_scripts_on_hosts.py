@@ -51,7 +51,7 @@ def finish(processes, timeout=900):
 
 
 def compare(alone, together):
-    """The artifacts of two roots: the same ones; samples token for token, figures within 1e-5, arrays as `near` says."""
+    """The artifacts of two roots: the same ones; samples token for token, numbers within 1e-5, see `near`."""
     names = sorted(p.parent.name for p in alone.glob("*-*/DONE"))
     assert names and names == sorted(p.parent.name for p in together.glob("*-*/DONE"))
     assert not [p for p in together.glob("*-*") if not (p / "DONE").exists()]
@@ -63,19 +63,18 @@ def compare(alone, together):
             if file.endswith(".jsonl"):
                 close(*([json.loads(line) for line in (x / file).read_text().splitlines()] for x in (a, b)), name)
             elif file.endswith(".npy"):
-                near(*(np.load(x / file) for x in (a, b)), name)
+                near(*({file: np.load(x / file)} for x in (a, b)), name)
         if (a / "state" / "manifest.json").exists():
-            left, right = (tree.flatten(checkpoint.load(x / "state")) for x in (a, b))
-            assert left.keys() == right.keys()
-            for path in left:
-                near(left[path], right[path], f"{name} {path}")
+            near(*(tree.flatten(checkpoint.load(x / "state")) for x in (a, b)), name)
     return names
 
 
-def near(a, b, where):
-    """Arrays within 1e-5 of their largest number, or of 1."""
-    scale = max([1.0, *np.abs(np.ravel(b))])
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=where)
+def near(left, right, where):
+    """Arrays by name, within 1e-5 of the largest number of their artifact, or of 1."""
+    assert left.keys() == right.keys(), where
+    scale = max(1.0, *(float(np.abs(x).max(initial=0)) for x in map(np.asarray, right.values())))
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-5 * scale, err_msg=f"{where} {name}")
 
 
 def close(a, b, where):

@@ -10,10 +10,10 @@ both of processor time, which a neighbour on the machine changes least, the proc
     own          n times one device with its share of the rows, over n devices: what each device loses to the others, by
                  collectives and threads. It is what remains of n times the speed on n chips of this pace.
 
-Weak scaling has `--weak` rows for each device, strong `--strong` rows in all. Training is a step of `finetune` (LoRA; the
-language model is frozen) as `train.loop` compiles it, decoding is `generate` as `flow.complete` splits it over devices
-and `decode.generate` over processes. `moved` and `asked` are bytes that each device sends in a step, of the compiled
-program and in theory (`experiments/traffic.py`).
+Weak scaling has `--weak` rows for each device, strong `--strong` rows in all. Training is a step of `finetune` (LoRA;
+the language model is frozen) as `train.loop` compiles it, decoding is `generate` as `flow.complete` splits it over
+devices and `decode.generate` over processes. `moved` and `asked` are bytes that each device sends in a step, of the
+compiled program and in theory (`experiments/traffic.py`).
 """
 
 import argparse
@@ -183,6 +183,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
+    if any(args.strong % n for n in args.devices + args.processes):
+        parser.error(f"--strong is {args.strong}, expected a multiple of every number of devices and processes")
     print(f"{cores()} core{'s' * (cores() > 1)}, processor seconds, medians of {args.repeats}", flush=True)
     jobs = [("devices", 1)] + [("devices", n) for n in args.devices if n > 1]
     jobs += [("processes", n) for n in args.processes if n > 1]
@@ -198,10 +200,8 @@ def main():
             row["mode"] = " and ".join(modes) or "base"
             found.append(row)
             line = f"{row['what']:6s} {row['layout']:6s} {n} {over:9s} {row['rows']:3d} rows ({row['mode']}): "
-            line += (
-                f"{row['cpu_s']:.3f} s, {row['tokens'] / row['cpu_s']:.0f} tok/s, efficiency {row['efficiency']:.2f}, "
-            line += f"own {row['own']:.2f}"
-            )
+            line += f"{row['cpu_s']:.3f} s, {row['tokens'] / row['cpu_s']:.0f} tok/s, "
+            line += f"efficiency {row['efficiency']:.2f}, own {row['own']:.2f}"
             if row.get("moved"):
                 line += f", {row['moved'] / 1e6:.2f} MB sent by each device ({row['asked'] / 1e6:.2f} in theory)"
             print(line, flush=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ def write_text(path: Path, text: str) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def drop_half_written(path: Path) -> None:
+    """Removes what `write_text` left in a directory and below it where its process was killed."""
+    for left in path.rglob(".*"):
+        if re.fullmatch(r"\..+\.\d+", left.name) and left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

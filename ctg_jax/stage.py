@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ctg_jax import hosts
-from ctg_jax.files import locked, read_json, seal, sha256, verify, writable, write_text
+from ctg_jax.files import drop_half_written, locked, read_json, seal, sha256, verify, writable, write_text
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -262,6 +262,7 @@ def _begin(held: contextlib.ExitStack, path: Path, spec: dict) -> None:
         return
     held.push(partial(_tidy, path, not path.exists()))
     path.mkdir(parents=True, exist_ok=True)
+    drop_half_written(path)
     write_text(path / "spec.json", _dumps(spec, indent=1))
     metrics = path / "metrics.jsonl"
     if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint

@@ -97,10 +97,14 @@ def test_interrupted_stage_goes_on_in_its_own_directory(tmp_path):
     assert not (place / "DONE").exists()
     with open(place / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "half": ')  # a row cut in the middle by the kill
+    (path / "sub").mkdir()
+    for half in (path / ".samples.jsonl.4321", path / "sub" / ".facts.json.17"):
+        half.write_text("what a kill left of a file that is written whole or not at all")
     with tally() as count:
         a = stage(tmp_path, train)
     assert a.path == place and count.executed == [place.name]
     assert a.metrics() == [{"step": 0}, {"step": 1}, {"step": 2}, {"final": True}]
+    assert not list(place.rglob(".*"))
 
 
 @pytest.mark.parametrize(

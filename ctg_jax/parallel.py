@@ -39,6 +39,14 @@ DECODER: Rules = (
     (r"(.*/)?(attn_norm|mlp_norm|norm)/(scale|bias)", P()),
 )
 
+# The encoders of `ctg_jax.models.encoder`: blocks as those of the decoder.
+ENCODER: Rules = (
+    (r"head/dense/kernel|project/kernel", P("tensor", "data")),
+    (r"head/out/kernel", P(None, "data")),
+    (r"embed/types|relative|(head/dense|head/out|project)/bias|embed/norm/(scale|bias)", P()),
+    *DECODER,
+)
+
 # The leaves of controls (`ctg_jax.bricks`, `ctg_jax.methods`). A change ΔW = b a lies as its kernel does, its rank on
 # every device; vectors, gates, strengths and masks are small and replicated. Experts hold parameters: `DECODER`.
 CONTROL: Rules = (
@@ -49,9 +57,10 @@ CONTROL: Rules = (
     (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
     (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
     (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
+    (r"value/(kernel|bias)", P()),  # the value head of PPO
     # The networks of diffusion: small beside the language model, so only the optimizer's states are worth splitting.
-    (r"(score|prompter)/(.*/)?kernel", P("data", None)),
-    (r"(score|prompter)/.*", P()),
+    (r"(score|prompter|net|guide)/(.*/)?kernel", P("data", None)),
+    (r"(score|prompter|net|guide)/.*|raw|bins|tags", P()),
     (r"mean|deviation|probes|biases|weights_of|free", P()),
     (r"z|basis|vectors?|codes|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
 )

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ctg_jax import train, tree
+from ctg_jax import latent_diffusion, train, tree
+from ctg_jax.methods import diffusion_lm, finetune, mdlm, ppo
+from ctg_jax.models.encoder import Encoder
 from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import DECODER, REPLICATED, Plan
+from ctg_jax.parallel import CONTROL, DECODER, ENCODER, REPLICATED, Plan
 from ctg_jax.types import InputError
 
 GPT2 = Transformer.gpt2(vocab=32, width=16, depth=2, heads=4, context=16)
@@ -40,6 +42,46 @@ def test_every_leaf_of_every_family_has_a_rule_stacked_or_not(lm):
     assert any("tensor" in s for s in specs.values())
     flat = tree.flatten(plan.specs(jax.eval_shape(lambda k: lm.unstack(lm.init(k)), jax.random.key(0))))
     assert flat["layers/0/attn/qkv/kernel"] == P("tensor", "data")
+
+
+SMALL = dict(vocab=32, width=16, depth=2, heads=4, head_dim=4, mlp_width=24, context=16)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        Encoder(**SMALL, position_rows=16, types=2, head="tanh", labels=("no", "yes")),
+        Encoder(**SMALL, position_rows=16, project=8, project_bias=True, unit=True),
+        Encoder(**SMALL, family="t5", norm="rms", pre_norm=True, bias=False, scaled=False, gated=True, project=8),
+    ],
+    ids=["classifier", "sentences", "t5"],
+)
+def test_every_leaf_of_an_encoder_has_a_rule(encoder):
+    plan = Plan("jit", {"data": 2, "tensor": 2}, ENCODER)
+    found = jax.eval_shape(encoder.init, jax.random.key(0))
+    specs = tree.flatten(plan.specs(found))
+    assert specs["layers/attn/qkv/kernel"] == P(None, "tensor", "data")
+    assert plan.bytes_per_device(found) < tree.size_bytes(found) / 3
+    with pytest.raises(InputError, match="no sharding rule of the plan matches"):
+        Plan("jit", {"data": 2}, ENCODER[:2]).specs(found)
+
+
+def test_every_leaf_that_a_network_of_diffusion_or_a_value_head_trains_has_a_rule():
+    """Models that write by themselves are no controls, so the law of controls does not see them."""
+    plan, key = Plan("jit", {"data": 4, "tensor": 2}, DECODER + CONTROL), jax.random.key(0)
+    net = latent_diffusion.network(16, width=16, depth=2, heads=2, tokens=4)
+    made = {
+        "denoiser": lambda k: {"net": net.init(k), "bins": jnp.zeros(100)},
+        "mdlm": lambda k: mdlm.init(GPT2, k, width=16, depth=2, heads=2, classes=2),
+        "diffusion_lm": lambda k: diffusion_lm.init(GPT2, k, width=16, depth=2, heads=2, fields={"food": 2}),
+        "ppo": lambda k: {"policy": finetune.delta(GPT2, k), "value": ppo.head(16)},
+    }
+    for name, make in made.items():
+        trained = jax.eval_shape(make, key)
+        plan.specs(trained)
+        trained = getattr(trained, "params", trained)
+        state = jax.eval_shape(lambda p, k: train.init_state(p, train.optimizer(1e-3), k), trained, key)
+        assert plan.bytes_per_device(state) < Plan().bytes_per_device(state) / 2, name
 
 
 def test_a_leaf_no_rule_matches_is_named():

@@ -97,8 +97,8 @@ def test_interrupted_stage_goes_on_in_its_own_directory(tmp_path):
     assert not (place / "DONE").exists()
     with open(place / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "half": ')  # a row cut in the middle by the kill
-    (path / "sub").mkdir()
-    for half in (path / ".samples.jsonl.4321", path / "sub" / ".facts.json.17"):
+    (place / "sub").mkdir()
+    for half in (place / ".samples.jsonl.4321", place / "sub" / ".facts.json.17"):
         half.write_text("what a kill left of a file that is written whole or not at all")
     with tally() as count:
         a = stage(tmp_path, train)

@@ -19,11 +19,27 @@ from ctg_jax.types import Params, Prompts, PyTree, Sum
 LossFn = Callable[[PyTree, PyTree, dict[str, Any], jax.Array], Sum]
 
 
+@jax.custom_jvp
+def logsumexp(z: jax.Array) -> jax.Array:
+    """log Σ exp z float32 [...] of z [..., V]. Its derivative computes the softmax anew, in one pass with what is done
+    to it, where `jax.nn.logsumexp` reads back an array of the size of z."""
+    z = z.astype(jnp.float32)
+    top = jnp.max(z, axis=-1)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    return jnp.log(jnp.sum(jnp.exp(z - top[..., None]), axis=-1)) + top
+
+
+@logsumexp.defjvp
+def _logsumexp_jvp(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    out = logsumexp(z)
+    return out, jnp.sum(jnp.exp(z.astype(jnp.float32) - out[..., None]) * dz, axis=-1)
+
+
 def next_token(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy float32 [...], in nats, of logits [..., V] against targets int [...]."""
     z = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(z, axis=-1) - chosen
+    return logsumexp(z) - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
 
 
 def kl(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -31,16 +47,17 @@ def kl(p: jax.Array, q: jax.Array) -> jax.Array:
 
     Exchange the arguments for the other direction. A token of probability 0 under p counts 0.
     """
-    log_p = jax.nn.log_softmax(p.astype(jnp.float32), axis=-1)
-    log_q = jax.nn.log_softmax(q.astype(jnp.float32), axis=-1)
-    gap = jnp.where(log_p > -jnp.inf, log_p - log_q, 0.0)
-    return jnp.sum(jnp.exp(log_p) * gap, axis=-1)
+    p, q = p.astype(jnp.float32), q.astype(jnp.float32)
+    total_p, total_q = logsumexp(p), logsumexp(q)
+    gap = jnp.where(p > -jnp.inf, p - q, 0.0)
+    return jnp.sum(jnp.exp(p - total_p[..., None]) * gap, axis=-1) - total_p + total_q
 
 
 def entropy(logits: jax.Array) -> jax.Array:
     """Entropy float32 [...], in nats, of logits [..., V]."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return -jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0), axis=-1)
+    z = logits.astype(jnp.float32)
+    total = logsumexp(z)
+    return total - jnp.sum(jnp.exp(z - total[..., None]) * jnp.where(z > -jnp.inf, z, 0.0), axis=-1)
 
 
 def unlikelihood(logits: jax.Array, negative: jax.Array, allowed: jax.Array) -> jax.Array:
@@ -94,7 +111,7 @@ def repeated(tokens: jax.Array, written: jax.Array, ngram: int) -> jax.Array:
 
 def z_loss(logits: jax.Array) -> jax.Array:
     """Squared log-normaliser float32 [...] of logits [..., V] (Chowdhery et al. 2022, PaLM, section 5)."""
-    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+    return jnp.square(logsumexp(logits))
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,23 +16,90 @@ LM = Transformer.gpt2(vocab=64, width=16, depth=2, heads=2, context=32)
 PARAMS = 96 * 16 + 2 * (12 * 256 + 13 * 16) + 32
 
 
+CACHE = 2 * 4 * 16 * 2 * 2 * 8 * 7 + 16 * 7 + 16 * 4 + 4  # the last token is not read
+
+
 def test_bytes_by_hand():
     found = plan.need(LM, "finetune", dict(kind="full"), {"data": 1}, **SIZES)
-    assert found.weights == found.merged == 4 * PARAMS
+    learning, sampling = found["learning"], found["sampling"]
+    assert learning["weights"] == learning["merged"] == sampling["weights"] == sampling["merged"] == 4 * PARAMS
     # The change, its gradient, two moments; the strength has them too; step, two counts, ok; a key of two words.
-    assert 4 * (4 * PARAMS) <= found.control <= 4 * (4 * PARAMS) + 64
-    assert found.cache == 2 * 4 * 16 * 2 * 2 * 8 * 8 + 16 * 8 + 16 * 4 + 4
-    assert plan.need(LM, "steer", {}, {"data": 1}, **SIZES).merged == 0  # it leaves the weights alone
+    assert 4 * (4 * PARAMS) <= learning["control"] <= 4 * (4 * PARAMS) + 64
+    assert sampling["control"] == 4 * PARAMS + 4
+    assert sampling["cache"] == CACHE and sampling["logits"] == 16 * 64 * 4
+    steer = plan.need(LM, "steer", {}, {"data": 1}, **SIZES)
+    assert steer["learning"]["merged"] == steer["sampling"]["merged"] == 0  # it leaves the weights alone
+
+
+def test_experts_are_two_more_models_with_caches_of_their_own():
+    found = plan.need(LM, "dexperts", dict(kind="lora", rank=2), {"data": 1}, **SIZES)
+    assert set(found) == {"learning, one expert after the other", "sampling"}
+    tuned = plan.need(LM, "finetune", dict(kind="lora", rank=2), {"data": 1}, **SIZES)
+    assert found["learning, one expert after the other"] == tuned["learning"]
+    sampling = found["sampling"]
+    assert sampling["control"] == 2 * 4 * PARAMS + 4 and sampling["merged"] == 0
+    # Those of experts have a slot more; and the strength.
+    assert sampling["cache"] == 3 * CACHE + 2 * (2 * 4 * 16 * 2 * 2 * 8 + 16) + 4
+
+
+def test_dglm_learns_twice_and_samples_with_everything():
+    nets = dict(prompter=dict(width=16, depth=1, heads=2, tokens=4, length=2, kind="frozen"))
+    nets["denoiser"] = dict(width=16, depth=2, heads=2, tokens=4)
+    found = plan.need(LM, "dglm", dict(latent=16, **nets), {"data": 1}, **SIZES)
+    assert set(found) == {"learning to say latents", "learning to denoise", "sampling"}
+    assert "weights" not in found["learning to denoise"] and found["learning to denoise"]["saved"] > 0
+    # Two slots of the cache more, for the soft prompt.
+    assert found["sampling"]["cache"] >= CACHE + 2 * 4 * 16 * 2 * 2 * 8 * 2
+    wider = plan.need(
+        LM, "dglm", dict(latent=16, **nets | dict(denoiser=dict(width=32, heads=2))), {"data": 1}, **SIZES
+    )
+    assert wider["learning to denoise"]["control"] > 2 * found["learning to denoise"]["control"]
+    assert wider["learning to say latents"] == found["learning to say latents"]
+
+
+def test_latent_vectors_are_searched_side_by_side():
+    one, two = (plan.need(LM, "latent_steer", {}, {"data": 1}, **SIZES | dict(batch=n))["search"] for n in (4, 8))
+    assert two["control"] == 2 * one["control"] >= 2 * 4 * 3 * 4 * 16  # a vector and two moments of each
+    assert two["weights"] == one["weights"] == 4 * PARAMS
+
+
+def test_what_is_computed_again_is_not_saved():
+    deep = dataclasses.replace(LM, depth=6)
+    given = ("finetune", dict(kind="full"), {"data": 1})
+    plain, again = (
+        plan.need(dataclasses.replace(deep, remat=r), *given, **SIZES)["learning"]["saved"] for r in (False, True)
+    )
+    assert again < plain / 3
 
 
 def test_a_mesh_divides():
     one = plan.need(LM, "finetune", dict(kind="full"), {"data": 1}, **SIZES)
     eight = plan.need(LM, "finetune", dict(kind="full"), {"data": 4, "tensor": 2}, **SIZES)
-    assert eight.weights < one.weights / 5  # norms and biases are on every device
-    assert eight.saved < one.saved / 6
-    assert eight.cache < one.cache / 6
+    assert eight["learning"]["weights"] < one["learning"]["weights"] / 5  # norms and biases are on every device
+    assert eight["learning"]["saved"] < one["learning"]["saved"] / 6
+    assert eight["sampling"]["cache"] < one["sampling"]["cache"] / 6
+    assert eight["sampling"]["logits"] == one["sampling"]["logits"] // 8
     deeper = plan.need(dataclasses.replace(LM, depth=4), "finetune", dict(kind="full"), {"data": 1}, **SIZES)
-    assert deeper.saved > 1.5 * one.saved  # every layer keeps something
+    assert deeper["learning"]["saved"] > 1.5 * one["learning"]["saved"]  # every layer keeps something
+
+
+@pytest.mark.parametrize(
+    ("config", "labels"),
+    [
+        ("dexperts", ["dexperts", "top_p"]),
+        ("dglm", ["dglm", "top_p"]),
+        ("latents", ["latent_steer"]),
+        ("quark", ["quark", "top_p"]),
+    ],
+)
+def test_every_method_of_a_configuration_is_planned(capsys, config, labels):
+    assert plan.main([f"--config=configs/{config}.py:tiny", "--lm=gpt2", "--mesh=data=2", "--batch=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.startswith("gpt2, ")]
+    assert [t.split(", ")[1] for t in titles] == labels and all(
+        "2 devices (data=2), 4 rows an update" in t for t in titles
+    )
+    assert sum(line.startswith("fits: TPU v5e") for line in lines) == len(labels)
 
 
 def test_what_is_saved_grows_with_rows_and_not_with_weights():
@@ -60,6 +127,9 @@ def test_the_report_says_what_fits(capsys, tmp_path):
         (["--mesh=data=3"], "batch is 128, expected a multiple of 3"),
         (["--method=quirk"], "did you mean 'quark'"),
         (["--set", "colour=1"], "--set does not suit quark"),
+        (["--method=mdlm"], "mdlm writes without the language model"),
+        (["--config=configs/mdlm.py:nothing"], "expected one of"),
+        (["--config=configs/quirk.py"], "there is no configuration file configs/quirk.py"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, argv, words):
@@ -70,11 +140,11 @@ def test_bad_input_is_one_sentence(capsys, argv, words):
 
 def test_times_by_hand():
     """Bandwidth bound: reading weights and cache at 1 GB/s; compute bound: 2 · N · rows at 1 GFLOP/s."""
-    wants = plan.Need(weights=10**9, control=0, merged=0, saved=0, cache=0)
+    wants = {"sampling": dict(weights=10**9, cache=0)}
     given = dict(samples=16, rows=16, new=10, prompt=0, steps=3, batch=8)
     slow, _ = plan.seconds(LM, wants, {"data": 1}, **given, rate=1e3, bandwidth=1.0)
     assert slow == pytest.approx(10.0)
-    wants = dataclasses.replace(wants, weights=0)
+    wants = {"sampling": dict(weights=0, cache=0)}
     sampling, learning = plan.seconds(LM, wants, {"data": 2}, **given, rate=1e-3, bandwidth=1.0)
     assert sampling == pytest.approx(10 * 2 * PARAMS * 16 / 2 / 1e9)
     assert learning == pytest.approx(3 * 8 * PARAMS * 8 * 10 / 2 / 1e9)

@@ -127,7 +127,7 @@ def spec_of(argv: Sequence[str]) -> str:
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
     """Runs a script: bad input is one sentence on stderr and exit code 2; what could be made in part
-    only, exit code 1. Says how many stages were executed
+    only, exit code 1; where another process of the run has ended, exit code 3. Says how many stages were executed
     and how many reused; what `main` returns, such as the path of a report, is printed last."""
     argv = sys.argv[1:] if argv is None else argv
     _log_to_stderr()
@@ -150,6 +150,11 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as e:
+        if not hosts.lost(e):
+            raise
+        print(hosts.LOST, file=sys.stderr, flush=True)
+        os._exit(3)  # leaving in good order would mean waiting for the one that is gone
     finally:
         logging.getLogger("ctg_jax").handlers.clear()  # its stream may be closed before the next call
         if count.executed or count.reused:

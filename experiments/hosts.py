@@ -20,6 +20,9 @@ from absl import flags
 from ctg_jax import hosts
 from ctg_jax.types import InputError
 
+LOST = "another process of this run has ended: the same command on all of them goes on from the last checkpoint"
+_GONE = re.compile("gloo|nccl|coordination|heartbeat|connection reset|socket closed|unavailable", re.IGNORECASE)
+
 
 def flag(values: flags.FlagValues) -> None:
     """Defines --hosts."""
@@ -54,6 +57,11 @@ def start(argv: Sequence[str]) -> None:
         sys.stderr = open(folder / f"host-{jax.process_index():03d}.log", "a", encoding="utf-8")  # noqa: SIM115
         for handler in logging.getLogger("ctg_jax").handlers:
             handler.setStream(sys.stderr)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is that another process of this run has ended, which JAX says in several types and words."""
+    return hosts.count() > 1 and bool(_GONE.search(str(error)))
 
 
 def _value(argv: Sequence[str], name: str) -> str | None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ctg_jax import checkpoint, tree
-from tests.experiments.test_scripts_on_hosts import HERE, start
+from experiments.hosts import LOST
+from tests.experiments.test_scripts_on_hosts import HERE, finish, start
 
 PILLARS = {
     "latents": ("latents.py", ["--sections=recovery,analysis"], {"latent_steer", "recover", "analyse"}),
@@ -111,3 +112,38 @@ def test_killed_at_random_moments_and_run_again(tmp_path, config):
     count = Counter("between stages" if name is None else name.rpartition("-")[0] for name in cut)
     print(f"{config}: {len(cut)} kills, in {dict(count)}; {len(left)} stages run at last; {equal(alone, root)} equal")
     assert len(cut) == KILLS and len(set(count) & wanted) >= len(wanted) - 1, count
+
+
+LONG = """
+from configs.sentiment import experiment
+
+def get_config():
+    config = experiment("tiny", "Long", dict(top_p=dict(method="truncate")))
+    with config.unlocked():
+        config.lm.pretrain.update(steps=80, save_every=10, log_every=1)
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_hosts_is_killed_in_a_training_step(tmp_path):
+    """The other says so in one sentence; both go on from the last checkpoint and end as if nothing had happened."""
+    config, whole, root = tmp_path / "long.py", tmp_path / "whole", tmp_path / "killed"
+    config.write_text(LONG)
+    finish(start("main.py", config, whole, 2))
+    processes = start("main.py", config, root, 2)
+    while not list(root.glob("pretrain-*/steps/00000020")):
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, err = processes[0].communicate(timeout=120)
+    print(f"the other ended {time.monotonic() - killed_at:.1f} s later")
+    processes[1].communicate()
+    said = [line for line in err.splitlines() if not line.startswith("running ")]
+    assert processes[0].returncode == 3 and said == [LOST], err
+    (place,) = root.glob("pretrain-*")
+    steps = checkpoint.saved_steps(place / "steps")
+    assert steps and steps[-1] < 80 and not (place / "DONE").exists()
+    finish(start("main.py", config, root, 2))
+    print(f"killed with checkpoints {steps}; {equal(whole, root)} equal")

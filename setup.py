@@ -49,6 +49,8 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],  # reference models in tests and benchmarks
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30", "mkdocs>=1.6,<2"],
+        "gs": ["gcsfs>=2025.1"],  # --root=gs://…
+        "s3": ["s3fs>=2025.1"],  # --root=s3://…
         "slurm": ["submitit>=1.5"],  # grids on a cluster: experiments/ablate.py --slurm
         "notebook": ["jupyterlab>=4", "nbconvert>=7", "nbclient>=0.10", "treescope>=0.1.9"],
         "dev": [

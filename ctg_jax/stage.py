@@ -29,6 +29,7 @@ from typing import Any
 
 from ctg_jax import hosts
 from ctg_jax.files import drop_half_written, locked, read_json, seal, sha256, verify, writable, write_text
+from ctg_jax.store import Store, active
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def stage(
     """Runs `fn(run, **config, **inputs)` once for each distinct call and returns its artifact.
 
     Args:
-      root: the directory of all artifacts; made where it is missing.
+      root: the directory of all artifacts, made where it is missing; or a `ctg_jax.store.Store`.
       fn: the stage; its keyword parameters are the schema of the configuration. An integer attribute
         `fn.revision` (0 by default) is raised when the same call would now give something else.
       config: JSON values. Defaults of `fn` are filled in before the id is taken.
@@ -164,10 +165,12 @@ def stage(
     path = Path(root).absolute() / f"{fn.__name__.strip('_')}-{id}"
     spec = {"function": what[0], "revision": revision, "config": filled, "inputs": ids}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
-    count, planned = _tally.get(), _planned.get()
+    count, planned, store = _tally.get(), _planned.get(), root if isinstance(root, Store) else None
+    if store is not None:
+        hosts.once(lambda: store.fetch(path))
     done = (path / "DONE").exists()
     if done if planned is not None else hosts.agree(done):
-        hosts.once(lambda: verify(path))
+        hosts.once(lambda: _verified(path, store))
         if count is not None and path.name not in count.executed + count.reused:
             count.reused.append(path.name)
         return Artifact(path, id)
@@ -175,14 +178,14 @@ def stage(
         planned[path.name] = _Planned(spec)
         return Artifact(path, id)
     with contextlib.ExitStack() as held:
-        hosts.once(lambda: _begin(held, path, spec))
+        hosts.once(lambda: _begin(held, path, spec, store))
         if hosts.agree((path / "DONE").exists()):  # somebody else finished it while this process waited
             hosts.once(lambda: verify(path))
         else:
             log.info("running %s", path.name)
-            with hosts.aside(path) as mine:
+            with hosts.aside(path) as mine, active(store):
                 fn(Run(mine), **filled, **inputs)
-            hosts.once(lambda: seal(path))
+            hosts.once(lambda: _sealed(path, store))
             if count is not None:
                 count.executed.append(path.name)
     return Artifact(path, id)
@@ -254,7 +257,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _begin(held: contextlib.ExitStack, path: Path, spec: dict) -> None:
+def _verified(path: Path, store: Store | None) -> None:
+    verify(path)
+    if store is not None and _planned.get() is None:
+        store.keep(path)  # an earlier run may have ended before it could
+
+
+def _sealed(path: Path, store: Store | None) -> None:
+    seal(path)
+    if store is not None:
+        store.keep(path)
+
+
+def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Store | None) -> None:
     """Takes the lock and makes the directory ready, where another process has not finished the stage meanwhile."""
     held.enter_context(writable(path))
     held.enter_context(locked(path))
@@ -263,6 +278,8 @@ def _begin(held: contextlib.ExitStack, path: Path, spec: dict) -> None:
     held.push(partial(_tidy, path, not path.exists()))
     path.mkdir(parents=True, exist_ok=True)
     drop_half_written(path)
+    if store is not None:
+        store.fetch_steps(path)
     write_text(path / "spec.json", _dumps(spec, indent=1))
     metrics = path / "metrics.jsonl"
     if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint

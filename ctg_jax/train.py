@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from ctg_jax import checkpoint, hosts, rng, tree
+from ctg_jax import checkpoint, hosts, rng, store, tree
 from ctg_jax.losses import LossFn
 from ctg_jax.metrics import Writer
 from ctg_jax.parallel import Plan
@@ -333,8 +333,10 @@ class _Run:
         if self.at in checkpoint.saved_steps(self.folder):
             return  # where this run started
         meta = {} if self.data is None else {"data": self.data}
-        checkpoint.save(checkpoint.step_path(self.folder, self.at), state, meta)
+        path = checkpoint.step_path(self.folder, self.at)
+        checkpoint.save(path, state, meta)
         checkpoint.prune(self.folder, self.keep)
+        store.step_saved(path)
 
     def _stop(self, state: TrainState, n: int, values: dict[str, np.ndarray]) -> None:
         self.save(state.replace(ok=jnp.ones_like(state.ok)))

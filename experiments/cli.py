@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ctg_jax.stage import Tally, nearest, tally
 from ctg_jax.types import InputError
-from experiments import hosts
+from experiments import hosts, roots
 
 
 class Incomplete(InputError):
@@ -53,6 +53,8 @@ def parse(
         raise InputError(" ".join(str(e).split())) from None
     if rest and not positional:
         raise InputError(f"unexpected argument {rest[0]!r}: settings are given as --name=value")
+    if "root" in values:
+        values.root = roots.opened(values.root)
     return values, rest
 
 
@@ -62,7 +64,7 @@ def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "config", None, "FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE replaces a setting in it",
         flag_values=values, sys_argv=["ctg_jax", *argv],
     )  # fmt: skip
-    flags.DEFINE_string("root", "runs", "directory of all artifacts and reports", flag_values=values)
+    flags.DEFINE_string("root", "runs", "all artifacts and reports: a directory, or gs://BUCKET/…", flag_values=values)
     hosts.flag(values)
 
 

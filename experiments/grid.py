@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ctg_jax.stage import UnfinishedError, plan, tally
 from ctg_jax.types import InputError
-from experiments import cli, experiment
+from experiments import cli, experiment, roots
 
 log = logging.getLogger("ctg_jax.grid")
 ABLATE = Path(__file__).with_name("ablate.py")
@@ -172,7 +171,7 @@ def slurm(
         import submitit
     except ImportError:
         raise InputError("--slurm needs the package submitit: pip install -e '.[slurm]'") from None
-    root, folder = os.path.abspath(root), folder.absolute()
+    root, folder = roots.spelled(root), folder.absolute()
     try:
         executor = submitit.AutoExecutor(folder / "slurm" / "%A", cluster="slurm", slurm_max_num_timeout=1000)
         named = {k if k in _PORTABLE else f"slurm_{k}": v for k, v in options.items()}
@@ -209,7 +208,7 @@ def slurm(
 def one(argv: Sequence[str], root: str, number: int) -> list[str]:
     """The command line of a job that runs one cell and writes no report."""
     kept = [a for a in argv if a.startswith(("--config", "-config", "--noconfig"))]
-    return [*kept, f"--root={os.path.abspath(root)}", f"--only={number}", "--noreport"]
+    return [*kept, f"--root={roots.spelled(root)}", f"--only={number}", "--noreport"]
 
 
 def _queued() -> set[str]:

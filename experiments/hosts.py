@@ -19,6 +19,7 @@ from absl import flags
 
 from ctg_jax import hosts
 from ctg_jax.types import InputError
+from experiments import roots
 
 LOST = "another process of this run has ended: the same command on all of them goes on from the last checkpoint"
 _GONE = re.compile("gloo|nccl|coordination|heartbeat|connection reset|socket closed|unavailable", re.IGNORECASE)
@@ -52,7 +53,7 @@ def start(argv: Sequence[str]) -> None:
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--hosts={text}: {' '.join(str(e).split())}") from None
     if not hosts.first():
-        folder = Path(_value(argv, "--root") or "runs") / "logs"
+        folder = Path(roots.opened(_value(argv, "--root") or "runs")) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         sys.stderr = open(folder / f"host-{jax.process_index():03d}.log", "a", encoding="utf-8")  # noqa: SIM115
         for handler in logging.getLogger("ctg_jax").handlers:

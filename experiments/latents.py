@@ -21,7 +21,7 @@ from ctg_jax.methods import dglm, latent_steer
 from ctg_jax.report import pictures
 from ctg_jax.stage import nearest, stage
 from ctg_jax.types import InputError
-from experiments import cli, experiment
+from experiments import cli, experiment, roots
 
 
 def page(folder, rows, draw=None, **facts):
@@ -142,6 +142,8 @@ def main(argv):
     for name in values.sections or present:
         folder = Path(values.root) / "reports" / f"latents-{argument}" / name
         pages.append(SECTIONS[name](values.root, lm, config[name], folder))
+        if hosts.first():
+            roots.keep_files(values.root, folder)
     return "\n".join(map(str, pages)) if hosts.first() else None
 
 

@@ -14,6 +14,7 @@ import ctg_jax
 from ctg_jax import hosts, report
 from ctg_jax.evaluation import Figure
 from ctg_jax.report import pictures
+from experiments import roots
 from experiments.experiment import Cell
 
 
@@ -107,6 +108,7 @@ def _write(
         smooth=list(swept.values()),
     )
     _draw_rounds(folder, cells)
+    roots.keep_files(root, folder)
     return page
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctg_jax"
 LAYERS = [
-    {"types", "tree", "rng", "files", "hosts"},
+    {"types", "tree", "rng", "files", "hosts", "store"},
     {"control", "bricks", "parallel", "checkpoint", "metrics"},
     {"models"},
     {

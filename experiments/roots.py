@@ -1,0 +1,35 @@
+"""Where artifacts and reports lie: the flag --root of every script.
+
+    --root=runs                      a directory; of several machines, on a disk that they share
+    --root=gs://BUCKET/FOLDER        an object store (s3://, az:// as well; needs gcsfs, s3fs or adlfs)
+
+With an object store the work is done in ~/.cache/ctg_jax/roots (XDG_CACHE_HOME); finished stages, reports and the last
+checkpoint of a training that goes on are copied to the store, so that another machine can go on with the same command.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ctg_jax.store import Store
+
+
+def opened(root: str) -> str | Store:
+    """A root as `stage` takes it."""
+    scheme, found, rest = str(root).partition("://")
+    if isinstance(root, Store) or not found:
+        return root
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Store(root, cache / "ctg_jax" / "roots" / scheme / rest.strip("/"))
+
+
+def spelled(root: str | Store) -> str:
+    """What another process, of whatever working directory, is given as --root."""
+    return str(root) if isinstance(root, Store) else os.path.abspath(root)
+
+
+def keep_files(root: str | Store, folder: Path) -> None:
+    """Copies a report to the store, where the root is in one."""
+    if isinstance(root, Store):
+        root.keep_files(folder.absolute())

@@ -19,6 +19,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "etils[epath]>=1.12",  # roots in an object store
         "transformers>=5,<6",  # tokenizers, configurations and hub download only: it has no Flax models
         "tokenizers>=0.22",
         "huggingface-hub>=1",

@@ -189,6 +189,25 @@ def test_panels_for_each_setting_and_base_in_all(tmp_path):
     assert report.frontier(report.lines(rows), "positive/share", "perplexity").startswith(b"\x89PNG")
 
 
+def test_settings_changed_one_at_a_time_are_rows_of_one_plot_and_no_line_joins_two(tmp_path):
+    from ctg_jax.report.plots import _paths
+
+    changed = [{}, {"rank": 2}, {"rank": 4}, {"kl": 0.1}]
+    rows = [row("base", None, 0.3, 30)]
+    rows += [row("quark", s, 0.1 * s, 20 * s, **c) for s in (1.0, 2.0) for c in changed]
+    lines = report.lines(rows)
+    paths = _paths(lines, "quark")
+    assert [[m.strength for m in path] for path in paths] == [[1.0, 2.0]] * 4
+    assert [len({tuple(m.columns.items()) for m in path}) for path in paths] == [1] * 4
+    report.write(tmp_path, rows)
+    assert (tmp_path / "settings.png").read_bytes().startswith(b"\x89PNG")
+    assert "one at a time" in (tmp_path / "report.md").read_text()
+    # Nothing to put side by side: two settings, or panels of their own.
+    assert report.settings(report.lines(rows[:3]), ["perplexity"]) is None
+    both = [row("steer", s, 0.1 * s, 20 * s, direction=d) for s in (1.0, 2.0) for d in ("up", "down", "on")]
+    assert report.settings(report.lines(both), ["perplexity"]) is None
+
+
 @pytest.mark.parametrize(
     "rows, options, word",
     [

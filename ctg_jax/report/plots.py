@@ -33,7 +33,8 @@ MEASURES = {  # what is measured of an attribute -> its name for readers
 
 def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> bytes | None:
     """One panel for each setting of the columns, one line for each method over its strengths, from small marker to
-    large. x is the attribute, y the perplexity (logarithmic where it spans a lot). None where no line has both."""
+    large; where settings are changed one at a time, one line for each of them in one panel. x is the attribute, y the
+    perplexity (logarithmic where it spans a lot). None where no line has both."""
     usable = [line for line in lines if _known(line, x) and _known(line, y)]
     panels = _panels(usable)
     if not panels:
@@ -47,8 +48,7 @@ def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> byt
     for ax, (title, members) in zip(axes, panels.items()):
         ax.set_title(title, fontsize=10)
         for method, (colour, marker) in colours.items():
-            path = sorted((m for m in members if m.method == method), key=_strength)
-            if path:
+            for path in _paths(members, method):
                 _path(ax, path, x, y, colour, marker, theme)
         if logarithmic:
             ax.set_yscale("log")
@@ -105,6 +105,37 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
     return _png(fig)
 
 
+def settings(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") -> bytes | None:
+    """One column for each figure, one row for each setting of a method that is changed alone, at the method's highest
+    strength; dashed: the method with nothing changed. None where no method has three rows."""
+    top = {}
+    for line in lines:
+        key = (line.method, _setting(line))
+        if key not in top or _strength(line) > _strength(top[key]):
+            top[key] = line
+    counts = {method: sum(m == method for m, _ in top) for method, _ in top}
+    rows = {key: line for key, line in top.items() if counts[key[0]] > 2}
+    figures = [f for f in figures if any(_known(line, f) for line in rows.values())]
+    if not rows or not figures or None not in [v for line in rows.values() for v in line.columns.values()]:
+        return None
+    fig, axes = _figure(len(figures), 1, (2.6, 0.9 + 0.26 * len(rows)), theme, sharey=True)
+    colours = _methods(list(rows.values()), theme)
+    for ax, figure in zip(axes, figures):
+        for at, ((method, setting), line) in enumerate(rows.items()):
+            if not _known(line, figure):
+                continue
+            (colour, marker), cell = colours[method], line.cells[figure]
+            ax.errorbar(cell.value, at, xerr=_reach(cell), fmt=marker, ms=5, color=colour, elinewidth=1, zorder=3)
+            if not setting:
+                ax.axvline(cell.value, color=colour, lw=1, ls="--", alpha=0.7, zorder=1)
+        if figure.startswith("perplexity") and _wide([m.cells[figure].value for m in rows.values()], 20):
+            ax.set_xscale("log")
+        ax.set_xlabel(describe(figure).replace(": ", ":\n"), fontsize=9)
+    axes[0].set_yticks(range(len(rows)), [f"{m} {s}" if s else f"{m} as configured" for m, s in rows])
+    axes[0].invert_yaxis()
+    return _png(fig)
+
+
 def describe(name: str) -> str:
     """A figure's name for an axis or a heading: `positive: share of samples`."""
     head, _, tail = name.rpartition("/")
@@ -149,8 +180,8 @@ def _label_ends(fig, axes, panels, x, y, colours, theme):
         taken: list[Any] = []
         ends: list[Line] = []
         for method in colours:
-            path = sorted((m for m in members if m.method == method and m.strength is not None), key=_strength)
-            ends += [path[-1], path[0]] if len(path) > 1 else path
+            for path in _paths([m for m in members if m.strength is not None], method):
+                ends += [path[-1], path[0]] if len(path) > 1 else path
         for line in sorted(ends, key=_strength, reverse=True):
             at = (line.cells[x].value, line.cells[y].value)
             for offset, side in (((6, 5), "left"), ((-6, 5), "right"), ((6, -12), "left"), ((-6, -12), "right")):
@@ -210,6 +241,14 @@ def _plain_ticks(ax):
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5) if high / low < 100 else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _paths(members, method) -> list[list[Line]]:
+    """The lines of a method over its strengths, one path for each setting."""
+    mine = [m for m in members if m.method == method]
+    return [
+        sorted((m for m in mine if _setting(m) == s), key=_strength) for s in dict.fromkeys(_setting(m) for m in mine)
+    ]
 
 
 def _methods(lines, theme):

@@ -118,6 +118,13 @@ def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tu
     if light and dark:
         caption = "Figures over the strength of each method, with the interval as a band; dashed: without control."
         drawn["strength"] = (light, dark, caption)
+    light, dark = (plots.settings(table, wanted, theme) for theme in ("light", "dark"))
+    if light and dark:
+        caption = (
+            "Settings changed one at a time, each method at its highest strength, with the intervals; dashed: as "
+            "configured."
+        )
+        drawn["settings"] = (light, dark, caption)
     return drawn
 
 

@@ -35,7 +35,8 @@ def heaps():
     mean, deviation = latent_diffusion.moments(x)
     net = latent_diffusion.network(4, **NET)
     params = {"net": net.init(jax.random.key(0)), "bins": jnp.zeros(latent_diffusion.BINS)}
-    tx = optax.partition({"net": optax.adam(6e-3), "bins": optax.sgd(3.0)}, {"net": "net", "bins": "bins"})
+    rate = optax.cosine_decay_schedule(6e-3, 1000)
+    tx = optax.partition({"net": optax.adam(rate), "bins": optax.sgd(3.0)}, {"net": "net", "bins": "bins"})
     step = train.make_step(latent_diffusion.denoiser_loss(net, drop=1.0), tx)
 
     def one(state, i):
@@ -44,7 +45,7 @@ def heaps():
         return step(state, {"mean": mean, "deviation": deviation}, batch)[0], None
 
     state = train.init_state(params, tx, jax.random.key(2))
-    state, _ = jax.jit(lambda s: jax.lax.scan(one, s, jnp.arange(800)))(state)
+    state, _ = jax.jit(lambda s: jax.lax.scan(one, s, jnp.arange(1000)))(state)
     control = dglm.init(
         LM, jax.random.key(0), latent=4, denoiser=NET, prompter=NET | dict(length=2, kind="frozen"), attributes=2,
         draw=dict(steps=20), conditioned=False,

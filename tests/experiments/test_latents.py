@@ -97,7 +97,8 @@ def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
     argv = [f"--config={CONFIG}:tiny", f"--root={tmp_path}"]
     assert cli.run(script.main, argv) == 0
     pages = [Path(p) for p in capsys.readouterr().out.split()]
-    assert [p.parent.name for p in pages] == ["recovery", "analysis", "reconstruction"] and all(p.exists() for p in pages)
+    assert [p.parent.name for p in pages] == ["recovery", "analysis", "reconstruction"]
+    assert all(p.exists() for p in pages)
     assert (pages[0].parent / "recovery.png").exists() and (pages[1].parent / "principal.png").exists()
     assert cli.run(script.main, argv) == 0
     assert "stages: 0 executed" in capsys.readouterr().err

@@ -18,7 +18,7 @@ WORLD = {
     "bundled": dict(
         data=dict(source=sentiment.REVIEWS, split="train", where=SHORT),
         prompts=dict(source=sentiment.REVIEWS, split="test", where=SHORT, limit=25),
-        fit=dict(dim=16, width=128, depth=3, length=64, steps=1200, batch=32, rate=2e-3),
+        fit=dict(dim=16, width=128, depth=3, length=64, steps=10000, batch=32, rate=2e-3),
         guide=dict(fields=dict(label=2, formal=2), steps=400),
         calls=100,
         length=32,

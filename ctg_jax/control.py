@@ -19,7 +19,20 @@ State = Any
 
 @struct.dataclass
 class Control:
-    """The identity control; a method overrides the hooks it needs and nothing else."""
+    """The identity control; a method overrides the hooks it needs and nothing else.
+
+    `of_class` is a static field that says which class a control is of. JAX (0.10 to 0.12) does not compare classes where
+    it compares the structures of dataclasses, so without it two controls with as many leaves are one to the cache of
+    `jit` whenever their hashes meet, and the program of the one decodes under the name of the other.
+    """
+
+    of_class: str = struct.field(pytree_node=False, default="Control", kw_only=True, repr=False)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__annotations__ = {**cls.__dict__.get("__annotations__", {}), "of_class": "str"}
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        cls.of_class = struct.field(pytree_node=False, default=name, kw_only=True, repr=False)
 
     def weights(self, params: Params) -> Params:
         """The parameters to use instead of the frozen ones (LoRA, fine-tuning, task vectors). Called once."""

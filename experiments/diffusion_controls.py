@@ -4,7 +4,7 @@
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
 configuration (label by the judge, length and tags by the tokens, exactly), that have all the arm was asked for, and the
-perplexity under the autoregressive LM.
+pooled perplexity under the autoregressive LM (that of single samples leaves out what is above 10,000, which may be all).
 """
 
 import sys
@@ -49,7 +49,7 @@ def main(argv):
         label: dict(arm.get("fit", {}).get("aim", {}).get("target", {})) for label, arm in settings["methods"].items()
     }
     every = {key: value for target in asked.values() for key, value in target.items()}
-    lines = [" | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all it was asked for", "perplexity", ""])]
+    lines = [" | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all it was asked for", "pooled perplexity", ""])]
     lines.append("|---" * (len(every) + 3) + "|")
     for cell in cells:
         samples = open_artifact(cell.samples.path).rows("samples.jsonl")
@@ -57,10 +57,10 @@ def main(argv):
         rows, liked = [r["tokens"] for r in samples], [s["scores"][name] >= threshold for s in scores]
         found = {key: holds(key, value, rows, liked, tags, tokenizer.eos) for key, value in every.items()}
         mine = [holds(key, value, rows, liked, tags, tokenizer.eos) for key, value in asked[cell.label].items()]
-        fluency = next(m for m in cell.figures.metrics() if m["name"] == "perplexity")
+        fluency = next(m for m in cell.figures.metrics() if m["name"] == "perplexity_pooled")
         shares = [f"{found[key].mean():.3f}" for key in every]
         both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"
-        spread = f"{fluency['value']:.2f} [{fluency['low']:.2f}, {fluency['high']:.2f}]"
+        spread = "{value:,.4g} [{low:,.4g}, {high:,.4g}]".format(**fluency)
         lines.append(" | ".join(["", cell.label, *shares, both, spread, ""]))
     return "\n".join(line.strip() for line in lines) if hosts.first() else None
 

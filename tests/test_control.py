@@ -1,9 +1,15 @@
 """Controls and chains: which hooks they replace, the order of parts, strengths, and methods found by name."""
 
+import dataclasses
+import importlib
+import pkgutil
+
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import struct
 
+import ctg_jax
 from ctg_jax import methods
 from ctg_jax.bricks import SoftPrompt
 from ctg_jax.control import IDENTITY, Chain, Control, overrides
@@ -50,6 +56,31 @@ def test_parts_act_from_left_to_right():
 def test_a_state_of_another_chain_is_refused():
     with pytest.raises(ValueError):
         Chain((IDENTITY,)).hidden(1.0, 0, None, ())
+
+
+def test_two_classes_with_as_many_leaves_are_two_structures():
+    """Else `jit` takes the program of one for the other whenever their hashes fall on the same place of its cache."""
+    same = [c(0.5) for c in (truncate.Temperature, truncate.TopP, truncate.Typical, truncate.MinP)]
+    for kind in (lambda c: c, lambda c: Chain((c,))):
+        structures = [jax.tree.structure(kind(c)) for c in same]
+        assert all((a == b) == (i == j) for i, a in enumerate(structures) for j, b in enumerate(structures))
+    again = jax.tree.unflatten(jax.tree.structure(same[0]), [0.7])
+    assert again == truncate.Temperature(0.7) == same[0].replace(t=0.7)
+
+
+def test_every_control_says_its_class():
+    for module in pkgutil.walk_packages(ctg_jax.__path__, "ctg_jax."):
+        importlib.import_module(module.name)
+
+    def below(cls):
+        return [cls, *(c for sub in cls.__subclasses__() for c in below(sub))]
+
+    classes = below(Control)
+    assert len(classes) > 20
+    for cls in classes:
+        field = next(f for f in dataclasses.fields(cls) if f.name == "of_class")
+        assert not field.metadata["pytree_node"] and field.default.endswith(cls.__qualname__)
+    assert len({cls.of_class for cls in classes}) == len(classes)
 
 
 def test_overrides_looks_into_chains():

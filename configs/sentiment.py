@@ -37,6 +37,7 @@ def bundled():
     return dict(
         lm=dict(
             source="",
+            dtype="float32",
             pretrain=dict(
                 vocab=1024,
                 width=128,
@@ -64,6 +65,7 @@ def tiny():
     return dict(
         lm=dict(
             source="",
+            dtype="float32",
             pretrain=dict(vocab=300, width=16, depth=2, heads=2, context=64, length=32, batch=4, steps=4, warmup=1),
             data=dict(source=REVIEWS, limit=64),
         ),
@@ -81,7 +83,7 @@ def yelp():
         raise InputError("CTG_DATA_DIR is not set: the yelp world reads yelp/, sst2/ and models/ in that directory")
     encoder = f"{folder}/models/all-MiniLM-L6-v2"
     return dict(
-        lm=dict(source=f"{folder}/models/yelp-gpt2-mini"),
+        lm=dict(source=f"{folder}/models/yelp-gpt2-mini", dtype="float32"),
         prompts=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", words=4, balance="label", limit=50),
         sample=dict(n=10, max_new=20, batch=100, filter=dict(top_p=0.9)),
         judges=dict(

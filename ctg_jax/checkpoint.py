@@ -22,10 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from ctg_jax import hosts, tree
+from ctg_jax import hosts, layout, tree
 from ctg_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None)
     found, abstract, own = {}, {}, {}
     for name, (dtype, shape) in leaves.items():
         where = put.get(name) or getattr(wanted[name], "sharding", None)
-        where = where or SingleDeviceSharding(jax.local_devices()[0])
+        where = where or layout.home()
         if 0 in shape:
             found[name] = jax.device_put(jnp.zeros(shape, dtype), where)
         else:

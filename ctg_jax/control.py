@@ -7,6 +7,7 @@ static fields (`struct.field(pytree_node=False)`) are shapes and language models
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -21,16 +22,16 @@ State = Any
 class Control:
     """The identity control; a method overrides the hooks it needs and nothing else.
 
-    `of_class` is a static field that says which class a control is of. JAX (0.10 to 0.12) does not compare classes where
-    it compares the structures of dataclasses, so without it two controls with as many leaves are one to the cache of
-    `jit` whenever their hashes meet, and the program of the one decodes under the name of the other.
+    `of_class` is a static field that says which class a control is of. JAX (0.10 to 0.12) does not compare classes
+    where it compares the structures of dataclasses, so without it two controls with as many leaves are one to the cache
+    of `jit` whenever their hashes meet, and the program of the one decodes under the name of the other.
     """
 
     of_class: str = struct.field(pytree_node=False, default="Control", kw_only=True, repr=False)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.__annotations__ = {**cls.__dict__.get("__annotations__", {}), "of_class": "str"}
+        cls.__annotations__ = {**inspect.get_annotations(cls), "of_class": "str"}
         name = f"{cls.__module__}.{cls.__qualname__}"
         cls.of_class = struct.field(pytree_node=False, default=name, kw_only=True, repr=False)
 

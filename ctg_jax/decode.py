@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax import hosts, rng, tree
+from ctg_jax import hosts, layout, rng, tree
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.models.lm import LM, Cache
 from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling
@@ -56,8 +56,8 @@ def generate(
     """
     check_lengths(lm, prompts, sampling.max_new)
     if not _divisible(prompts, control):
-        return _generate(lm, params, prompts, control, sampling)
-    out = _generate(lm, params, hosts.rows(prompts), control, sampling)
+        return _generate(lm, params, layout.spread(prompts), control, sampling)
+    out = _generate(lm, params, layout.spread(hosts.rows(prompts)), control, sampling)
     whole = hosts.gather({"tokens": out.tokens, "mask": out.mask, "logp": out.logp})
     return Samples(**whole, generated=jnp.max(hosts.gather(out.generated[None])))
 
@@ -228,8 +228,10 @@ def score(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, contr
     """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`."""
     if _divisible(prompts, control) and not isinstance(completion, jax.core.Tracer):
         prompts, completion = hosts.rows((prompts, completion))
-        return hosts.gather(_score(lm, params, prompts, completion, control))
-    return _score(lm, params, prompts, completion, control)
+        with layout.on():
+            return hosts.gather(_score(lm, params, *layout.spread((prompts, completion)), control))
+    with layout.on():
+        return _score(lm, params, *layout.spread((prompts, completion)), control)
 
 
 @partial(jax.jit, static_argnames=("lm",))

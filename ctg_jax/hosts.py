@@ -154,13 +154,13 @@ def everywhere(values: PyTree, shardings: PyTree) -> PyTree:
 
 
 def local(values: PyTree) -> PyTree:
-    """Arrays on this process's own device, from arrays that lie whole on every device."""
+    """Arrays on this process's own device, whole, from arrays that lie on the devices of all processes."""
     if count() == 1:
         return values
 
     def get(x):
         impl, raw = _raw(x)
-        raw = jnp.asarray(np.asarray(raw))
+        raw = jnp.asarray(read(raw))
         return raw if impl is None else jax.random.wrap_key_data(raw, impl=impl)
 
     return jax.tree.map(get, values)

@@ -57,10 +57,10 @@ CONTROL: Rules = (
     (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
     (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
     (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
-    (r"value/(kernel|bias)", P()),  # the value head of PPO
+    (r"(value|params|mu|nu)/(kernel|bias)", P()),  # the value head of PPO, and a linear classifier that is trained
     # The networks of diffusion: small beside the language model, so only the optimizer's states are worth splitting.
-    (r"(score|prompter|net|guide)/(.*/)?kernel", P("data", None)),
-    (r"(score|prompter|net|guide)/.*|raw|bins|tags", P()),
+    (r"(score|prompter|net|guide|denoiser|in|out)/(.*/)?kernel", P("data", None)),
+    (r"(score|prompter|net|guide|denoiser|in|out)/.*|given|raw|bins|tags", P()),
     (r"mean|deviation|probes|biases|weights_of|free", P()),
     (r"z|basis|vectors?|codes|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
 )
@@ -79,11 +79,13 @@ class Plan:
         *last* dimensions of a leaf, so one rule serves stacked [L, out, in] and unstacked [out, in] kernels. Axis
         names the mesh lacks, and axes that do not divide a dimension (GPT-2's vocabulary is 50257), are left out
         of the spec: the leaf is replicated there. Scalars and random keys are replicated without a rule.
+      local: of the devices of this process alone.
     """
 
     mode: str = "jit"
     axes: Mapping[str, int] | tuple[tuple[str, int], ...] = (("data", 1),)
     rules: Rules = REPLICATED
+    local: bool = False
 
     def __post_init__(self):
         axes = dict(self.axes)
@@ -97,9 +99,12 @@ class Plan:
             raise InputError(f"Plan: axes are {axes}, expected positive sizes and at most one -1")
         if open_axes:
             rest = math.prod(size for size in axes.values() if size != -1)
-            axes[open_axes[0]] = max(jax.device_count() // rest, 1)
+            axes[open_axes[0]] = max(len(self._devices()) // rest, 1)
         object.__setattr__(self, "axes", tuple(axes.items()))
         object.__setattr__(self, "rules", tuple((pattern, spec) for pattern, spec in self.rules))
+
+    def _devices(self) -> list[jax.Device]:
+        return jax.local_devices() if self.local else jax.devices()
 
     @property
     def size(self) -> int:
@@ -109,16 +114,16 @@ class Plan:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The device mesh; InputError where there are too few devices."""
-        if self.size > jax.device_count():
+        devices = self._devices()
+        if self.size > len(devices):
             raise InputError(
-                f"Plan: axes {dict(self.axes)} need {self.size} devices and {jax.device_count()} are there; "
-                "use smaller axes"
+                f"Plan: axes {dict(self.axes)} need {self.size} devices and {len(devices)} are there; use smaller axes"
             )
         names, sizes = zip(*self.axes)
         if self.mode == "pmap":
             names = ("batch",)  # as pmap names it in its outputs: other names would compile a second time
         # Automatic axes: under the default, explicit ones, indexing an embedding by sharded tokens raises.
-        return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: self.size])
+        return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[: self.size])
 
     def specs(self, values: PyTree) -> PyTree:
         """PartitionSpec of every leaf (arrays or `ShapeDtypeStruct`s); InputError naming a leaf no rule matches."""

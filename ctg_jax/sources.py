@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ctg_jax import losses, rng, train
+from ctg_jax import layout, losses, rng, train
 from ctg_jax.data import Source, load, pipeline
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.stage import Artifact, Run, digest_lm, write_jsonl
@@ -82,20 +82,31 @@ def load_data(
     run.record(records=len(rows))
 
 
-def load_lm(run: Run, *, source: str) -> None:
+def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
     """Imports a language model from a directory in Hugging Face layout or from the hub. Nothing is copied: the
     artifact holds the resolved path and a digest of the files, which `open_lm` compares.
 
+    Args:
+      source: the directory, or a hub id.
+      dtype: of its weights and its computation, "float32" or "bfloat16", whatever the files'. What is learned, sums of
+        losses and optimizer states are float32 in both.
+
     Raises:
-      InputError: no such directory, no network for a hub id, a pickled checkpoint, another family.
+      InputError: another dtype, no such directory, no network for a hub id, a pickled checkpoint, another family.
     """
     from ctg_jax.data.tokenizer import load_tokenizer
     from ctg_jax.models import hf
 
+    _check_dtype(dtype)
     path = hf.resolve(source)
     hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
     load_tokenizer(str(path))
     run.record(lm=str(path.absolute()), fingerprint=digest_lm(path))
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
 
 
 def pretrain(
@@ -108,6 +119,7 @@ def pretrain(
     heads: int = 4,
     context: int = 128,
     tied: bool = True,
+    dtype: str = "float32",
     length: int = 64,
     pack: bool = True,
     batch: int = 32,
@@ -126,6 +138,7 @@ def pretrain(
       vocab: size of the vocabulary. width, depth, heads, context: shape of the model; the MLP is 4 times as wide.
       tied: whether the unembedding is the embedding, as in GPT-2. Tying draws words with the same contexts together,
         antonyms among them, and a small model that is trained briefly then learns late what tells them apart.
+      dtype: as of `load_lm`; while it is trained, and in its files, the weights are float32.
       length: tokens of a training row. pack: fill rows with one text after the other; False gives each text a row of
         its own, cut at `length`, so that it is read from position 0 with no other text before it.
       batch, steps, rate, warmup, decay: AdamW with a cosine schedule to a tenth.
@@ -134,6 +147,7 @@ def pretrain(
     from ctg_jax.data.tokenizer import load_tokenizer, train_bpe
     from ctg_jax.models import hf
 
+    _check_dtype(dtype)
     if width % heads:
         raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
     records = data.rows("data.jsonl")
@@ -143,7 +157,7 @@ def pretrain(
     tokenizer = load_tokenizer(str(folder))
     lm = Transformer(
         family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
-        head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied,
+        head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied, dtype=dtype, remat=layout.remat(),
     )  # fmt: skip
     key = jax.random.key(seed)
     tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctg_jax import hosts
+from ctg_jax import hosts, layout
 from ctg_jax.files import drop_half_written, locked, read_json, seal, sha256, verify, writable, write_text
 from ctg_jax.store import Store, active
 from ctg_jax.types import InputError
@@ -203,8 +203,9 @@ def open_artifact(path: str | os.PathLike) -> Artifact:
     return Artifact(path, path.name.rpartition("-")[2])
 
 
-def open_lm(artifact: Artifact, *, dtype: str = "float32") -> tuple[Any, Any, Any]:
-    """(lm, params, tokenizer) of an LM artifact: one that `load_lm` or `pretrain` of `ctg_jax.sources` made.
+def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
+    """(lm, params, tokenizer) of an LM artifact: one that `load_lm` or `pretrain` of `ctg_jax.sources` made, in the
+    dtype of its configuration, its weights where the layout of the run has them.
 
     Raises:
       InputError: the artifact is not an LM, or the imported files have changed since.
@@ -224,7 +225,10 @@ def open_lm(artifact: Artifact, *, dtype: str = "float32") -> tuple[Any, Any, An
         raise InputError(
             f"the model files in {path} have changed since {artifact.path.name} was made; delete that artifact"
         )
-    lm, params = hf.load(str(path), dtype=dtype)
+    here = layout.island()
+    dtype = spec["config"].get("dtype", "float32")
+    lm, params = hf.load(str(path), dtype=dtype, shardings=here and here.shardings)
+    lm = dataclasses.replace(lm, remat=layout.remat())
     return lm, params, load_tokenizer(str(path))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from ctg_jax import checkpoint, hosts, rng, store, tree
+from ctg_jax import checkpoint, hosts, layout, rng, store, tree
 from ctg_jax.losses import LossFn
 from ctg_jax.metrics import Writer
 from ctg_jax.parallel import Plan
@@ -225,7 +225,7 @@ def loop(
     log_every: int = 1,
     keep: int = 2,
     progress: bool = True,
-    plan: Plan = Plan(),  # noqa: B008 (frozen)
+    plan: Plan | None = None,
     tensorboard: bool = False,
 ) -> TrainState:
     """Trains until `state.step == steps`, from the last whole checkpoint in `run_dir` where there is one.
@@ -247,7 +247,8 @@ def loop(
       log_every: steps between rows of metrics.jsonl, each the metrics of that step's batch.
       keep: how many checkpoints to keep.
       progress: show a progress bar.
-      plan: the layout; with several processes that of one device becomes one that splits rows over all of them.
+      plan: where the state lies while it is trained and afterwards; None: what the layout of the run says
+        (`layout.training`), and afterwards where its other arrays lie.
       tensorboard: also write TensorBoard event files.
 
     Raises:
@@ -256,9 +257,7 @@ def loop(
     """
     run_dir = Path(run_dir)
     folder = run_dir / "steps"
-    spread = hosts.count() > 1 and plan.size == 1
-    if spread:  # rows over the devices of all processes
-        plan = Plan(axes={"data": jax.device_count()})
+    own, plan = plan is None, plan or layout.training(getattr(batches, "size", None))
     found = checkpoint.load_last(folder, state, plan.shardings(state))
     if found:
         at, state, meta = found
@@ -270,7 +269,7 @@ def loop(
         state = hosts.everywhere(state, plan.shardings(state))
     with Writer(run_dir / "metrics.jsonl", at, run_dir / "tensorboard" if tensorboard else None) as writer:
         if at >= steps:
-            return hosts.local(state) if spread else state
+            return layout.settled(state, plan) if own else state
         frozen = hosts.everywhere(frozen, plan.shardings(frozen))
         run = _Run(folder, writer, log_every, keep, steps, at, progress)
         compiled = plan.compile(step.over, state, frozen)
@@ -291,7 +290,7 @@ def loop(
                     run.settle(state)
                 if saving:
                     run.save(state)
-    return hosts.local(state) if spread else state
+    return layout.settled(state, plan) if own else state
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ctg_jax import layout
 from ctg_jax.stage import Tally, nearest, tally
 from ctg_jax.types import InputError
 from experiments import hosts, roots
@@ -137,7 +138,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     count, result = Tally(), None
     try:
         hosts.start(argv)
-        with tally() as count:
+        with tally() as count, layout.laid_out(hosts.chosen(argv)):
             result = main(argv)
         return 0
     except Incomplete as e:

@@ -4,7 +4,7 @@
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
 configuration (label by the judge, length and tags by the tokens, exactly), that have all the arm was asked for, and the
-pooled perplexity under the autoregressive LM (that of single samples leaves out what is above 10,000, which may be all).
+pooled perplexity under the autoregressive LM (that of single samples leaves out values above 10,000, perhaps all of them).
 """
 
 import sys
@@ -49,7 +49,11 @@ def main(argv):
         label: dict(arm.get("fit", {}).get("aim", {}).get("target", {})) for label, arm in settings["methods"].items()
     }
     every = {key: value for target in asked.values() for key, value in target.items()}
-    lines = [" | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all it was asked for", "pooled perplexity", ""])]
+    lines = [
+        " | ".join(
+            ["", "arm", *(f"{k} {v}" for k, v in every.items()), "all it was asked for", "pooled perplexity", ""]
+        )
+    ]
     lines.append("|---" * (len(every) + 3) + "|")
     for cell in cells:
         samples = open_artifact(cell.samples.path).rows("samples.jsonl")

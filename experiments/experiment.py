@@ -143,11 +143,14 @@ def check(settings: dict[str, Any]) -> None:
 
 def language_model(root: str, settings: dict[str, Any]) -> Artifact:
     """The LM artifact: imported from `source` where that is given, else pretrained from random weights."""
+    dtype = {"dtype": settings["dtype"]} if "dtype" in settings else {}
     if settings.get("source"):
-        return stage(root, sources.load_lm, {"source": settings["source"]})
+        return stage(root, sources.load_lm, {"source": settings["source"], **dtype})
     if "pretrain" not in settings:
         raise InputError("the section lm has neither source nor pretrain: give lm.source a directory or a hub id")
-    return stage(root, sources.pretrain, settings["pretrain"], data=stage(root, sources.load_data, settings["data"]))
+    return stage(
+        root, sources.pretrain, {**settings["pretrain"], **dtype}, data=stage(root, sources.load_data, settings["data"])
+    )
 
 
 def judge(root: str, name: str, settings: dict[str, Any]) -> Artifact:

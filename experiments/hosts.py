@@ -1,10 +1,16 @@
-"""Several processes, on one machine or many, as one run: the flag --hosts of every script.
+"""Several processes and devices as one run: the flags of every script that say what it runs on.
 
     --hosts=auto                     as JAX finds them: a TPU pod, SLURM (srun), Open MPI (mpirun), Kubernetes
     --hosts=ADDRESS:PORT,INDEX/N     process INDEX (from 0) of N; ADDRESS:PORT is of process 0
 
 Every process is started with the same command line (but for INDEX) and the same --root, on a disk they share. The first
 one writes artifacts, reports and the last line; the others keep their logs in ROOT/logs/host-INDEX.log.
+
+    --mesh=data=8                    rows of a batch split over 8 devices, the weights on each of them
+    --mesh=fsdp=-1,tensor=4          every matrix split 4 ways, rows, weights and optimizer states over what is left
+    --remat                          compute blocks again in the backward pass: less memory, more time
+
+Artifacts depend on neither; see `ctg_jax.layout`.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ctg_jax import hosts
+from ctg_jax import hosts, layout
 from ctg_jax.types import InputError
 from experiments import roots
 
@@ -26,8 +32,26 @@ _GONE = re.compile("gloo|nccl|coordination|heartbeat|connection reset|socket clo
 
 
 def flag(values: flags.FlagValues) -> None:
-    """Defines --hosts."""
+    """Defines --hosts, --mesh and --remat."""
     flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,INDEX/N: one run of N processes", flag_values=values)
+    flags.DEFINE_string("mesh", None, "data=N or fsdp=N (weights split too), and tensor=N: devices", flag_values=values)
+    flags.DEFINE_boolean("remat", False, "compute blocks again in the backward pass", flag_values=values)
+
+
+def chosen(argv: Sequence[str]) -> layout.Layout:
+    """The layout that --mesh and --remat say.
+
+    Raises:
+      InputError: a mesh that cannot be read, or that does not fit the devices.
+    """
+    text, remat = _value(argv, "--mesh"), "--remat" in argv or (_value(argv, "--remat") or "").lower() == "true"
+    if text is None:
+        return layout.Layout(remat=remat, mesh=False)
+    found = layout.read(text, remat)
+    with layout.laid_out(found):
+        layout.training()
+        layout.island()
+    return found
 
 
 def start(argv: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ class Batches(Iterator[Batch]):
         self._iterator = iter(dataset.to_iter_dataset(options, allow_nones=False))
         self._signature = signature
         self._next = 0
+        self.size: int = signature["batch"]  # rows of a batch
         self.length: int | None = None if signature["epochs"] is None else len(dataset)
 
     def __iter__(self) -> Batches:

@@ -365,7 +365,8 @@ def propose(
         latent=prompter.spec["latent"], denoiser=denoiser.spec["net"], prompter=prompter.spec["net"],
         attributes=len(probes), draw=dict(draw or {}),
     )  # fmt: skip
-    like = jax.eval_shape(lambda key: init(open_lm(lm)[0], key, **hp), jax.random.key(0))
+    model = open_lm(lm)[0]
+    like = jax.eval_shape(lambda key: init(model, key, **hp), jax.random.key(0))
     mean, deviation = latent_diffusion.moments(embeddings.arrays(latents)[0])
     width = mean.shape[0]
     control = like.replace(

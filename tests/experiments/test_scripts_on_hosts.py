@@ -25,17 +25,18 @@ def free_port():
         return s.getsockname()[1]
 
 
-def environment():
+def environment(devices=1):
     kept = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
-    return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    several = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16"} if devices > 1 else {}
+    return {**kept, **several, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
 
 
-def start(script, config, root, n=1, *argv):
-    """Starts a script as n processes."""
+def start(script, config, root, n=1, *argv, devices=1):
+    """Starts a script as n processes, each with so many devices."""
     command = [sys.executable, str(HERE / "experiments" / script), f"--config={config}", f"--root={root}", *argv]
     port, pipe = free_port(), subprocess.PIPE
     each = [[f"--hosts=127.0.0.1:{port},{i}/{n}"] if n > 1 else [] for i in range(n)]
-    return [subprocess.Popen(command + e, env=environment(), stdout=pipe, stderr=pipe, text=True) for e in each]
+    return [subprocess.Popen(command + e, env=environment(devices), stdout=pipe, stderr=pipe, text=True) for e in each]
 
 
 def finish(processes, timeout=900):
@@ -127,9 +128,10 @@ RUNS = {
 }
 
 
-def ran(runs, root, n=1):
+def ran(runs, root, n=1, *argv, devices=1):
     """What the processes printed, run after run."""
-    found = [finish(start(script, HERE / f"configs/{config}.py:tiny", root, n)) for script, config in runs]
+    tiny = [(script, HERE / f"configs/{config}.py:tiny") for script, config in runs]
+    found = [finish(start(script, config, root, n, *argv, devices=devices)) for script, config in tiny]
     return ["\n".join(said) for said in zip(*found)]
 
 
@@ -162,3 +164,15 @@ def test_processes_give_the_artifacts_of_one(tmp_path, alone, name, n):
     if name == "truncate":
         assert ran(RUNS[name], tmp_path, n)[0] == outs[0]
         assert "stages: 0 executed" in (tmp_path / "logs/host-001.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "devices", "mesh"), [(1, 4, "fsdp=2,tensor=2"), (1, 4, "data=4"), (2, 2, "fsdp=-1,tensor=2")]
+)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_mesh_gives_the_artifacts_of_one_device(tmp_path, alone, name, n, devices, mesh):
+    root, said = alone(name)
+    outs = ran(RUNS[name], tmp_path, n, f"--mesh={mesh}", devices=devices)
+    assert outs[0] == said.replace(str(root), str(tmp_path))
+    print(f"{len(compare(root, tmp_path))} artifacts under --mesh={mesh}, {n} x {devices}, equal those of one device")

@@ -1,0 +1,147 @@
+"""The layout of a run: on which devices its arrays lie, whatever it computes. The scripts' --mesh chooses it.
+
+Training spans the devices of all processes. All else (decoding, scoring, encoding) stays within a process, which has
+the language model on its own devices, its island, and takes rows of its own. Nothing but time, memory and the last
+digits of sums depends on a layout, so it is no part of what identifies an artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ctg_jax import hosts
+from ctg_jax.parallel import CONTROL, ENCODER, Plan
+from ctg_jax.types import InputError, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a run asks for.
+
+    Attributes:
+      data, tensor: sizes of the mesh axes; data -1 takes the devices that are left. tensor splits every matrix of the
+        language model, within one process.
+      sharded: weights and optimizer states are split over `data` too (fully sharded data parallel).
+      remat: compute each block of the language model again in the backward pass in place of keeping what it made.
+      mesh: whether devices were asked for at all.
+    """
+
+    data: int = -1
+    tensor: int = 1
+    sharded: bool = False
+    remat: bool = False
+    mesh: bool = True
+
+    def plan(self, devices: int, data: int, local: bool = False) -> Plan:
+        """The plan over so many devices; InputError where the axes do not fit them."""
+        if devices % self.tensor or (data != -1 and data * self.tensor > devices):
+            where = "of a process" if local else "in all"
+            raise InputError(f"--mesh: data={data}, tensor={self.tensor} do not fit the {devices} devices {where}")
+        axes = {"data": devices // self.tensor if data == -1 else data, "tensor": self.tensor}
+        rules = ENCODER + CONTROL if self.sharded else _whole(ENCODER + CONTROL)
+        return Plan(axes={k: v for k, v in axes.items() if k == "data" or v > 1}, rules=rules, local=local)
+
+
+_NONE = Layout(mesh=False)
+_current: contextvars.ContextVar[Layout] = contextvars.ContextVar("layout", default=_NONE)
+
+
+def read(text: str, remat: bool = False) -> Layout:
+    """The layout that `fsdp=4,tensor=2` or `data=8` says; "fsdp" is "data" with the weights split too.
+
+    Raises:
+      InputError: another axis, both of these, a size that is no positive number (or -1 for data and fsdp).
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(data|fsdp|tensor)=(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] in sizes or (match[1] == "tensor" and match[2] == "-1"):
+            raise InputError(f"--mesh={text}: expected data=N or fsdp=N (-1: the devices that are left), and tensor=N")
+        sizes[match[1]] = int(match[2])
+    if {"data", "fsdp"} <= set(sizes):
+        raise InputError(f"--mesh={text}: give data (weights on every device) or fsdp (weights split), not both")
+    sharded = "fsdp" in sizes
+    return Layout(sizes.get("fsdp", sizes.get("data", -1)), sizes.get("tensor", 1), sharded, remat)
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """Runs what is inside the `with` block in a layout."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def remat() -> bool:
+    """Whether blocks are computed again in the backward pass."""
+    return _current.get().remat
+
+
+def training(rows: int | None = None) -> Plan:
+    """The plan of a training loop, over the devices of all processes. Where no mesh was asked for, rows are split over
+    all devices if there are several processes, and over as many accelerators as divide the rows of a batch if not."""
+    layout = _current.get()
+    if layout.mesh:
+        return layout.plan(jax.device_count(), layout.data)
+    if hosts.count() > 1:
+        return Plan(axes={"data": jax.device_count()})
+    several = rows and jax.default_backend() != "cpu"  # the devices of a CPU share its cores
+    return Plan(axes={"data": math.gcd(rows, jax.local_device_count()) if several else 1})
+
+
+def island() -> Plan | None:
+    """The plan of what stays within a process; None where no mesh was asked for."""
+    layout = _current.get()
+    if not layout.mesh:
+        return None
+    here = jax.local_device_count()
+    data = layout.data if hosts.count() == 1 else -1
+    return layout.plan(here, data, local=True)
+
+
+def home() -> Sharding:
+    """Where arrays of a process lie that nothing is said about: on every device of its island, or on its first."""
+    plan = island()
+    if plan is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(plan.mesh, PartitionSpec())
+
+
+def settled(state: PyTree, plan: Plan) -> PyTree:
+    """A state that `plan` trained, where the other arrays of this process lie."""
+    here = island()
+    if hosts.count() > 1:
+        state = hosts.local(state)
+        return state if here is None else here.place(state)
+    return jax.device_put(state, home()) if here is None and plan.size > 1 else state
+
+
+def spread(values: PyTree) -> PyTree:
+    """Leaves [B, …], their rows split over the island, where it is there and divides them; else as they are."""
+    plan = island()
+    if plan is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
+        return values
+    ways = dict(plan.axes)["data"]
+    even = all(x.shape and x.shape[0] % ways == 0 for x in jax.tree.leaves(values))
+    return jax.device_put(values, NamedSharding(plan.mesh, PartitionSpec("data") if even else PartitionSpec()))
+
+
+def on() -> contextlib.AbstractContextManager:
+    """Inside the `with` block, models say where their activations lie on the island; see `parallel.split`."""
+    plan = island()
+    return contextlib.nullcontext() if plan is None else jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
+
+
+def _whole(rules):
+    """Rules that split over `tensor` alone."""
+    return tuple((path, PartitionSpec(*(None if p == "data" else p for p in spec))) for path, spec in rules)

@@ -1,0 +1,119 @@
+"""The layout of a run: what --mesh says, where arrays lie under it, and that nothing else depends on it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctg_jax import decode, layout, losses, sources, train, tree
+from ctg_jax.methods import finetune
+from ctg_jax.stage import open_lm, stage
+from ctg_jax.types import InputError, Prompts, Sampling
+from tests.experiments.tiny_lm import write_lm
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layout")
+    return stage(root, sources.load_lm, {"source": str(write_lm(root / "lm"))})
+
+
+def prompts(rows=8):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (rows, 4)), jnp.int32)
+    return Prompts(tokens=tokens, mask=jnp.ones(tokens.shape, bool), keys=jax.random.split(jax.random.key(1), rows))
+
+
+def held(params):
+    """Bytes on the first device."""
+    first = jax.local_devices()[0]
+    return sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device == first)
+
+
+@pytest.mark.parametrize(
+    ("text", "axes", "sharded"),
+    [
+        ("data=8", {"data": 8}, False),
+        ("fsdp=-1", {"data": 8}, True),
+        ("fsdp=2,tensor=4", {"data": 2, "tensor": 4}, True),
+        ("tensor=2", {"data": 4, "tensor": 2}, False),
+        ("data=2", {"data": 2}, False),
+    ],
+)
+def test_a_mesh_in_a_line(text, axes, sharded):
+    found = layout.read(text)
+    assert found.sharded == sharded
+    with layout.laid_out(found):
+        assert dict(layout.training().axes) == dict(layout.island().axes) == axes
+        used = {name for _, spec in layout.training().rules for name in spec if name}
+        assert used == ({"data", "tensor"} if sharded else {"tensor"})
+    assert layout.island() is None and layout.training().size == 1
+
+
+@pytest.mark.parametrize("text", ["rows=2", "data", "data=0", "tensor=-1", "data=2,fsdp=2", "data=2,data=4", ""])
+def test_a_mesh_that_cannot_be_read(text):
+    with pytest.raises(InputError, match=r"expected data=N or fsdp=N|not both"):
+        layout.read(text)
+
+
+@pytest.mark.parametrize("text", ["tensor=3", "data=3,tensor=4", "data=16"])
+def test_a_mesh_that_does_not_fit_the_devices(text):
+    with layout.laid_out(layout.read(text)), pytest.raises(InputError, match="do not fit the 8 devices"):
+        layout.training()
+
+
+def test_weights_lie_split_and_decode_the_same(lm):
+    model, params, _ = open_lm(lm)
+    want = decode.generate(model, params, prompts(), sampling=Sampling(max_new=6))
+    with layout.laid_out(layout.read("fsdp=4,tensor=2")):
+        same, split, _ = open_lm(lm)
+        out = decode.generate(same, split, prompts(), sampling=Sampling(max_new=6))
+        scores = decode.score(same, split, prompts(), out.tokens)
+        uneven = decode.generate(same, split, prompts(3), sampling=Sampling(max_new=6))
+    assert same == model and held(split) < held(params) / 4
+    assert len(out.tokens.sharding.device_set) == 8
+    assert out.tokens.tolist() == want.tokens.tolist()
+    alone = decode.generate(model, params, prompts(3), sampling=Sampling(max_new=6))
+    assert uneven.tokens.tolist() == alone.tokens.tolist()
+    np.testing.assert_allclose(scores, want.logp, atol=1e-5)
+
+
+def test_training_splits_the_states_and_ends_the_same(lm, tmp_path):
+    def learn(folder):
+        model, params, _ = open_lm(lm)
+        control = finetune.init(model, jax.random.key(0), kind="full")
+        tx = train.optimizer(1e-2, trained="changes/.*")
+        state = train.init_state(control, tx, jax.random.key(2))
+        tokens = np.random.default_rng(1).integers(0, 50, (8, 6)).astype(np.int32)
+        batch = dict(tokens=tokens, mask=np.ones((8, 6), bool), ids=np.arange(8))
+        step = train.make_step(losses.control_loss(model), tx)
+        return train.loop(
+            tmp_path / folder, state, step, iter([batch] * 3), steps=3, save_every=2, frozen={"params": params},
+            progress=False,
+        )  # fmt: skip
+
+    alone = learn("alone")
+    with layout.laid_out(layout.read("fsdp=4,tensor=2")):
+        split = learn("split")
+        again = learn("split")  # what the last checkpoint holds
+    assert held(split.opt_state) < held(alone.opt_state) / 4
+    for found in (split, again):
+        tree.map_with_path(
+            lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=path), alone.params, found.params
+        )
+    assert int(alone.step) == int(split.step) == 3
+
+
+def test_blocks_are_computed_again_where_asked_for(lm):
+    with layout.laid_out(layout.Layout(remat=True, mesh=False)):
+        assert open_lm(lm)[0].remat
+    assert not open_lm(lm)[0].remat
+
+
+def test_bfloat16_is_another_artifact_of_the_same_model(lm, tmp_path):
+    half = stage(tmp_path, sources.load_lm, {"source": lm.spec["config"]["source"], "dtype": "bfloat16"})
+    model, params, _ = open_lm(half)
+    assert half.id != lm.id and half.fingerprint == lm.fingerprint
+    assert model.dtype == "bfloat16" and {x.dtype.name for x in jax.tree.leaves(params)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(finetune.init(model, jax.random.key(0)))} == {"float32"}
+    with pytest.raises(InputError, match="dtype is 'half', expected 'float32' or 'bfloat16'"):
+        stage(tmp_path, sources.load_lm, {"source": lm.spec["config"]["source"], "dtype": "half"})

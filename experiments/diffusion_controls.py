@@ -4,7 +4,7 @@
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
 configuration (label by the judge, length and tags by the tokens, exactly), that have all the arm was asked for, and the
-pooled perplexity under the autoregressive LM (that of single samples leaves out values above 10,000, perhaps all of them).
+pooled perplexity under the autoregressive LM (the mean over samples leaves out those above 10,000, which may be all).
 """
 
 import sys

@@ -77,30 +77,57 @@ def test_weights_lie_split_and_decode_the_same(lm):
     np.testing.assert_allclose(scores, want.logp, atol=1e-5)
 
 
-def test_training_splits_the_states_and_ends_the_same(lm, tmp_path):
-    def learn(folder):
-        model, params, _ = open_lm(lm)
-        control = finetune.init(model, jax.random.key(0), kind="full")
-        tx = train.optimizer(1e-2, trained="changes/.*")
-        state = train.init_state(control, tx, jax.random.key(2))
-        tokens = np.random.default_rng(1).integers(0, 50, (8, 6)).astype(np.int32)
-        batch = dict(tokens=tokens, mask=np.ones((8, 6), bool), ids=np.arange(8))
-        step = train.make_step(losses.control_loss(model), tx)
-        return train.loop(
-            tmp_path / folder, state, step, iter([batch] * 3), steps=3, save_every=2, frozen={"params": params},
-            progress=False,
-        )  # fmt: skip
+def learn(lm, folder):
+    """A change of all weights after three steps on one batch of eight rows."""
+    model, params, _ = open_lm(lm)
+    control = finetune.init(model, jax.random.key(0), kind="full")
+    tx = train.optimizer(1e-2, trained="changes/.*")
+    state = train.init_state(control, tx, jax.random.key(2))
+    tokens = np.random.default_rng(1).integers(0, 50, (8, 6)).astype(np.int32)
+    batch = dict(tokens=tokens, mask=np.ones((8, 6), bool), ids=np.arange(8))
+    step = train.make_step(losses.control_loss(model), tx)
+    return train.loop(
+        folder, state, step, Same(batch), steps=3, save_every=2, frozen={"params": params}, progress=False
+    )
 
-    alone = learn("alone")
+
+class Same:
+    """One batch for ever, which says its rows as `data.pipeline` does."""
+
+    size = 8
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __next__(self):
+        return self.batch
+
+
+@pytest.fixture(scope="module")
+def alone(lm, tmp_path_factory):
+    return learn(lm, tmp_path_factory.mktemp("alone"))
+
+
+def same(a, b):
+    tree.map_with_path(lambda path, x, y: np.testing.assert_allclose(x, y, atol=1e-5, err_msg=path), a.params, b.params)
+    assert int(a.step) == int(b.step) == 3
+
+
+def test_training_splits_the_states_and_ends_the_same(lm, alone, tmp_path):
     with layout.laid_out(layout.read("fsdp=4,tensor=2")):
-        split = learn("split")
-        again = learn("split")  # what the last checkpoint holds
+        split = learn(lm, tmp_path)
+        again = learn(lm, tmp_path)  # what the last checkpoint holds
     assert held(split.opt_state) < held(alone.opt_state) / 4
-    for found in (split, again):
-        tree.map_with_path(
-            lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=path), alone.params, found.params
-        )
-    assert int(alone.step) == int(split.step) == 3
+    same(alone, split)
+    same(alone, again)
+
+
+def test_without_a_mesh_accelerators_share_the_rows(lm, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [dict(layout.training(rows).axes)["data"] for rows in (None, 8, 12, 7)] == [1, 8, 4, 1]
+    shared = learn(lm, tmp_path)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(shared.params)} == {1}  # where all else lies
+    same(alone, shared)
 
 
 def test_blocks_are_computed_again_where_asked_for(lm):

@@ -47,8 +47,9 @@ def finish(processes, timeout=900):
         for p in processes:
             p.kill()
     assert [p.returncode for p in processes] == [0] * len(processes), said
-    # Gloo announces its peers on standard output.
-    return ["\n".join(x for x in out.splitlines() if not x.startswith("[Gloo]")) for out, _ in said]
+    # Gloo announces its peers on standard output, of several devices in the middle of each other's lines.
+    lines = [[x for x in out.splitlines() if not re.search(r"\[Gloo\]|peer ranks", x)] for out, _ in said]
+    return ["\n".join(x) for x in lines]
 
 
 def compare(alone, together):

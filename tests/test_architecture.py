@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctg_jax"
 LAYERS = [
     {"types", "tree", "rng", "files", "hosts", "store"},
-    {"control", "bricks", "parallel", "checkpoint", "metrics"},
+    {"control", "bricks", "parallel", "layout", "checkpoint", "metrics"},
     {"models"},
     {
         "data",

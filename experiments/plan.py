@@ -1,14 +1,14 @@
 """What a training run would need, from shapes alone: bytes on each device of a mesh that need not exist, which chips
 hold them, and how long a round of sampling and learning takes at given rates.
 
-    python experiments/plan.py --lm=gpt2-large --method=quark --set kind=full --mesh data=8 --batch=128 --new=20
-    python experiments/plan.py --lm=llama-7b --dtype=bfloat16 --method=ppo --mesh data=8,tensor=4 --rate=200
+    python experiments/plan.py --lm=gpt2-large --method=quark --set kind=full --mesh fsdp=8 --batch=128 --new=20
+    python experiments/plan.py --lm=llama-7b --dtype=bfloat16 --method=ppo --mesh fsdp=8,tensor=4 --rate=200
     --bandwidth=2000
-    python experiments/plan.py --config=configs/dexperts.py:tiny --lm=gpt2-xl --mesh data=4
+    python experiments/plan.py --config=configs/dexperts.py:tiny --lm=gpt2-xl --mesh data=4 --remat
 
 --config plans every method of an experiment, with its sizes; flags replace them. --lm is one of the shapes below or a
-directory with a config.json. Weights and the control lie as the sharding rules of `ctg_jax.parallel` say, the batch is
-split over `data`, the cache over `data` and, by heads, over `tensor`. What is saved for the gradient is read off the
+directory with a config.json. --mesh and --remat are those of the scripts (`data` splits rows, `fsdp` weights as well);
+the cache is split by rows and, by heads, over `tensor`. What is saved for the gradient is read off the
 gradient's own residuals, caches and states off the first step of decoding. Judges, rewards and the encoders that
 latents come from are not counted. Times take the rates as reached, not as advertised: measure them
 (`experiments/benchmarks`). Nothing is allocated.
@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ctg_jax import decode, invert, latent_diffusion, losses, methods, train, tree
+from ctg_jax import decode, invert, latent_diffusion, layout, losses, methods, train, tree
 from ctg_jax.methods import dglm
 from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import CONTROL, DECODER, Plan
+from ctg_jax.parallel import Plan
 from ctg_jax.types import InputError, Prompts, Sampling
 
 GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
@@ -72,6 +72,7 @@ def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, pr
     learns in several stages) and "sampling".
 
     Args:
+      mesh: axes and sizes, as --mesh says them: "data" or "fsdp", and "tensor".
       init: settings of the method's `init`; for dexperts also those of the fine-tuning of each expert.
       batch: rows of an update, over all devices; latent_steer: vectors that are searched at a time. rows: of a batch
         that is sampled.
@@ -80,7 +81,7 @@ def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, pr
     Raises:
       InputError: a batch that the mesh does not divide, an unknown method or setting, a method that writes by itself.
     """
-    plan = Plan(axes=mesh, rules=DECODER + CONTROL)
+    plan = layout.read(_text(mesh)).plan(math.prod(mesh.values()), math.prod(mesh.values()) // mesh.get("tensor", 1))
     data, _ = plan_sizes(plan)
     for name, value in (("batch", batch), ("rows", rows)):
         if value % data:
@@ -171,6 +172,18 @@ def denoising(plan: Plan, init: dict, rows: int) -> dict[str, int]:
     return dict(control=plan.bytes_per_device(state) + plan.bytes_per_device(params), saved=two - one)
 
 
+def mesh_of(text: str) -> dict[str, int]:
+    """Axis -> size, of what --mesh says; InputError where a size is left to the devices, which are not there."""
+    found = layout.read(text)
+    if found.data == -1:
+        raise InputError(f"--mesh={text}: give data or fsdp a size, for the mesh need not exist")
+    return {"fsdp" if found.sharded else "data": found.data} | ({"tensor": found.tensor} if found.tensor > 1 else {})
+
+
+def _text(mesh: dict[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in mesh.items())
+
+
 def plan_sizes(plan: Plan) -> tuple[int, int]:
     """(ways of the data axis, ways of the tensor axis)."""
     sizes = dict(plan.axes)
@@ -217,8 +230,8 @@ def main(argv=None):
     parser.add_argument("--lm", help=f"{', '.join([*GPT2, *LLAMA])}, or a directory")
     parser.add_argument("--method", default="quark")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method's init")
-    parser.add_argument("--mesh", help="axes and sizes, such as data=8,tensor=4")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--mesh", help="data=N or fsdp=N (weights split too), and tensor=N")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="that of the configuration, or float32")
     parser.add_argument("--remat", action="store_true", help="compute each block again in the backward pass")
     parser.add_argument("--batch", type=int, help="rows of an update, over all devices")
     parser.add_argument("--rows", type=int, help="rows that are sampled at a time, over all devices")
@@ -253,19 +266,18 @@ def report(args) -> str:
     if args.config:
         found = of_config(args)
     else:
-        mesh = pairs("mesh", (args.mesh or "data=8").split(","), int)
+        mesh = mesh_of(args.mesh or "fsdp=8")
         given = dict(batch=args.batch or 128, prompt=args.prompt, new=args.new or 20, rows=args.rows or 1024)
-        lm = shape(args.lm or "gpt2-large", args.dtype)
+        lm = shape(args.lm or "gpt2-large", args.dtype or "float32")
         found = [(args.lm or "gpt2-large", lm, args.method, args.method, pairs("set", args.set, value_of), mesh, given)]
     lines = []
     for title, lm, label, method, init, mesh, given in found:
         lm = dataclasses.replace(lm, remat=args.remat)
         wants = need(lm, method, init, mesh, **given)
-        axes = ",".join(f"{name}={size}" for name, size in mesh.items())
         devices = math.prod(mesh.values())
         lines.append(
-            f"{title}, {label}, {args.dtype}, {devices} device{'s' * (devices > 1)} ({axes}), {given['batch']} rows an "
-            f"update, {given['rows']} sampled at a time: GiB on each device"
+            f"{title}, {label}, {lm.dtype}, {devices} device{'s' * (devices > 1)} ({_text(mesh)}), {given['batch']} rows "
+            f"an update, {given['rows']} sampled at a time: GiB on each device"
         )
         for stage, held in wants.items():
             lines.append(f"  {stage:40s} {sum(held.values()) / 2**30:8.3f}")
@@ -305,16 +317,16 @@ def of_config(args) -> list[tuple]:
         arms = {}
     if not arms:
         raise InputError(f"{args.config} names no method that acts on a language model: there is nothing to plan")
-    source = settings["lm"].get("source")
+    source, dtype = settings["lm"].get("source"), args.dtype or settings["lm"].get("dtype", "float32")
     if args.lm or source:
-        lm = shape(args.lm or source, args.dtype)
+        lm = shape(args.lm or source, dtype)
     else:
         given = settings["lm"]["pretrain"]
         sizes = {key: given[key] for key in ("vocab", "width", "depth", "heads", "context", "tied") if key in given}
         lm = Transformer.gpt2(**dict(vocab=1024, width=128, depth=4, heads=4, context=128) | sizes)
-        lm = dataclasses.replace(lm, dtype=args.dtype, param_dtype=args.dtype)
+        lm = dataclasses.replace(lm, dtype=dtype, param_dtype=dtype)
     sample = settings.get("sample", {})
-    mesh = pairs("mesh", (args.mesh or "data=1").split(","), int)
+    mesh = mesh_of(args.mesh or "data=1")
     found = []
     for label, (method, fit) in arms.items():
         own = fit.get("prompter", {}) if method == "dglm" else fit

@@ -106,8 +106,9 @@ def rules(layout):
 def memory(lm, layout, chips):
     """The most bytes a chip holds, learning or sampling."""
     tensor = LAYOUTS[layout]
-    mesh = {"data": 1 if layout == "data" else chips // tensor, "tensor": tensor}
-    given = dict(batch=ROWS * tensor * mesh["data"], rows=DECODED * tensor * mesh["data"], prompt=PROMPT)
+    ways = 1 if layout == "data" else chips // tensor
+    mesh = {"data" if layout == "data" else "fsdp": ways, "tensor": tensor}
+    given = dict(batch=ROWS * tensor * ways, rows=DECODED * tensor * ways, prompt=PROMPT)
     learning, sampling = (planner.need(lm, "finetune", {}, mesh, new=n, **given) for n in (LENGTH - PROMPT, NEW))
     return max(sum(learning["learning"].values()), sum(sampling["sampling"].values()))
 

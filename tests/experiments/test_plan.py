@@ -74,12 +74,15 @@ def test_what_is_computed_again_is_not_saved():
 
 def test_a_mesh_divides():
     one = plan.need(LM, "finetune", dict(kind="full"), {"data": 1}, **SIZES)
-    eight = plan.need(LM, "finetune", dict(kind="full"), {"data": 4, "tensor": 2}, **SIZES)
+    eight = plan.need(LM, "finetune", dict(kind="full"), {"fsdp": 4, "tensor": 2}, **SIZES)
     assert eight["learning"]["weights"] < one["learning"]["weights"] / 5  # norms and biases are on every device
     assert eight["learning"]["saved"] < one["learning"]["saved"] / 6
     assert eight["sampling"]["cache"] < one["sampling"]["cache"] / 6
     assert eight["sampling"]["logits"] == one["sampling"]["logits"] // 8
     deeper = plan.need(dataclasses.replace(LM, depth=4), "finetune", dict(kind="full"), {"data": 1}, **SIZES)
+    rows = plan.need(LM, "finetune", dict(kind="full"), {"data": 8}, **SIZES)
+    assert rows["learning"]["weights"] == one["learning"]["weights"]  # without fsdp they are on every device
+    assert rows["learning"]["saved"] < one["learning"]["saved"] / 6
     assert deeper["learning"]["saved"] > 1.5 * one["learning"]["saved"]  # every layer keeps something
 
 
@@ -110,10 +113,10 @@ def test_what_is_saved_grows_with_rows_and_not_with_weights():
 
 
 def test_the_report_says_what_fits(capsys, tmp_path):
-    assert plan.main(["--lm=gpt2-large", "--set", "kind=full", "--mesh=data=8"]) == 0
+    assert plan.main(["--lm=gpt2-large", "--set", "kind=full", "--mesh=fsdp=8"]) == 0
     out = capsys.readouterr().out
     assert "gpt2-large, quark, float32, 8 devices" in out and "fits: TPU v5e" in out and "a round of 64000" in out
-    assert plan.main(["--lm=llama-70b", "--dtype=bfloat16", "--set", "kind=full", "--mesh=data=8"]) == 0
+    assert plan.main(["--lm=llama-70b", "--dtype=bfloat16", "--set", "kind=full", "--mesh=fsdp=8"]) == 0
     assert "fits: none of" in capsys.readouterr().out
     assert plan.main([f"--lm={write_lm(tmp_path / 'lm')}", "--method=steer", "--mesh=data=1", "--batch=8"]) == 0
     assert "fits: TPU v5e" in capsys.readouterr().out
@@ -123,7 +126,8 @@ def test_the_report_says_what_fits(capsys, tmp_path):
     ("argv", "words"),
     [
         (["--lm=gpt5"], "expected one of gpt2, gpt2-medium"),
-        (["--mesh=data"], "--mesh has 'data', expected KEY=VALUE"),
+        (["--mesh=data"], "--mesh=data: expected data=N or fsdp=N"),
+        (["--mesh=tensor=2"], "--mesh=tensor=2: give data or fsdp a size"),
         (["--mesh=data=3"], "batch is 128, expected a multiple of 3"),
         (["--method=quirk"], "did you mean 'quark'"),
         (["--set", "colour=1"], "--set does not suit quark"),

@@ -276,8 +276,8 @@ def report(args) -> str:
         wants = need(lm, method, init, mesh, **given)
         devices = math.prod(mesh.values())
         lines.append(
-            f"{title}, {label}, {lm.dtype}, {devices} device{'s' * (devices > 1)} ({_text(mesh)}), {given['batch']} rows "
-            f"an update, {given['rows']} sampled at a time: GiB on each device"
+            f"{title}, {label}, {lm.dtype}, {devices} device{'s' * (devices > 1)} ({_text(mesh)}), {given['batch']} "
+            f"rows an update, {given['rows']} sampled at a time: GiB on each device"
         )
         for stage, held in wants.items():
             lines.append(f"  {stage:40s} {sum(held.values()) / 2**30:8.3f}")

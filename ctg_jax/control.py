@@ -7,6 +7,7 @@ static fields (`struct.field(pytree_node=False)`) are shapes and language models
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -18,6 +19,12 @@ from ctg_jax.types import Params, Prompts
 State = Any
 
 
+def _static(name: str) -> Any:
+    """A field that is static for `flax.struct.dataclass` and for `jax.tree_util.register_dataclass`."""
+    known = {"pytree_node": False, "static": True}
+    return dataclasses.field(default=name, kw_only=True, repr=False, metadata=known)
+
+
 @struct.dataclass
 class Control:
     """The identity control; a method overrides the hooks it needs and nothing else.
@@ -27,13 +34,13 @@ class Control:
     of `jit` whenever their hashes meet, and the program of the one decodes under the name of the other.
     """
 
-    of_class: str = struct.field(pytree_node=False, default="Control", kw_only=True, repr=False)
+    of_class: str = _static("Control")
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.__annotations__ = {**inspect.get_annotations(cls), "of_class": "str"}
         name = f"{cls.__module__}.{cls.__qualname__}"
-        cls.of_class = struct.field(pytree_node=False, default=name, kw_only=True, repr=False)
+        cls.of_class = _static(name)
 
     def weights(self, params: Params) -> Params:
         """The parameters to use instead of the frozen ones (LoRA, fine-tuning, task vectors). Called once."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctg_jax import evaluation, methods
+from ctg_jax import evaluation, layout, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode import generate
 from ctg_jax.methods import truncate
@@ -254,8 +254,9 @@ def complete(
 
 
 def _devices() -> Sequence[jax.Device]:
-    """The accelerators of this machine; none for a CPU, whose devices share its cores."""
-    return () if jax.default_backend() == "cpu" else jax.local_devices()
+    """The accelerators of this machine; none for a CPU, whose devices share its cores, and none where a mesh was asked
+    for, over which `generate` spreads rows itself."""
+    return () if jax.default_backend() == "cpu" or layout.island() else jax.local_devices()
 
 
 def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:

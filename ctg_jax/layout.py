@@ -45,6 +45,11 @@ class Layout:
         if devices % self.tensor or (data != -1 and data * self.tensor > devices):
             where = "of a process" if local else "in all"
             raise InputError(f"--mesh: data={data}, tensor={self.tensor} do not fit the {devices} devices {where}")
+        if not local and hosts.count() > 1 and data != -1 and data * self.tensor < devices:
+            raise InputError(
+                f"--mesh: data={data}, tensor={self.tensor} leave out some of the {devices} devices of "
+                f"{hosts.count()} processes: use all of them (data=-1)"
+            )
         axes = {"data": devices // self.tensor if data == -1 else data, "tensor": self.tensor}
         rules = ENCODER + CONTROL if self.sharded else _whole(ENCODER + CONTROL)
         return Plan(axes={k: v for k, v in axes.items() if k == "data" or v > 1}, rules=rules, local=local)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import decode, layout, losses, sources, train, tree
+from ctg_jax import decode, flow, layout, losses, sources, train, tree
 from ctg_jax.methods import finetune
 from ctg_jax.stage import open_lm, stage
 from ctg_jax.types import InputError, Prompts, Sampling
@@ -59,6 +59,19 @@ def test_a_mesh_that_cannot_be_read(text):
 def test_a_mesh_that_does_not_fit_the_devices(text):
     with layout.laid_out(layout.read(text)), pytest.raises(InputError, match="do not fit the 8 devices"):
         layout.training()
+
+
+def test_several_processes_use_all_their_devices(monkeypatch):
+    monkeypatch.setattr(layout.hosts, "count", lambda: 2)
+    with layout.laid_out(layout.read("data=4")), pytest.raises(InputError, match="leave out some of the 8 devices"):
+        layout.training()
+
+
+def test_completions_are_split_in_one_way_only(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert len(flow._devices()) == 8
+    with layout.laid_out(layout.read("fsdp=4,tensor=2")):
+        assert not flow._devices()
 
 
 def test_weights_lie_split_and_decode_the_same(lm):

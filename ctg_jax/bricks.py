@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ctg_jax import rng, tree
@@ -121,7 +122,11 @@ class SoftPrompt(Control):
             if self.vectors.ndim != 2:
                 raise InputError(f"vectors has shape {self.vectors.shape}, expected [P, D] where choice is not named.")
             return jnp.broadcast_to(self.vectors[None], (prompts.tokens.shape[0], *self.vectors.shape))
-        return self.vectors[condition(prompts, self.choice)]
+        return gathered(self.vectors, prompts, self.choice)
+
+    def check(self, prompts):
+        if self.choice is not None:
+            check_choice(prompts, self.choice, self.vectors.shape[0], "class")
 
     def prompt(self, x, mask, state):
         ones = jnp.ones(state.shape[:2], bool)
@@ -161,10 +166,15 @@ class Coded(Control):
     def init(self, prompts, length):
         batch = prompts.tokens.shape[0]
         if self.cond is not None:
-            return self.codes[condition(prompts, self.cond)]
+            return gathered(self.codes, prompts, self.cond)
         last = self.codes.shape[0] - 1
         code = jnp.clip(jnp.round(jnp.asarray(self.scale, jnp.float32) * last), 0, last).astype(jnp.int32)
         return self.codes[jnp.broadcast_to(code, (batch,))]
+
+    def check(self, prompts):
+        self.delta.check(prompts)
+        if self.cond is not None:
+            check_choice(prompts, self.cond, self.codes.shape[0], "code")
 
     def prompt(self, x, mask, state):
         before = jnp.ones((mask.shape[0], 1), bool)
@@ -189,6 +199,35 @@ def condition(prompts: Prompts, name: str) -> jax.Array:
         held = sorted(prompts.cond) if isinstance(prompts.cond, dict) else prompts.cond
         raise InputError(f"The control reads prompts.cond[{name!r}] for each row, but prompts.cond holds {held}.")
     return prompts.cond[name]
+
+
+def gathered(table: jax.Array, prompts: Prompts, name: str) -> jax.Array:
+    """The row of a table [C, …] that the entry int [B] of `prompts.cond` names, [B, …]; NaN where it names none, so
+    that inside a compiled program, where `check_choice` sees no values, a wrong index is never read as another row."""
+    index = condition(prompts, name)
+    index = jnp.where(index < 0, table.shape[0], index)  # a negative index would count from the end
+    return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def check_choice(prompts: Prompts, name: str, count: int, what: str) -> None:
+    """InputError where the entry of `prompts.cond` that `gathered` will read names no row of a table of `count`; for
+    `Control.check`.
+
+    what: a row is called so in the message, such as "class".
+    """
+    values = tree.concrete(condition(prompts, name))
+    if values is None:
+        return
+    if values.dtype.kind not in "iu":
+        raise InputError(
+            f"prompts.cond[{name!r}] holds {values.dtype} numbers, expected whole ones: the {what} of each row."
+        )
+    bad = np.flatnonzero((values < 0) | (values >= count))
+    if bad.size:
+        raise InputError(
+            f"prompts.cond[{name!r}] is {values.flat[bad[0]]} in row {bad[0]}, but the control has {count}: expected a "
+            f"{what} from 0 to {count - 1}."
+        )
 
 
 def per_row(leaf: jax.Array, prompts: Prompts, cond: str | None) -> jax.Array:

@@ -42,6 +42,11 @@ class Control:
         name = f"{cls.__module__}.{cls.__qualname__}"
         cls.of_class = _static(name)
 
+    def check(self, prompts: Prompts) -> None:
+        """Raises InputError where the prompts hold what this control cannot read, such as class 7 of 2. It acts on no
+        model: it is called on the host before a compiled program starts, since only there are values known. Inside a
+        program (`isinstance(x, jax.core.Tracer)`) there is nothing to look at; see `tree.concrete`."""
+
     def weights(self, params: Params) -> Params:
         """The parameters to use instead of the frozen ones (LoRA, fine-tuning, task vectors). Called once."""
         return params
@@ -87,6 +92,10 @@ class Chain(Control):
     """Controls applied left to right at every site. `Chain(())` is the identity."""
 
     parts: tuple[Control, ...] = ()
+
+    def check(self, prompts):
+        for c in self.parts:
+            c.check(prompts)
 
     def weights(self, params):
         for c in self.parts:

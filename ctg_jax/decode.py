@@ -18,6 +18,7 @@ from jax import lax
 
 from ctg_jax import hosts, layout, rng, tree
 from ctg_jax.control import IDENTITY, Control
+from ctg_jax.data.ids import check_ids
 from ctg_jax.models.lm import LM, Cache
 from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling
 
@@ -52,9 +53,11 @@ def generate(
     once to decode without a second copy of the weights.
 
     Raises:
-      InputError: the prompts and `max_new` do not fit in the LM's context, or there are no prompts.
+      InputError: the prompts and `max_new` do not fit in the LM's context, there are no prompts, a token has no row in
+        the LM, or what `control.check` raises.
     """
     check_lengths(lm, prompts, sampling.max_new)
+    check_values(lm, prompts, control)
     if not _divisible(prompts, control):
         return _generate(lm, params, layout.spread(prompts), control, sampling)
     out = _generate(lm, params, layout.spread(hosts.rows(prompts)), control, sampling)
@@ -89,8 +92,10 @@ def _generate(lm, params, prompts, control, sampling):
 
 def stream(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Iterator[np.ndarray]:
     """Yields int32 [B] tokens as they are made, `sampling.pad` for rows that have ended: the loop of `generate`
-    with one dispatch per token, for notebooks and terminals. The tokens are those of `generate`."""
+    with one dispatch per token, for notebooks and terminals (`Tokenizer.decode_stream` gives their text). The tokens
+    are those of `generate`."""
     check_lengths(lm, prompts, sampling.max_new)
+    check_values(lm, prompts, control)
     params = _weights(lm, params, control)
     d = _first(lm, params, prompts, control, sampling)
     while True:
@@ -195,13 +200,21 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     return d.replace(z=z[:, 0], cache=out.cache, state=state)
 
 
-@partial(jax.jit, static_argnames=("lm",))
 def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
     """Controlled logits float32 [B, N, V] of each token of a completion int32 [B, N], teacher-forced.
 
     Position n saw the prompt and completion tokens before n: exactly what `generate` saw when it drew token n, so
     what follows the end of a completion does not matter. The sequence runs through stacked layers without a cache.
+
+    Raises:
+      InputError: a token has no row in the LM, or what `control.check` raises.
     """
+    check_values(lm, prompts, control, completion)
+    return _forward(lm, params, prompts, completion, control)
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _forward(lm, params, prompts, completion, control):
     return forward_states(lm, params, prompts, completion, control)[0]
 
 
@@ -225,7 +238,12 @@ def forward_states(
 
 
 def score(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
-    """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`."""
+    """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`.
+
+    Raises:
+      InputError: a token has no row in the LM, or what `control.check` raises.
+    """
+    check_values(lm, prompts, control, completion)
     if _divisible(prompts, control) and not isinstance(completion, jax.core.Tracer):
         prompts, completion = hosts.rows((prompts, completion))
         with layout.on():
@@ -239,6 +257,17 @@ def _score(lm, params, prompts, completion, control):
     z = forward(lm, params, prompts, completion, control)
     chosen = jnp.take_along_axis(z, completion[:, :, None], axis=2)[:, :, 0]
     return chosen - jax.nn.logsumexp(z, axis=-1)
+
+
+def check_values(lm: LM, prompts: Prompts, control: Control, completion: jax.Array | None = None) -> None:
+    """Raises InputError where a token of the prompts or the completion has no row in the LM, or the control cannot read
+    the prompts. Traced values cannot be looked at and pass."""
+    tokens, mask, rest = (tree.concrete(x) for x in (prompts.tokens, prompts.mask, completion))
+    if tokens is not None and mask is not None:
+        check_ids(tokens[mask], lm.vocab, "prompts.tokens")
+    if rest is not None:
+        check_ids(rest, lm.vocab, "completion")
+    control.check(prompts)
 
 
 def check_lengths(lm: LM, prompts: Prompts, new: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctg_jax.data.completions import continuations
+from ctg_jax.data.labels import known
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def pieces(latents: Artifact, tokenizer: Tokenizer, longest: int) -> Source:
     """Records with prompt, tokens, and the latent of the continuation, for `ctg_jax.data.completions`; without those
     whose prefix has more than `longest` tokens."""
     records, x = latents.rows("pieces.jsonl"), arrays(latents)[0]
-    lengths = [len(ids) + int(tokenizer.adds_bos) for ids in tokenizer.encode([r["prompt"] for r in records])]
+    lengths = [len(ids) for ids in tokenizer.encode_prompts([r["prompt"] for r in records])]
     kept = [i for i, n in enumerate(lengths) if n <= longest]
     if not kept:
         raise InputError(f"prefix is {longest}, but no prefix of {latents.path} has so few tokens: allow longer ones")
@@ -150,20 +151,23 @@ def probe(
 
     Args:
       name: of the attribute.
-      field: the field of the records that holds its label, 0 or 1; where neither of these says what it is:
+      field: the field of the records that holds its label, 0 or 1 (records without one are left out and counted in a
+        warning); where neither of these says what it is:
       pattern: a regular expression, the label being whether the continuation matches it; or
       words: the label being whether the continuation has more words.
       strength: inverse regularisation, scikit-learn's C.
       limit: texts to fit on.
 
     Raises:
-      InputError: records without the label, or all of one class; an invalid pattern.
+      InputError: no record with the label, or all of one class; an invalid pattern.
     """
     records = latents.rows("pieces.jsonl")[:limit]
-    labels = check_training([r["text"] for r in records], [_label(r, name, field, pattern, words) for r in records])
+    labels = [_label(r, name, field, pattern, words) for r in records]
+    kept = known(labels, f"the attribute {name!r} of {latents.path}")
+    _, labels = check_training([records[i]["text"] for i in kept], [labels[i] for i in kept], name)
     if not set(labels) <= {0, 1}:
         raise InputError(f"the attribute {name!r} has the labels {sorted(set(labels))}, expected 0 and 1")
-    x = arrays(latents)[0][: len(records)]
+    x = arrays(latents)[0][kept]
     held = np.random.default_rng(seed).permutation(len(x)) < len(x) // 10
     if len(set(labels[~held])) < 2:
         held[:] = False
@@ -188,7 +192,7 @@ def coefficients(probe: Artifact, encoder: str) -> tuple[np.ndarray, float]:
     return values[:-1], float(values[-1])
 
 
-def _label(record: Mapping[str, Any], name: str, field: str, pattern: str | None, words: int | None) -> int:
+def _label(record: Mapping[str, Any], name: str, field: str, pattern: str | None, words: int | None) -> int | None:
     if words is not None:
         return int(len(record["continuation"].split()) > words)
     if pattern is not None:
@@ -196,9 +200,7 @@ def _label(record: Mapping[str, Any], name: str, field: str, pattern: str | None
             return int(re.search(pattern, record["continuation"], re.IGNORECASE) is not None)
         except re.error as e:
             raise InputError(f"pattern is {pattern!r}, which is no regular expression ({e})") from None
-    if field not in record:
-        raise InputError(f"the attribute {name!r} reads {field!r}, which the records lack: they have {sorted(record)}")
-    return record[field]
+    return record.get(field)
 
 
 def _write(file, values: np.ndarray) -> None:

@@ -81,7 +81,7 @@ def score(
         raise InputError(f"the rewards are called {names}: give each a name of its own")
     scores = _scored(run, rows, judges, batch)
     base = evaluation.LMScorer(*stage.open_lm(lm))
-    nats, _ = base.ids(base.heads([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
+    nats, _ = base.ids(base.tokenizer.encode_prompts([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
     table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens", "logp")}
     table |= {"round": [round] * len(rows), "base": (-nats).tolist(), "reward": scores[:, 0].tolist()}
     table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
@@ -247,7 +247,7 @@ def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tup
     """Tokens of the longest prompt and of the longest completion."""
     prompts = pool.column("prompt") if isinstance(pool, Pool) else [r["prompt"] for r in pool]
     tokens = pool.column(field) if isinstance(pool, Pool) else [r[field] for r in pool]
-    longest = max(map(len, tokenizer.encode(list(dict.fromkeys(prompts))))) + int(tokenizer.adds_bos)
+    longest = max(map(len, tokenizer.encode_prompts(list(dict.fromkeys(prompts)))))
     return longest, max(map(len, tokens))
 
 

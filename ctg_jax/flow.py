@@ -186,7 +186,7 @@ def human(
     records = data.rows("data.jsonl")
     model, params, tokenizer = open_lm(lm)
     reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=build(lm, controls, strengths))
-    heads = reader.heads([r.get("prompt", r["text"]) for r in records])
+    heads = tokenizer.encode_prompts([r.get("prompt", r["text"]) for r in records])
     nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, model.context - 1)))
     boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
     run.log(name="human_perplexity", **evaluation.Perplexity("pooled").figure(boot, nats, tokens).as_json())
@@ -219,7 +219,8 @@ def complete(
     check_prompts(model, tokenizer, texts, max_new)
     work = [(i, j) for i in range(len(texts)) for j in range(n)]
     batch = min(batch, len(work))
-    length = max(map(len, tokenizer.encode(list(texts)))) + int(tokenizer.adds_bos)
+    heads = tokenizer.encode_prompts(texts)
+    length = max(map(len, heads))
     end = () if tokenizer.eos is None else (tokenizer.eos,)
     sampling = Sampling(max_new=max_new, eos=end, pad=tokenizer.pad or 0, greedy=greedy)
     used = tuple(devices[: math.gcd(batch, len(devices))])
@@ -238,7 +239,7 @@ def complete(
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]
-        written = tokenizer.decode(kept[: len(part)])
+        written = tokenizer.decode_after([heads[i] for i, _ in part], kept[: len(part)])
         yield [
             {
                 "prompt_id": i,
@@ -284,10 +285,10 @@ def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int) -> None:
     """InputError where there are no prompts, one is empty or none of its tokens can be read, or one is too long."""
     if not texts:
         raise InputError("the list of prompts is empty: give at least one prompt")
-    for i, ids in enumerate(tokenizer.encode(list(texts))):
+    for i, ids in enumerate(tokenizer.encode_prompts(texts)):
         if not texts[i].strip() or not ids:
             raise InputError(f"prompt {i + 1} is empty: give at least one word")
-        if len(ids) + int(tokenizer.adds_bos) + max_new > model.context:
+        if len(ids) + max_new > model.context:
             raise InputError(
                 f"prompt {i + 1} has {len(ids)} tokens and {max_new} new ones are asked for, but the model's context "
                 f"is {model.context}: shorten the prompt or ask for fewer"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ctg_jax.data.labels import labelled
 from ctg_jax.stage import Artifact, Run, open_lm, write_jsonl
 from ctg_jax.types import InputError
 
@@ -34,7 +35,8 @@ def fit_judge(
         sentence encoder `encoder`), "classifier" (the imported sequence classifier `encoder`), "diversity" (one
         minus the share of repeated 3-grams of words), "preference" (linear in the embeddings of `encoder`, fitted on
         comparisons: records with text, the chosen one, and rejected), or "function" (your own, of prompt and text).
-      data, heldout: texts with labels, to fit and to test on; or comparisons.
+      data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
+        warning); or comparisons.
       function, version: "package.module:function" and what would change if its answers changed.
       name: what reports call it; target: the label whose probability it gives.
       reads: "text" for the continuation alone, "both" for prompt and continuation.
@@ -61,18 +63,17 @@ def fit_judge(
     if heldout is not None:
         rows = heldout.rows("data.jsonl")
         if kind == "preference":
-            row |= {"accuracy": judge.accuracy(*_comparisons(rows, heldout))}
+            row |= {"accuracy": judge.accuracy(*_comparisons(rows, heldout)), "heldout": len(rows)}
         else:
             texts, labels = _labelled(rows, heldout)
             said = judge([""] * len(texts), texts) >= judge.threshold
-            row |= {"accuracy": float(np.mean(said == (np.asarray(labels) == target)))}
-        row |= {"heldout": len(rows)}
+            right = said == (np.asarray(labels) == target)
+            row |= {"accuracy": float(np.mean(right)), "heldout": len(texts)}
     run.log(**row)
 
 
 def _labelled(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[int]]:
-    if any("label" not in r for r in rows):
-        raise InputError(f"{data.path} has records without a label: a judge is fitted and tested on texts with labels")
+    rows = labelled(rows, str(data.path))
     return [r["text"] for r in rows], [r["label"] for r in rows]
 
 
@@ -223,7 +224,7 @@ def _check_kl(samples: Artifact, lm: Artifact | None) -> None:
 
 def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
     """The samples with "kl": their log-probability as drawn minus that under the LM alone, nats of all tokens."""
-    nats, _ = base.ids(base.heads([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
+    nats, _ = base.ids(base.tokenizer.encode_prompts([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
     return [{**row, "kl": row["logp"] + float(x)} for row, x in zip(rows, nats)]
 
 

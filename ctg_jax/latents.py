@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import checkpoint, evaluation, methods
+from ctg_jax.data.labels import known
 from ctg_jax.decode import generate
 from ctg_jax.flow import opened
 from ctg_jax.methods.latent_steer import LatentSteer
@@ -30,8 +31,8 @@ def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str
     model, params, tokenizer = opened(lm)
     end = () if tokenizer.eos is None else (tokenizer.eos,)
     sampling = Sampling(max_new=max_new, eos=end, pad=tokenizer.pad or 0, greedy=True)
-    begin = tokenizer.encode(list(prompts))
-    length = max(1, max(map(len, begin)) + int(tokenizer.adds_bos))
+    heads = tokenizer.encode_prompts(prompts)
+    length = max(map(len, heads))
     batch, tokens = min(batch, len(z)), []
     for at in range(0, len(z), batch):
         rows = np.minimum(np.arange(at, at + batch), len(z) - 1)
@@ -40,7 +41,7 @@ def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str
         out = generate(model, params, ask, control.replace(z=jnp.asarray(z[rows])), sampling)
         said = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)
         tokens += [t[m].tolist() for t, m in said][: len(z) - at]
-    return tokenizer.decode([[t for t in row if t not in end] for row in tokens]), tokens
+    return tokenizer.decode_after(heads, [[t for t in row if t not in end] for row in tokens]), tokens
 
 
 def bleu(texts: Sequence[str], references: Sequence[str], resamples: int = 1000, seed: int = 0) -> evaluation.Figure:
@@ -121,15 +122,17 @@ def transfer(
     said with what went in; and BLEU with the first of `references`, where every record has them.
 
     Raises:
-      InputError: a label that is not 0 or 1; too few recovered sentences of a label.
+      InputError: a label that is not 0 or 1 (sentences without one are left out and counted in a warning); too few
+        recovered sentences of a label.
     """
     from ctg_jax.judging import open_judge
 
     control, rows, index = _bank(lm, vectors)
     records = data.rows("data.jsonl")
     labels = _labels(records, data)
+    index = [i for i in index if labels[i] is not None]
     away = offset(lm, train, train_vectors, count)
-    sign = np.where(labels[index] == 0, 1.0, -1.0)[:, None]
+    sign = np.asarray([1.0 if labels[i] == 0 else -1.0 for i in index])[:, None]
     z = np.asarray(control.z)[index] + strength * sign * away[None]
     longest = max(rows[i]["tokens"] for i in index) + 8
     texts, _ = say(lm, control, z.astype(np.float32), [""] * len(index), longest, batch)
@@ -209,8 +212,8 @@ def similarity(
     both = [i for i in range(0, len(records), 2) if i in has and i + 1 in has]
     score = np.asarray([records[i]["score"] for i in both])
     texts = [records[i]["text"] for i in both] + [records[i + 1]["text"] for i in both]
-    first = [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
-    tokens = [first + row for row in tokenizer.encode(texts)]
+    (first,) = tokenizer.encode_prompts([""])
+    tokens = [first + row for row in tokenizer.encode_after([""] * len(texts), texts)]
     length = max(map(len, tokens))
 
     def states(t, m):
@@ -339,11 +342,13 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def _labels(records: Sequence[dict], where: Artifact) -> np.ndarray:
-    labels = np.asarray([r.get("label", -1) for r in records])
-    if not np.isin(labels, (0, 1)).all():
-        raise InputError(f"{where.path} holds labels {sorted(set(labels.tolist()))}: transfer needs 0 and 1")
-    return labels
+def _labels(records: Sequence[dict], where: Artifact) -> list[int | None]:
+    """The label of each record, 0 or 1, or None where it has none."""
+    labels = [r.get("label") for r in records]
+    kept = set(known(labels, str(where.path)))
+    if not {labels[i] for i in kept} <= {0, 1}:
+        raise InputError(f"{where.path} holds labels {sorted({labels[i] for i in kept})}: transfer needs 0 and 1")
+    return [label if i in kept else None for i, label in enumerate(labels)]
 
 
 def _bank(lm: Artifact, vectors: Artifact) -> tuple[LatentSteer, list[dict], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,12 @@ import jax
 
 from ctg_jax import layout, losses, rng, train
 from ctg_jax.data import Source, load, pipeline
+from ctg_jax.data.labels import is_label
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.stage import Artifact, Run, digest_lm, write_jsonl
 from ctg_jax.types import InputError
+
+log = logging.getLogger(__name__)
 
 
 def load_data(
@@ -36,7 +40,8 @@ def load_data(
       limit: keep at most so many records (of each value of `balance`, where given).
       where: keep records whose fields have these values, e.g. {"label": 1}.
       words: cut every text to its first so many words (prompts); shorter texts are left out.
-      balance: a field; records are kept `limit` for each of its values, in the order of the source.
+      balance: a field; records are kept `limit` for each of its values, in the order of the source. With "label",
+        records without one (missing or -1) are left out and counted in a warning.
       skip: leave out so many matching records first (of each value of `balance`).
       text: the field that holds the text, dotted where it lies inside another: "prompt", "prompt.text".
       labels: name of a label -> its number; records with other labels are left out. Methods read numbers.
@@ -49,6 +54,7 @@ def load_data(
     """
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
+    unlabelled = 0
     records = load(source, split, text=text)
     for i in range(len(records)):
         row = records[i]
@@ -69,6 +75,9 @@ def load_data(
             if len(parts) <= words:
                 continue
             row = {**row, "text": " ".join(parts[:words]), "reference": row["text"]}
+        if balance == "label" and not is_label(row.get("label")):
+            unlabelled += 1
+            continue
         group = row.get(balance) if balance else None
         seen[group] = seen.get(group, 0) + 1
         if seen[group] > skip and (limit is None or seen[group] <= skip + limit):
@@ -78,6 +87,8 @@ def load_data(
     if not rows:
         wanted = f" with {dict(where)}" if where else ""
         raise InputError(f"{source} split {split!r} has no record{wanted}: expected at least one")
+    if unlabelled:
+        log.warning("%s split %r: %d records have no label (missing or -1) and are left out", source, split, unlabelled)
     write_jsonl(run.path / "data.jsonl", rows)
     run.record(records=len(rows))
 
@@ -92,15 +103,17 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
         losses and optimizer states are float32 in both.
 
     Raises:
-      InputError: another dtype, no such directory, no network for a hub id, a pickled checkpoint, another family.
+      InputError: another dtype, no such directory, no network for a hub id, a pickled checkpoint, another family, a
+        tokenizer with more ids than the model has tokens.
     """
+    from ctg_jax.data.ids import check_sizes
     from ctg_jax.data.tokenizer import load_tokenizer
     from ctg_jax.models import hf
 
     _check_dtype(dtype)
     path = hf.resolve(source)
-    hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
-    load_tokenizer(str(path))
+    lm, _ = hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
+    check_sizes(load_tokenizer(str(path)), lm, source)
     run.record(lm=str(path.absolute()), fingerprint=digest_lm(path))
 
 

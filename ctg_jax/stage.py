@@ -208,8 +208,10 @@ def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
     dtype of its configuration, its weights where the layout of the run has them.
 
     Raises:
-      InputError: the artifact is not an LM, or the imported files have changed since.
+      InputError: the artifact is not an LM, the imported files have changed since, or the tokenizer has more ids than
+        the model has tokens.
     """
+    from ctg_jax.data.ids import check_sizes
     from ctg_jax.data.tokenizer import load_tokenizer
     from ctg_jax.models import hf
 
@@ -229,7 +231,9 @@ def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
     dtype = spec["config"].get("dtype", "float32")
     lm, params = hf.load(str(path), dtype=dtype, shardings=here and here.shardings)
     lm = dataclasses.replace(lm, remat=layout.remat())
-    return lm, params, load_tokenizer(str(path))
+    tokenizer = load_tokenizer(str(path))
+    check_sizes(tokenizer, lm, str(path))
+    return lm, params, tokenizer
 
 
 def digest_lm(path: Path) -> str:

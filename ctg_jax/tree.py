@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 
@@ -44,6 +45,14 @@ def split(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
 def join(a: PyTree, b: PyTree) -> PyTree:
     """The inverse of `split`."""
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+def concrete(x: Any) -> np.ndarray | None:
+    """The values of an array, for a check on the host; None where they are not known here: inside a compiled program,
+    on another machine, or where x is a shape or None."""
+    if x is None or isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return None
+    return None if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
 
 
 def size_bytes(tree: PyTree) -> int:

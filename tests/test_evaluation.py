@@ -257,10 +257,18 @@ TINY = Transformer(family="gpt2", vocab=11, width=8, depth=1, heads=2, kv_heads=
 class Letters:
     """A tokenizer of the letters a … j, one token each; 10 is BOS."""
 
-    bos, eos, pad, vocab, adds_bos = 10, None, None, 11, False
+    bos, eos, pad, vocab, adds_bos, start = 10, None, None, 11, False, 10
 
     def encode(self, texts):
         return [[ord(c) - ord("a") for c in t] for t in texts]
+
+    encode_prompts = encode
+
+    def encode_after(self, prompts, texts):
+        return self.encode(texts)
+
+    def begun(self, ids):
+        return list(ids)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +307,7 @@ def test_lm_scorer_limits(params):
     with pytest.raises(InputError, match="text 1 has 16 tokens"):
         scorer(["a", "a"], ["b", "b" * 16])
     tokenizer = Letters()
-    tokenizer.bos = None
+    tokenizer.start = None
     with pytest.raises(InputError, match="prompt 0 is empty"):
         ev.LMScorer(TINY, params, tokenizer)([""], ["a"])
 
@@ -417,8 +425,10 @@ def test_pooled_perplexity_of_a_real_model(data_dir):
     folder = data_dir / "models" / "yelp-gpt2-mini"
     lm, weights = hf.load(folder)
     lines = (data_dir / "yelp" / "dev.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["text"] + "<|endoftext|>" for line in random.Random(0).sample(lines, 500)]
-    nats, tokens = ev.LMScorer(lm, weights, load_tokenizer(folder))([""] * 500, texts)
+    texts = [json.loads(line)["text"] for line in random.Random(0).sample(lines, 500)]
+    scorer = ev.LMScorer(lm, weights, load_tokenizer(folder))
+    ends = [[*row, scorer.tokenizer.eos] for row in scorer.tokenizer.encode(texts)]
+    nats, tokens = scorer.ids(scorer.tokenizer.encode_prompts([""] * 500), ends)
     assert tokens.sum() == 5380
     figure = ev.Perplexity("pooled").figure(ev.Bootstrap(range(500)), nats, tokens)
     assert figure.value == pytest.approx(29.50, abs=0.005) and figure.low < 29.5 < figure.high

@@ -114,7 +114,7 @@ def test_a_judge_needs_its_records(tmp_path):
         write_jsonl(run.path / "data.jsonl", rows)
 
     data = stage(tmp_path, records, {"rows": [{"text": "a"}]})
-    with pytest.raises(InputError, match="records without a label"):
+    with pytest.raises(InputError, match="none of the 1 texts has a label"):
         stage(tmp_path, judging.fit_judge, {"kind": "bag"}, data=data)
     with pytest.raises(InputError, match="records without a text under rejected"):
         stage(tmp_path, judging.fit_judge, {"kind": "preference", "encoder": "x"}, data=data)

@@ -98,8 +98,7 @@ class Completions(Sequence):
 
     def __getitem__(self, i: int) -> Batch:
         record = self.source[i]
-        head = self.tokenizer.encode([record["prompt"]])[0]
-        head = [self.tokenizer.bos, *head] if self.tokenizer.adds_bos else head
+        (head,) = self.tokenizer.encode_prompts([record["prompt"]])
         if len(head) > self.prompt:
             raise InputError(f"prompt of record {i} has {len(head)} tokens, expected at most {self.prompt}")
         tokens, mask = pad_rows([head], self.prompt, self.pad, left=True)
@@ -127,7 +126,7 @@ class _Part(Sequence):
 
 
 def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """What people wrote after each prompt, with the end token, cut at `length` tokens.
+    """What people wrote after each prompt, with the end token, cut at `length` tokens; see `Tokenizer.encode_after`.
 
     The prompt of a record is what `ctg_jax.flow.sample` takes for it: `prompt`, or else `text`; the whole text is
     `reference`, which `load_data` keeps when it cuts to `words`, or else `text`.
@@ -135,7 +134,7 @@ def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, le
     Raises:
       InputError: a record with no text behind its prompt.
     """
-    tails = []
+    prompts, tails = [], []
     for i, record in enumerate(records):
         prompt = record.get("prompt", record["text"])
         text = record.get("reference", record["text"])
@@ -145,6 +144,7 @@ def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, le
                 f"record {i} of the data has no text behind its prompt {prompt[:40]!r}: load texts cut to `words`, or "
                 "records with a `prompt` that their `text` begins with"
             )
+        prompts.append(prompt)
         tails.append(text[len(prompt) :])
     end = [] if tokenizer.eos is None else [tokenizer.eos]
-    return [(ids + end)[:length] for ids in tokenizer.encode(tails)]
+    return [(ids + end)[:length] for ids in tokenizer.encode_after(prompts, tails)]

@@ -151,9 +151,8 @@ def _collate(rows: Sequence[Batch]) -> Batch:
 
 
 def _sequences(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    before = [tokenizer.bos] if tokenizer.adds_bos else []
     after = [] if tokenizer.eos is None else [tokenizer.eos]
-    return [before + row + after for row in tokenizer.encode(texts)]
+    return [tokenizer.begun(row) + after for row in tokenizer.encode(texts)]
 
 
 def _fill(tokenizer: Tokenizer, row: Sequence[int], length: int, id: int) -> Batch:

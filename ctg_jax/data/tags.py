@@ -38,7 +38,7 @@ def tag_table(tokenizer: Tokenizer) -> np.ndarray:
     for tag, found in open_classes.items():
         listed = {word: tag for word in found} | listed
     special = {tokenizer.eos, tokenizer.bos, tokenizer.pad}
-    texts = tokenizer.decode([[i] for i in range(tokenizer.vocab)], skip_special=False)
+    texts = tokenizer.token_texts(range(tokenizer.vocab))
     tags = ["end" if i in special else _tag(text, listed) for i, text in enumerate(texts)]
     return np.asarray([TAGS.index(t) for t in tags], np.int32)
 

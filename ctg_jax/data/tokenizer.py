@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import rng
+from ctg_jax.data.ids import check_ids
 from ctg_jax.types import InputError, Prompts
 
 if TYPE_CHECKING:
@@ -25,33 +26,135 @@ END = "<|endoftext|>"
 class Tokenizer:
     """Text to token ids and back.
 
+    The text of a prompt or a record never becomes a control token (a special token of the file, bos, eos or pad):
+    `<|endoftext|>` in a text is ordinary characters. A format that needs control tokens, such as a chat template,
+    places their ids itself; `to_prompts` takes rows of ids as well as strings.
+
     Attributes:
-      vocab: the number of ids, added tokens included.
+      vocab: one more than the largest id, added tokens included.
+      rows: the number of tokens of the model that the tokenizer came with, or None where that is not known. A text that
+        would be encoded to an id from `rows` on is refused.
       bos, eos, pad: ids of the special tokens, or None where the tokenizer has none.
       adds_bos: whether sequences of its model begin with `bos` (Llama: yes, GPT-2: no).
+      start: what an empty prompt becomes: bos, or eos where there is no bos, or None.
     """
 
     def __init__(
-        self, core: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None, pad: str | None = None
+        self,
+        core: tokenizers.Tokenizer,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        rows: int | None = None,
     ):
         core.no_padding()
         core.no_truncation()
+        added = {token.content: token for token in core.get_added_tokens_decoder().values()}
+        core.add_special_tokens([t for t in (bos, eos, pad) if t in added and not added[t].special])
+        core.encode_special_tokens = True
         self._core = core
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        self.vocab: int = core.get_vocab_size(with_added_tokens=True)
+        self.vocab: int = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.rows = rows
         self.bos, self.eos, self.pad = (None if t is None else core.token_to_id(t) for t in (bos, eos, pad))
         start = core.encode("a").ids[:1]
         self.adds_bos: bool = self.bos is not None and start == [self.bos]
+        self.start: int | None = self.eos if self.bos is None else self.bos
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Token ids of each text; with `special`, those that the model's own format adds too ([CLS] … [SEP])."""
+        """Token ids of each text; with `special`, those that the model's own format adds too ([CLS] … [SEP]).
+
+        Raises:
+          InputError: one string in place of a list, a text that is not Unicode, an id that the model has no row for.
+        """
         if isinstance(texts, str):
             raise InputError(f"encode: texts is one string {texts[:40]!r}, expected a list of strings")
-        return [e.ids for e in self._core.encode_batch(list(texts), add_special_tokens=special)]
+        try:
+            found = [e.ids for e in self._core.encode_batch(list(texts), add_special_tokens=special)]
+        except TypeError:
+            i, text = next((i, t) for i, t in enumerate(texts) if not _unicode(t))
+            raise InputError(
+                f"text {i} is {text!r:.40}, which is not a string of Unicode characters (it may hold one half of a "
+                "surrogate pair): repair it or leave it out"
+            ) from None
+        if self.rows is not None and self.vocab > self.rows:
+            for ids, text in zip(found, texts):
+                check_ids(ids, self.rows, f"the text {text[:40]!r}", f" and its tokenizer {self.vocab} ids")
+        return found
+
+    def encode_prompts(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """Ids of prompts as the model reads them: `bos` first, once, where its sequences begin with it, and `start` for
+        an empty prompt (no id, where there is no `start`). A prompt is a string, or its ids from a format."""
+        rows = iter(self.encode([p for p in prompts if isinstance(p, str)]))
+        ids = [next(rows) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        return [self.begun(row) or [self.start] * (self.start is not None) for row in ids]
+
+    def begun(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a sequence with `bos` before them, where the model's sequences begin with it and these do not."""
+        return [self.bos, *ids] if self.adds_bos and list(ids[:1]) != [self.bos] else list(ids)
+
+    def encode_after(self, prompts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text where it follows its prompt: encode(prompt + text) less encode(prompt).
+
+        What precedes them is always encode(prompt), which is what a model reads when it continues the prompt. Where
+        encode(prompt + text) does not begin with it ("the foo" + "d was", or a prompt that ends with a space), the ids
+        are those of the text alone, without the space that a SentencePiece tokenizer puts before it, so that
+        encode(prompt) and the ids together still spell prompt + text. Where no encoding of the text does that (a
+        normaliser joins the last character of the prompt with the first of the text), they are those of prompt + text
+        behind the longest common beginning.
+        """
+        heads, wholes = self.encode(prompts), self.encode([p + t for p, t in zip(prompts, texts, strict=True)])
+        return [
+            whole[len(head) :] if whole[: len(head)] == head else self._apart(head, whole, text)
+            for head, whole, text in zip(heads, wholes, texts)
+        ]
+
+    def _apart(self, head: list[int], whole: list[int], text: str) -> list[int]:
+        """The ids of `text` behind `head`, where encode(prompt + text), `whole`, does not begin with `head`."""
+        wanted = self.decode([whole])
+        for before in ("", "\n", ".", "0"):  # something that the first character of the text does not merge with
+            ids, skipped = self.encode([before + text, before])
+            rest = ids[len(skipped) :]
+            if ids[: len(skipped)] == skipped and self.decode([head + rest]) == wanted:
+                return rest
+        return whole[_common(head, whole) :]
 
     def decode(self, rows: Iterable[Iterable[int]], skip_special: bool = True) -> list[str]:
-        """The text of each row of ids; special tokens leave no trace."""
+        """The text of each row of ids that is a whole text; special tokens leave no trace. For ids that follow others,
+        such as new tokens, see `decode_after`."""
         return self._core.decode_batch([[int(i) for i in row] for row in rows], skip_special_tokens=skip_special)
+
+    def decode_after(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], skip_special: bool = True
+    ) -> list[str]:
+        """The text of each row of ids where it follows the ids of its prompt: decode(prompt + row) less decode(prompt).
+
+        A SentencePiece decoder removes the space before the first word of a text, and the bytes of one character may be
+        divided between prompt and row, so decode(row) alone is another text. A character that the prompt breaks off and
+        the row completes belongs to the row.
+        """
+        wholes = self.decode([[*p, *r] for p, r in zip(prompts, rows, strict=True)], skip_special)
+        heads = self.decode(prompts, skip_special)
+        return [whole[_common(head, whole) :] for head, whole in zip(heads, wholes)]
+
+    def decode_stream(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+        """The text of tokens as they are drawn, piece by piece; together the pieces are `decode_after` of all tokens. A
+        character of which only some bytes have been drawn waits for the others."""
+        row, given, text = [], 0, ""
+        for token in tokens:
+            row.append(token)
+            (text,) = self.decode_after([prompt], [row])
+            whole = len(text.rstrip("\ufffd"))
+            if whole > given:
+                yield text[given:whole]
+                given = whole
+        if len(text) > given:
+            yield text[given:]
+
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token inside a text, its leading space included, special tokens in their own spelling."""
+        rows = [[i] for i in ids]
+        return self.decode_after(self.encode(["a"]) * len(rows), rows, skip_special=False)
 
     def token(self, id: int) -> str | None:
         """The vocabulary entry of an id, in the tokenizer's own spelling."""
@@ -73,6 +176,19 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         _write(folder / "tokenizer.json", self._core.to_str(pretty=True))
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _common(a: Sequence, b: Sequence) -> int:
+    """The length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _unicode(text: Any) -> bool:
+    try:
+        text.encode("utf-8")
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return True
 
 
 def _write(path: Path, text: str) -> None:
@@ -100,7 +216,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             names = _special(folder, core)
         except Exception as e:  # the Rust library raises bare Exception
             raise InputError(f"tokenizer files in {folder} cannot be read ({str(e).splitlines()[0][:160]})") from e
-        return Tokenizer(core, **names)
+        return Tokenizer(core, **names, rows=_rows(folder))
     if not any((folder / f).is_file() for f in ("vocab.json", "vocab.txt", "tokenizer.model")):
         raise InputError(
             f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json, vocab.txt or tokenizer.model"
@@ -113,7 +229,15 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     except (OSError, ValueError, ImportError, AttributeError) as e:
         reason = str(e).strip().splitlines()[0][:160]
         raise InputError(f"tokenizer files in {folder} cannot be read ({reason})") from e
-    return Tokenizer(core, fast.bos_token, fast.eos_token, fast.pad_token)
+    return Tokenizer(core, fast.bos_token, fast.eos_token, fast.pad_token, _rows(folder))
+
+
+def _rows(folder: Path) -> int | None:
+    """`vocab_size` of the model in the folder, or None."""
+    if not (folder / "config.json").is_file():
+        return None
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _special(folder: Path, core: tokenizers.Tokenizer) -> dict[str, str | None]:
@@ -168,7 +292,7 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int, left: bool) -
 
 def to_prompts(
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    texts: Sequence[str | Sequence[int]],
     seed: int,
     ids: Sequence[int] | None = None,
     length: int | None = None,
@@ -179,7 +303,8 @@ def to_prompts(
     """Prompts [B, T] of texts, padded on the left.
 
     Args:
-      texts: B strings. An empty one becomes the beginning-of-text token (or the end token, where there is no other).
+      texts: B strings, or rows of token ids that a format made. `bos` is put before them where the model expects it and
+        they do not begin with it; an empty one becomes `bos` (or the end token, where there is no other).
       seed: row i gets the key `fold_in(key(seed), ids[i])`.
       ids: example ids int [B]; by default 0 … B-1.
       length: T; by default the longest prompt.
@@ -187,7 +312,8 @@ def to_prompts(
       context: the longest sequence the language model can read.
 
     Raises:
-      InputError: no prompts, a prompt longer than `length` or `context`, ids or cond of another length.
+      InputError: no prompts, a prompt longer than `length` or `context`, ids or cond of another length, a token that
+        the model which the tokenizer came with has no row for.
     """
     if not len(texts):
         raise InputError("prompts are empty: give at least one prompt (it may be the empty string)")
@@ -197,13 +323,9 @@ def to_prompts(
     for leaf in jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (len(texts),):
             raise InputError(f"cond has shape {np.shape(leaf)}, expected one row for each of the {len(texts)} prompts")
-    rows = tokenizer.encode(texts)
-    start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-    if tokenizer.adds_bos:
-        rows = [[tokenizer.bos, *row] for row in rows]
-    elif start is None and not all(rows):
+    rows = tokenizer.encode_prompts(texts)
+    if not all(rows):
         raise InputError(f"prompt {rows.index([])} is empty and the tokenizer has no token that begins a text")
-    rows = [row or [start] for row in rows]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     for name, limit in (("length", length), ("the context of the model", context)):
         if limit is not None and len(rows[longest]) > limit:

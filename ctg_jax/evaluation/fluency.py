@@ -13,6 +13,7 @@ import numpy as np
 
 from ctg_jax import decode
 from ctg_jax.control import IDENTITY, Control
+from ctg_jax.data.ids import check_sizes
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.models.lm import LM
 from ctg_jax.types import InputError, Params, Prompts
@@ -67,7 +68,7 @@ class Perplexity:
 
 class LMScorer:
     """Negative log-probability of continuations under a chosen LM, which may have another tokenizer than the one that
-    wrote them: texts are encoded anew, prompt and continuation apart.
+    wrote them: texts are encoded again, each where it follows its prompt (`Tokenizer.encode_after`).
 
     Args:
       lm, params, tokenizer: as `ctg_jax.stage.open_lm` gives them.
@@ -75,8 +76,11 @@ class LMScorer:
       batch: rows of a compiled batch.
       control: that the LM is under.
 
+    Raises:
+      InputError: the tokenizer has more ids than the LM has tokens.
+
     Attributes:
-      version: name and digest of the weights. start: the id that stands for an empty prompt, BOS or EOS, or None.
+      version: name and digest of the weights. start: that of the tokenizer, for an empty prompt.
     """
 
     def __init__(
@@ -87,8 +91,8 @@ class LMScorer:
         self.lm, self.tokenizer, self.name, self.batch, self.control = lm, tokenizer, name, batch, control
         self.version = f"{name}@{params_digest(params)}"
         self._params = params
-        start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-        self.start = None if start is None else int(start)
+        self.start = tokenizer.start
+        check_sizes(tokenizer, lm, name)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(nats float64 [n], tokens int64 [n]) of each text given its prompt. An empty prompt becomes the BOS (or EOS)
@@ -99,15 +103,11 @@ class LMScorer:
         """
         if len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts were given for {len(texts)} texts; give one prompt for each text")
-        return self.ids(self.heads(prompts), self.tokenizer.encode(list(texts)))
-
-    def heads(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The token ids that stand before each continuation: the prompt's, after BOS for models that expect it."""
-        rows = self.tokenizer.encode(list(prompts))
-        return [[self.tokenizer.bos, *row] for row in rows] if self.tokenizer.adds_bos else rows
+        return self.ids(self.tokenizer.encode_prompts(prompts), self.tokenizer.encode_after(prompts, texts))
 
     def ids(self, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """The same for token ids of this LM: those that were drawn, where their text would be encoded to others."""
+        """The same for token ids of this LM: those that were drawn, where their text would be encoded to others. The
+        heads are what `Tokenizer.encode_prompts` gives."""
         rows = [self._row(i, list(h), list(t)) for i, (h, t) in enumerate(zip(heads, tails, strict=True))]
         nats, tokens = np.zeros(len(rows)), np.asarray([len(t) for _, t in rows], np.int64)
         order = sorted((i for i in range(len(rows)) if tokens[i]), key=lambda i: (tokens[i], len(rows[i][0])))
@@ -127,7 +127,11 @@ class LMScorer:
             raise InputError(
                 f"text {i} has {len(tail)} tokens; {self.name} reads at most {self.lm.context - 1} after a prompt"
             )
-        return head[len(tail) - self.lm.context :], tail
+        over = len(head) + len(tail) - self.lm.context
+        if over > 0:  # the beginning of the prompt goes, but a model that expects BOS still reads it first
+            kept = self.tokenizer.begun([])
+            head = kept + head[over + len(kept) :] if len(tail) + len(kept) < self.lm.context else head[over:]
+        return head, tail
 
     def _score(self, rows):
         # T + N may exceed the context: each row fits, and positions count its own tokens, so only padding lies beyond.

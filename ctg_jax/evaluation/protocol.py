@@ -104,7 +104,7 @@ def score(
         _set(rows, "nats", nats)
         _set(rows, "read", tokens)
         if embed is None and fluency.start is not None:
-            alone, _ = fluency([""] * len(texts), texts)
+            alone, _ = fluency.ids([[]] * len(texts), fluency.tokenizer.encode_after(prompts, texts))
             with np.errstate(invalid="ignore"):
                 _set(rows, "relevance", (alone - nats) / tokens)
     if embed is not None:

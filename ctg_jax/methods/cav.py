@@ -271,7 +271,7 @@ def states(
     """Stage: pooled states of texts, {"with", "without"}: float32 [N, L + 2, D]; see `fit`.
 
     Raises:
-      InputError: a record lacks its label, one side has no text, a state is not finite.
+      InputError: no record has a label, one side has no text, a state is not finite.
     """
     model, params, tokenizer = open_lm(lm)
     texts = steer.sides(data.rows("data.jsonl"), target, False, str(data.path))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ctg_jax import bricks, losses, rng, stage
 from ctg_jax.bricks import Coded
+from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.methods import finetune, quark
@@ -98,7 +99,8 @@ def ctrl(
     """Stage: next-token training on texts, each behind the code of its label.
 
     Args:
-      lm, data: an LM artifact and a data artifact whose records have a `label` from 0 to codes - 1.
+      lm, data: an LM artifact and a data artifact whose records have a `label` from 0 to codes - 1; those without one
+        are left out and counted in a warning.
       where: keep records whose fields have these values.
       codes, cond, kind, rank, targets: see `init`.
       steps, batch, tokens: updates, texts in a batch, tokens of a text (longer ones are cut).
@@ -106,10 +108,11 @@ def ctrl(
       seed: of initial values and of the order of texts.
 
     Raises:
-      InputError: a label that is missing or names no code, a code without a text, and what `init` and training raise.
+      InputError: a label that names no code, a code without a text, and what `init` and training raise.
     """
     records = finetune.matching(data, where)
-    check_labels(records, codes)
+    records = labelled(records, str(data.path), classes=codes)
+    check_codes(records, codes)
     model, params, tokenizer = open_lm(lm)
     key = jax.random.key(seed)
     hp = dict(codes=codes, kind=kind, rank=rank, targets=targets, cond=cond)
@@ -124,12 +127,8 @@ def ctrl(
     finetune.keep(run, control, "ctrl", hp)
 
 
-def check_labels(records: list[dict[str, Any]], codes: int) -> None:
-    """InputError unless every record has an integer label that names a code, and every code has a record."""
-    for i, record in enumerate(records):
-        label = record.get("label")
-        if not isinstance(label, int) or not 0 <= label < codes:
-            raise InputError(f"label of record {i} is {label!r}, expected a code from 0 to {codes - 1}: set codes.")
+def check_codes(records: list[dict[str, Any]], codes: int) -> None:
+    """InputError unless every code has a record."""
     found = Counter(int(r["label"]) for r in records)
     for code in range(codes):
         if not found[code]:

@@ -89,6 +89,11 @@ class Experts(Control):
     alpha: jax.Array
     cond: str | None = struct.field(pytree_node=False, default=None)
 
+    def check(self, prompts):
+        for member in (self.expert, self.anti):
+            if member is not None:
+                member.control.check(prompts)
+
     def init(self, prompts, length):
         members = {"expert": self.expert, "anti": self.anti}
         memory = {k: m.init(prompts, length) for k, m in members.items() if m is not None}

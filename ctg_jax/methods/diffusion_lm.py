@@ -25,6 +25,7 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import losses, methods, rng, stage
+from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tags import TAGS, tag_table
@@ -349,7 +350,8 @@ def classifier(
     """Stage: the model of `network` with a classifier of its noisy word vectors.
 
     Args:
-      fields: numeric fields of the records -> their classes, counted from 0.
+      fields: numeric fields of the records -> their classes, counted from 0. Records that lack one of them (or hold -1)
+        are left out and counted in a warning.
       where, reader_width, reader_depth, steps, batch, rate: as for `diffusion_lm` and `init`.
 
     Raises:
@@ -357,7 +359,8 @@ def classifier(
     """
     records = finetune.matching(data, where)
     for name, classes in fields.items():
-        found = {r.get(name) for r in records}
+        records = labelled(records, f"{name} of {data.path}", name)
+        found = {r[name] for r in records}
         if found != set(range(classes)):
             raise InputError(
                 f"field {name} of {data.path} has the values {sorted(map(str, found))}, expected all of 0 to "

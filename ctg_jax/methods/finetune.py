@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ctg_jax import bricks, checkpoint, losses, rng, train
 from ctg_jax.bricks import Delta, SoftPrompt
 from ctg_jax.control import Control
+from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import Batches, pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.models.lm import LM
@@ -117,7 +118,8 @@ def finetune(
     Args:
       lm, data: an LM artifact and a data artifact.
       where: keep records whose fields have these values, such as {"label": 1}.
-      kind, rank, targets, length, choices: see `init`. With `choices`, records need a `label` from 0 to choices - 1.
+      kind, rank, targets, length, choices: see `init`. With `choices`, records need a `label` from 0 to choices - 1;
+        those without one are left out and counted in a warning.
       steps, batch, tokens: updates, texts in a batch, tokens of a text (longer ones are cut).
       rate: learning rate; None: one that suits the kind (`RATES`).
       warmup, schedule, decay: see `ctg_jax.train.schedule` and `optimizer`.
@@ -138,6 +140,8 @@ def finetune(
         drawn = model.embed(params, ids.reshape(1, -1))
         control = control.replace(vectors=drawn.astype(jnp.float32).reshape(control.vectors.shape))
     fields = () if choices is None else ("label",)
+    if choices is not None:
+        records = labelled(records, str(data.path), classes=choices)
     source = Source(str(data.path), str(where), records)
     batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=fields)
     control = learn(

@@ -60,9 +60,13 @@ class LatentSteer(Control):
         if self.choice is None:
             z = jnp.broadcast_to(self.z[None], (prompts.tokens.shape[0], *self.z.shape))
         else:
-            z = self.z[bricks.condition(prompts, self.choice)]
+            z = bricks.gathered(self.z, prompts, self.choice)
         start = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         return self.spread(z, start), bricks.per_row(self.scale, prompts, None)[:, 0]
+
+    def check(self, prompts):
+        if self.choice is not None:
+            bricks.check_choice(prompts, self.choice, self.z.shape[0], "vector")
 
     def spread(self, z: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(float32 [B, parts, D], or [B, width of the memory]; start int32 [B], tokens of the prompt) of z [B, d]."""
@@ -293,9 +297,8 @@ def _sentence(tokenizer, record: dict, i: int, end: bool) -> tuple[list[int], in
     """(tokens from the first that the model reads to the last that it shall say, how many of them are the prompt)."""
     if not str(record.get("text", "")).strip():
         raise InputError(f"sentence {i + 1} is empty: give at least one word")
-    begin = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-    before, text = tokenizer.encode([record.get("prompt", ""), record["text"]])
-    before = [tokenizer.bos, *before] if tokenizer.adds_bos else before or [begin]
+    prompt = record.get("prompt", "")
+    (before,), (text,) = tokenizer.encode_prompts([prompt]), tokenizer.encode_after([prompt], [record["text"]])
     return before + text + ([tokenizer.eos] if end and tokenizer.eos is not None else []), len(before)
 
 

@@ -19,6 +19,7 @@ from flax import struct
 
 from ctg_jax import bricks, decode, losses, rng
 from ctg_jax.control import Control
+from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
@@ -158,7 +159,8 @@ def lm_steer(
     """Stage: trains one map at all its strengths together: each text is read at the value of its label.
 
     Args:
-      lm, data: an LM artifact, and records with `text` and a whole `label` from 0.
+      lm, data: an LM artifact, and records with `text` and a whole `label` from 0; those without one are left out and
+        counted in a warning.
       values: the strength at which texts of label 0, 1, … are read; for grades, such as (-1, -.5, 0, .5, 1).
       rank, epsilon, deviation, cond: see `init`.
       dummy: a second map at strength 1 learns what all texts have in common: "drop" it after training, so that
@@ -187,16 +189,9 @@ def lm_steer(
 
 
 def valued(records: Sequence[dict], values: Sequence[float], where: str) -> list[dict]:
-    """The records with a field `value`, the strength of their label; see `lm_steer`."""
-    out = []
-    for i, r in enumerate(records):
-        label = r.get("label")
-        if not isinstance(label, int) or not 0 <= label < len(values):
-            raise InputError(
-                f"record {i} of {where} has the label {label!r}, expected a whole number from 0 to {len(values) - 1}, "
-                "one for each of values."
-            )
-        out.append({**r, "value": float(values[label])})
+    """The records that have a label, with a field `value`, the strength of their label; see `lm_steer`."""
+    kept = labelled(records, where, classes=len(values))
+    out = [{**r, "value": float(values[r["label"]])} for r in kept]
     if len({r["value"] for r in out}) < 2:
         raise InputError(f"values is {list(values)}, which gives all texts of {where} one value: a steer needs two.")
     return out
@@ -281,8 +276,7 @@ def words(
     u, sigma, v = np.linalg.svd(r1 @ r2.T)
     u, v = q1 @ u, q2 @ v.T
     if texts:
-        before = [tokenizer.bos] if tokenizer.adds_bos else []
-        rows = [(before + row)[: lm.context] for row in tokenizer.encode(texts)]
+        rows = [tokenizer.begun(row)[: lm.context] for row in tokenizer.encode(texts)]
         tokens, mask = (jnp.asarray(x) for x in pad_rows(rows, max(map(len, rows)), 0, left=False))
         states = lm.apply(params, lm.embed(params, tokens), mask, last=1).hidden
         v = v * np.where(np.asarray(jnp.sum(states * mask[:, :, None], axis=(0, 1)), np.float64) @ u < 0, -1, 1)
@@ -290,8 +284,8 @@ def words(
     out = []
     for d in range(min(dimensions, len(sigma))):
         order = np.argsort(e @ v[:, d], kind="stable")
-        up, down = ([tokenizer.decode([[i]], skip_special=False)[0] for i in ids] for ids in (order[::-1], order))
-        out.append({"dimension": d, "strength": steer.epsilon * float(sigma[d]), "up": up[:n], "down": down[:n]})
+        up, down = (tokenizer.token_texts(ids[:n]) for ids in (order[::-1], order))
+        out.append({"dimension": d, "strength": steer.epsilon * float(sigma[d]), "up": up, "down": down})
     return out
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import decode, losses, methods, rng, sources, stage
+from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.methods import finetune
@@ -316,7 +317,8 @@ def classifier(
 
     Args:
       network: of the stage `mdlm`.
-      classes: labels are 0 to classes - 1; None: as many as there are; 0: no classifier.
+      classes: labels are 0 to classes - 1; None: as many as there are; 0: no classifier. Records without a label are
+        left out and counted in a warning.
       target, reveal, block, schedule, final: see `init`.
       steps, batch, rate: of the optimizer.
 
@@ -326,13 +328,15 @@ def classifier(
     records = finetune.matching(data, None)
     model, _, tokenizer = open_lm(lm)
     old = methods.load(network, model)
-    if classes is None:
-        classes = 1 + max(r["label"] for r in records) if all("label" in r for r in records) else 0
-    found = {r.get("label") for r in records} if classes else set()
-    if classes and (len(found) < 2 or not found <= set(range(classes))):
-        raise InputError(
-            f"labels of {data.path} are {sorted(map(str, found))}, expected two or more of 0 to classes-1."
-        )
+    if classes or (classes is None and any(is_label(r.get("label")) for r in records)):
+        records = labelled(records, str(data.path))
+        found = {r["label"] for r in records}
+        classes = classes or 1 + max(found)
+        if len(found) < 2 or not found <= set(range(classes)):
+            raise InputError(
+                f"labels of {data.path} are {sorted(map(str, found))}, expected two or more of 0 to {classes - 1}."
+            )
+    classes = classes or 0
     hp = dict(target=target, reveal=reveal, block=block, schedule=schedule, final=final, classes=classes)
     hp = network.spec["init"] | hp
     control = init(model, jax.random.key(seed), **hp).replace(params=old.params)
@@ -352,13 +356,14 @@ def bound(
     run: Run, *, lm: Artifact, data: Artifact, control: Artifact, draws: int = 16, batch: int = 32, seed: int = 0
 ) -> None:
     """Stage: logs nats per token of texts, their ends included, with the standard error and its exponential: an upper
-    bound for the diffusion model, and the exact value for `lm`, which reads its end token first. The tokens are the
-    same, cut at the length of a row.
+    bound for the diffusion model, and the exact value for `lm`, which reads its end token first, or only the beginning
+    token of the row where its sequences have one. The tokens are the same, cut at the length of a row.
 
     Args:
       draws: times for each text, see `masked.nelbo`.
     """
     model, params, tokenizer = open_lm(lm)
+    given = int(tokenizer.adds_bos)  # tokens of a row that the language model does not have to predict
     diffusion = methods.load(control, model)
     net, fill = diffusion.net, diffusion.eos
     source = Source(str(data.path), "all", finetune.matching(data, None))
@@ -373,11 +378,12 @@ def bound(
         real = rows["mask"]
         keys = rng.per_example(jax.random.key(seed), rows["ids"])
         filled = np.where(real, rows["tokens"], fill)
-        start = Prompts(jnp.full((batch, 1), fill), jnp.ones((batch, 1), bool), keys)
-        logp = np.asarray(decode.score(model, params, start, jnp.asarray(filled)), np.float64)
+        first = jnp.asarray(filled[:, :1] if given else np.full((batch, 1), fill))
+        start = Prompts(first, jnp.ones((batch, 1), bool), keys)
+        logp = np.asarray(decode.score(model, params, start, jnp.asarray(filled[:, given:])), np.float64)
         some = real.any(axis=1)
         nats["mdlm"] += np.asarray(estimate(filled, keys), np.float64)[some].tolist()
-        nats["lm"] += (-logp * real).sum(axis=1)[some].tolist()
+        nats["lm"] += (-logp * real[:, given:]).sum(axis=1)[some].tolist()
         tokens += real.sum(axis=1)[some].tolist()
     tokens = np.asarray(tokens, np.float64)
     for name, values in nats.items():

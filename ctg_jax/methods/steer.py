@@ -17,6 +17,7 @@ from flax import struct
 
 from ctg_jax import bricks, checkpoint
 from ctg_jax.control import Control
+from ctg_jax.data.labels import labelled
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
@@ -249,7 +250,7 @@ def activations(
     """Stage: `Moments` of two classes (1 = label `target`, 0 = the others), or `Pairs`; see `fit`.
 
     Raises:
-      InputError: a record lacks its label or its pair, or one side has no text.
+      InputError: no record has a label, a record lacks its pair, or one side has no text.
     """
     model, params, tokenizer = open_lm(lm)
     with_, without = sides(data.rows("data.jsonl"), target, paired, str(data.path))
@@ -301,12 +302,11 @@ def steer(
 
 
 def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tuple[list[str], list[str]]:
-    """Texts with and without the attribute; for pairs, equally many, in the order of the records."""
+    """Texts with and without the attribute; for pairs, equally many, in the order of the records. Records without a
+    label are left out and counted in a warning."""
     if paired and all("positive" in r and "negative" in r for r in records):
         return [r["positive"] for r in records], [r["negative"] for r in records]
-    for i, r in enumerate(records):
-        if "label" not in r:
-            raise InputError(f"record {i} of {where} has no label, only {', '.join(sorted(r))}; steering needs labels.")
+    records = labelled(records, where)
     with_ = [r["text"] for r in records if r["label"] == target]
     without = [r["text"] for r in records if r["label"] != target]
     if not with_ or not without:
@@ -318,9 +318,8 @@ def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tup
 
 def batches(tokenizer: Tokenizer, texts: Sequence[str], batch: int, length: int) -> Iterator[tuple]:
     """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch)."""
-    before = [tokenizer.bos] if tokenizer.adds_bos else []
     for start in range(0, len(texts), batch):
-        rows = [(before + row)[:length] for row in tokenizer.encode(texts[start : start + batch])]
+        rows = [tokenizer.begun(row)[:length] for row in tokenizer.encode(texts[start : start + batch])]
         rows += [[]] * (batch - len(rows))
         tokens, mask = pad_rows(rows, length, 0, left=False)
         yield tokens, mask, mask.any(1).astype(np.float32)

@@ -70,12 +70,13 @@ class BagOfWords:
         strength: float = 10.0,
         seed: int = 0,
     ) -> BagOfWords:
-        """Fits on texts and labels; keeps the `features` most frequent n-grams seen in `min_count` texts.
+        """Fits on texts and labels (texts without one are left out, see `LinearProbe.fit`); keeps the `features` most
+        frequent n-grams seen in `min_count` texts.
 
         Raises:
           InputError: unequal lengths, fewer than two labels, or no n-gram that is frequent enough.
         """
-        labels = check_training(texts, labels)
+        texts, labels = check_training(texts, labels, name)
         vectorizer = _vectorizer(ngrams, max_features=features, min_df=min(min_count, len(texts)))
         try:
             x = vectorizer.fit_transform(texts)
@@ -93,7 +94,7 @@ class BagOfWords:
             name=name,
             target=target,
             reads=reads,
-            trained_on=digest(list(texts), labels.tolist()),
+            trained_on=digest(texts, labels.tolist()),
         )
 
     def of_class(self, target: int, *, name: str | None = None) -> BagOfWords:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctg_jax.data.ids import check_sizes
 from ctg_jax.rewards.check import digest
 from ctg_jax.tree import flatten
 from ctg_jax.types import Params
@@ -92,9 +93,16 @@ class _Mean:
 
 
 def lm_embedder(lm, params: Params, tokenizer, *, batch: int = 64) -> Embedder:
-    """An `Embedder` out of a language model itself, where no sentence encoder is at hand; see `_Mean`."""
+    """An `Embedder` out of a language model itself, where no sentence encoder is at hand; see `_Mean`. Texts are read
+    as prompts are (`Tokenizer.encode_prompts`), so the state of BOS counts where the model's sequences begin with it.
+
+    Raises:
+      InputError: the tokenizer has more ids than the model has tokens.
+    """
+    name = "mean-of-states-from-bos" if tokenizer.adds_bos else "mean-of-states"
+    check_sizes(tokenizer, lm, name)
     pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
-    return Embedder(_Mean(lm, pad), params, tokenizer.encode, name="mean-of-states", batch=batch)
+    return Embedder(_Mean(lm, pad), params, tokenizer.encode_prompts, name=name, batch=batch)
 
 
 def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int | None = None):
@@ -105,7 +113,8 @@ def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int |
     from ctg_jax.models.hf import load_encoder, resolve
 
     encoder, params = load_encoder(path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(str(resolve(path)))
+    # A text that spells a control token such as [SEP] is read as characters, as `Tokenizer` does.
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve(path)), split_special_tokens=True)
     longest = min(length or encoder.context, encoder.context)
 
     def encode(texts: list[str]) -> list[list[int]]:

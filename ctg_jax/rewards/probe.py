@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ctg_jax.data.labels import known
 from ctg_jax.rewards.check import check_reads, checked, digest, read_json, readable
 from ctg_jax.types import InputError
 
@@ -61,15 +62,16 @@ class LinearProbe:
         strength: float = 1.0,
         seed: int = 0,
     ) -> LinearProbe:
-        """Fits a probe; `strength` is scikit-learn's C (inverse regularisation).
+        """Fits a probe; `strength` is scikit-learn's C (inverse regularisation). Texts without a label (None or -1) are
+        left out and counted in a warning.
 
         Raises:
           InputError: unequal lengths, fewer than two labels, or embeddings of a wrong shape.
         """
-        labels = check_training(texts, labels)
-        x = embed(list(texts))
+        texts, labels = check_training(texts, labels, name)
+        x = embed(texts)
         coef, intercept, classes = fit_logistic(_embedding(x, len(texts)), labels, strength, seed)
-        trained_on = digest(list(texts), labels.tolist())
+        trained_on = digest(texts, labels.tolist())
         return cls(embed, coef, intercept, classes, name=name, target=target, reads=reads, trained_on=trained_on)
 
     def of_class(self, target: int, *, name: str | None = None) -> LinearProbe:
@@ -141,14 +143,18 @@ class LinearProbe:
         return same_version(probe, meta, directory)
 
 
-def check_training(texts: Sequence[str], labels: Sequence[int]) -> np.ndarray:
-    """Labels as int64 [n]; `InputError` where there is nothing to learn from."""
-    labels = np.asarray(labels)
-    if labels.shape != (len(texts),):
-        raise InputError(f"labels has shape {list(labels.shape)} for {len(texts)} texts; give one label for each text")
+def check_training(texts: Sequence[str], labels: Sequence[int | None], name: str) -> tuple[list[str], np.ndarray]:
+    """The texts that have a label, and their labels as int64 [n]; `InputError` where there is nothing to learn from.
+
+    name: of what is fitted, for messages.
+    """
+    if np.shape(labels) != (len(texts),):
+        raise InputError(f"labels has shape {list(np.shape(labels))} for {len(texts)} texts; give one for each text")
+    kept = known(labels, f"the texts for {name!r}")
+    texts, labels = [texts[i] for i in kept], np.asarray([labels[i] for i in kept])
     if len(np.unique(labels)) < 2:
         raise InputError(f"labels holds {len(np.unique(labels))} distinct value(s); a classifier needs at least two")
-    return labels.astype(np.int64)
+    return texts, labels.astype(np.int64)
 
 
 def fit_logistic(x, labels: np.ndarray, strength: float, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:

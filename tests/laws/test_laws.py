@@ -83,7 +83,7 @@ def test_chain_is_a_monoid(control, samples, logits):
     def every(c):
         same = [Chain((c,)), Chain((IDENTITY, c)), Chain((c, Chain(())))]
         shapes = [Chain((Chain((c, other)), third)), Chain((c, Chain((other, third)))), Chain((c, other, third))]
-        return [decode.forward.__wrapped__(LM, PARAMS, PROMPTS, samples.tokens, x) for x in same + shapes]
+        return [decode.forward(LM, PARAMS, PROMPTS, samples.tokens, x) for x in same + shapes]
 
     one, left, right, a, b, flat = jax.jit(every)(control)
     for x in (one, left, right):

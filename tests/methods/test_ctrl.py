@@ -78,12 +78,6 @@ def test_bad_input(small):
         ctrl.fit(root, lm=lm, data=data, codes=3)
     with pytest.raises(InputError, match="no text has the label 0"):
         ctrl.fit(root, lm=lm, data=data, where={"label": 1})
-    with pytest.raises(InputError, match="label of record 1 is 2, expected a code from 0 to 1"):
-        ctrl.check_labels([{"label": 0}, {"label": 2}], 2)
-    with pytest.raises(InputError, match="label of record 0 is None, expected a code"):
-        ctrl.check_labels([{"text": "a"}], 2)
-    with pytest.raises(InputError, match=r"label of record 0 is 0\.7, expected a code"):
-        ctrl.check_labels([{"label": 0.7}], 2)
     with pytest.raises(InputError, match="1 control codes"):
         ctrl.init(LM, jax.random.key(0), codes=1)
     with pytest.raises(InputError, match="kind is 'prompt'"):

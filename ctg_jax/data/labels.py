@@ -1,0 +1,63 @@
+"""Labels of records: which records have one, and whether it is a class."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ctg_jax.types import InputError
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value is a label: not None, not NaN, and not -1, which data sets write where the label is withheld (the
+    test splits of GLUE, and everything that TensorFlow Datasets and Hugging Face `ClassLabel`s leave open)."""
+    return value is not None and value == value and value != -1
+
+
+def known(labels: Sequence[Any], where: str) -> list[int]:
+    """The places of the labels that are labels. How many are not is logged as a warning.
+
+    where: what holds them, for the message.
+
+    Raises:
+      InputError: there are values, but no label among them.
+    """
+    found = [i for i, label in enumerate(labels) if is_label(label)]
+    if len(labels) and not found:
+        raise InputError(
+            f"{where}: none of the {len(labels)} texts has a label (all are missing or -1, which stands for no label): "
+            "give labelled texts, with classes counted from 0"
+        )
+    if len(found) < len(labels):
+        log.warning(
+            "%s: %d of %d texts have no label (missing or -1) and are left out",
+            where, len(labels) - len(found), len(labels),
+        )  # fmt: skip
+    return found
+
+
+def labelled(records: Sequence[Record], where: str, field: str = "label", classes: int | None = None) -> list[Record]:
+    """The records that have a label under `field`; how many have none is logged as a warning.
+
+    Args:
+      where: what holds the records, for messages.
+      classes: C, where labels are classes from 0 to C - 1.
+
+    Raises:
+      InputError: no record has a label; a label that is no class.
+    """
+    kept = known([r.get(field) for r in records], where)
+    for i in kept if classes is not None else ():
+        check_class(records[i][field], classes, f"{field} of record {i} of {where}")
+    return [records[i] for i in kept]
+
+
+def check_class(value: Any, classes: int, what: str) -> None:
+    """InputError unless a value is a whole number from 0 to classes - 1."""
+    if not isinstance(value, int) or not 0 <= value < classes:
+        raise InputError(f"{what} is {value!r}, but there are {classes} classes: expected 0 to {classes - 1}")

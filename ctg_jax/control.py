@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import struct
 
+from ctg_jax import support
 from ctg_jax.types import Params, Prompts
 
 State = Any
@@ -35,6 +36,10 @@ class Control:
     """
 
     of_class: str = _static("Control")
+
+    # True for a class whose `logits` removes tokens by what it finds in the logits or in the text. Nobody knows before
+    # decoding what it leaves, so `constraints.check` refuses it before a rule that must hold, such as `Ban`.
+    selects = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -76,7 +81,7 @@ class Control:
         return h
 
     def logits(self, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, State]:
-        """Edits next-token logits and moves the state on.
+        """Edits next-token logits and moves the state on. Called through `edit_logits`.
 
         Args:
           z: float32 [B, M, V], the logits after the last M of the T tokens (M = 1 while decoding).
@@ -124,12 +129,26 @@ class Chain(Control):
     def logits(self, z, tokens, mask, state):
         after = []
         for c, s in zip(self.parts, state, strict=True):
-            z, s = c.logits(z, tokens, mask, s)
+            z, s = edit_logits(c, z, tokens, mask, s)
             after.append(s)
         return z, tuple(after)
 
 
 IDENTITY = Control()
+
+
+def edit_logits(
+    control: Control, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
+) -> tuple[jax.Array, State]:
+    """`control.logits` with what holds for every control: a token that was removed stays removed, and some token is
+    left (`support.settle`). Decoding, scoring and chains apply the hook through this function and in no other way."""
+    after, state = control.logits(z, tokens, mask, state)
+    return (support.settle(z, after) if overrides(control, "logits") else after), state
+
+
+def leaves(control: Control) -> list[Control]:
+    """The controls of a chain in the order in which they act, chains inside it taken apart."""
+    return [c for part in control.parts for c in leaves(part)] if isinstance(control, Chain) else [control]
 
 
 def overrides(control: Control, hook: str) -> bool:

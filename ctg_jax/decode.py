@@ -16,8 +16,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax import hosts, layout, rng, tree
-from ctg_jax.control import IDENTITY, Control
+from ctg_jax import constraints, hosts, layout, rng, tree
+from ctg_jax.control import IDENTITY, Control, edit_logits
 from ctg_jax.data.ids import check_ids
 from ctg_jax.models.lm import LM, Cache
 from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling
@@ -53,16 +53,18 @@ def generate(
     once to decode without a second copy of the weights.
 
     Raises:
-      InputError: the prompts and `max_new` do not fit in the LM's context, there are no prompts, a token has no row in
-        the LM, or what `control.check` raises.
+      InputError: the prompts and `max_new` do not fit in the LM's context, or there are no prompts; a token has no row
+        in the LM; what `control.check` raises; rules of the control that cannot hold (`constraints.check`); logits that
+        are not finite, once all tokens are drawn.
     """
     check_lengths(lm, prompts, sampling.max_new)
     check_values(lm, prompts, control)
+    constraints.check(control, lm.vocab, sampling.max_new)
     if not _divisible(prompts, control):
-        return _generate(lm, params, layout.spread(prompts), control, sampling)
+        return finite(_generate(lm, params, layout.spread(prompts), control, sampling))
     out = _generate(lm, params, layout.spread(hosts.rows(prompts)), control, sampling)
     whole = hosts.gather({"tokens": out.tokens, "mask": out.mask, "logp": out.logp})
-    return Samples(**whole, generated=jnp.max(hosts.gather(out.generated[None])))
+    return finite(Samples(**whole, generated=jnp.max(hosts.gather(out.generated[None]))))
 
 
 def _divisible(prompts: Prompts, control: Control) -> bool:
@@ -96,10 +98,12 @@ def stream(lm: LM, params: Params, prompts: Prompts, control: Control, sampling:
     are those of `generate`."""
     check_lengths(lm, prompts, sampling.max_new)
     check_values(lm, prompts, control)
+    constraints.check(control, lm.vocab, sampling.max_new)
     params = _weights(lm, params, control)
     d = _first(lm, params, prompts, control, sampling)
     while True:
         t = int(d.t)
+        check_finite(d.logp[:, :t])
         yield np.asarray(d.tokens[:, t - 1])
         if t >= sampling.max_new or bool(jnp.all(d.done)):
             return
@@ -133,7 +137,7 @@ def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling
     if prefix is not None:
         cache = write_prefix(cache, prefix)
     out = lm.apply(params, x, mask, cache, control, state, last=1)
-    z, state = control.logits(out.logits, prompts.tokens, prompts.mask, state)
+    z, state = edit_logits(control, out.logits, prompts.tokens, prompts.mask, state)
     return Decoding(
         t=jnp.zeros((), jnp.int32),
         z=z[:, 0],
@@ -196,7 +200,7 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
     mask = lax.dynamic_slice_in_dim(d.mask, d.t - 1, 1, axis=1)
     out = lm.apply(params, lm.embed(params, token), mask, d.cache, control, d.state)
-    z, state = control.logits(out.logits, token, mask, d.state)
+    z, state = edit_logits(control, out.logits, token, mask, d.state)
     return d.replace(z=z[:, 0], cache=out.cache, state=state)
 
 
@@ -225,6 +229,7 @@ def forward_states(
     """What `forward` gives, and the final hidden states [B, N, D] that each of the logits was read off."""
     params = control.weights(params)
     n = completion.shape[1]
+    constraints.check(control, lm.vocab, n)
     state = control.init(prompts, prompts.tokens.shape[1] + n)
     seen = completion[:, : n - 1]
     x, mask = control.prompt(lm.embed(params, prompts.tokens), prompts.mask, state)
@@ -233,23 +238,29 @@ def forward_states(
     mask = jnp.concatenate([mask, ones], axis=1)
     out = lm.apply(params, x, mask, control=control, state=state, last=n)
     tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
-    z, _ = control.logits(out.logits, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
+    z, _ = edit_logits(control, out.logits, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
     return z, out.hidden[:, out.hidden.shape[1] - n :]
 
 
 def score(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
-    """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`.
+    """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`; for a token that the
+    control removed it is `support.REMOVED`, of probability 0.
 
     Raises:
-      InputError: a token has no row in the LM, or what `control.check` raises.
+      InputError: a token has no row in the LM, what `control.check` raises, rules of the control that cannot hold
+        (`constraints.check`), or logits that are not finite.
     """
     check_values(lm, prompts, control, completion)
+    constraints.check(control, lm.vocab, completion.shape[1])
     if _divisible(prompts, control) and not isinstance(completion, jax.core.Tracer):
         prompts, completion = hosts.rows((prompts, completion))
         with layout.on():
-            return hosts.gather(_score(lm, params, *layout.spread((prompts, completion)), control))
-    with layout.on():
-        return _score(lm, params, *layout.spread((prompts, completion)), control)
+            logp = hosts.gather(_score(lm, params, *layout.spread((prompts, completion)), control))
+    else:
+        with layout.on():
+            logp = _score(lm, params, *layout.spread((prompts, completion)), control)
+    check_finite(logp)
+    return logp
 
 
 @partial(jax.jit, static_argnames=("lm",))
@@ -268,6 +279,24 @@ def check_values(lm: LM, prompts: Prompts, control: Control, completion: jax.Arr
     if rest is not None:
         check_ids(rest, lm.vocab, "completion")
     control.check(prompts)
+
+
+def finite(out: Samples) -> Samples:
+    """The samples themselves; raises InputError as `check_finite`."""
+    check_finite(out.logp)
+    return out
+
+
+def check_finite(logp: jax.Array) -> None:
+    """Raises InputError where a log-probability [B, N] is NaN; under `jit`, where nothing is known, never."""
+    if isinstance(logp, jax.core.Tracer):
+        return
+    if len(bad := np.argwhere(np.isnan(np.asarray(logp)))):
+        row, step = bad[0]
+        raise InputError(
+            f"The logits of row {row}, new token {step + 1}, are not finite: parameters of the model or of a control "
+            "hold NaN or infinity, or a control removed every token that Ban, Force or MinLength allows."
+        )
 
 
 def check_lengths(lm: LM, prompts: Prompts, new: int) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import calibrate, decode, evaluation, flow, losses, rng, stage
+from ctg_jax import calibrate, constraints, decode, evaluation, flow, losses, rng, stage
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.data import Source
 from ctg_jax.data.completions import Completions, completions
@@ -272,6 +272,7 @@ def log_probabilities(
 ) -> np.ndarray:
     """log-probability float64 [n] of each completion of a pool under a control, in its order."""
     rows = Completions(Source("the pool", "all", pool), tokenizer, *_lengths(pool, tokenizer))
+    control = constraints.only(tokenizer.known(lm.vocab), control)
     out = np.zeros(len(pool))
     for at in range(0, len(pool), batch):
         some = [rows[min(i, len(pool) - 1)] for i in range(at, at + batch)]

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctg_jax import evaluation, layout, methods
+from ctg_jax import constraints, evaluation, layout, methods
 from ctg_jax.control import IDENTITY, Chain, Control
-from ctg_jax.decode import generate
+from ctg_jax.decode import check_finite, generate
 from ctg_jax.methods import truncate
 from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
 from ctg_jax.types import InputError, Samples, Sampling
@@ -212,11 +212,14 @@ def complete(
     """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
     a multiple of `batch`. All batches have one shape. `write` is what completes a batch, with the signature of
     `generate`; `cond` what the texts bring for controls, name -> [n, …]. Each of `devices` (the default one where none
-    are given) completes rows of its own, as many devices as divide a batch. Raises InputError as `check_prompts` does.
+    are given) completes rows of its own, as many devices as divide a batch. Ids that are no token of the tokenizer have
+    no probability. Raises InputError as `check_prompts` and `generate` do.
     """
     from ctg_jax.data.tokenizer import to_prompts
 
     check_prompts(model, tokenizer, texts, max_new)
+    control = constraints.only(tokenizer.known(model.vocab), control)
+    constraints.check(control, model.vocab, max_new)
     work = [(i, j) for i in range(len(texts)) for j in range(n)]
     batch = min(batch, len(work))
     heads = tokenizer.encode_prompts(texts)
@@ -237,6 +240,7 @@ def complete(
         started = time.monotonic()
         out = write(model, params, prompts, control, sampling)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
+        check_finite(logp)  # of a program over devices, inside which nothing could be raised
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]
         written = tokenizer.decode_after([heads[i] for i, _ in part], kept[: len(part)])

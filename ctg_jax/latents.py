@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import checkpoint, evaluation, methods
+from ctg_jax import checkpoint, constraints, evaluation, methods
 from ctg_jax.data.labels import known
 from ctg_jax.decode import generate
 from ctg_jax.flow import opened
@@ -38,9 +38,10 @@ def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str
         rows = np.minimum(np.arange(at, at + batch), len(z) - 1)
         cond = {control.choice: jnp.arange(batch)}
         ask = to_prompts(tokenizer, [prompts[i] for i in rows], 0, ids=rows, length=length, cond=cond)
-        out = generate(model, params, ask, control.replace(z=jnp.asarray(z[rows])), sampling)
-        said = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)
-        tokens += [t[m].tolist() for t, m in said][: len(z) - at]
+        limited = constraints.only(tokenizer.known(model.vocab), control.replace(z=jnp.asarray(z[rows])))
+        out = generate(model, params, ask, limited, sampling)
+        written = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)
+        tokens += [t[m].tolist() for t, m in written][: len(z) - at]
     return tokenizer.decode_after(heads, [[t for t in row if t not in end] for row in tokens]), tokens
 
 

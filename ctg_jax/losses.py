@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ctg_jax import decode
 from ctg_jax.models.lm import LM
+from ctg_jax.support import removed
 from ctg_jax.types import Params, Prompts, PyTree, Sum
 
 LossFn = Callable[[PyTree, PyTree, dict[str, Any], jax.Array], Sum]
@@ -49,7 +50,7 @@ def kl(p: jax.Array, q: jax.Array) -> jax.Array:
     """
     p, q = p.astype(jnp.float32), q.astype(jnp.float32)
     total_p, total_q = logsumexp(p), logsumexp(q)
-    gap = jnp.where(p > -jnp.inf, p - q, 0.0)
+    gap = jnp.where(removed(p), 0.0, p - q)
     return jnp.sum(jnp.exp(p - total_p[..., None]) * gap, axis=-1) - total_p + total_q
 
 
@@ -57,7 +58,7 @@ def entropy(logits: jax.Array) -> jax.Array:
     """Entropy float32 [...], in nats, of logits [..., V]."""
     z = logits.astype(jnp.float32)
     total = logsumexp(z)
-    return total - jnp.sum(jnp.exp(z - total[..., None]) * jnp.where(z > -jnp.inf, z, 0.0), axis=-1)
+    return total - jnp.sum(jnp.exp(z - total[..., None]) * jnp.where(removed(z), 0.0, z), axis=-1)
 
 
 def unlikelihood(logits: jax.Array, negative: jax.Array, allowed: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,28 +30,46 @@ def at_step(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
 
 
-def draw(keys: jax.Array, z: jax.Array, blocks: int = 256) -> jax.Array:
-    """One token int32 [B] from softmax(z), z float32 [B, V], by inverting the distribution function.
+def draw(keys: jax.Array, z: jax.Array) -> jax.Array:
+    """One token int32 [B] from softmax(z), z float32 [B, V], by a race between blocks and then inside the winner.
 
-    It costs one uniform number per row where the Gumbel trick costs V of them, which is more than a tenth of a step of
-    GPT-2 on a CPU. Sums run over blocks and then inside one block; a token of probability 0 is never returned.
+    The first of independent exponential times with rates r is the k-th with probability r[k] / sum(r). So the winner
+    among about sqrt(V) blocks, at the rate of each block's sum, and then among the tokens of that block, is a draw from
+    the softmax, for 2 sqrt(V) random numbers of 64 bits a row in place of the V of the Gumbel trick. No sum runs over
+    the vocabulary, so that a token of probability 1e-12 beside one of .999 is drawn as often as it should be; inverting
+    the distribution function in float32 loses every token below 6e-8. The total variation distance to the softmax of z
+    is below 2e-7 for V = 50,257, one token at .999 and the rest flat, and below 1.2e-6 for any z (tests/test_rng.py
+    derives it). On a CPU it takes about as long as that inversion: 22 against 21 µs a row in a batch of 32 at that V.
+
+    A token of probability 0 is never returned, and the result depends on nothing but the key and z of its row. Where z
+    holds NaN or +inf the result means nothing, but it is a token: from 0 to V - 1.
     """
+    rates = race_rates(z)
+    blocks, width = rates.shape[1:]
+    words = jax.vmap(lambda key: jax.random.bits(key, (blocks + width, 2), jnp.uint32))(keys)
+    times = exponential(words)
+    block = jnp.argmin(times[:, :blocks] / jnp.sum(rates, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(rates, block[:, None, None], axis=1)[:, 0]
+    token = block * width + jnp.argmin(times[:, blocks:] / inside, axis=-1)
+    return jnp.minimum(token, z.shape[-1] - 1).astype(jnp.int32)
+
+
+def race_rates(z: jax.Array) -> jax.Array:
+    """exp(z - max z) float32 [B, blocks, width] of z [B, V], in blocks of about sqrt(V) tokens, padded with zeros."""
     batch, v = z.shape
-    p = jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))
-    p = jnp.pad(p, ((0, 0), (0, -v % blocks))).reshape(batch, blocks, -1)
-    mass = jnp.sum(p, axis=-1)
-    upto = jnp.cumsum(mass, axis=-1)
-    rest = jax.vmap(jax.random.uniform)(keys) * upto[:, -1]
-    block = _crossing(upto, mass, rest)
-    pick = block[:, None]
-    rest = rest - (jnp.take_along_axis(upto, pick, 1) - jnp.take_along_axis(mass, pick, 1))[:, 0]
-    inside = jnp.take_along_axis(p, pick[:, :, None], 1)[:, 0]
-    return (block * p.shape[-1] + _crossing(jnp.cumsum(inside, axis=-1), inside, rest)).astype(jnp.int32)
+    width = math.isqrt(v - 1) + 1
+    rates = jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))
+    return jnp.pad(rates, ((0, 0), (0, -v % width))).reshape(batch, -1, width)
 
 
-def _crossing(upto, mass, rest):
-    """int [B]: the first entry with mass where the sums [B, n] pass `rest` [B]; the last such if rounding hides it."""
-    some = mass > 0
-    last = some.shape[1] - 1 - jnp.argmax(some[:, ::-1], axis=1)
-    passed = some & (upto > rest[:, None])
-    return jnp.where(jnp.any(passed, axis=1), jnp.argmax(passed, axis=1), last)
+def exponential(words: jax.Array) -> jax.Array:
+    """Standard exponential variables float32 [...] of random uint32 [..., 2].
+
+    The 64 bits are the place of a uniform number between 0 and 1, and the result is -log(1 - u): -log1p(-u) for the
+    lower half and -log of the distance to 1 for the upper one, so that both tails are as precise as a float32 can be.
+    """
+    high, low = words[..., 0], words[..., 1]
+    lower = high >> 31 == 0
+    high, low = jnp.where(lower, high, ~high), jnp.where(lower, low, ~low)
+    u = (high.astype(jnp.float32) + (low.astype(jnp.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    return jnp.where(lower, -jnp.log1p(-u), -jnp.log(u))

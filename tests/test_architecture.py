@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctg_jax"
 LAYERS = [
-    {"types", "tree", "rng", "files", "hosts", "store"},
-    {"control", "bricks", "parallel", "layout", "checkpoint", "metrics"},
+    {"types", "tree", "rng", "files", "hosts", "store", "support"},
+    {"control", "constraints", "bricks", "parallel", "layout", "checkpoint", "metrics"},
     {"models"},
     {
         "data",

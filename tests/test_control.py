@@ -45,8 +45,8 @@ class Affine(Control):
 def test_parts_act_from_left_to_right():
     chain = Chain((Affine(2, 1), Affine(3, 5)))
     state = chain.init(None, 0)
-    z, state = chain.logits(1.0, None, None, state)
-    assert z == (2 * 1 + 1) * 3 + 5 and state == (1, 1)
+    z, state = chain.logits(jnp.ones((1, 1, 2)), None, None, state)
+    assert z.tolist() == [[[(2 * 1 + 1) * 3 + 5] * 2]] and state == (1, 1)
     assert chain.hidden(1.0, 0, None, state) == 14 and chain.weights(1.0) == 14
     k, _ = chain.prefix(state)
     assert k.shape == (2, 1, 1, 5, 4) and k[0, 0, 0, :, 0].tolist() == [1, 1, 5, 5, 5]

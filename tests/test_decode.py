@@ -136,17 +136,6 @@ def test_nothing_recompiles_when_a_leaf_changes():
     assert decode._generate._cache_size() == before
 
 
-def test_draw_follows_the_distribution_and_never_takes_a_removed_token():
-    q = np.array([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    z = jnp.where(q > 0, jnp.log(jnp.maximum(q, 1e-9)), truncate.NEG).astype(jnp.float32)
-    n = 20_000
-    for blocks in (1, 2, 4, 256):
-        tokens = rng.draw(jax.random.split(jax.random.key(blocks), n), jnp.broadcast_to(z, (n, 6)), blocks)
-        counts = np.bincount(tokens, minlength=6) / n
-        assert (counts[q == 0] == 0).all()
-        assert np.abs(counts - q).max() < 4 * np.sqrt(0.25 / n)
-
-
 def test_lengths_are_checked():
     params, p = weights(GPT2), prompts()
     with pytest.raises(

@@ -164,6 +164,11 @@ class Tokenizer:
         """The id of a vocabulary entry."""
         return self._core.token_to_id(token)
 
+    def known(self, vocab: int) -> np.ndarray:
+        """bool [vocab]: which of the first `vocab` ids are tokens. Models often have rows that no token belongs to."""
+        ids = list(self._core.get_vocab(with_added_tokens=True).values())
+        return np.isin(np.arange(vocab), ids)
+
     def to_json(self) -> str:
         """The whole tokenizer as text; equal text means equal tokenizers."""
         return self._core.to_str()

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import decode
+from ctg_jax import constraints, decode
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.data.ids import check_sizes
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.models.lm import LM
+from ctg_jax.support import removed
 from ctg_jax.types import InputError, Params, Prompts
 
 _WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -74,7 +75,7 @@ class LMScorer:
       lm, params, tokenizer: as `ctg_jax.stage.open_lm` gives them.
       name: how reports call the LM.
       batch: rows of a compiled batch.
-      control: that the LM is under.
+      control: that the LM is under. Ids that are no token of the tokenizer have no probability, as in sampling.
 
     Raises:
       InputError: the tokenizer has more ids than the LM has tokens.
@@ -88,7 +89,8 @@ class LMScorer:
     ):
         from ctg_jax.rewards.embed import params_digest
 
-        self.lm, self.tokenizer, self.name, self.batch, self.control = lm, tokenizer, name, batch, control
+        self.lm, self.tokenizer, self.name, self.batch = lm, tokenizer, name, batch
+        self.control = constraints.only(tokenizer.known(lm.vocab), control)
         self.version = f"{name}@{params_digest(params)}"
         self._params = params
         self.start = tokenizer.start
@@ -161,9 +163,9 @@ def kl_to_base(
     z_c = decode.forward(lm, params, prompts, completion, control).astype(jnp.float32)
     z_0 = decode.forward(lm, params, prompts, completion, base).astype(jnp.float32)
     log_c, log_0 = jax.nn.log_softmax(z_c, axis=-1), jax.nn.log_softmax(z_0, axis=-1)
-    p = jnp.exp(log_c)
-    # 0 log 0 = 0: truncated tokens have log_c = -inf, and -inf - -inf would be NaN.
-    return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, log_c, 0.0) - jnp.where(p > 0, log_0, 0.0)), 0.0), axis=-1)
+    p = jnp.exp(log_c)  # 0 log 0 = 0
+    gap = jnp.where(removed(z_0), jnp.inf, log_c - log_0)
+    return jnp.sum(jnp.where(p > 0, p * gap, 0.0), axis=-1)
 
 
 def kl_figure(kl: np.ndarray, mask: np.ndarray, prompt_ids: Sequence, **bootstrap) -> Figure:

@@ -18,13 +18,12 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import bricks, checkpoint, decode, methods
-from ctg_jax.control import IDENTITY, Control
+from ctg_jax.control import IDENTITY, Control, edit_logits
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM, Cache
 from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.support import removed
 from ctg_jax.types import InputError, Params, Prompts
-
-CUT = -1e29  # logits at or below were removed by a filter before; they stay removed
 
 
 @struct.dataclass
@@ -70,13 +69,14 @@ class Member:
             x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
             seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
         out = self.lm.apply(self.params, x, seen, m.cache, self.control, m.state, last=last)
-        z, state = self.control.logits(out.logits, tokens, mask, m.state)
+        z, state = edit_logits(self.control, out.logits, tokens, mask, m.state)
         return z, Memory(out.cache, state, True)
 
 
 @struct.dataclass
 class Experts(Control):
-    """z + alpha (z⁺ − z⁻), with the base's own logits for a side that is None.
+    """z + alpha (z⁺ − z⁻), with the base's own logits for a side that is None. A token that a member's own control
+    removed has no finite logit there, so that its logit here is the base's.
 
     Attributes:
       expert, anti: `Member`s, or None for the base.
@@ -101,9 +101,7 @@ class Experts(Control):
 
     def logits(self, z, tokens, mask, state):
         strength, memory = state
-        cut = z <= CUT
-        base = jnp.where(cut, 0.0, z)
-        sides, after = {"expert": base, "anti": base}, {}
+        sides, after = {"expert": z, "anti": z}, {}
         for name, m in memory.items():
             member = getattr(self, name)
             if member.lm.vocab != z.shape[-1]:
@@ -112,8 +110,9 @@ class Experts(Control):
                     f"{z.shape[-1]}: use models that share one tokenizer."
                 )
             sides[name], after[name] = member.read(tokens, mask, z.shape[1], m)
-        mixed = base + strength * (sides["expert"] - sides["anti"])
-        return jnp.where(cut, z, mixed), (strength, after)
+        known = ~(removed(sides["expert"]) | removed(sides["anti"]))
+        push = jnp.where(known, sides["expert"] - sides["anti"], 0.0)
+        return z + strength * push, (strength, after)
 
 
 @struct.dataclass

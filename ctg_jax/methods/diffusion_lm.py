@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import losses, methods, rng, stage
+from ctg_jax import constraints, decode, losses, methods, rng, stage
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -130,13 +130,12 @@ def _value(name: str, value: Any, fields: Mapping[str, int]) -> int | tuple[int,
 
 @jax.jit
 def infill(
-    control: WordDiffusion, tokens: jax.Array, given: jax.Array, aims: Mapping[str, jax.Array], keys: jax.Array
-) -> jax.Array:
-    """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere and steered to `aims`.
-
-    Args:
-      aims: see `word_diffusion.energy`. keys: of the rows, [B]; a row depends on its own key, tokens and aims only.
-    """
+    control: WordDiffusion, tokens: jax.Array, given: jax.Array, aims: Mapping[str, jax.Array], keys: jax.Array,
+    banned: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere, without those that are banned (bool
+    [V]), and steered to `aims`, see `word_diffusion.energy`; -1 where a vector is NaN. keys: of the rows, [B]; a row
+    depends on its own key, tokens and aims only."""
     table, how, edit = vectors(control.params["raw"]), control.how, None
     if aims and how.updates:
         read = partial(word_diffusion.classify, control.reader, control.guide)
@@ -148,7 +147,8 @@ def infill(
         clean, keys, (control.length, table.shape[1]), schedule=word_diffusion.SCHEDULE, steps=how.calls,
         sampler=how.sampler, edit=edit,
     )  # fmt: skip
-    return jnp.where(given, tokens, word_diffusion.nearest(table, x)).astype(jnp.int32)
+    found = jnp.where(jnp.any(jnp.isnan(x), axis=-1), -1, word_diffusion.nearest(table, x, banned))
+    return jnp.where(given, tokens, found).astype(jnp.int32)
 
 
 def write(
@@ -165,8 +165,9 @@ def write(
 
     Raises:
       InputError: prompts and `max_new` that do not fit a row of training, stop sequences, entries of `prompts.cond`
-        that are no control or have another shape or value, a control of another vocabulary.
+        that are no control or have another shape or value, a control of another vocabulary, vectors that are NaN.
     """
+    banned, control = constraints.apart(control)
     batch, new = len(prompts.tokens), sampling.max_new
     if lm.vocab != len(control.tags):
         raise InputError(
@@ -196,11 +197,11 @@ def write(
         if value.max(initial=-1) > most or value.min(initial=-1) < -1:
             raise InputError(f"{name} is {value.max()} or {value.min()} somewhere, expected -1 (none) to {most}.")
         asked[name] = jnp.asarray(value)
-    return _write(prompts, control, asked, sampling)
+    return decode.finite(_write(prompts, control, asked, sampling, banned))
 
 
 @partial(jax.jit, static_argnames="sampling")
-def _write(prompts, control, asked, sampling):
+def _write(prompts, control, asked, sampling, banned):
     size = jnp.sum(prompts.mask, axis=1)[:, None]
     place = jnp.arange(control.length)[None, :]
     blank = prompts.mask.shape[1] - size  # columns of padding before a prompt
@@ -213,14 +214,14 @@ def _write(prompts, control, asked, sampling):
         aims["tags"] = word_diffusion.moved(aims["tags"], place - size, -1)
     if "length" in aims:
         aims["length"] = jnp.where(aims["length"] >= 0, aims["length"] + size[:, 0], -1)
-    out = infill(control, tokens, given, aims, prompts.keys)
+    out = infill(control, tokens, given, aims, prompts.keys, banned)
     text = jnp.take_along_axis(out, size + jnp.arange(sampling.max_new)[None, :], axis=1)
     end = jnp.zeros(text.shape, bool)
     for eos in sampling.eos:
         end |= text == eos
     mask = jnp.cumsum(end, axis=1) - end == 0
-    calls = jnp.int32(control.how.calls)
-    return Samples(jnp.where(mask, text, sampling.pad), mask, jnp.zeros(text.shape), calls)
+    shown, logp = jnp.where(mask & (text >= 0), text, sampling.pad), jnp.where(text >= 0, 0.0, jnp.nan)
+    return Samples(shown, mask, logp, jnp.int32(control.how.calls))
 
 
 def loss(net: WordNet, eos: int, *, read: float = 1.0) -> losses.LossFn:

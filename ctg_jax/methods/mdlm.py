@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import decode, losses, methods, rng, sources, stage
+from ctg_jax import constraints, decode, losses, methods, rng, sources, stage
+from ctg_jax.control import IDENTITY
 from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -27,6 +28,7 @@ from ctg_jax.models import masked
 from ctg_jax.models.lm import LM
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.stage import Artifact, Run, open_lm
+from ctg_jax.support import remove
 from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling, Sum
 
 
@@ -118,12 +120,14 @@ def guided(control: Masked, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("greedy", "cache"))
 def infill(
-    control: Masked, tokens: jax.Array, given: jax.Array, keys: jax.Array, *, greedy: bool = False, cache: bool = True
-) -> tuple[jax.Array, jax.Array]:
+    control: Masked, tokens: jax.Array, given: jax.Array, keys: jax.Array, banned: jax.Array | None = None, *,
+    greedy: bool = False, cache: bool = True,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere; and the calls of the network.
 
     Args:
       keys: of the rows, [B]; a row depends on its own key and tokens only.
+      banned: tokens that are never written, bool [V], whatever the guide says; None: none.
       greedy, cache: see `masked.unmask`.
     """
     control = control.replace(params=control.net.unstack(control.params))
@@ -135,9 +139,9 @@ def infill(
     bare = partial(masked.denoise, control.net, control.params)
 
     def model(x):
-        if not control.guide["bias"].size:
-            return bare(x)
-        return jax.lax.cond(jnp.any(control.scale != 0), partial(guided, control), bare, x)
+        push = control.guide["bias"].size
+        z = jax.lax.cond(jnp.any(control.scale != 0), partial(guided, control), bare, x) if push else bare(x)
+        return z if banned is None else remove(z, jnp.append(banned, False)[None, None])
 
     return masked.unmask(
         model, x, when, of["tokens"], steps=masked.length(x.shape[1], **plan),
@@ -159,8 +163,9 @@ def write(
 
     Raises:
       InputError: prompts and `max_new` that do not fit a row of training, stop sequences, a strength without a
-        classifier, a control of another vocabulary.
+        classifier, a control of another vocabulary, logits that are NaN.
     """
+    banned, control = constraints.apart(control)
     new, rows = sampling.max_new, control.net.context
     if lm.vocab != control.mask:
         raise InputError(f"control has {control.mask} tokens and the model {lm.vocab}: use the one it was fitted with.")
@@ -174,23 +179,24 @@ def write(
             f"The longest prompt has {longest} tokens and max_new is {new}, but rows of {rows} tokens were trained on: "
             "shorten them or fit with a larger length."
         )
-    return _write(prompts, control, sampling)
+    return decode.finite(_write(prompts, control, sampling, banned))
 
 
 @partial(jax.jit, static_argnames=("sampling",))
-def _write(prompts, control, sampling):
+def _write(prompts, control, sampling, banned):
     size = jnp.sum(prompts.mask, axis=1)[:, None]
     blank = prompts.mask.shape[1] - size  # columns of padding before a prompt
     at = jnp.arange(control.net.context)[None, :]
     last = prompts.tokens.shape[1] - 1
     tokens = jnp.take_along_axis(prompts.tokens, jnp.minimum(at + blank, last), axis=1)
-    rows, calls = infill(control, tokens, at < size, prompts.keys, greedy=sampling.greedy)
+    rows, calls = infill(control, tokens, at < size, prompts.keys, banned, greedy=sampling.greedy)
     text = jnp.take_along_axis(rows, size + jnp.arange(sampling.max_new)[None, :], axis=1)
     end = jnp.zeros(text.shape, bool)
     for eos in sampling.eos:
         end |= text == eos
     mask = jnp.cumsum(end, axis=1) - end == 0
-    return Samples(jnp.where(mask, text, sampling.pad), mask, jnp.zeros(text.shape), calls)
+    right = text != control.mask
+    return Samples(jnp.where(mask & right, text, sampling.pad), mask, jnp.where(right, 0.0, jnp.nan), calls)
 
 
 def loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: int = 4) -> losses.LossFn:
@@ -364,6 +370,7 @@ def bound(
     """
     model, params, tokenizer = open_lm(lm)
     given = int(tokenizer.adds_bos)  # tokens of a row that the language model does not have to predict
+    tokens_only = constraints.only(tokenizer.known(model.vocab), IDENTITY)
     diffusion = methods.load(control, model)
     net, fill = diffusion.net, diffusion.eos
     source = Source(str(data.path), "all", finetune.matching(data, None))
@@ -380,7 +387,8 @@ def bound(
         filled = np.where(real, rows["tokens"], fill)
         first = jnp.asarray(filled[:, :1] if given else np.full((batch, 1), fill))
         start = Prompts(first, jnp.ones((batch, 1), bool), keys)
-        logp = np.asarray(decode.score(model, params, start, jnp.asarray(filled[:, given:])), np.float64)
+        scored = decode.score(model, params, start, jnp.asarray(filled[:, given:]), tokens_only)
+        logp = np.asarray(scored, np.float64)
         some = real.any(axis=1)
         nats["mdlm"] += np.asarray(estimate(filled, keys), np.float64)[some].tolist()
         nats["lm"] += (-logp * real[:, given:]).sum(axis=1)[some].tolist()

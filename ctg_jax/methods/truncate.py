@@ -14,11 +14,11 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from ctg_jax.constraints import Ban, Force, MinLength, marks  # noqa: F401 (Force: all decoding rules in one place)
 from ctg_jax.control import Chain, Control
 from ctg_jax.models.lm import LM
+from ctg_jax.support import remove
 from ctg_jax.types import InputError
-
-NEG = -1e30  # finite, so that differences of two truncated distributions stay finite
 
 Leaf = Any  # float [] or, per row, [B]
 
@@ -79,6 +79,8 @@ class Temperature(Control):
 class TopP(Control):
     """Nucleus sampling (Holtzman et al. 2020): the smallest set of likeliest tokens with mass at least p."""
 
+    selects = True
+
     p: Leaf = 0.9
 
     def logits(self, z, tokens, mask, state):
@@ -86,35 +88,41 @@ class TopP(Control):
         p = per_row(self.p, z)
         # p = 1 keeps everything, also where the float32 sum falls short of 1.
         keep = smallest_cover(q, q, jnp.broadcast_to(p, (*z.shape[:-1], 1))) | (p >= 1)
-        return jnp.where(keep, z, NEG), state
+        return remove(z, ~keep), state
 
 
 @struct.dataclass
 class TopK(Control):
     """The k likeliest tokens (Fan et al. 2018); k is static. Ties with the k-th are kept."""
 
+    selects = True
+
     k: int = struct.field(pytree_node=False, default=50)
 
     def logits(self, z, tokens, mask, state):
         if self.k >= z.shape[-1]:
             return z, state
-        return jnp.where(z >= lax.top_k(z, self.k)[0][..., -1:], z, NEG), state
+        return remove(z, z < lax.top_k(z, self.k)[0][..., -1:]), state
 
 
 @struct.dataclass
 class MinP(Control):
     """Tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
 
+    selects = True
+
     p: Leaf = 0.1
 
     def logits(self, z, tokens, mask, state):
         floor = jnp.max(z, axis=-1, keepdims=True) + jnp.log(per_row(self.p, z))
-        return jnp.where(z >= floor, z, NEG), state
+        return remove(z, z < floor), state
 
 
 @struct.dataclass
 class Typical(Control):
     """Locally typical sampling (Meister et al. 2023): the smallest set of mass p, nearest to the entropy first."""
+
+    selects = True
 
     p: Leaf = 0.95
 
@@ -125,7 +133,7 @@ class Typical(Control):
         nearness = 1 / (1 + jnp.abs(-logq - entropy))
         p = per_row(self.p, z)
         keep = smallest_cover(q, nearness, jnp.broadcast_to(p, (*z.shape[:-1], 1))) | (p >= 1)
-        return jnp.where(keep, z, NEG), state
+        return remove(z, ~keep), state
 
 
 def seen_so_far(tokens: jax.Array, mask: jax.Array, before: jax.Array, m: int) -> jax.Array:
@@ -160,6 +168,8 @@ class RepetitionPenalty(Control):
 class NoRepeatNgram(Control):
     """Bans every token that would repeat an n-gram of the prompt or the text so far (Paulus et al. 2018)."""
 
+    selects = True
+
     n: int = struct.field(pytree_node=False, default=4)
 
     def init(self, prompts, length):
@@ -173,7 +183,7 @@ class NoRepeatNgram(Control):
         size = size + tokens.shape[1]
         m = z.shape[1]
         banned = [self._banned(history, size - m + 1 + i, z.shape[-1]) for i in range(m)]
-        return jnp.where(jnp.stack(banned, axis=1), NEG, z), (history, size)
+        return remove(z, jnp.stack(banned, axis=1)), (history, size)
 
     def _banned(self, history: jax.Array, size: jax.Array, vocab: int) -> jax.Array:
         """bool [B, V] given histories [B, S] of which the first `size` slots are filled."""
@@ -192,59 +202,6 @@ class NoRepeatNgram(Control):
         return jnp.zeros((batch, vocab), bool).at[rows, jnp.maximum(nexts, 0)].max(match)
 
 
-@struct.dataclass
-class Ban(Control):
-    """Tokens that are never produced: the leaf `banned` is bool [V] or, per row, [B, V]."""
-
-    banned: Any
-
-    def logits(self, z, tokens, mask, state):
-        banned = self.banned[None, None] if self.banned.ndim == 1 else self.banned[:, None]
-        return jnp.where(banned, NEG, z), state
-
-
-@struct.dataclass
-class Force(Control):
-    """Tokens that must be produced: `forced` int32 [N] or per row [B, N]; new token n is forced where its entry
-    is not negative."""
-
-    forced: Any
-
-    def init(self, prompts, length):
-        return jnp.zeros((), jnp.int32)  # index of the next new token
-
-    def logits(self, z, tokens, mask, state):
-        m, v = z.shape[1:]
-        forced = jnp.broadcast_to(jnp.atleast_2d(self.forced), (z.shape[0], self.forced.shape[-1]))
-        at = state + jnp.arange(m)
-        want = jnp.where((at < forced.shape[1])[None], forced[:, jnp.minimum(at, forced.shape[1] - 1)], -1)
-        other = jnp.arange(v)[None, None] != want[:, :, None]
-        return jnp.where((want >= 0)[:, :, None] & other, NEG, z), state + m
-
-
-@struct.dataclass
-class MinLength(Control):
-    """Bans the tokens marked in `eos` bool [V] for the first n new tokens."""
-
-    eos: Any
-    n: Leaf = 3
-
-    def init(self, prompts, length):
-        return jnp.zeros((), jnp.int32)
-
-    def logits(self, z, tokens, mask, state):
-        m = z.shape[1]
-        early = (state + jnp.arange(m))[None, :, None] < per_row(self.n, z)
-        return jnp.where(early & self.eos[None, None], NEG, z), state + m
-
-
-def marks(ids, vocab: int) -> np.ndarray:
-    """bool [V], True at the given token ids: what `Ban` and `MinLength` take."""
-    out = np.zeros((vocab,), bool)
-    out[list(ids)] = True
-    return out
-
-
 def init(
     lm: LM,
     key: jax.Array | None = None,
@@ -260,8 +217,12 @@ def init(
     banned: tuple[int, ...] = (),
     eos: tuple[int, ...] = (),
 ) -> Chain:
-    """The usual decoding options as a chain, penalties first, then temperature, then truncation (the order of
-    `transformers`). For another order, build the `Chain` yourself. Nothing is learned, so there is no `fit`.
+    """The usual decoding options as a chain, with the distribution that `transformers` (5.23) makes of the same ones:
+    penalties, temperature, top-k, top-p, min-p, typical, in its order. What is forbidden outright (`banned`,
+    `min_length`) comes first, before anything chooses among tokens; `transformers` removes it after the penalties,
+    which leaves the same logits. Tokens whose logits tie with the last one that top-p keeps are kept together, where
+    `transformers` keeps those that its sort put first. For another order, build the `Chain` yourself. Nothing is
+    learned, so there is no `fit`.
 
     Raises:
       InputError: an option is out of its range.
@@ -285,24 +246,24 @@ def init(
     if min_length and not eos:
         raise InputError("min_length needs eos, the token ids that must not come early, but eos is empty.")
     parts: list[Control] = []
+    if banned:
+        parts.append(Ban(jnp.asarray(marks(banned, lm.vocab))))
+    if min_length:
+        parts.append(MinLength(jnp.asarray(marks(eos, lm.vocab)), min_length))
     if repetition_penalty is not None:
         parts.append(RepetitionPenalty(repetition_penalty, vocab=lm.vocab))
     if no_repeat_ngram is not None:
         parts.append(NoRepeatNgram(no_repeat_ngram))
-    if min_length:
-        parts.append(MinLength(jnp.asarray(marks(eos, lm.vocab)), min_length))
-    if banned:
-        parts.append(Ban(jnp.asarray(marks(banned, lm.vocab))))
     if temperature is not None:
         parts.append(Temperature(temperature))
     if top_k is not None:
         parts.append(TopK(top_k))
     if top_p is not None:
         parts.append(TopP(top_p))
-    if typical_p is not None:
-        parts.append(Typical(typical_p))
     if min_p is not None:
         parts.append(MinP(min_p))
+    if typical_p is not None:
+        parts.append(Typical(typical_p))
     return Chain(tuple(parts))
 
 

@@ -129,7 +129,8 @@ def unmask(
     greedy: bool = False,
     cache: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows with every token written, int32 [B, S], and how often the denoiser was called, int32 [].
+    """Rows with every token written, int32 [B, S], and how often the denoiser was called, int32 []. A token for which
+    the denoiser's logits are not numbers stays the mask.
 
     Args:
       x: tokens int32 [B, S], the mask where `when` is not `NEVER`; given tokens may stand anywhere.
@@ -149,7 +150,8 @@ def unmask(
             flat = jax.vmap(rng.per_example, (0, None))(rng.at_step(keys, i), jnp.arange(x.shape[1])).reshape(-1)
             drawn = rng.draw(flat, z.reshape(-1, z.shape[-1])).reshape(x.shape)
             best = jnp.where(i % final == final - 1, best, drawn) if final else drawn
-        return jnp.where(when == i, best.astype(x.dtype), x), calls + 1
+        here = (when == i) & ~jnp.any(jnp.isnan(z), axis=-1)
+        return jnp.where(here, best.astype(x.dtype), x), calls + 1
 
     def step(carry, i):
         if not cache:

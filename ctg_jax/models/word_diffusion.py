@@ -17,6 +17,7 @@ from ctg_jax.models.denoiser import Denoiser, Trunk
 from ctg_jax.models.diffusion import Schedule, alpha_sigma, noised, rows
 from ctg_jax.models.layers import Dense
 from ctg_jax.models.samplers import SAMPLERS, Edit, Energy, Estimate, noise
+from ctg_jax.support import remove
 from ctg_jax.types import InputError, Params
 
 SCHEDULE = Schedule("sqrt")
@@ -108,10 +109,13 @@ def words(table: jax.Array, z: jax.Array, gamma: jax.Array | None = None) -> jax
     return jax.nn.log_softmax((alpha * inner - alpha**2 * half) / sigma**2, axis=-1)
 
 
-def nearest(table: jax.Array, x: jax.Array) -> jax.Array:
-    """int32 [B, T]: the word whose vector is nearest to each x [B, T, d]; of equally near ones the first."""
+def nearest(table: jax.Array, x: jax.Array, banned: jax.Array | None = None) -> jax.Array:
+    """int32 [B, T]: the word whose vector is nearest to each x [B, T, d], without those that are banned, bool [V]; of
+    equally near ones the first."""
     half = 0.5 * jnp.sum(table * table, axis=-1)[None, None]
-    return jnp.argmax(jnp.einsum("btd,vd->btv", x, table) - half, axis=-1).astype(jnp.int32)
+    near = jnp.einsum("btd,vd->btv", x, table) - half
+    near = near if banned is None else remove(near, banned[None, None])
+    return jnp.argmax(near, axis=-1).astype(jnp.int32)
 
 
 def errors(net: WordNet, params: Params, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
@@ -236,7 +240,7 @@ def energy(
 
 def _outside(said, right, counts):
     """-log p of the words that are right bool [B, S, V], summed over the places that count bool [B, S]."""
-    inside = jax.nn.logsumexp(jnp.where(right, said, -1e9), axis=-1)
+    inside = jax.nn.logsumexp(remove(said, ~right), axis=-1)
     return -jnp.sum(jnp.where(counts, inside, 0.0), axis=1)
 
 

@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from laws import worlds
 
 from ctg_jax import checkpoint, decode, methods, train
 from ctg_jax.bricks import SoftPrompt, soft_prompt
-from ctg_jax.control import IDENTITY, Chain, Control
+from ctg_jax.control import IDENTITY, Chain, Control, edit_logits
 from ctg_jax.losses import control_loss
 from ctg_jax.methods import dexperts, finetune, steer, truncate
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.parallel import CONTROL, DECODER, Plan
+from ctg_jax.support import removed
 from ctg_jax.types import Sampling
 
 LM = worlds.tiny()
@@ -103,6 +105,51 @@ def test_neutral_gives_the_base(name, control, samples):
             pytest.skip("it has no neutral element")
     base = decode.forward(LM, PARAMS, PROMPTS, samples.tokens)
     close(decode.forward(LM, PARAMS, PROMPTS, samples.tokens, nothing), base, 1e-6)
+
+
+@struct.dataclass
+class Push(Control):
+    """a z + b, an additive control as strong as can be: what it would bring back must stay removed."""
+
+    a: jax.Array
+    b: jax.Array
+
+    def logits(self, z, tokens, mask, state):
+        return self.a * z + self.b[None, None], state
+
+
+def harsh(control, forbidden) -> Chain:
+    """The control among rules that between them would leave nothing: `forbidden` and all but three tokens are removed
+    before it, it and two pushes that favour what is gone come after, and then rules that remove most of the rest."""
+    push = Push(jnp.float32(1e-6), jnp.where(forbidden, 1e6, 0.0))
+    before = (truncate.Ban(forbidden), truncate.TopK(3))
+    after = (push, truncate.Temperature(20.0), push, truncate.RepetitionPenalty(1.5, vocab=LM.vocab))
+    last = (truncate.NoRepeatNgram(1), truncate.TopP(1e-6), truncate.MinP(1.0), truncate.Typical(1e-6))
+    return Chain((*before, control, *after, *last))
+
+
+def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
+    forbidden = jnp.asarray(truncate.marks([0, 2, 4, 6, 10], LM.vocab))
+    chain = harsh(control, forbidden)
+    out = decode.generate(LM, PARAMS, PROMPTS, chain, SAMPLING)
+    assert not bool(jnp.any(forbidden[out.tokens]))
+    close(decode.score(LM, PARAMS, PROMPTS, out.tokens, chain), out.logp)
+
+    def hook(control, z):  # the logits that the three likeliest allowed tokens have before the control, and those after
+        start = Chain(harsh(control, forbidden).parts[:2])
+        every = harsh(control, forbidden)
+        read = PROMPTS.tokens, PROMPTS.mask
+        found = edit_logits(start, z, *read, start.init(PROMPTS, 9))[0]
+        return found, edit_logits(every, z, *read, every.init(PROMPTS, 9))[0]
+
+    z = jax.random.normal(jax.random.key(1), (len(ROWS), 1, LM.vocab)) * 3
+    before, after = jax.jit(hook)(control, z)
+    assert removed(before).sum(-1).tolist() == [[LM.vocab - 3]] * len(ROWS)
+    assert not bool(jnp.any(removed(before) & ~removed(after)))
+    assert bool(jnp.all(jnp.any(~removed(after), axis=-1)))
+    assert bool(jnp.all(jnp.isfinite(after))) and bool(jnp.all(jnp.isfinite(before - after)))
+    slope = jax.jit(jax.grad(lambda c: jnp.sum(jax.nn.logsumexp(hook(c, z)[1], axis=-1)), allow_int=True))(control)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(slope) if x.dtype == jnp.float32)
 
 
 def test_score_of_generate_is_its_logp(control, samples, logits):

@@ -35,8 +35,8 @@ $(V)/.parity: $(V)/.ok
 	$(V)/bin/pip install -q torch==2.13.0 || echo "PyTorch could not be installed: the parity tests will be skipped"
 	touch $@
 
-lock: $(V)/.ok ## writes requirements.lock anew from setup.py
-	$(V)/bin/uv pip compile -q --universal --python-version 3.11 setup.py --extra dev --extra tensorboard --extra docs -o requirements.lock
+lock: $(V)/.ok ## writes requirements.lock from setup.py: the extras that the tests and the site need
+	$(V)/bin/uv pip compile -q --universal --python-version 3.11 setup.py --extra data --extra metrics --extra tensorboard --extra slurm --extra dev --extra docs -o requirements.lock
 
 clean:
 	rm -rf $(V) runs build dist *.egg-info

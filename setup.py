@@ -4,6 +4,54 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+CORE = [  # what `make demo` and every experiment of `configs/` on the bundled reviews need
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "etils[epath]>=1.12",  # roots in an object store
+    "transformers>=5,<6",  # tokenizers only: it has no Flax models
+    "tokenizers>=0.22",
+    "huggingface-hub>=1",
+    "safetensors>=0.6",
+    "tensorflow-datasets>=4.9.10,<5",
+    "importlib-resources",  # tensorflow-datasets 4.9.10 needs it and does not declare it
+    "array-record>=0.8",  # the file format of the bundled reviews
+    "pyarrow>=17",  # samples of the methods that learn from a reward
+    "grain>=0.2.15,<0.3",
+    "ml-collections>=1.1",
+    "absl-py>=2",
+    "numpy>=2.0",
+    "scipy>=1.14",
+    "scikit-learn>=1.5",
+    "matplotlib>=3.9",
+    "jinja2>=3.1",
+    "tqdm>=4.66",
+]
+EXTRAS = {
+    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "data": ["datasets>=4"],  # hf:NAME
+    "metrics": ["sacrebleu>=2.5", "mauve-text>=0.4", "nltk>=3.9"],  # BLEU, MAUVE, coverage of keywords
+    "tensorboard": ["tensorboardX>=2.6"],
+    "gs": ["gcsfs>=2025.1"],  # --root=gs://…
+    "s3": ["s3fs>=2025.1"],  # --root=s3://…
+    "slurm": ["submitit>=1.5"],  # grids on a cluster: experiments/ablate.py --slurm
+    "notebook": ["jupyterlab>=4", "nbconvert>=7", "nbclient>=0.10", "treescope>=0.1.9", "pandas>=2.2"],
+    "parity": ["torch>=2.6"],  # reference models in tests and benchmarks
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30", "mkdocs>=1.6,<2"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        "nbclient>=0.10",  # with ipykernel and pandas: the long tests run the notebooks
+        "ipykernel>=6",
+        "pandas>=2.2",
+    ],
+}
+FEATURES = ["data", "metrics", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
+
 setup(
     name="ctg_jax",
     version="0.1.0",
@@ -14,58 +62,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ctg_jax", "ctg_jax.*"]),
     package_data={"ctg_jax.data": ["*.json", "*.txt"]},
-    install_requires=[
-        "jax>=0.10.2,<0.13",
-        "flax>=0.12.8,<0.13",
-        "optax>=0.2.8,<0.3",
-        "orbax-checkpoint>=0.12,<0.13",
-        "etils[epath]>=1.12",  # roots in an object store
-        "transformers>=5,<6",  # tokenizers, configurations and hub download only: it has no Flax models
-        "tokenizers>=0.22",
-        "huggingface-hub>=1",
-        "safetensors>=0.6",
-        "tensorflow-datasets>=4.9.10,<5",
-        "importlib-resources",  # tensorflow-datasets 4.9.10 needs it and does not declare it
-        "array-record>=0.8",
-        "grain>=0.2.15,<0.3",
-        "datasets>=4",
-        "ml-collections>=1.1",
-        "absl-py>=2",
-        "numpy>=2.0",
-        "ml-dtypes>=0.5",
-        "scipy>=1.14",
-        "scikit-learn>=1.5",
-        "sacrebleu>=2.5",
-        "mauve-text>=0.4",
-        "nltk>=3.9",
-        "pandas>=2.2",
-        "matplotlib>=3.9",
-        "jinja2>=3.1",
-        "tqdm>=4.66",
-        "jaxtyping>=0.3",
-    ],
-    extras_require={
-        "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-        "tensorboard": ["tensorboardX>=2.6"],
-        "parity": ["torch>=2.6"],  # reference models in tests and benchmarks
-        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30", "mkdocs>=1.6,<2"],
-        "gs": ["gcsfs>=2025.1"],  # --root=gs://…
-        "s3": ["s3fs>=2025.1"],  # --root=s3://…
-        "slurm": ["submitit>=1.5"],  # grids on a cluster: experiments/ablate.py --slurm
-        "notebook": ["jupyterlab>=4", "nbconvert>=7", "nbclient>=0.10", "treescope>=0.1.9"],
-        "dev": [
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "beartype>=0.19",
-            "ruff>=0.12",
-            "tensorboardX>=2.6",
-            "submitit>=1.5",
-            "nbclient>=0.10",  # with ipykernel: the notebooks are run by the long tests
-            "ipykernel>=6",
-        ],
-    },
+    install_requires=CORE,
+    extras_require={**EXTRAS, "all": sorted({name for extra in FEATURES for name in EXTRAS[extra]})},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

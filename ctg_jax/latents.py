@@ -20,7 +20,7 @@ from ctg_jax.decode import generate
 from ctg_jax.flow import opened
 from ctg_jax.methods.latent_steer import LatentSteer
 from ctg_jax.stage import Artifact, Run, write_jsonl
-from ctg_jax.types import InputError, Sampling
+from ctg_jax.types import InputError, Sampling, optional
 
 
 def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str], max_new: int, batch: int = 64):
@@ -47,9 +47,7 @@ def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str
 
 def bleu(texts: Sequence[str], references: Sequence[str], resamples: int = 1000, seed: int = 0) -> evaluation.Figure:
     """Corpus BLEU-4 of sacrebleu (its default tokenizer), 0 … 100, with a bootstrap interval over sentences."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU(effective_order=False)
+    metric = optional("sacrebleu.metrics", "metrics").BLEU(effective_order=False)
     stats = np.asarray([_counts(metric, t, r) for t, r in zip(texts, references, strict=True)], np.float64)
     draws = np.random.default_rng(seed).integers(0, len(stats), (resamples, len(stats)))
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.types import optional
+
 
 def rewind(path: Path, step: int) -> None:
     """Drops from a JSONL file the rows of steps after `step` and a last line that was cut short.
@@ -49,9 +51,8 @@ class Writer:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         self._board = None
         if tensorboard is not None:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
+            board = optional("tensorboardX", "tensorboard")
+            self._board = board.SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends {"step": step, **metrics}; values that are not finite are written as null, as JSON has no NaN."""

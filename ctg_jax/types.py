@@ -7,6 +7,8 @@ K key/value heads, H head dimension, V vocabulary, P soft-prompt or prefix lengt
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -22,6 +24,22 @@ class InputError(ValueError):
 
     Experiment scripts print the sentence and exit with code 2; nothing else is caught.
     """
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Imports a module of a library that only one of the package's extras installs.
+
+    Args:
+      module: dotted name, such as "sacrebleu.metrics".
+      extra: the name of the extra in setup.py.
+
+    Raises:
+      InputError: the module, or something that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise InputError(f"{module} cannot be imported ({e}): install it with pip install 'ctg_jax[{extra}]'") from e
 
 
 @struct.dataclass

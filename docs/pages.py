@@ -1,7 +1,7 @@
 """The pages of the site that are made while it is built, so that nothing is written twice; a hook of mkdocs.
 
-The home page comes from README.md, a page for each method from its docstrings, its configuration and RESULTS.md, the
-laws from their tests, the reference from the package, how to cite from CITATION.cff.
+The home page comes from README.md, a page for each method from its docstrings, its configuration, RESULTS.md and
+docs/results, the laws from their tests, the reference from the package, how to cite from CITATION.cff.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "ctg_jax" / "methods"
 PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
+RECORD = ROOT / "docs" / "results"  # the complete record of measurements, a page for each theme
 WRITTEN = {"Design": "design.md", "A new method": "new_method.md"}  # the pages that docs/ holds
 DIFFERS = re.compile(r"\b(papers?|authors?)\b")
 
@@ -34,7 +35,7 @@ def on_config(config):
         {"Methods": ["methods/index.md", *methods]},
         *({title: path} for title, path in WRITTEN.items()),
         {"Laws": "laws.md"},
-        {"Results": "results.md"},
+        {"Results": ["results.md", *({titled(p.read_text("utf-8")): f"results/{p.name}"} for p in record())]},
         {"Reference": reference},
         {"How to cite": "cite.md"},
     ]
@@ -48,9 +49,15 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Links from docs/results to RESULTS.md, which is a page of its own in the site."""
+    return markdown.replace("](../../RESULTS.md)", "](../results.md)")
+
+
 def pages() -> dict[str, str]:
     """Path in the site -> Markdown, of every page that is made."""
     readme, results = (linked((ROOT / name).read_text("utf-8")) for name in ("README.md", "RESULTS.md"))
+    measurements = {"results.md": results, **{f"results/{p.name}": p.read_text("utf-8") for p in record()}}
     names = sorted(p.stem for p in METHODS.glob("*.py") if p.stem != "__init__")
     table = section(readme, "Methods").split("\nA method is one file")[0]
     for name in names:
@@ -63,7 +70,7 @@ def pages() -> dict[str, str]:
         "cite.md": cite(table.replace("](", "](methods/")),
         "methods/index.md": f"# Methods\n{table}",
     }
-    made |= {f"methods/{name}.md": method(name, results) for name in names}
+    made |= {f"methods/{name}.md": method(name, measurements) for name in names}
     for module in modules():
         made[f"api/{module}.md"] = f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
     return made
@@ -82,7 +89,16 @@ def section(text: str, heading: str) -> str:
     return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def method(name: str, results: str) -> str:
+def record() -> list[Path]:
+    return sorted(RECORD.glob("*.md"))
+
+
+def titled(text: str) -> str:
+    """The heading of the first level of a page."""
+    return text.split("\n", 1)[0].removeprefix("# ")
+
+
+def method(name: str, measurements: dict[str, str]) -> str:
     """A page: what the module says of itself, its configuration, what was measured, known differences, reference."""
     source = (METHODS / f"{name}.py").read_text("utf-8")
     about = ast.get_docstring(ast.parse(source))
@@ -97,7 +113,7 @@ def method(name: str, results: str) -> str:
         "## Known differences from the paper and the authors' code",
         "\n".join(differences) or "None is recorded.",
     ]
-    parts += ["## Results", measured(name, about, results)]
+    parts += ["## Results", measured(name, about, measurements)]
     if config:
         parts += ["## Configuration", f"`configs/{file.name}`", f"```python\n{config.strip()}\n```"]
     parts.append("## Reference")
@@ -132,21 +148,27 @@ def remarks(source: str, file: str) -> list[str]:
     return items
 
 
-def measured(name: str, about: str, results: str) -> str:
-    """The rows of RESULTS.md that bear the method's name, with their header, and the sections that speak of it."""
+def measured(name: str, about: str, measurements: dict[str, str]) -> str:
+    """The rows of RESULTS.md that bear the method's name, with their header, and links to all sections that mention it.
+
+    measurements: RESULTS.md and the pages of docs/results, by their paths in the site.
+    """
     title = re.split(r"[:(,]| as | against ", about)[0].strip()
     word = re.compile(rf"\b({re.escape(name)}|{re.escape(title)})\b", re.IGNORECASE)
-    parts, others = [], []
-    for text in re.split(r"\n(?=## )", results)[1:]:
-        heading = text.splitlines()[0].removeprefix("## ")
-        link = f"[{heading}](../results.md#{slugify(heading, '-')})"
-        rows = own_rows(text, name)
-        if rows:
-            parts.append(f"From {link}:\n\n" + "\n".join(rows))
-        elif word.search(text):
-            others.append(f"- {link}")
-    if others:
-        parts.append("It is also spoken of in\n\n" + "\n".join(others))
+    parts, findings, full = [], [], []
+    for path, page in measurements.items():
+        for text in re.split(r"\n(?=## )", page)[1:]:
+            heading = text.splitlines()[0].removeprefix("## ")
+            link = f"[{heading}](../{path}#{slugify(heading, '-')})"
+            rows = own_rows(text, name) if path == "results.md" else []
+            if rows:
+                parts.append(f"From {link}:\n\n" + "\n".join(rows))
+            elif word.search(text):
+                (findings if path == "results.md" else full).append(f"- {link}")
+    if findings:
+        parts.append("The method is also mentioned in\n\n" + "\n".join(findings))
+    if full:
+        parts.append("Complete record:\n\n" + "\n".join(full))
     return "\n\n".join(parts) or "Nothing was recorded yet."
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctg_jax.stage import UnfinishedError, plan, tally
-from ctg_jax.types import InputError
+from ctg_jax.types import InputError, optional
 from experiments import cli, experiment, roots
 
 log = logging.getLogger("ctg_jax.grid")
@@ -167,10 +167,7 @@ def slurm(
     Raises:
       InputError: submitit is not installed, sbatch is not there, or an unknown option.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise InputError("--slurm needs the package submitit: pip install -e '.[slurm]'") from None
+    submitit = optional("submitit", "slurm")
     root, folder = roots.spelled(root), folder.absolute()
     try:
         executor = submitit.AutoExecutor(folder / "slurm" / "%A", cluster="slurm", slurm_max_num_timeout=1000)

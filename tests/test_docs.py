@@ -33,7 +33,8 @@ def test_every_method_has_a_page_made_of_its_own_words(pages, name):
 
 def test_what_was_measured_and_what_differs_is_found(pages):
     quark = pages["methods/quark.md"]
-    assert "| quark | highest | 0.686" in quark and "results.md#quark-a-real-lm-on-negative-prompts" in quark
+    assert "| quark | highest | 0.686" in quark and "results.md#can-a-model-be-conditioned-on-its-reward" in quark
+    assert "results/rewards.md#quark-a-real-lm-on-negative-prompts" in quark  # the complete record
     assert "the paper's" in quark and "`loss`" in quark
     assert "| quark" not in pages["methods/gdc.md"]
 

@@ -10,48 +10,54 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import tensorflow_datasets as tfds
-
 from ctg_jax.data import reviews
 from ctg_jax.types import InputError
 
 SPLITS = {"train": 40_000, "validation": 4_000, "test": 4_000}  # disjoint ranges of one corpus, in this order
 SEED = 0
+RELEASE = "1.0.0"
 
 
-class Reviews(tfds.core.GeneratorBasedBuilder):
-    """Reviews of known sentiment, topic, insults, length and formality; see `ctg_jax.data.reviews`."""
+def _builder(folder: Path):
+    """The TensorFlow Datasets builder that writes the corpus below `folder`. The class is defined here because its base
+    class is, and TensorFlow Datasets is imported only when the corpus is prepared."""
+    import tensorflow_datasets as tfds
 
-    VERSION = tfds.core.Version("1.0.0")
+    class Reviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Reviews of known sentiment, topic, insults, length and formality; see `ctg_jax.data.reviews`."""
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Reviews written by a grammar, with attributes that can be read back exactly.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "prompt": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(names=reviews.LABELS),
-                    "topic": tfds.features.ClassLabel(names=reviews.TOPICS),
-                    "toxic": tfds.features.ClassLabel(names=("clean", "toxic")),
-                    "length": tfds.features.ClassLabel(names=reviews.LENGTHS),
-                    "formal": tfds.features.ClassLabel(names=("informal", "formal")),
-                }
-            ),
-            disable_shuffling=True,  # record i of the file is review i of the corpus
-        )
+        VERSION = tfds.core.Version(RELEASE)
 
-    def _split_generators(self, dl_manager):
-        start, splits = 0, {}
-        for name, size in SPLITS.items():
-            splits[name] = self._generate_examples(start, size)
-            start += size
-        return splits
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Reviews written by a grammar, with attributes that can be read back exactly.",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "text": tfds.features.Text(),
+                        "prompt": tfds.features.Text(),
+                        "label": tfds.features.ClassLabel(names=reviews.LABELS),
+                        "topic": tfds.features.ClassLabel(names=reviews.TOPICS),
+                        "toxic": tfds.features.ClassLabel(names=("clean", "toxic")),
+                        "length": tfds.features.ClassLabel(names=reviews.LENGTHS),
+                        "formal": tfds.features.ClassLabel(names=("informal", "formal")),
+                    }
+                ),
+                disable_shuffling=True,  # record i of the file is review i of the corpus
+            )
 
-    def _generate_examples(self, start: int, size: int):
-        for i in range(size):
-            yield i, reviews.generate(start + i, SEED)
+        def _split_generators(self, dl_manager):
+            start, splits = 0, {}
+            for name, size in SPLITS.items():
+                splits[name] = self._generate_examples(start, size)
+                start += size
+            return splits
+
+        def _generate_examples(self, start: int, size: int):
+            for i in range(size):
+                yield i, reviews.generate(start + i, SEED)
+
+    return Reviews(data_dir=folder, file_format="array_record")
 
 
 def prepare(cache_dir: str | Path) -> Path:
@@ -63,7 +69,7 @@ def prepare(cache_dir: str | Path) -> Path:
     Raises:
       InputError: `cache_dir` cannot be written.
     """
-    content = f"{reviews.digest()} {SEED} {SPLITS} {Reviews.VERSION}"
+    content = f"{reviews.digest()} {SEED} {SPLITS} {RELEASE}"
     target = Path(cache_dir) / f"reviews-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     if target.is_dir():
         return target
@@ -73,7 +79,7 @@ def prepare(cache_dir: str | Path) -> Path:
     except OSError as e:
         raise InputError(f"cache_dir {str(cache_dir)!r} cannot be written ({e.strerror}): give another folder") from e
     try:
-        builder = Reviews(data_dir=work, file_format="array_record")
+        builder = _builder(work)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder.download_and_prepare()  # seconds; its progress bars would say "download"
         try:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.types import InputError
+from ctg_jax.types import InputError, optional
 
 Record = dict[str, Any]
 _OPEN = {".xz": lzma.open, ".gz": gzip.open}
@@ -174,8 +174,7 @@ def _bound(text: str | None, size: int) -> int | None:
 
 
 def _hf(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    import datasets
-
+    datasets = optional("datasets", "data")
     path, _, config = name.partition(":")
     place = None if cache is None else str(cache / "huggingface")
     try:

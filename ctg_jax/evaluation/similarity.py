@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
-from ctg_jax.types import InputError
+from ctg_jax.types import InputError, optional
 
 ENOUGH_FOR_MAUVE = 50  # texts on either side; below, a histogram of n / 10 cells says nothing
 
@@ -52,8 +52,9 @@ def mauve(
         )
     if min(len(features), len(reference)) < ENOUGH_FOR_MAUVE:
         return None
-    from mauve import compute_mauve
     from scipy.stats import norm
+
+    compute_mauve = optional("mauve", "metrics").compute_mauve
 
     def value(rows: np.ndarray) -> float:
         return float(

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ctg_jax.types import InputError
+from ctg_jax.types import InputError, optional
 
 
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
@@ -91,7 +91,5 @@ def _words(text: str) -> list[str]:
 
 
 def _stems(text: str) -> list[str]:
-    from nltk.stem.porter import PorterStemmer
-
-    stemmer = PorterStemmer()
+    stemmer = optional("nltk.stem.porter", "metrics").PorterStemmer()
     return [stemmer.stem(w) for w in _words(text)]

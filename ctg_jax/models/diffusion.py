@@ -93,12 +93,6 @@ def clean(kind: str, prediction: jax.Array, z: jax.Array, gamma: jax.Array) -> j
     return values[_known(kind)]()
 
 
-def noise_of(x: jax.Array, z: jax.Array, gamma: jax.Array) -> jax.Array:
-    """ε [B, …], given z and the clean x."""
-    alpha, sigma = (rows(a, z) for a in alpha_sigma(gamma))
-    return (z - alpha * x) / sigma
-
-
 def weight(kind: str, gamma: jax.Array) -> jax.Array:
     """Weight of the squared error of v at γ, float32 of its shape.
 

@@ -124,12 +124,12 @@ class _Pieces(Sequence):
 
 
 def batches(latents: Artifact, *, batch: int, seed: int) -> Batches:
-    """An endless, shuffled, resumable stream of {"latent", "context": float32 [B, Z], "ids": int32 [B]}."""
+    """An endless, shuffled, resumable stream of {"latent", "context": float32 [B, Z], "ids": uint32 [B]}."""
     import grain
 
     x, contexts = arrays(latents)
     rows = grain.MapDataset.range(len(x)).seed(seed).shuffle().repeat().batch(batch, drop_remainder=True)
-    found = rows.map(lambda i: {"latent": x[i], "context": contexts[i], "ids": np.asarray(i, np.int32)})
+    found = rows.map(lambda i: {"latent": x[i], "context": contexts[i], "ids": np.asarray(i, np.uint32)})
     signature = {"data": latents.id, "records": len(x), "seed": seed, "batch": batch, "epochs": None}
     return Batches(found, signature, 1, 4)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import calibrate, constraints, decode, evaluation, flow, losses, rng, stage
-from ctg_jax.control import IDENTITY, Control
+from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.data import Source
 from ctg_jax.data.completions import Completions, completions
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.judging import open_judge
+from ctg_jax.methods import truncate
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run
 from ctg_jax.types import InputError, Params, Prompts
 
 POOL = "pool.parquet"
+# Filters that leave every token a probability, and with them those that remove tokens whatever their probabilities are.
+POSITIVE = ("temperature", "repetition_penalty")
+FIXED = (*POSITIVE, "banned", "min_length", "eos", "no_repeat_ngram")
 
 
 def explore(
@@ -47,10 +51,11 @@ def explore(
 
     Args:
       strength: of the control; None: as fitted.
-      round: number of this file; samples of two rounds are drawn with different seeds.
+      round: number of this file. seed: of all rounds; each draws with a seed derived from it.
       **settings: of `ctg_jax.flow.sample`, such as n and max_new.
     """
-    settings = {**settings, "seed": seed + round, "strengths": [] if control is None else [strength]}
+    drawn = rng.derived_seed(seed, "explore", round)
+    settings = {**settings, "seed": drawn, "strengths": [] if control is None else [strength]}
     controls = [] if control is None else [control]
     samples = stage.stage(root, flow.sample, settings, lm=lm, prompts=data, controls=controls)
     return stage.stage(root, score, {"round": round}, samples=samples, rewards=list(rewards), lm=lm)
@@ -61,13 +66,14 @@ def score(
 ) -> None:
     """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt, text, tokens, `logp` under what
     drew it, `base` (its log-probability under the frozen model), `reward` (by the first of the rewards) and
-    reward_<name> by each of them.
+    reward_<name> by each of them. spec.json records under `drawn` whether the samples are greedy and their filter.
 
     Equal texts after equal prompts are scored once, and so is everything else: an interrupted stage goes on behind
     its last batch.
 
     Raises:
-      InputError: no reward; what a reward raises, such as a score that is not finite (what was scored is kept).
+      InputError: no reward; samples without log-probabilities; what a reward raises, such as a score that is not finite
+        (what was scored is kept).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -75,6 +81,8 @@ def score(
     if not rewards:
         raise InputError("no reward was given: expected at least one scorer")
     rows = samples.rows("samples.jsonl")
+    if any("logp" not in r for r in rows):
+        raise InputError(f"{samples.path.name} has no log-probabilities: expected samples that `flow.sample` drew")
     judges = [open_judge(r) for r in rewards]
     names = [j.name for j in judges]
     if len(set(names)) < len(names):
@@ -94,12 +102,48 @@ def score(
     figures = {f"reward_{name}": float(scores[:, i].mean()) for i, name in enumerate(names)}
     shares = {f"share_{j.name}": float((scores[:, i] >= j.threshold).mean()) for i, j in enumerate(judges)}
     run.log(round=round, samples=len(rows), tokens=size, kl_per_token=far / size, **figures, **shares)
-    run.record(rewards={j.name: j.version for j in judges})
+    how = samples.spec["config"]
+    drawn = {"greedy": bool(how.get("greedy")), "filter": dict(how.get("filter") or {})}
+    run.record(rewards={j.name: j.version for j in judges}, drawn=drawn)
+
+
+score.revision = 1
+
+
+def check_drawn(drawn: Mapping[str, Any], what: str, allowed: Collection[str] | None = ()) -> None:
+    """InputError where samples that were drawn in this way are not what a method may take them for.
+
+    Args:
+      drawn: `greedy` and `filter`, as in the settings of `explore` and in what `score` records.
+      what: the method or setting that reads their log-probabilities.
+      allowed: options of the filter that it takes into account; None: all of them.
+    """
+    if drawn.get("greedy"):
+        raise InputError(f"{what} needs samples with a probability, but explore has greedy=True: set it to False")
+    wrong = [] if allowed is None else [k for k, v in (drawn.get("filter") or {}).items() if v and k not in allowed]
+    if wrong:
+        usable = f"only {', '.join(allowed)} may be there" if allowed else "no filter may be there"
+        raise InputError(
+            f"{what} needs the probability of every text, but explore has a filter with {', '.join(wrong)}: {usable}"
+        )
+
+
+def drawing_filter(pools: Sequence[Artifact], lm: LM) -> Chain:
+    """The filter that the samples of these pools were drawn under: the same control that follows the policy in
+    `ctg_jax.flow.build`, so that log-probabilities under policy and filter are those of what drew them.
+
+    Raises:
+      InputError: the pools were drawn under different filters.
+    """
+    first, *others = (pool.spec["drawn"]["filter"] for pool in pools)
+    if any(other != first for other in others):
+        raise InputError(f"the pools were drawn under the filters {[first, *others]}: expected one for all of them")
+    return jax.tree.map(jnp.asarray, truncate.init(lm, **first))
 
 
 def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
     """Stage: writes samples.jsonl, the best of every n samples of each prompt by the reward: the reference that needs
-    no training (Stiennon et al. 2020). `logp` stays that of the sample, which is no longer what drew it.
+    no training (Stiennon et al. 2020). They have no `logp`: that of a sample among n is not that of the best of them.
 
     Raises:
       InputError: n below 1, or one that does not divide the number of samples of each prompt.
@@ -110,11 +154,14 @@ def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
         raise InputError(f"n is {n}, expected a divisor of {count}, the samples of each prompt")
     groups = pool.column("prompt_id") * (count // n) + pool.column("sample") // n
     rows = (pool[int(i)] for i in calibrate.best_of(pool.column("reward"), groups))
-    kept = ("prompt_id", "prompt", "text", "tokens", "logp", "reward")
+    kept = ("prompt_id", "prompt", "text", "tokens", "reward")
     stage.write_jsonl(
         run.path / "samples.jsonl", [{key: r[key] for key in kept} | {"sample": r["sample"] // n} for r in rows]
     )
     run.record(kl_bound=calibrate.best_of_n_kl(n))
+
+
+best.revision = 1
 
 
 def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: int) -> np.ndarray:
@@ -156,7 +203,8 @@ def _check(text: bytes) -> str:
 def adapted(coefficient: float, pool: Artifact, target: float) -> float:
     """A KL coefficient for the next round: larger where the samples of a round lie further from the base than `target`,
     nats per token, and smaller where they lie nearer, by a fifth at most (the proportional controller of Ziegler et al.
-    2019, with a gain of 1 since it acts once a round and theirs, of 0.1, at every batch)."""
+    2019, with a gain of 1 since it acts once a round and theirs, of 0.1, at every batch). The samples must be those of
+    the policy alone (`check_drawn`): under a filter they are far from the base before anything is learned."""
     error = pool.metrics()[0]["kl_per_token"] / target - 1
     return coefficient * (1 + min(max(error, -0.2), 0.2))
 

@@ -21,7 +21,6 @@ from ctg_jax.methods import truncate
 from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
 from ctg_jax.types import InputError, Samples, Sampling
 
-_ROWS_PER_PROMPT = 1 << 16  # example ids: prompt * this + number of the sample, so that more samples keep the first
 # What the record of a prompt says about its samples: field there -> field here; judging reads the last two.
 _CARRIED = {"label": "prompt_label", "source": "source", "keywords": "keywords"}
 
@@ -119,7 +118,8 @@ def sample(
     seconds (the row's share of the wall clock without compilation).
 
     Batches have one shape, so one program is compiled, and their rows are split over the accelerators of this machine.
-    A sample depends on the seed, its prompt's number and its own number only; an interrupted stage goes on behind its
+    A sample depends on the seed, its prompt's number and its own number only, which address its random numbers, so that
+    more samples keep the first; an interrupted stage goes on behind its
     last whole batch.
 
     Raises:
@@ -153,6 +153,9 @@ def sample(
         row["seconds"] = float(np.median(later)) if later else row["seconds"]
     write_jsonl(run.path / "samples.jsonl", rows)
     partial.unlink()
+
+
+sample.revision = 1
 
 
 def human(
@@ -190,6 +193,9 @@ def human(
     nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, model.context - 1)))
     boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
     run.log(name="human_perplexity", **evaluation.Perplexity("pooled").figure(boot, nats, tokens).as_json())
+
+
+human.revision = 1
 
 
 def complete(
@@ -233,10 +239,9 @@ def complete(
     for at in range(skip, len(work), batch):
         part = work[at : at + batch]
         full = part + [part[0]] * (batch - len(part))
-        ids = np.asarray([i * _ROWS_PER_PROMPT + j for i, j in full])
         rows = [i for i, _ in full]
         own = {name: values[rows] for name, values in cond.items()} if cond else None
-        prompts = to_prompts(tokenizer, [texts[i] for i in rows], seed, ids=ids, length=length, cond=own)
+        prompts = to_prompts(tokenizer, [texts[i] for i in rows], seed, ids=full, length=length, cond=own)
         started = time.monotonic()
         out = write(model, params, prompts, control, sampling)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))

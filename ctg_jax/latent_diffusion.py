@@ -50,7 +50,8 @@ def denoise(
     Args:
       net: settings of `network`. weight: of the squared error of v, see `diffusion.weight`.
       drop: share of rows whose prefix is hidden, for classifier-free guidance.
-      ema: decay of the moving average. steps, batch, rate, warmup, schedule: of the optimizer.
+      ema: decay of the moving average, see `ctg_jax.train.averaged`.
+      steps, batch, rate, warmup, schedule: of the optimizer.
     """
     x = embeddings.arrays(latents)[0]
     model = network(x.shape[1], **(net or {}))
@@ -72,6 +73,9 @@ def denoise(
     checkpoint.save(run.path / "state", state.ema["net"])
     shutil.rmtree(run.path / "steps")
     run.record(net=dict(net or {}))
+
+
+denoise.revision = 1
 
 
 def denoiser_loss(net: LatentNet, weight: str = "asymmetric", drop: float = 0.1) -> losses.LossFn:

@@ -1,7 +1,7 @@
 """Losses: values per token or per example in float32, then a `Sum` of totals and weights, never a mean.
 
 A `LossFn` is `(params, frozen, batch, keys [B]) -> Sum`. Batches are dicts with tokens int32 [B, T], mask bool [B, T]
-(True where a token is real; padding on the right) and ids int32 [B].
+(True where a token is real; padding on the right) and ids uint32 [B].
 """
 
 from __future__ import annotations

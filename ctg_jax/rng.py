@@ -7,6 +7,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax.types import InputError
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -20,9 +23,42 @@ def named(keys: jax.Array, name: str) -> jax.Array:
     return jax.vmap(lambda key: stream(key, name))(keys)
 
 
+def derived_seed(seed: int, name: str, index: int = 0) -> int:
+    """An integer seed of its own for one of a numbered series of uses, such as the rounds of a method.
+
+    It is a hash of (seed, name, index) in [0, 2^31), which every consumer of seeds accepts. Arithmetic such as
+    ``seed + index`` is no substitute: it gives (0, 1) and (1, 0) one seed.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:4], "big") >> 1
+
+
 def per_example(key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Keys [B] for example ids int [B]: ``fold_in(key, id)`` for each row."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(ids))
+    """Keys [B] for example ids int [B]: ``fold_in(key, id)`` for each row.
+
+    An example that is addressed by several numbers, such as a sample by its prompt and its own number, has a row of
+    ids [B, K], which are folded in one after the other. The numbers are never joined into one, which would overflow.
+
+    Raises:
+      InputError: ids of another shape or type, or one outside [0, 2^32), which `fold_in` would wrap.
+    """
+    if not isinstance(ids, jax.core.Tracer):
+        ids = _checked(np.asarray(ids))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    if ids.ndim == 1:
+        return keys(key, ids)
+    out = keys(key, ids[:, 0])
+    for k in range(1, ids.shape[1]):
+        out = jax.vmap(jax.random.fold_in)(out, ids[:, k])
+    return out
+
+
+def _checked(ids: np.ndarray) -> np.ndarray:
+    """The ids as uint32 [B] or [B, K]."""
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or 0 in ids.shape[1:]:
+        raise InputError(f"ids have type {ids.dtype} and shape {ids.shape}, expected whole numbers [B] or [B, K]")
+    if ids.size and not (ids.min() >= 0 and ids.max() < 1 << 32):
+        raise InputError(f"ids go from {ids.min()} to {ids.max()}, expected at least 0 and below 2^32")
+    return ids.astype(np.uint32)
 
 
 def at_step(keys: jax.Array, step: jax.Array | int) -> jax.Array:

@@ -42,7 +42,7 @@ class TrainState:
       params: what is learned: a Control, or the parameters of an LM.
       opt_state: of optax.
       key: a typed PRNG key [], never advanced; step and example id are folded in.
-      ema: exponential moving average of params, or None.
+      ema: exponential moving average of params in float32 (see `averaged`), or None.
       ok: bool [], False once a loss or gradient was not finite; the state then stays as it was before that step.
     """
 
@@ -67,8 +67,26 @@ def init_state(params: PyTree, tx: optax.GradientTransformation, key: jax.Array,
                 "field or in `frozen`"
             )
     params = jax.tree.map(jnp.asarray, params)
-    average = jax.tree.map(jnp.copy, params) if ema else None
+    average = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, average)
+
+
+def averaged(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
+    """The moving average after one more update, float32: d · ema + (1 - d) · params with d = min(decay, (1 + n) /
+    (10 + n)) after n earlier updates.
+
+    The decay is warmed up (as in TensorFlow's ExponentialMovingAverage), so that the average spans about a tenth of the
+    run until that is longer than 1 / (1 - decay) updates. With a constant decay of 0.999 the random start would still
+    weigh 0.905 after 100 updates and 0.135 after 2,000; here it weighs 2e-13 after 100. Division by 1 - decay^n, as in
+    Adam, would remove the start as well, but leaves a nearly uniform average over all of a short run, its first and
+    worst updates included.
+
+    Args:
+      step: int32 [], n. decay: the decay of a long run.
+    """
+    n = step.astype(jnp.float32)
+    d = jnp.minimum(jnp.float32(decay), (1 + n) / (10 + n))
+    return jax.tree.map(lambda a, b: d * a + (1 - d) * b.astype(jnp.float32), ema, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +120,7 @@ class Step:
 
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda a, b: (self.ema * a + (1 - self.ema) * b).astype(a.dtype), ema, params)
+        ema = None if state.ema is None else averaged(state.ema, params, state.step, self.ema)
         ok = state.ok & jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         new = (state.step + 1, params, opt_state, ema)
         old = (state.step, state.params, state.opt_state, state.ema)
@@ -153,7 +169,7 @@ def make_step(
       tx: see `optimizer`.
       axis: a named axis to sum over (`pmap`), or None (`jit`).
       accumulate: the batch is run in so many parts; the result is that of the whole batch, with less memory.
-      ema: decay of the moving average, where the state keeps one.
+      ema: decay of the moving average, where the state keeps one; see `averaged`.
     """
     return Step(loss, tx, axis, accumulate, ema)
 

@@ -49,7 +49,7 @@ class Prompts:
     Attributes:
       tokens: int32 [B, T].
       mask: bool [B, T], True where a token is real; each row is False…False True…True.
-      keys: typed PRNG keys [B]; row i of example id e carries `fold_in(key, e)`, so its text does not
+      keys: typed PRNG keys [B]; those of an example are a function of its id (`rng.per_example`), so its text does not
         depend on batch size, padding, or layout.
       cond: any pytree with leading axis B that controls read per row (class index, reward bin, target).
     """

@@ -74,7 +74,9 @@ def test_the_pool_holds_samples_scores_and_log_probabilities(tmp_path, folder, c
 
 def test_no_text_is_scored_twice(tmp_path, folder, counting):
     given = world(tmp_path, folder)
-    samples = stage(tmp_path, flow.sample, dict(EXPLORE, filter={"top_k": 2}), lm=given["lm"], prompts=given["data"])
+    samples = stage(
+        tmp_path, flow.sample, dict(EXPLORE, max_new=3, filter={"top_k": 2}), lm=given["lm"], prompts=given["data"]
+    )
     distinct = {(r["prompt"], r["text"]) for r in samples.rows("samples.jsonl")}
     inputs = dict(samples=samples, rewards=given["rewards"], lm=given["lm"])
     counting.breaks_at = 4

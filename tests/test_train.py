@@ -169,13 +169,48 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
 
 def test_ema_by_hand():
     tx = optax.sgd(0.5)
-    step, state, b = train.make_step(squares, tx, ema=0.75), fresh(tx, ema=True), Batches()
+    step, state, b = train.make_step(squares, tx, ema=0.15), fresh(tx, ema=True), Batches()
     slopes = [0.0]
     for _ in range(2):
         state, _ = jax.jit(step)(state, None, next(b))
         slopes.append(float(state.params.slope))
-    want = 0.75 * (0.75 * slopes[0] + 0.25 * slopes[1]) + 0.25 * slopes[2]
+    want = 0.15 * (0.1 * slopes[0] + 0.9 * slopes[1]) + 0.85 * slopes[2]  # decays: 1/10, then 2/11 cut to 0.15
     np.testing.assert_allclose(state.ema.slope, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("updates, constant", [(100, 0.905), (600, 0.549), (2000, 0.135)])
+def test_the_average_forgets_the_random_start(updates, constant):
+    """A start at 1 and an update to 0, where the parameter stays, so that the average is the weight of the start."""
+    assert 0.999**updates == pytest.approx(constant, abs=5e-4)  # what a constant decay leaves
+    tx = optax.sgd(1.0)
+    step = train.make_step(lambda p, frozen, batch, keys: Sum(0.5 * p["x"] ** 2, jnp.float32(1)), tx)
+    state = train.init_state({"x": jnp.ones(())}, tx, jax.random.key(0), ema=True)
+
+    def update(state, _):
+        state, _ = step(state, None, {"ids": jnp.arange(1)})
+        return state, state.ema["x"]
+
+    state, kept = jax.jit(lambda s: jax.lax.scan(update, s, length=updates))(state)
+    assert int(state.step) == updates and float(state.params["x"]) == 0
+    assert float(kept[0]) == pytest.approx(0.1)  # the first decay is 1/10
+    assert 0 <= float(kept[-1]) < 1e-12
+    # Held at 1, the average is 1: its weights add up to 1 after any number of updates.
+    ones = train.averaged({"x": jnp.ones(())}, {"x": jnp.ones(())}, jnp.int32(updates), 0.999)
+    assert float(ones["x"]) == 1.0
+
+
+def test_the_average_of_bfloat16_moves():
+    """Steps of a thousandth are lost in bfloat16: the average is float32 whatever the parameters are."""
+    state = train.init_state({"x": jnp.ones((), jnp.bfloat16)}, TX, jax.random.key(0), ema=True)
+    found = train.averaged(state.ema, {"x": jnp.zeros((), jnp.bfloat16)}, jnp.int32(10**6), 0.999)
+    assert float(found["x"]) == pytest.approx(0.999)
+
+
+def test_an_average_goes_on_where_it_was_cut(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    end = loop(whole, Batches(), state=fresh(ema=True))
+    loop(parts, Batches(), steps=7, state=fresh(ema=True))
+    equal(loop(parts, Batches(), state=fresh(ema=True)), end)
 
 
 def test_the_mean_is_over_the_weight_and_an_empty_mask_moves_nothing():

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ctg_jax import rng
 from ctg_jax.data.pipeline import Batch, Batches, _collate, _number, _sketch
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
@@ -45,7 +46,7 @@ def completions(
 
     Returns:
       An iterator of {"tokens": int32 [B, T], "mask": bool [B, T] (padding on the left), "completion": int32 [B, N],
-      "written": bool [B, N] (padding on the right), "ids": int32 [B], and `fields`}; with `also`, a second completion
+      "written": bool [B, N] (padding on the right), "ids": uint32 [B], and `fields`}; with `also`, a second completion
       under that name and that name + "_written".
 
     Raises:
@@ -66,8 +67,9 @@ def completions(
     else:
         values = np.asarray([_number(source[i], strata, i) for i in range(len(source))])
         groups = [np.flatnonzero(values == v) for v in np.unique(values)]
-        parts = [grain.MapDataset.source(_Part(rows, g)).seed(seed + i) for i, g in enumerate(groups)]
-        dataset = grain.MapDataset.mix([p.shuffle().repeat() for p in parts])
+        parts = [grain.MapDataset.source(_Part(rows, group)) for group in groups]
+        seeds = [rng.derived_seed(seed, "stratum", i) for i in range(len(parts))]
+        dataset = grain.MapDataset.mix([p.seed(s).shuffle().repeat() for p, s in zip(parts, seeds)])
     dataset = dataset.batch(batch, drop_remainder=True, batch_fn=_collate)
     signature = {
         "data": _sketch(source), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:12],
@@ -102,7 +104,7 @@ class Completions(Sequence):
         if len(head) > self.prompt:
             raise InputError(f"prompt of record {i} has {len(head)} tokens, expected at most {self.prompt}")
         tokens, mask = pad_rows([head], self.prompt, self.pad, left=True)
-        row = {"tokens": tokens[0], "mask": mask[0], "ids": np.int32(i)}
+        row = {"tokens": tokens[0], "mask": mask[0], "ids": np.uint32(i)}
         wanted = [("tokens", "completion", "written")]
         if self.also is not None:
             wanted.append((self.also, self.also, f"{self.also}_written"))

@@ -97,7 +97,7 @@ def pipeline(
       threads, prefetch: threads that read ahead and batches held ready; 0 threads reads when asked.
 
     Returns:
-      An iterator of {"tokens": int32 [B, T], "mask": bool [B, T], "ids": int32 [B], and `fields`}.
+      An iterator of {"tokens": int32 [B, T], "mask": bool [B, T], "ids": uint32 [B], and `fields`}.
 
     Raises:
       InputError: an empty or too small source, a field that is missing or not numeric, impossible sizes.
@@ -158,7 +158,7 @@ def _sequences(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def _fill(tokenizer: Tokenizer, row: Sequence[int], length: int, id: int) -> Batch:
     pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
     tokens, mask = pad_rows([row[:length]], length, pad, left=False)
-    return {"tokens": tokens[0], "mask": mask[0], "ids": np.int32(id)}
+    return {"tokens": tokens[0], "mask": mask[0], "ids": np.uint32(id)}
 
 
 def _number(record: dict[str, Any], name: str, index: int) -> np.ndarray:

@@ -299,7 +299,7 @@ def to_prompts(
     tokenizer: Tokenizer,
     texts: Sequence[str | Sequence[int]],
     seed: int,
-    ids: Sequence[int] | None = None,
+    ids: Sequence[int] | Sequence[tuple[int, ...]] | None = None,
     length: int | None = None,
     cond: Any = None,
     *,
@@ -310,8 +310,9 @@ def to_prompts(
     Args:
       texts: B strings, or rows of token ids that a format made. `bos` is put before them where the model expects it and
         they do not begin with it; an empty one becomes `bos` (or the end token, where there is no other).
-      seed: row i gets the key `fold_in(key(seed), ids[i])`.
-      ids: example ids int [B]; by default 0 … B-1.
+      seed: row i gets the key `rng.per_example(key(seed), ids)[i]`.
+      ids: example ids int [B], or [B, K] where K numbers address an example, such as (prompt, sample), each at least 0
+        and below 2^32; by default 0 … B-1.
       length: T; by default the longest prompt.
       cond: pytree with leading axis B for controls that read per row.
       context: the longest sequence the language model can read.
@@ -323,7 +324,7 @@ def to_prompts(
     if not len(texts):
         raise InputError("prompts are empty: give at least one prompt (it may be the empty string)")
     ids = np.arange(len(texts)) if ids is None else np.asarray(ids)
-    if ids.shape != (len(texts),):
+    if ids.shape[:1] != (len(texts),):
         raise InputError(f"ids have shape {ids.shape}, expected one for each of the {len(texts)} prompts")
     for leaf in jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (len(texts),):
@@ -339,5 +340,5 @@ def to_prompts(
             )
     pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
     tokens, mask = pad_rows(rows, length or len(rows[longest]), pad, left=True)
-    keys = rng.per_example(jax.random.key(seed), jnp.asarray(ids, jnp.int32))
+    keys = rng.per_example(jax.random.key(seed), ids)
     return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), keys=keys, cond=cond)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import constraints, decode
+from ctg_jax import constraints, decode, rng
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.data.ids import check_sizes
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
@@ -115,7 +115,7 @@ class LMScorer:
         order = sorted((i for i in range(len(rows)) if tokens[i]), key=lambda i: (tokens[i], len(rows[i][0])))
         for at in range(0, len(order), self.batch):
             indices = order[at : at + self.batch]
-            nats[indices] = self._score([rows[i] for i in indices])
+            nats[indices] = self._score([rows[i] for i in indices], indices)
         return nats, tokens
 
     def _row(self, i, head, tail):
@@ -135,7 +135,7 @@ class LMScorer:
             head = kept + head[over + len(kept) :] if len(tail) + len(kept) < self.lm.context else head[over:]
         return head, tail
 
-    def _score(self, rows):
+    def _score(self, rows, ids):
         # T + N may exceed the context: each row fits, and positions count its own tokens, so only padding lies beyond.
         t, n = _width(max(len(h) for h, _ in rows)), _width(max(len(c) for _, c in rows))
         full = rows + [rows[0]] * (self.batch - len(rows))
@@ -144,7 +144,8 @@ class LMScorer:
         for r, (h, c) in enumerate(full):
             head[r, t - len(h) :], head_mask[r, t - len(h) :] = h, True
             tail[r, : len(c)], tail_mask[r, : len(c)] = c, True
-        keys = jax.random.split(jax.random.key(0), self.batch)  # scoring draws nothing; the field must be filled
+        # A control that draws, such as a latent, draws for the number of the text, whatever batch it is in.
+        keys = rng.per_example(jax.random.key(0), ids + ids[:1] * (self.batch - len(ids)))
         prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), keys)
         logp = np.asarray(decode.score(self.lm, self._params, prompts, jnp.asarray(tail), self.control), np.float64)
         return -np.where(tail_mask, logp, 0.0).sum(axis=1)[: len(rows)]

@@ -134,7 +134,7 @@ def fit(
             root, lm=lm, data=data, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
         )
         seen = [*seen, new] if pool == "all" else [new]
-        settings = {**hp, "seed": seed + r, "threshold": limit}
+        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r), "threshold": limit}
         control = stage.stage(root, click, settings, lm=lm, pool=seen, start_from=control)
     return control
 

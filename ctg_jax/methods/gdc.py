@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import experience, losses, methods, rng
+from ctg_jax.control import Chain
 from ctg_jax.judging import open_judge
 from ctg_jax.methods import finetune, ppo
 from ctg_jax.models.lm import LM
@@ -117,13 +118,15 @@ def fit(
 
     Args:
       moments: name of a reward -> share of texts that shall reach its threshold; 1 for all of them.
-      data, rewards, rounds, explore, seed, hp: see `quark.fit`; hp are those of `gdc`.
+      data, rewards, rounds, explore, seed, hp: see `quark.fit`; hp are those of `gdc`. Of the filters those that leave
+        every token a probability may be there (`experience.POSITIVE`): a text that cannot be drawn has no weight.
 
     Raises:
-      InputError: moments of rewards that are not there.
+      InputError: moments of rewards that are not there, rounds below 1, greedy samples, or another filter.
     """
     if rounds < 1:
         raise InputError(f"rounds is {rounds}, expected at least 1.")
+    experience.check_drawn(explore or {}, "gdc", experience.POSITIVE)
     policy = proposal = base = None
     for r in range(rounds):
         pool = experience.explore(
@@ -131,7 +134,8 @@ def fit(
         )
         base = base or pool
         given = {"pool": pool, "base": base, "rewards": list(rewards), "start_from": policy}
-        policy = stage(root, gdc, {**hp, "moments": dict(moments), "seed": seed + r}, lm=lm, **given)
+        settings = {**hp, "moments": dict(moments), "seed": rng.derived_seed(seed, "learn", r)}
+        policy = stage(root, gdc, settings, lm=lm, **given)
         proposal = policy if policy.spec["closer"] else proposal
     return policy
 
@@ -169,8 +173,11 @@ def gdc(
       kind, rank, targets: of the change of weights. steps, batch, rate, warmup, schedule: of the optimizer.
 
     Raises:
-      InputError: an unknown reward, no sample of the pool has the features, and what `multipliers` raises.
+      InputError: an unknown reward, no sample of the pool has the features, samples that `fit` would not draw, and what
+        `multipliers` raises.
     """
+    for drawn in (pool, base):
+        experience.check_drawn(drawn.spec["drawn"], "gdc", experience.POSITIVE)
     model, params, tokenizer = open_lm(lm)
     judges = [open_judge(a) for a in rewards]
     thresholds = {j.name: j.threshold for j in judges}
@@ -185,8 +192,9 @@ def gdc(
     lam = np.zeros(0)
     if soft:
         phi = np.stack([origin.column(f"reward_{n}") >= thresholds[n] for n, _ in soft], axis=1)
-        kept = np.isfinite(energies(origin, *asked, lam=np.zeros(len(soft))))
-        lam = multipliers(phi, [m for _, m in soft], kept)
+        # The samples of the base were drawn under the filter: weights make them samples of the base itself.
+        own = importance(energies(origin, *asked, lam=np.zeros(len(soft))), origin.column("logp"))
+        lam = multipliers(phi, [m for _, m in soft], own)
     log_q = samples.column("logp").astype(np.float64)
     weight = importance(energies(samples, *asked, lam=lam), log_q, samples.column("prompt_id") if per_prompt else None)
     if not weight.any():
@@ -205,9 +213,14 @@ def gdc(
         run, policy, loss(model), {"params": params}, batches, trained="changes/.*", steps=steps,
         rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
-    log_pi = experience.log_probabilities(model, params, chosen, tokenizer, policy, batch=batch)
+    # The next proposal is the policy under the filter.
+    new = Chain((policy, experience.drawing_filter([pool], model)))
+    log_pi = experience.log_probabilities(model, params, chosen, tokenizer, new, batch=batch)
     share = weight[used] / weight.sum()
     gap = float(share @ (log_q[used] - log_pi))  # KL(p ‖ π) - KL(p ‖ q)
     run.record(closer=gap < 0, gap=gap, lam=dict(zip([n for n, _ in soft], lam.tolist())))
     run.log(kl_gap=gap, effective=float(weight.sum() ** 2 / np.square(weight).sum()), used=len(used))
     finetune.keep(run, policy, "gdc", hp)
+
+
+gdc.revision = 1

@@ -309,7 +309,7 @@ def starts(key: jax.Array, ids: np.ndarray, dim: int, how: str) -> np.ndarray:
     if how == "zero" or not len(ids):
         return np.zeros((len(ids), dim), np.float32)
     draw = jax.random.normal if how == "normal" else lambda k, shape: jax.random.uniform(k, shape, minval=-1) * 3**0.5
-    keys = rng.per_example(rng.stream(key, "start"), jnp.asarray(ids, jnp.int32))
+    keys = rng.per_example(rng.stream(key, "start"), ids)
     return np.asarray(jax.vmap(lambda k: draw(k, (dim,)))(keys)) * (2 / (dim + 1)) ** 0.5
 
 

@@ -1,5 +1,9 @@
 """PPO with a KL penalty per token: the reinforcement learning of Ziegler et al. 2019 and Ouyang et al. 2022, whose
-optimum is p · exp(r / β) / Z; with calibrated rewards, that of InfAlign (Balashankar et al. 2024)."""
+optimum is p · exp(r / β) / Z; with calibrated rewards, that of InfAlign (Balashankar et al. 2024).
+
+Where samples are drawn under a filter, such as a temperature, policy and p are the models under that filter: a ratio of
+probabilities that did not draw the samples is not an importance weight, and its gradient is biased.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from jax import lax
 
 from ctg_jax import calibrate as calibration
 from ctg_jax import checkpoint, decode, experience, losses, methods, rng
+from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
@@ -62,20 +67,21 @@ def loss(
     values, minus `entropy` · entropy.
 
     params = {"policy": Delta, "value": `head`}; frozen = {"params": those of the LM, "old": params at the start of the
-    round, "beta": float32 []}; the batch has `reward` float32 [B].
+    round, "beta": float32 [], "filter": the control that the samples were drawn under after the policy, optional}; the
+    batch has `reward` float32 [B].
     """
 
     def read(params, frozen, batch, keys):
         prompts = Prompts(batch["tokens"], batch["mask"], keys)
-        z, hidden = decode.forward_states(lm, frozen["params"], prompts, batch["completion"], params["policy"])
+        control = Chain((params["policy"], frozen.get("filter", IDENTITY)))
+        z, hidden = decode.forward_states(lm, frozen["params"], prompts, batch["completion"], control)
         return -losses.next_token(z, batch["completion"]), values(params["value"], hidden), z
 
     def total(params, frozen, batch, keys):
         mask = batch["written"]
         old, before, _ = jax.tree.map(lax.stop_gradient, read(frozen["old"], frozen, batch, keys))
-        base = lax.stop_gradient(
-            -losses.next_token(experience.logits(lm, frozen["params"], batch, keys), batch["completion"])
-        )
+        z0 = experience.logits(lm, frozen["params"], batch, keys, frozen.get("filter", IDENTITY))
+        base = lax.stop_gradient(-losses.next_token(z0, batch["completion"]))
         rewards = token_rewards(batch["reward"], old, base, mask, frozen["beta"])
         advantage = advantages(rewards, before, mask, gamma=gamma, lam=lam)
         logp, now, z = read(params, frozen, batch, keys)
@@ -114,10 +120,18 @@ def fit(
         `experience.adapted`; None leaves it fixed.
       calibrate: None, the reward as it is; n, its rank among the base's samples of the same prompt, transformed for
         decoding by the best of n (0: the rank itself). The base's samples are those of the first round.
-      rounds, explore, seed, hp: see `quark.fit`; hp are those of `ppo`.
+      rounds, explore, seed, hp: see `quark.fit`; hp are those of `ppo`. Of the filters those that do not look at
+        probabilities may be there (`experience.FIXED`): tokens that top-p removes for the base, and not for the policy,
+        are infinitely far from it.
+
+    Raises:
+      InputError: rounds below 1, greedy samples, or another filter.
     """
     if rounds < 1:
         raise InputError(f"rounds is {rounds}, expected at least 1.")
+    experience.check_drawn(explore or {}, "ppo", experience.FIXED)
+    if target_kl is not None:
+        experience.check_drawn(explore or {}, "target_kl")
     policy, first = None, None
     for r in range(rounds):
         pool = experience.explore(
@@ -126,7 +140,7 @@ def fit(
         first = first or pool
         if target_kl is not None and r:
             beta = experience.adapted(beta, pool, target_kl)
-        settings = {**hp, "beta": beta, "seed": seed + r, "calibrate_for": calibrate}
+        settings = {**hp, "beta": beta, "seed": rng.derived_seed(seed, "learn", r), "calibrate_for": calibrate}
         given = {"pool": pool, "base": None if calibrate is None else first, "start_from": policy}
         policy = stage(root, ppo, settings, lm=lm, **given)
     return policy
@@ -168,8 +182,10 @@ def ppo(
       steps, batch, rate, warmup, schedule: of the optimizer; steps · batch over the pool's size is the epochs.
 
     Raises:
-      InputError: all rewards are equal where they are normalised, and what training raises.
+      InputError: all rewards are equal where they are normalised, samples that `fit` would not draw, and what training
+        raises.
     """
+    experience.check_drawn(pool.spec["drawn"], "ppo", experience.FIXED)
     model, params, tokenizer = open_lm(lm)
     hp = dict(kind=kind, rank=rank, targets=targets)
     state = {"policy": init(model, rng.stream(jax.random.key(seed), "init"), **hp), "value": head(model.width)}
@@ -192,9 +208,13 @@ def ppo(
     batches = experience.batches(samples, tokenizer, batch=batch, seed=seed, fields=("reward",))
     objective = loss(model, clip=clip, gamma=gamma, lam=lam, value=value, entropy=entropy)
     frozen = {"params": params, "old": state, "beta": jnp.float32(beta)}
+    frozen["filter"] = experience.drawing_filter([pool], model)
     state = finetune.learn(
         run, state, objective, frozen, batches, trained=r"policy/changes/.*|value/.*", steps=steps,
         rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     checkpoint.save(run.path / "value", state["value"])
     finetune.keep(run, state["policy"], "ppo", hp)
+
+
+ppo.revision = 1

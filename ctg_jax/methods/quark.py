@@ -106,11 +106,16 @@ def fit(
       pool: "all" sorts the samples of all rounds again, "last" those of the last.
       target_kl: nats per token that the KL coefficient aims at, see `experience.adapted`; None leaves it fixed.
       seed: of samples and of training. hp: of `quark`.
+
+    Raises:
+      InputError: another `pool`, rounds below 1, or a `target_kl` with greedy samples or a filter.
     """
     if pool not in ("all", "last"):
         raise InputError(f"pool is {pool!r}, expected 'all' or 'last'.")
     if rounds < 1:
         raise InputError(f"rounds is {rounds}, expected at least 1.")
+    if target_kl is not None:
+        experience.check_drawn(explore or {}, "target_kl")
     control, seen, factor = None, [], 1.0
     for r in range(rounds):
         seen.append(
@@ -121,7 +126,8 @@ def fit(
         if target_kl is not None and r:
             factor = experience.adapted(factor, seen[-1], target_kl)
         given = {"pool": seen if pool == "all" else seen[-1:], "start_from": control}
-        settings = {**hp, "seed": seed + r} | ({} if target_kl is None else {"kl_factor": factor})
+        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r)}
+        settings |= {} if target_kl is None else {"kl_factor": factor}
         control = stage.stage(root, quark, settings, lm=lm, **given)
     return control
 
@@ -185,3 +191,6 @@ def quark(
         rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     finetune.keep(run, control, "quark", hp)
+
+
+quark.revision = 1

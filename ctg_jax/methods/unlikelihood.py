@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import calibrate, experience, judging, losses, methods, rng, stage
+from ctg_jax.control import Chain
 from ctg_jax.data.completions import continuations
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
@@ -42,8 +43,9 @@ def loss(
     policy       -advantage · log p of the own continuation (REINFORCE). `w`, by which a sample is less likely per token
                  than when it was drawn, at most 1, multiplies it: what is forgotten already is pushed no further
 
-    params is the control, frozen = {"params": those of the LM}; the batch has `completion` (own), `human` and, for the
-    policy, `advantage` and `drawn` (the log-probability of the sample when it was drawn), float32 [B].
+    params is the control, frozen = {"params": those of the LM, "filter": what samples were drawn under after `params`,
+    optional}; the batch has `completion` (own), `human` and, for the policy, `advantage` and `drawn` (the
+    log-probability of the sample when it was drawn), float32 [B]. In the policy term p is what draws, filter included.
 
     Raises:
       InputError: a negative weight, no positive one, or n-grams below one token.
@@ -65,11 +67,13 @@ def loss(
                 terms["token"] = losses.row_mean(said, human["written"])
         if sequence or policy:
             own, real = batch["completion"], batch["written"]
-            z = experience.logits(lm, frozen["params"], batch, keys, params)
             if sequence:
+                z = experience.logits(lm, frozen["params"], batch, keys, params)
                 itself = jnp.eye(own.shape[1], dtype=bool)[None] & losses.repeated(own, real, ngram)[:, :, None]
                 terms["sequence"] = losses.row_mean(losses.unlikelihood(z, own, itself), real)
             if policy:
+                drawing = Chain((params, frozen["filter"])) if "filter" in frozen else params
+                z = experience.logits(lm, frozen["params"], batch, keys, drawing)
                 logp = -losses.row_mean(losses.next_token(z, own), real)
                 drawn = batch["drawn"] / jnp.maximum(jnp.sum(real, axis=1), 1)
                 w = jax.lax.stop_gradient(jnp.minimum(jnp.exp(logp - drawn), 1.0))
@@ -109,10 +113,15 @@ def fit(
       rewards: the policy learns from the first; without any, it is the diversity of 3-grams.
       rounds: how often. explore: settings of `ctg_jax.flow.sample`.
       seed: of samples and of training. hp: of `unlikelihood`.
+
+    Raises:
+      InputError: rounds below 1, or a policy gradient of greedy samples.
     """
     if rounds < 1:
         raise InputError(f"rounds is {rounds}, expected at least 1.")
     own = bool(hp.get("sequence") or hp.get("policy"))
+    if hp.get("policy"):
+        experience.check_drawn(explore or {}, "policy", None)
     if own and not rewards:
         rewards = [stage.stage(root, judging.fit_judge, {"kind": "diversity", "name": "diversity"})]
     control = None
@@ -122,7 +131,7 @@ def fit(
             new = experience.explore(
                 root, **given, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
             )
-        settings = {**hp, "seed": seed + r}
+        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r)}
         control = stage.stage(root, unlikelihood, settings, **given, pool=[new] if own else [], start_from=control)
     return control
 
@@ -159,7 +168,8 @@ def unlikelihood(
       kind, rank, targets: of the change of weights. steps, batch, rate, warmup, schedule: of the optimizer.
 
     Raises:
-      InputError: no samples for a term that needs them, and what `loss`, `continuations` and training raise.
+      InputError: no samples for a term that needs them, greedy ones for the policy, and what `loss`, `continuations`
+        and training raise.
     """
     model, params, tokenizer = open_lm(lm)
     hp = dict(kind=kind, rank=rank, targets=targets)
@@ -167,6 +177,7 @@ def unlikelihood(
     objective = loss(model, **weights, ngram=ngram)
     key = rng.stream(jax.random.key(seed), "init")
     control = init(model, key, **hp) if start_from is None else methods.load(start_from, model)
+    frozen = {"params": params}
     records = data.rows("data.jsonl")
     human = continuations(records, tokenizer, length)
     if sequence or policy:
@@ -177,8 +188,12 @@ def unlikelihood(
         tails = np.empty(len(at), object)
         tails[:] = [human[i] for i in at]
         samples = samples.with_(human=tails)
-        if policy:  # what drew the samples, without the filters that it was explored with
-            drawn = experience.log_probabilities(model, params, samples, tokenizer, control, batch=batch)
+        if policy:
+            for part in pool:
+                experience.check_drawn(part.spec["drawn"], "policy", None)
+            frozen["filter"] = experience.drawing_filter(pool, model)
+            drawing = Chain((control, frozen["filter"]))
+            drawn = experience.log_probabilities(model, params, samples, tokenizer, drawing, batch=batch)
             samples = samples.with_(advantage=advantages(samples.column("reward"), at), drawn=drawn)
     else:
         samples = [
@@ -188,7 +203,10 @@ def unlikelihood(
     fields = ("advantage", "drawn") if policy else ()
     batches = experience.batches(samples, tokenizer, batch=batch, seed=seed, fields=fields, also="human")
     control = finetune.learn(
-        run, control, objective, {"params": params}, batches, trained=r"changes/.*", steps=steps,
+        run, control, objective, frozen, batches, trained=r"changes/.*", steps=steps,
         rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     finetune.keep(run, control, "unlikelihood", hp)
+
+
+unlikelihood.revision = 1

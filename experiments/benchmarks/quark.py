@@ -6,8 +6,8 @@ Both sides sample 20 tokens after the same prompts from the policy on its best t
 classifier (a BERT of six layers, random weights), sort them into five quantiles and make the same number of updates of
 all weights: cross-entropy on the reward token, KL to the frozen model over the whole vocabulary, entropy, Adam. They
 run on one pinned thread, in alternation, in one process, and processor time is counted, so that a neighbour who takes
-turns on the core does not matter. The share of it outside compiled programs (tokenizer, batches, Python) is what an
-accelerator would be idle.
+turns on the core does not matter. The share of it outside compiled programs (tokenizer, batches, Python), which is
+printed for each part and for the round, is what an accelerator would be idle.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if hasattr(os, "sched_setaffinity"):
 import jax
 import numpy as np
 
-from ctg_jax import calibrate, experience, flow, train
+from ctg_jax import calibrate, decode, experience, flow, train
 from ctg_jax.data import load, train_bpe
 from ctg_jax.methods import quark
 from ctg_jax.models import hf
@@ -68,34 +68,45 @@ class Busy:
         return timed
 
 
-def ours(lm, params, tokenizer, texts, encoder, weights, args):
-    """A function that runs a round and gives (seconds of explore, score, learn; share outside programs)."""
+class Timed(Embedder):
+    """An embedder whose compiled program is timed; its tokenizer and its batches are not."""
+
+    busy = None
+
+    def run(self, fn, texts, width):
+        return super().run(self.busy(fn), texts, width)
+
+
+def ours(lm, params, tokenizer, texts, judge, args):
+    """A function that runs a round and gives (state, seconds of explore, score, learn, those inside programs); and the
+    state to begin with. The embedder of the judge is `Timed`."""
     control = quark.start(quark.init(lm, jax.random.key(0), tokens=K, kind="full"), params, jax.random.key(1))
     tx = train.optimizer(RATE, trained=r"delta/changes/.*|codes")
     state = train.init_state(control, tx, jax.random.key(2))
     step = jax.jit(train.make_step(quark.loss(lm, kl=KL, entropy=ENTROPY), tx), donate_argnums=0)
     flat = jax.jit(lm.unstack)(params)
-    judge = SequenceClassifier(Embedder(encoder, weights, tokenizer.encode, batch=args.batch))
-    busy = Busy()
-    flow.generate = busy(flow.generate)
+    busy = judge.embedder.busy = Busy()
     frozen = {"params": params}
 
     def round_(state):
-        busy.seconds, start = 0.0, time.process_time()
-        parts = flow.complete(lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch)
+        clock = [(time.process_time(), busy.seconds)]
+        parts = flow.complete(
+            lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch, write=busy(decode.generate)
+        )
         rows = [r for part in parts for r in part]
-        explored = time.process_time()
+        clock.append((time.process_time(), busy.seconds))
         scores = judge([r["prompt"] for r in rows], [r["text"] for r in rows])
-        scored = time.process_time()
-        busy.seconds += scored - explored
+        clock.append((time.process_time(), busy.seconds))
         bins = calibrate.bins(scores, K)
         pool = [{**r, "bin": int(b)} for r, b in zip(rows, bins)]
         batches = experience.batches(pool, tokenizer, batch=args.batch, seed=0, fields=("bin",))
         run = busy(step)
-        for _ in range(args.steps):
-            state, _ = run(state, frozen, next(batches))
-        end = time.process_time()
-        return state, (explored - start, scored - explored, end - scored), 1 - busy.seconds / (end - start)
+        # All batches first: their threads, which read ahead, would otherwise work while the step is timed.
+        for batch in [next(batches) for _ in range(args.steps)]:
+            state, _ = run(state, frozen, batch)
+        clock.append((time.process_time(), busy.seconds))
+        spent, inside = np.diff(np.asarray(clock), axis=0).T
+        return state, spent, inside
 
     return round_, state
 
@@ -192,27 +203,30 @@ def main():
             classifier = bert(Path(folder) / "bert")
             encoder, weights = hf.load_encoder(Path(folder) / "bert")
             plain = theirs(str(Path(folder) / "lm"), classifier, tokenizer, texts, args)
-        run, state = ours(lm, params, tokenizer, texts, encoder, weights, args)
+        judge = SequenceClassifier(Timed(encoder, weights, tokenizer.encode, batch=args.batch))
+        run, state = ours(lm, params, tokenizer, texts, judge, args)
         state, *_ = run(state)  # compiles
         plain()
         pairs = []
         for _ in range(args.repeats):
-            state, mine, idle = run(state)
-            pairs.append((mine, plain(), idle))
+            state, mine, inside = run(state)
+            pairs.append((mine, plain(), inside))
         pace = (args.prompts, args.prompts, args.steps * args.batch * NEW)
         parts = {}
         for i, name in enumerate(("explore", "score", "learn")):
             a, b = (statistics.median(p[side][i] for p in pairs) for side in (0, 1))
             ratio = statistics.median(p[1][i] / p[0][i] for p in pairs)
-            parts[name] = {"ours": pace[i] / a, "torch": pace[i] / b, "ratio": ratio}
+            idle = statistics.median(1 - p[2][i] / p[0][i] for p in pairs)
+            parts[name] = {"ours": pace[i] / a, "torch": pace[i] / b, "ratio": ratio, "idle": idle}
         ratios = sorted(sum(t) / sum(o) for o, t, _ in pairs)
-        idle = statistics.median(p[2] for p in pairs)
+        idle = statistics.median(1 - sum(inside) / sum(mine) for mine, _, inside in pairs)
         rows.append({"shape": shape, **parts, "round": statistics.median(ratios), "idle": idle})
         span = f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
         print(f"{shape}: a round is {statistics.median(ratios):.2f} times as fast ({span}), idle {idle:.1%}")
         for name, p in parts.items():
             unit = "tokens/s" if name == "learn" else "samples/s"
-            print(f"  {name:8s} {p['ours']:8.1f} {unit}, torch {p['torch']:8.1f}, ratio {p['ratio']:.2f}", flush=True)
+            ratio = f"ratio {p['ratio']:.2f}, idle {p['idle']:.1%}"
+            print(f"  {name:8s} {p['ours']:8.1f} {unit}, torch {p['torch']:8.1f}, {ratio}", flush=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump(rows, f, indent=1)

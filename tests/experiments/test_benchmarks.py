@@ -1,0 +1,61 @@
+"""The clocks of benchmarks."""
+
+import importlib.util
+import os
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ctg_jax.data import train_bpe
+from ctg_jax.models.transformer import Transformer
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
+
+
+@pytest.fixture
+def quark(monkeypatch):
+    """The benchmark of a round of Quark as a module, without what it does to the process when it is imported."""
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *args: None, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    spec = importlib.util.spec_from_file_location("benchmark_of_quark", FOLDER / "quark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Judge:
+    """A reward through an embedder whose program does nothing."""
+
+    def __init__(self, kind):
+        encoder = types.SimpleNamespace(context=8, pad=0)
+        encode = lambda texts: [[len(t)] for t in texts]  # noqa: E731
+        self.embedder = kind(encoder, {"x": np.zeros(1)}, encode, batch=4)
+
+    def __call__(self, prompts, texts):
+        return self.embedder.run(lambda params, tokens, mask: tokens[:, :1] * 1.0, texts, 1)[:, 0]
+
+
+def test_the_clock_of_a_quark_round_sees_every_compiled_program(quark):
+    """Sampling, too: a round that is compiled anew spends most of its time in `generate`."""
+    monitor, calls = quark.Busy.__call__, []
+
+    class Counted(quark.Busy):
+        def __call__(self, f):
+            timed = monitor(self, f)
+            return lambda *args, **kw: (calls.append(getattr(f, "__name__", "")), timed(*args, **kw))[1]
+
+    quark.Busy, quark.K, quark.NEW = Counted, 2, 4
+    lm = Transformer.gpt2(vocab=300, width=16, depth=1, heads=2, context=32)
+    args = types.SimpleNamespace(batch=4, steps=2)
+    texts = ["the food", "the room", "we", "the soup was", "a day", "good"]
+    tokenizer = quark.Folded(train_bpe(["the food was good"] * 5, 270), 270)
+    run, state = quark.ours(lm, jax.jit(lm.init)(jax.random.key(0)), tokenizer, texts, Judge(quark.Timed), args)
+    _, spent, inside = run(state)
+    assert spent.shape == inside.shape == (3,)
+    assert calls.count("generate") == 2  # six prompts in batches of four
+    assert len(calls) == 2 + 2 + args.steps
+    assert (inside > 0).all() and (inside <= spent).all()
+    assert inside[0] > 0.5 * spent[0]  # its program was compiled in there

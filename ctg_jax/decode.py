@@ -183,9 +183,7 @@ def sample(d: Decoding, keys: jax.Array, sampling: Sampling) -> Decoding:
 
 def ended(d: Decoding, token: jax.Array, sampling: Sampling) -> jax.Array:
     """bool [B]: whether the token just written is an EOS or completes a stop sequence."""
-    end = jnp.zeros(token.shape, bool)
-    for eos in sampling.eos:
-        end |= token == eos
+    end = is_end(token, sampling.eos)
     for stop in sampling.stop:
         size = len(stop)
         if size > d.tokens.shape[1]:
@@ -193,6 +191,17 @@ def ended(d: Decoding, token: jax.Array, sampling: Sampling) -> jax.Array:
         window = lax.dynamic_slice_in_dim(d.tokens, jnp.maximum(d.t - size, 0), size, axis=1)
         end |= (d.t >= size) & jnp.all(window == jnp.asarray(stop, jnp.int32)[None, :], axis=1)
     return end
+
+
+def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """bool, of the shape of `tokens`: which of them are among the ids `ends`."""
+    return jnp.isin(tokens, jnp.asarray(ends, jnp.int32))
+
+
+def up_to_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """bool [B, N]: the places of rows that were written whole, up to the first end and with it: `Samples.mask`."""
+    end = is_end(tokens, ends)
+    return jnp.cumsum(end, axis=1) - end == 0
 
 
 def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:

@@ -40,7 +40,8 @@ def build(
     filter_first: bool = False,
 ) -> Control:
     """The chain that decodes: control artifacts in their order at their strengths (None: as fitted), and the options of
-    `methods.truncate` after them, or before them with `filter_first` (the order of the DExperts paper).
+    `methods.truncate` after them, or before them with `filter_first` (the order of the DExperts paper). `eos` of
+    `filter` is by default every id that ends a text of this LM.
 
     Raises:
       InputError: a control that was fitted on another LM; a strength that is not finite; numbers that do not match.
@@ -57,7 +58,7 @@ def build(
         parts.append(control)
     if writer(controls, filter) is not generate:
         return parts[0]
-    filters = (truncate.init(model, **filter),) if filter else ()
+    filters = (truncate.init(model, **{"eos": opened(lm)[2].ends, **filter}),) if filter else ()
     return Chain((*filters, *parts) if filter_first else (*parts, *filters))
 
 
@@ -230,8 +231,7 @@ def complete(
     batch = min(batch, len(work))
     heads = tokenizer.encode_prompts(texts)
     length = max(map(len, heads))
-    end = () if tokenizer.eos is None else (tokenizer.eos,)
-    sampling = Sampling(max_new=max_new, eos=end, pad=tokenizer.pad or 0, greedy=greedy)
+    sampling = Sampling(max_new=max_new, eos=tokenizer.ends, pad=tokenizer.pad or 0, greedy=greedy)
     used = tuple(devices[: math.gcd(batch, len(devices))])
     if len(used) > 1:
         params, control = jax.device_put((params, control), NamedSharding(_mesh(used), PartitionSpec()))
@@ -248,7 +248,8 @@ def complete(
         check_finite(logp)  # of a program over devices, inside which nothing could be raised
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]
-        written = tokenizer.decode_after([heads[i] for i, _ in part], kept[: len(part)])
+        bodies = [tokenizer.before_end(ids) for ids in kept[: len(part)]]
+        written = tokenizer.decode_after([heads[i] for i, _ in part], bodies)
         yield [
             {
                 "prompt_id": i,

@@ -23,8 +23,10 @@ def fit_judge(
     encoder: str | None = None,
     heldout: Artifact | None = None,
     name: str = "positive",
-    target: int = 1,
+    target: int | str = 1,
     reads: str = "text",
+    problem: str | None = None,
+    threshold: float | None = None,
     function: str | None = None,
     version: str = "",
 ) -> None:
@@ -38,11 +40,20 @@ def fit_judge(
       data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
         warning); or comparisons.
       function, version: "package.module:function" and what would change if its answers changed.
-      name: what reports call it; target: the label whose probability it gives.
+      name: what reports call it; target: the label whose probability it gives, for a classifier also by its name in
+        config.json.
       reads: "text" for the continuation alone, "both" for prompt and continuation.
+      problem, threshold: of a classifier whose config.json does not say what its outputs mean, or for which another
+        score than `SequenceClassifier`'s default counts as having the attribute.
+
+    Raises:
+      InputError: another kind, data that are missing or have no labels, options that the kind does not have, and
+        held-out texts for a classifier that gives values, which cannot be compared with labels.
     """
     from ctg_jax.rewards import BagOfWords, LinearProbe, PreferenceModel, sentence_embedder
 
+    if kind != "classifier" and (problem, threshold) != (None, None):
+        raise InputError(f"problem and threshold are settings of a 'classifier', but kind is {kind!r}: leave them out")
     if kind in ("bag", "probe", "preference"):
         if data is None:
             raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
@@ -57,17 +68,21 @@ def fit_judge(
             judge = LinearProbe.fit(sentence_embedder(encoder), *given, target=target, **options)
         judge.save(run.path / "state")
     facts = {"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads}
+    facts |= {"problem": problem, "threshold": threshold} if kind == "classifier" else {}
     run.record(judge=facts | {"function": function, "version": version})
     judge = open_judge(Artifact(run.path, ""))
     row: dict[str, Any] = {"name": name, "version": judge.version}
     if heldout is not None:
+        if getattr(judge, "values", False):
+            raise InputError(f"heldout is given, but {encoder} gives values, which cannot be compared with labels")
         rows = heldout.rows("data.jsonl")
         if kind == "preference":
             row |= {"accuracy": judge.accuracy(*_comparisons(rows, heldout)), "heldout": len(rows)}
         else:
             texts, labels = _labelled(rows, heldout)
             said = judge([""] * len(texts), texts) >= judge.threshold
-            right = said == (np.asarray(labels) == target)
+            label = judge.target if kind == "classifier" else target
+            right = said == (np.asarray(labels) == label)
             row |= {"accuracy": float(np.mean(right)), "heldout": len(texts)}
     run.log(**row)
 
@@ -112,6 +127,7 @@ def open_judge(artifact: Artifact) -> Any:
         cache = artifact.path.parent / ".scores" / f"{spec['name']}.sqlite"
         return FunctionReward(named(spec["function"]), name=spec["name"], version=spec["version"], cache=cache)
     if kind == "classifier":
+        options |= {k: spec[k] for k in ("problem", "threshold")}
         return SequenceClassifier.load(spec["encoder"], **options)
     if kind == "diversity":
         return diversity(name=spec["name"], reads=spec["reads"])

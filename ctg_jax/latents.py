@@ -29,8 +29,7 @@ def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str
     from ctg_jax.data.tokenizer import to_prompts
 
     model, params, tokenizer = opened(lm)
-    end = () if tokenizer.eos is None else (tokenizer.eos,)
-    sampling = Sampling(max_new=max_new, eos=end, pad=tokenizer.pad or 0, greedy=True)
+    sampling = Sampling(max_new=max_new, eos=tokenizer.ends, pad=tokenizer.pad or 0, greedy=True)
     heads = tokenizer.encode_prompts(prompts)
     length = max(map(len, heads))
     batch, tokens = min(batch, len(z)), []
@@ -42,7 +41,7 @@ def say(lm: Artifact, control: LatentSteer, z: np.ndarray, prompts: Sequence[str
         out = generate(model, params, ask, limited, sampling)
         written = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)
         tokens += [t[m].tolist() for t, m in written][: len(z) - at]
-    return tokenizer.decode_after(heads, [[t for t in row if t not in end] for row in tokens]), tokens
+    return tokenizer.decode_after(heads, [tokenizer.before_end(row) for row in tokens]), tokens
 
 
 def bleu(texts: Sequence[str], references: Sequence[str], resamples: int = 1000, seed: int = 0) -> evaluation.Figure:

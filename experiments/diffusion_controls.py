@@ -21,17 +21,17 @@ from ctg_jax.stage import open_artifact, open_lm
 from experiments import cli, experiment
 
 
-def holds(name, value, rows, liked, tags, eos):
+def holds(name, value, rows, liked, tags, ends):
     """bool [n]: which samples have a target.
 
     Args:
       rows: their tokens, with the end token where they have one. liked: bool [n], what the judge calls positive.
-      tags: int [V], of every token.
+      tags: int [V], of every token. ends: the ids that end a text.
     """
     if name == "label":
         return np.asarray(liked) == bool(value)
     if name == "length":
-        return np.asarray([len(row) == value + 1 and row[-1] == eos for row in rows])
+        return np.asarray([len(row) == value + 1 and row[-1] in ends for row in rows])
     wanted = [(i, TAGS.index(tag)) for i, tag in enumerate(value) if tag is not None]
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 
@@ -59,8 +59,8 @@ def main(argv):
         samples = open_artifact(cell.samples.path).rows("samples.jsonl")
         scores = cell.figures.rows("scores.jsonl")
         rows, liked = [r["tokens"] for r in samples], [s["scores"][name] >= threshold for s in scores]
-        found = {key: holds(key, value, rows, liked, tags, tokenizer.eos) for key, value in every.items()}
-        mine = [holds(key, value, rows, liked, tags, tokenizer.eos) for key, value in asked[cell.label].items()]
+        found = {key: holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in every.items()}
+        mine = [holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in asked[cell.label].items()]
         fluency = next(m for m in cell.figures.metrics() if m["name"] == "perplexity_pooled")
         shares = [f"{found[key].mean():.3f}" for key in every]
         both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"

@@ -189,7 +189,7 @@ def test_reward_input_is_checked():
 class ToyEncoder:
     """Counts tokens: embed gives (number of real tokens, sum of ids), classify the logits (0, first id)."""
 
-    context, pad, embed_width, labels = 40, 0, 2, ("no", "yes")
+    context, pad, embed_width, labels, problem = 40, 0, 2, ("no", "yes"), "single_label_classification"
 
     def __init__(self):
         self.shapes = set()
@@ -231,7 +231,7 @@ def test_classifier_reward():
     np.testing.assert_allclose(reward(["", ""], ["2 1", "-1"]), [1 / (1 + math.exp(-2)), 1 / (1 + math.e)], rtol=1e-6)
     no = rewards.SequenceClassifier(embed, target=0)
     np.testing.assert_allclose(no([""], ["2 1"]) + reward([""], ["2 1"]), 1.0, rtol=1e-6)
-    several = rewards.SequenceClassifier(embed, target=0, multilabel=True)
+    several = rewards.SequenceClassifier(embed, target=0, problem="multi_label_classification")
     assert several([""], ["2"])[0] == 0.5 and several.version != no.version
     for target in (2, "maybe"):
         with pytest.raises(InputError, match="target"):

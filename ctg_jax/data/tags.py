@@ -28,8 +28,8 @@ _CLOSED = {
 def tag_table(tokenizer: Tokenizer) -> np.ndarray:
     """int32 [V]: the number in `TAGS` of each token's tag.
 
-    "end" is the end of the text and other special tokens; "part" is a piece of a word that does not begin one; "other"
-    is a word of no list, of Yelp's for the most part verbs and nouns.
+    "end" is a token that ends a text or another special token; "part" is a piece of a word that does not begin one;
+    "other" is a word of no list, of Yelp's for the most part verbs and nouns.
     """
     lexicon, topics = _load("lexicon.json"), _load("topics.json")
     listed = {word: tag for tag, words in _CLOSED.items() for word in words.split()}
@@ -37,7 +37,7 @@ def tag_table(tokenizer: Tokenizer) -> np.ndarray:
     open_classes = {"noun": nouns, "adj": _vocabulary(list(lexicon["adjectives"].values()))}
     for tag, found in open_classes.items():
         listed = {word: tag for word in found} | listed
-    special = {tokenizer.eos, tokenizer.bos, tokenizer.pad}
+    special = {*tokenizer.ends, tokenizer.bos, tokenizer.pad}
     texts = tokenizer.token_texts(range(tokenizer.vocab))
     tags = ["end" if i in special else _tag(text, listed) for i, text in enumerate(texts)]
     return np.asarray([TAGS.index(t) for t in tags], np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 
 from ctg_jax import rng
 from ctg_jax.data.ids import check_ids
+from ctg_jax.data.tokenizer_files import check_settings, end_ids, model_rows, special_tokens
 from ctg_jax.types import InputError, Prompts
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ class Tokenizer:
       vocab: one more than the largest id, added tokens included.
       rows: the number of tokens of the model that the tokenizer came with, or None where that is not known. A text that
         would be encoded to an id from `rows` on is refused.
-      bos, eos, pad: ids of the special tokens, or None where the tokenizer has none.
+      bos, eos, pad: ids of the special tokens, or None where the tokenizer has none. `eos` is the token that is
+        appended to texts in training and that fills rows.
+      ends: every id that ends a text, `eos` first; () where there is none. Decoding stops at any of them.
       adds_bos: whether sequences of its model begin with `bos` (Llama: yes, GPT-2: no).
       start: what an empty prompt becomes: bos, or eos where there is no bos, or None.
     """
@@ -46,6 +50,7 @@ class Tokenizer:
         eos: str | None = None,
         pad: str | None = None,
         rows: int | None = None,
+        ends: Sequence[int] = (),
     ):
         core.no_padding()
         core.no_truncation()
@@ -57,6 +62,7 @@ class Tokenizer:
         self.vocab: int = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
         self.rows = rows
         self.bos, self.eos, self.pad = (None if t is None else core.token_to_id(t) for t in (bos, eos, pad))
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys([*(() if self.eos is None else (self.eos,)), *ends]))
         start = core.encode("a").ids[:1]
         self.adds_bos: bool = self.bos is not None and start == [self.bos]
         self.start: int | None = self.eos if self.bos is None else self.bos
@@ -156,6 +162,10 @@ class Tokenizer:
         rows = [[i] for i in ids]
         return self.decode_after(self.encode(["a"]) * len(rows), rows, skip_special=False)
 
+    def before_end(self, ids: Sequence[int]) -> list[int]:
+        """The ids before the first that ends a text, or all of them."""
+        return list(itertools.takewhile(lambda i: i not in self.ends, ids))
+
     def token(self, id: int) -> str | None:
         """The vocabulary entry of an id, in the tokenizer's own spelling."""
         return self._core.id_to_token(int(id))
@@ -174,13 +184,16 @@ class Tokenizer:
         return self._core.to_str()
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `transformers` reads too."""
+        """Writes tokenizer.json and tokenizer_config.json, which `transformers` reads too, and generation_config.json
+        where several ids end a text."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {k: v for k, v in self._names.items() if v is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         _write(folder / "tokenizer.json", self._core.to_str(pretty=True))
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        if len(self.ends) > 1:
+            _write(folder / "generation_config.json", json.dumps({"eos_token_id": self.ends}, indent=2) + "\n")
 
 
 def _common(a: Sequence, b: Sequence) -> int:
@@ -208,7 +221,8 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or hub id.
 
     Raises:
-      InputError: nothing there, no tokenizer in it, a broken file, or no network for a hub id.
+      InputError: nothing there, no tokenizer in it, a broken file, an `eos_token_id` that is no token id, a setting of
+        tokenizer_config.json that tokenizer.json does not have, or no network for a hub id.
     """
     from ctg_jax.models.hf import resolve
 
@@ -218,10 +232,13 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
 
         try:
             core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            names = _special(folder, core)
+            names, ends = special_tokens(folder, core), end_ids(folder, core)
+            check_settings(folder, core)
+        except InputError:
+            raise
         except Exception as e:  # the Rust library raises bare Exception
             raise InputError(f"tokenizer files in {folder} cannot be read ({str(e).splitlines()[0][:160]})") from e
-        return Tokenizer(core, **names, rows=_rows(folder))
+        return Tokenizer(core, **names, rows=model_rows(folder), ends=ends)
     if not any((folder / f).is_file() for f in ("vocab.json", "vocab.txt", "tokenizer.model")):
         raise InputError(
             f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json, vocab.txt or tokenizer.model"
@@ -234,33 +251,9 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     except (OSError, ValueError, ImportError, AttributeError) as e:
         reason = str(e).strip().splitlines()[0][:160]
         raise InputError(f"tokenizer files in {folder} cannot be read ({reason})") from e
-    return Tokenizer(core, fast.bos_token, fast.eos_token, fast.pad_token, _rows(folder))
-
-
-def _rows(folder: Path) -> int | None:
-    """`vocab_size` of the model in the folder, or None."""
-    if not (folder / "config.json").is_file():
-        return None
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    return size if isinstance(size, int) else None
-
-
-def _special(folder: Path, core: tokenizers.Tokenizer) -> dict[str, str | None]:
-    """Names of the special tokens: from the files beside tokenizer.json, else (GPT-2 names none there) by the ids in
-    config.json. The first that says something counts."""
-    found: dict[str, str] = {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
-        if not (folder / file).is_file():
-            continue
-        said = json.loads((folder / file).read_text(encoding="utf-8"))
-        for name in ("bos", "eos", "pad"):
-            token, id = said.get(f"{name}_token"), said.get(f"{name}_token_id")
-            id = id[0] if isinstance(id, list) and id else id  # Llama 3 lists several ends
-            token = token["content"] if isinstance(token, dict) else token
-            token = core.id_to_token(id) if token is None and isinstance(id, int) else token
-            if token is not None and core.token_to_id(token) is not None:
-                found.setdefault(name, token)
-    return found
+    named = {"bos": fast.bos_token, "eos": fast.eos_token, "pad": fast.pad_token}
+    names = special_tokens(folder, core) | {k: v for k, v in named.items() if v is not None}
+    return Tokenizer(core, **names, rows=model_rows(folder), ends=end_ids(folder, core))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

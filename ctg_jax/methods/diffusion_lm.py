@@ -128,19 +128,23 @@ def _value(name: str, value: Any, fields: Mapping[str, int]) -> int | tuple[int,
     return tuple(int(v) for v in value) if name == "words" else int(value)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="ends")
 def infill(
     control: WordDiffusion, tokens: jax.Array, given: jax.Array, aims: Mapping[str, jax.Array], keys: jax.Array,
-    banned: jax.Array | None = None,
+    banned: jax.Array | None = None, ends: tuple[int, ...] = (),
 ) -> jax.Array:  # fmt: skip
-    """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere, without those that are banned (bool
-    [V]), and steered to `aims`, see `word_diffusion.energy`; -1 where a vector is NaN. keys: of the rows, [B]; a row
-    depends on its own key, tokens and aims only."""
+    """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere, without those that are banned, and
+    steered to `aims`; -1 where a vector is NaN.
+
+    Args:
+      aims: see `word_diffusion.energy`. keys: of the rows, [B]; a row depends on its own key, tokens and aims only.
+      banned: bool [V], or None. ends: ids that end a text besides `control.eos`.
+    """
     table, how, edit = vectors(control.params["raw"]), control.how, None
     if aims and how.updates:
         read = partial(word_diffusion.classify, control.reader, control.guide)
         fields, free = dict(control.fields), ~given
-        against = word_diffusion.energy(table, aims, free, control.eos, control.tags, read, fields)
+        against = word_diffusion.energy(table, aims, free, (control.eos, *ends), control.tags, read, fields)
         edit = word_diffusion.steered(against, control.scale, how)
     clean = word_diffusion.estimate(control.net, control.params["net"], table, tokens, given, how.clamp)
     x = samplers.sample(
@@ -214,12 +218,9 @@ def _write(prompts, control, asked, sampling, banned):
         aims["tags"] = word_diffusion.moved(aims["tags"], place - size, -1)
     if "length" in aims:
         aims["length"] = jnp.where(aims["length"] >= 0, aims["length"] + size[:, 0], -1)
-    out = infill(control, tokens, given, aims, prompts.keys, banned)
+    out = infill(control, tokens, given, aims, prompts.keys, banned, ends=sampling.eos)
     text = jnp.take_along_axis(out, size + jnp.arange(sampling.max_new)[None, :], axis=1)
-    end = jnp.zeros(text.shape, bool)
-    for eos in sampling.eos:
-        end |= text == eos
-    mask = jnp.cumsum(end, axis=1) - end == 0
+    mask = decode.up_to_end(text, sampling.eos)
     shown, logp = jnp.where(mask & (text >= 0), text, sampling.pad), jnp.where(text >= 0, 0.0, jnp.nan)
     return Samples(shown, mask, logp, jnp.int32(control.how.calls))
 
@@ -351,8 +352,7 @@ def classifier(
     """Stage: the model of `network` with a classifier of its noisy word vectors.
 
     Args:
-      fields: numeric fields of the records -> their classes, counted from 0. Records that lack one of them (or hold -1)
-        are left out and counted in a warning.
+      fields: fields of the records -> their classes, counted from 0; records without one are left out, with a warning.
       where, reader_width, reader_depth, steps, batch, rate: as for `diffusion_lm` and `init`.
 
     Raises:
@@ -360,13 +360,10 @@ def classifier(
     """
     records = finetune.matching(data, where)
     for name, classes in fields.items():
-        records = labelled(records, f"{name} of {data.path}", name)
-        found = {r[name] for r in records}
-        if found != set(range(classes)):
-            raise InputError(
-                f"field {name} of {data.path} has the values {sorted(map(str, found))}, expected all of 0 to "
-                f"{classes - 1} and no other: set fields or where."
-            )
+        records = labelled(records, f"{name} of {data.path}", name, classes)
+    for name, classes in fields.items():
+        if missing := set(range(classes)) - {r[name] for r in records}:
+            raise InputError(f"no record of {data.path} has the {name} {min(missing)}: set fields or where.")
     model, _, tokenizer = open_lm(lm)
     old = methods.load(network, model)
     hp = network.spec["init"] | dict(fields=dict(fields), reader_width=reader_width, reader_depth=reader_depth)

@@ -191,10 +191,7 @@ def _write(prompts, control, sampling, banned):
     tokens = jnp.take_along_axis(prompts.tokens, jnp.minimum(at + blank, last), axis=1)
     rows, calls = infill(control, tokens, at < size, prompts.keys, banned, greedy=sampling.greedy)
     text = jnp.take_along_axis(rows, size + jnp.arange(sampling.max_new)[None, :], axis=1)
-    end = jnp.zeros(text.shape, bool)
-    for eos in sampling.eos:
-        end |= text == eos
-    mask = jnp.cumsum(end, axis=1) - end == 0
+    mask = decode.up_to_end(text, sampling.eos)
     right = text != control.mask
     return Samples(jnp.where(mask & right, text, sampling.pad), mask, jnp.where(right, 0.0, jnp.nan), calls)
 

@@ -26,6 +26,8 @@ import numpy as np
 from ctg_jax.models.layers import ACTIVATIONS, Dense, Mlp, Norm
 from ctg_jax.types import InputError, Params
 
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
@@ -50,6 +52,8 @@ class Encoder:
       unit: embeddings are scaled to length one.
       head: activation of the head's dense layer, "" for no head. Without labels it is BERT's unused pooler.
       labels: names of the classes, () for no classifier.
+      problem: what the logits mean, one of `PROBLEMS`: classes that exclude each other (a softmax), classes that do
+        not (a logistic function of each), or values; "" for no classifier.
       dtype, param_dtype: of the computation and of the parameters that `init` makes.
     """
 
@@ -81,6 +85,7 @@ class Encoder:
     unit: bool = False
     head: str = ""
     labels: tuple[str, ...] = ()
+    problem: str = ""
     dtype: str = "float32"
     param_dtype: str = "float32"
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from ctg_jax import tree
 from ctg_jax.models.encoder import Encoder
 from ctg_jax.models.hf_decoders import DECODERS, Family
-from ctg_jax.models.hf_encoders import ENCODERS, projection, read_json, read_sentence, sentence_length, write_sentence
+from ctg_jax.models.hf_encoders import ENCODERS
+from ctg_jax.models.hf_sentence import longest_input, projection, read_json, read_sentence, write_sentence
 from ctg_jax.models.tensors import Checkpoint, check_tree, place, write
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.types import InputError, Params
@@ -42,10 +44,15 @@ def load(
 
     Raises:
       InputError: no such folder or hub id; a family that is not supported; a file that is missing, truncated or a
-        pickle; a tensor that is missing or of another shape. The sentence names the file.
+        pickle; quantised weights; a setting of config.json that the model cannot express; a tensor that is missing, of
+        another shape, or read by nothing. The sentence names the file.
+
+    Warns of settings in generation_config.json that change the distribution (temperature and the like): they are not
+    applied, because rules of decoding are controls here.
     """
     folder = resolve(path_or_id)
     family, config = _family(folder, DECODERS, "decoder")
+    _warn_of_rules(folder)
     checkpoint = Checkpoint(folder, family.prefix, family.aliases)
     lm = _configure(folder, family, config, checkpoint, dtype)
     return lm, _params(lm, family.names(lm), checkpoint, family, dtype, shardings)
@@ -72,7 +79,8 @@ def load_encoder(
     also = {"project.": project} if project else {}
     checkpoint = Checkpoint(folder, family.prefix, family.aliases, also)
     encoder = _configure(folder, family, config, checkpoint, dtype)
-    context = min(encoder.context, sentence_length(folder) or encoder.context)
+    limit = longest_input(folder) or encoder.context
+    context = min(encoder.context, limit) if encoder.position_rows else limit  # T5's positions have no end
     encoder = dataclasses.replace(encoder, context=context, **fields)
     names = family.names(encoder) | _renamed(projection(encoder), "project.")
     return encoder, _params(encoder, names, checkpoint, family, dtype, shardings)
@@ -161,7 +169,42 @@ def _family(folder: Path, families: Mapping[str, Family], kind: str) -> tuple[Fa
             f"{folder / 'config.json'}: model_type is {found!r}, no {kind} that is supported; "
             f"expected one of {', '.join(families)}."
         )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise InputError(
+            f"{folder / 'config.json'}: quantization_config says that the weights are quantised ({method}), which is "
+            "not supported; take the model's unquantised files."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder / 'adapter_config.json'}: the weights are to be changed by an adapter, which is not supported; "
+            "merge it into them first (peft: merge_and_unload), and leave that file out."
+        )
     return families[found], config
+
+
+# What shapes the distribution in generation_config.json, and the values that change nothing.
+_RULES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty", "guidance_scale", "num_beams"), (1,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_length", "min_p"), (0,)),
+    "top_k": (0, 50),  # 50 is the default of transformers, not of the model
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings", "min_new_tokens"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "penalty_alpha"), ()),
+}
+
+
+def _warn_of_rules(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    given = read_json(file) if file.is_file() else {}
+    rules = {k: given[k] for k, no in _RULES.items() if given.get(k) is not None and given[k] not in no}
+    if rules:
+        listed = ", ".join(f"{k} {v}" for k, v in rules.items())
+        warnings.warn(
+            f"{file} recommends {listed}. This is not applied: the distribution is the model's own until a control "
+            "(ctg_jax.methods.truncate, or `filter` of a configuration) changes it.",
+            stacklevel=3,
+        )
 
 
 def _configure(folder, family, config, checkpoint, dtype):
@@ -171,6 +214,8 @@ def _configure(folder, family, config, checkpoint, dtype):
         raise InputError(f"{folder / 'config.json'}: the entry {e.args[0]!r} is missing, the model needs it.") from e
     except InputError as e:
         raise InputError(f"{folder}: {e}") from e
+    if isinstance(model, Transformer) and model.tied and checkpoint.lacks(family.embedding, but_has=family.head):
+        checkpoint.rename(family.head, family.embedding)  # tied weights are stored once, under either name
     try:
         name = jnp.dtype(dtype).name
     except TypeError as e:

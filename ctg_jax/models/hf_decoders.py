@@ -32,7 +32,9 @@ class Family:
       write: model configuration -> config.json.
       names: model configuration -> name table.
       prefix, aliases: see `tensors.Checkpoint`.
-      ignored: pattern of per-layer tensors that are no weights, or weights of parts that are not wanted.
+      ignored: pattern of tensors that are no weights, or weights of parts that are not wanted. Any other tensor that
+        nothing reads is an error.
+      embedding, head: names of the two tensors that are one where weights are tied; a decoder's.
     """
 
     read: Callable[[Config, Checkpoint], Any]
@@ -41,6 +43,8 @@ class Family:
     prefix: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     ignored: str = r"$^"
+    embedding: str = ""
+    head: str = ""
 
 
 def expect(config: Config, **values: Any) -> None:
@@ -50,6 +54,13 @@ def expect(config: Config, **values: Any) -> None:
             raise InputError(f"config.json: {key} is {config[key]!r}, only {value!r} is supported.")
 
 
+def tied(config: Config, checkpoint: Checkpoint, default: bool, embedding: str, head: str) -> bool:
+    """Whether the unembedding is the embedding: as config.json says, unless the file holds both and they differ; then
+    the file's head is a weight of its own, as in `transformers`."""
+    both = embedding in checkpoint and head in checkpoint
+    return config.get("tie_word_embeddings", default) and not (both and not checkpoint.equal(embedding, head))
+
+
 def activation(config: Config, key: str, default: str) -> str:
     name = config.get(key, default)
     if name not in ACTIVATIONS:
@@ -57,33 +68,59 @@ def activation(config: Config, key: str, default: str) -> str:
     return ACTIVATIONS[name]
 
 
-def _read_rope(c: Config) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, from `rope_parameters` (transformers 5) or the two older keys."""
-    found = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    theta = found.get("rope_theta", c.get("rope_theta", c.get("rotary_emb_base", 10000.0)))
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _read_rope(c: Config, partial: float) -> tuple[dict[str, Any], float]:
+    """`rope_theta` and `rope_scaling`, and the share of a head's features that rotates (`partial` where the rotary
+    settings do not say), from `rope_parameters` (transformers 5) or the older keys.
+
+    In `transformers` a `rope_scaling` takes the place of all `rope_parameters`. Where that gives other numbers than the
+    two together, the file is ambiguous and refused.
+    """
+    old, new = c.get("rope_scaling") or {}, c.get("rope_parameters") or {}
+    found = _rope(c, old or new, partial)
+    if old and _rope(c, {**new, **old}, partial) != found:
+        raise InputError(
+            f"config.json: rope_scaling is {dict(old)} beside rope_parameters {dict(new)}, which disagree; "
+            "keep the one that the weights were trained with."
+        )
+    return found
+
+
+def _rope(c: Config, found: Config, partial: float) -> tuple[dict[str, Any], float]:
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
+    if unknown := set(found) - known:
+        raise InputError(f"config.json: the rotary setting {min(unknown)!r} is not one of {', '.join(sorted(known))}.")
+    bases = {c[k] for k in ("rope_theta", "rotary_emb_base") if c.get(k) is not None}
+    if len(bases) > 1 and "rope_theta" not in found:
+        raise InputError(f"config.json: rope_theta is {c['rope_theta']}, but rotary_emb_base {c['rotary_emb_base']}.")
+    theta = found.get("rope_theta", min(bases, default=10000.0))
     kind = found.get("rope_type", found.get("type", "default"))
     if kind == "default":
         scaling = None
     elif kind == "linear":
         scaling = ("linear", float(found["factor"]))
     elif kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = ("llama3", *(float(found[k]) for k in keys))
+        scaling = ("llama3", *(float(found[k]) for k in _LLAMA3))
     else:
         raise InputError(f"config.json: rope type is {kind!r}, expected 'default', 'linear' or 'llama3'.")
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+    share = found.get("partial_rotary_factor", partial)
+    return {"rope_theta": float(theta), "rope_scaling": scaling}, float(share)
 
 
 def _write_rope(lm: Transformer, **more: Any) -> dict[str, Any]:
     kind, *values = lm.rope_scaling or ("default",)
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = dict(zip(keys, values))
+    scaling = dict(zip(_LLAMA3, values))
     if kind == "llama3":
-        scaling[keys[3]] = int(scaling[keys[3]])
+        scaling[_LLAMA3[3]] = int(scaling[_LLAMA3[3]])
     return {"rope_parameters": {"rope_type": kind, "rope_theta": lm.rope_theta, **scaling, **more}}
 
 
 # -- GPT-2 (Radford et al. 2019)
+
+
+_GPT2 = ("transformer.wte.weight", "lm_head.weight")
 
 
 def _gpt2_read(c: Config, checkpoint: Checkpoint) -> Transformer:
@@ -101,7 +138,7 @@ def _gpt2_read(c: Config, checkpoint: Checkpoint) -> Transformer:
         context=c.get("n_positions", 1024),
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         activation=activation(c, "activation_function", "gelu_new"),
-        tied=c.get("tie_word_embeddings", True),
+        tied=tied(c, checkpoint, True, *_GPT2),
     )
 
 
@@ -139,7 +176,12 @@ def _gpt2_names(lm: Transformer) -> Table:
 # -- Llama (Touvron et al. 2023)
 
 
+_LLAMA = ("model.embed_tokens.weight", "lm_head.weight")
+
+
 def _llama_read(c: Config, checkpoint: Checkpoint) -> Transformer:
+    rope, share = _read_rope(c, c.get("partial_rotary_factor", 1.0))
+    expect({"partial_rotary_factor": share}, partial_rotary_factor=1.0)
     d, heads = c["hidden_size"], c["num_attention_heads"]
     head_dim = c.get("head_dim") or d // heads
     bias = c.get("attention_bias", False)
@@ -162,8 +204,8 @@ def _llama_read(c: Config, checkpoint: Checkpoint) -> Transformer:
         bias_attn=bias,
         bias_out=bias,
         bias_mlp=c.get("mlp_bias", False),
-        tied=c.get("tie_word_embeddings", False),
-        **_read_rope(c),
+        tied=tied(c, checkpoint, False, *_LLAMA),
+        **rope,
     )
 
 
@@ -208,10 +250,12 @@ def _llama_names(lm: Transformer) -> Table:
 # -- GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023)
 
 
+_NEOX = ("gpt_neox.embed_in.weight", "embed_out.weight")
+
+
 def _neox_read(c: Config, checkpoint: Checkpoint) -> Transformer:
     d, heads = c["hidden_size"], c["num_attention_heads"]
-    rope = c.get("rope_parameters") or {}
-    fraction = rope.get("partial_rotary_factor", c.get("rotary_pct", 0.25))
+    rope, share = _read_rope(c, c.get("rotary_pct", 0.25))
     bias = c.get("attention_bias", True)
     return Transformer(
         family="gpt_neox",
@@ -226,12 +270,12 @@ def _neox_read(c: Config, checkpoint: Checkpoint) -> Transformer:
         norm_eps=c.get("layer_norm_eps", 1e-5),
         activation=activation(c, "hidden_act", "gelu"),
         positions="rotary",
-        rotary_dim=int(d // heads * fraction),
+        rotary_dim=int(d // heads * share),
         parallel=c.get("use_parallel_residual", True),
         bias_attn=bias,
         bias_out=bias,
-        tied=c.get("tie_word_embeddings", False),
-        **_read_rope(c),
+        tied=tied(c, checkpoint, False, *_NEOX),
+        **rope,
     )
 
 
@@ -272,10 +316,14 @@ def _neox_names(lm: Transformer) -> Table:
     return out | ({} if lm.tied else dense(lm, "head", "embed_out", lm.vocab, d, False))
 
 
-_BUFFERS = r"attn\.(masked_)?bias$|attention\.(masked_)?bias$|inv_freq$"
+# Causal masks and rotary tables, and the head of tied weights, which `tied` has found equal to the embedding.
+_BUFFERS = r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 
 DECODERS = {
-    "gpt2": Family(_gpt2_read, _gpt2_write, _gpt2_names, prefix="transformer.", ignored=_BUFFERS),
-    "llama": Family(_llama_read, _llama_write, _llama_names, prefix="model.", ignored=_BUFFERS),
-    "gpt_neox": Family(_neox_read, _neox_write, _neox_names, prefix="gpt_neox.", ignored=_BUFFERS),
+    name: Family(read, write, names, prefix, ignored=f"{_BUFFERS}|^{head}$", embedding=embedding, head=head)
+    for name, read, write, names, prefix, (embedding, head) in (
+        ("gpt2", _gpt2_read, _gpt2_write, _gpt2_names, "transformer.", _GPT2),
+        ("llama", _llama_read, _llama_write, _llama_names, "model.", _LLAMA),
+        ("gpt_neox", _neox_read, _neox_write, _neox_names, "gpt_neox.", _NEOX),
+    )
 }

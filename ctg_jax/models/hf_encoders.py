@@ -1,12 +1,10 @@
-"""Encoders in Hugging Face's layout: BERT, RoBERTa, DistilBERT and T5, with sentence-transformers' extra folders."""
+"""Encoders in Hugging Face's layout: BERT, RoBERTa, DistilBERT and the encoder of T5."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from ctg_jax.models.encoder import Encoder
+from ctg_jax.models.encoder import PROBLEMS, Encoder
 from ctg_jax.models.hf_decoders import Config, Family, activation, expect
 from ctg_jax.models.tensors import Checkpoint, Table, dense, norm, tensor
 from ctg_jax.types import InputError
@@ -16,8 +14,28 @@ def _labels(c: Config) -> tuple[str, ...]:
     """Names of the classes, by index, if the model is a sequence classifier."""
     if not any(a.endswith("ForSequenceClassification") for a in c.get("architectures") or ()):
         return ()
-    names = c.get("id2label") or {str(i): f"LABEL_{i}" for i in range(c.get("num_labels", 2))}
-    return tuple(names[k] for k in sorted(names, key=int))
+    names = {int(k): v for k, v in (c.get("id2label") or {}).items()}
+    names = names or {i: f"LABEL_{i}" for i in range(c.get("num_labels", 2))}
+    if set(names) != set(range(len(names))):
+        raise InputError(f"config.json: id2label names the classes {sorted(names)}, expected 0 to {len(names) - 1}.")
+    return tuple(names[i] for i in range(len(names)))
+
+
+def _problem(c: Config) -> str:
+    """What the outputs of a classifier mean, see `Encoder.problem`: by `problem_type`; for a cross-encoder without one
+    by the activation that sentence-transformers gives its single output; else by the number of labels. The same as
+    the text-classification pipeline of `transformers`."""
+    labels, given = _labels(c), c.get("problem_type")
+    if given not in (None, *PROBLEMS):
+        raise InputError(f"config.json: problem_type is {given!r}, expected one of {', '.join(PROBLEMS)}.")
+    if given or len(labels) != 1:
+        return given if labels and given else PROBLEMS[0] if labels else ""
+    path = (c.get("sentence_transformers") or {}).get("activation_fn") or c.get("sbert_ce_default_activation_function")
+    kinds = {"Sigmoid": "multi_label_classification", "Identity": "regression"}
+    name = (path or "Sigmoid").rpartition(".")[2]
+    if name not in kinds:
+        raise InputError(f"config.json: the activation of the output is {path}, expected one of {', '.join(kinds)}.")
+    return kinds[name]
 
 
 def _write_labels(e: Encoder, name: str) -> dict[str, Any]:
@@ -27,6 +45,7 @@ def _write_labels(e: Encoder, name: str) -> dict[str, Any]:
         "architectures": [f"{name}ForSequenceClassification"],
         "id2label": {str(i): x for i, x in enumerate(e.labels)},
         "label2id": {x: i for i, x in enumerate(e.labels)},
+        "problem_type": e.problem,
     }
 
 
@@ -72,6 +91,7 @@ def _bert_read(c: Config, checkpoint: Checkpoint, family: str = "bert") -> Encod
         activation=activation(c, "hidden_act", "gelu"),
         head="tanh" if pooled else "",
         labels=labels,
+        problem=_problem(c),
     )
 
 
@@ -134,6 +154,7 @@ def _distilbert_read(c: Config, checkpoint: Checkpoint) -> Encoder:
         activation=activation(c, "activation", "gelu"),
         head="relu" if labels else "",
         labels=labels,
+        problem=_problem(c),
     )
 
 
@@ -234,105 +255,14 @@ def _t5_names(e: Encoder) -> Table:
 
 _OLD = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
+# Weights of heads for other tasks (masked words, the next sentence, tags, answers), and tables of positions.
+_HEADS = r"^(cls|lm_head|classifier|pre_classifier|qa_outputs|vocab_(transform|layer_norm|projector))\.|position_ids$"
+
 ENCODERS = {
-    "bert": Family(_bert_read, _bert_write, _bert_names, prefix="bert.", aliases=_OLD),
-    "roberta": Family(_roberta_read, _bert_write, _bert_names, prefix="roberta.", aliases=_OLD),
-    "distilbert": Family(_distilbert_read, _distilbert_write, _distilbert_names, prefix="distilbert."),
+    "bert": Family(_bert_read, _bert_write, _bert_names, "bert.", _OLD, _HEADS),
+    "roberta": Family(_roberta_read, _bert_write, _bert_names, "roberta.", _OLD, rf"{_HEADS}|^(roberta\.)?pooler\."),
+    "distilbert": Family(_distilbert_read, _distilbert_write, _distilbert_names, "distilbert.", ignored=_HEADS),
     "t5": Family(
-        _t5_read, _t5_write, _t5_names, aliases=(("encoder.embed_tokens.", "shared."),), ignored=r"^decoder\."
+        _t5_read, _t5_write, _t5_names, aliases=(("encoder.embed_tokens.", "shared."),), ignored=r"^(decoder|lm_head)\."
     ),
 }
-
-
-# -- sentence-transformers (Reimers and Gurevych 2019): modules.json names a chain of folders
-
-_ACTIVATIONS = {"Identity": "", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
-_TYPE = "sentence_transformers.models."
-
-
-def read_sentence(folder: Path) -> tuple[dict[str, Any], Path | None]:
-    """Fields of `Encoder` that a sentence-transformers folder sets, and the folder of its dense layer if any.
-
-    Raises:
-      InputError: a chain other than Transformer, Pooling (mean or cls), Dense?, Normalize?.
-    """
-    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
-    kinds = [m["type"].rpartition(".")[2] for m in modules]
-    if modules and kinds not in (
-        ["Transformer", "Pooling", *d, *n] for d in ([], ["Dense"]) for n in ([], ["Normalize"])
-    ):
-        raise InputError(
-            f"{folder / 'modules.json'}: the modules are {', '.join(kinds)}, "
-            "expected Transformer, Pooling, and perhaps Dense and Normalize, in this order."
-        )
-    fields, project = {"unit": "Normalize" in kinds}, None
-    for module, kind in zip(modules, kinds):
-        if kind == "Pooling":
-            file = folder / module["path"] / "config.json"
-            c = read_json(file)
-            modes = [k.removeprefix("pooling_mode_") for k, v in c.items() if k.startswith("pooling_mode_") and v]
-            names = {"mean_tokens": "mean", "cls_token": "cls"}
-            if len(modes) != 1 or modes[0] not in names:
-                raise InputError(f"{file}: pooling is {' and '.join(modes)}, expected one of mean_tokens, cls_token.")
-            fields["pooling"] = names[modes[0]]
-        elif kind == "Dense":
-            project = folder / module["path"]
-            c = read_json(project / "config.json")
-            act = c.get("activation_function", "Identity").rpartition(".")[2]
-            if act not in _ACTIVATIONS:
-                raise InputError(
-                    f"{project / 'config.json'}: activation_function is {act}, expected one of "
-                    f"{', '.join(_ACTIVATIONS)}."
-                )
-            fields |= {"project": c["out_features"], "project_bias": c.get("bias", True)}
-            fields["project_activation"] = _ACTIVATIONS[act]
-    return fields, project
-
-
-def sentence_length(folder: Path) -> int | None:
-    """The longest input, in tokens, that sentence-transformers allows itself for this model."""
-    file = folder / "sentence_bert_config.json"
-    return read_json(file).get("max_seq_length") if file.is_file() else None
-
-
-def projection(e: Encoder) -> Table:
-    """The name table of the dense layer after pooling, which lies in a file of its own."""
-    return dense(e, "project", "linear", e.project, e.width, e.project_bias) if e.project else {}
-
-
-def write_sentence(e: Encoder) -> dict[str, Any]:
-    """The JSON files, by path, that make a folder a sentence-transformers model."""
-    kinds = ["Transformer", "Pooling", *(["Dense"] if e.project else []), *(["Normalize"] if e.unit else [])]
-    paths = [f"{i}_{k}" if i else "" for i, k in enumerate(kinds)]
-    modules = [{"idx": i, "name": str(i), "path": p, "type": _TYPE + k} for i, (p, k) in enumerate(zip(paths, kinds))]
-    modes = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "", "mean_sqrt_len_tokens": ""}
-    pooling = {f"pooling_mode_{k}": e.pooling == v for k, v in modes.items()}
-    files = {
-        "modules.json": modules,
-        "sentence_bert_config.json": {"max_seq_length": e.context, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": e.width, **pooling},
-    }
-    if e.project:
-        module = {
-            "": "linear.Identity",
-            "tanh": "activation.Tanh",
-            "gelu": "activation.GELU",
-            "relu": "activation.ReLU",
-        }
-        files["2_Dense/config.json"] = {
-            "in_features": e.width,
-            "out_features": e.project,
-            "bias": e.project_bias,
-            "activation_function": f"torch.nn.modules.{module[e.project_activation]}",
-        }
-    return files
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; InputError naming it if it is missing or malformed."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise InputError(f"{file}: the file is missing, the model's folder must hold it.") from e
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file}: it cannot be read as JSON ({e}).") from e

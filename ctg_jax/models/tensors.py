@@ -25,6 +25,7 @@ from ctg_jax import tree
 from ctg_jax.types import InputError, Params
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_READABLE = (*_DTYPES.values(), "F64")  # others hold quantised weights, which are numbers only with their scales
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Checkpoint:
     Args:
       folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
       prefix: may be missing from the names in the file (a model saved without its head).
-      aliases: (old, new) pieces of names.
+      aliases: (old, new) pieces of names. Two tensors of one name must be equal.
       also: folders of further `model.safetensors` by the prefix that their names get.
 
     Raises:
@@ -132,6 +133,7 @@ class Checkpoint:
     ):
         self.folder = folder
         self._where: dict[str, tuple[Path, str]] = {}
+        self._twins: list[tuple[tuple[Path, str], tuple[Path, str]]] = []
         self._files = {}
         for head, place in {"": folder, **(also or {})}.items():
             for file in _files(place):
@@ -139,6 +141,8 @@ class Checkpoint:
                     name = head + stored
                     for old, new in aliases:
                         name = name.replace(old, new)
+                    if name in self._where:
+                        self._twins.append((self._where[name], (file, stored)))
                     self._where[name] = (file, stored)
         if prefix and not any(n.startswith(prefix) for n in self._where):
             self._where |= {prefix + n: at for n, at in self._where.items()}
@@ -146,9 +150,28 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def lacks(self, name: str, *, but_has: str) -> bool:
+        """Whether the first tensor is missing and the second is there."""
+        return name not in self and but_has in self
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; both are read, a slice at a time."""
+        return self._equal(self._where[name], self._where[other])
+
+    def rename(self, old: str, new: str) -> None:
+        """Lets a tensor be found under another name instead of its own."""
+        self._where[new] = self._where.pop(old)
+
+    def _equal(self, one, other):
+        a, b = (self._open(file).get_slice(stored) for file, stored in (one, other))
+        if (a.get_shape(), a.get_dtype()) != (b.get_shape(), b.get_dtype()):
+            return False
+        rows, step = a.get_shape()[0], 1024
+        return all(np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step))
+
     def check(self, names: Table, ignored: str) -> None:
-        """Raises InputError unless every tensor of the table is there with its shape, and every tensor that belongs
-        to a layer is used, except names that match `ignored`."""
+        """Raises InputError unless every tensor of the table is there with its shape and holds plain floating-point
+        numbers, and every tensor of the files is used, except names that match `ignored`."""
         used = set()
         for leaf in names.values():
             for layer in leaf.layers:
@@ -158,15 +181,27 @@ class Checkpoint:
                         continue
                     used.add(name)
                     file, stored = self._find(name)
-                    found = tuple(self._open(file).get_slice(stored).get_shape())
+                    piece = self._open(file).get_slice(stored)
+                    if piece.get_dtype() not in _READABLE:
+                        raise InputError(
+                            f"{file}: tensor {stored} holds {piece.get_dtype()}, expected {', '.join(_READABLE)}; "
+                            "quantised weights cannot be read, take the model's unquantised files."
+                        )
+                    found = tuple(piece.get_shape())
                     if found != part.stored:
                         raise InputError(
                             f"{file}: tensor {stored} has shape {list(found)}, config.json asks for "
                             f"{list(part.stored)}; the weights and the configuration are of different models."
                         )
-        used = {self._where[n] for n in used}
+        for one, (file, stored) in self._twins:
+            if not self._equal(one, (file, stored)):
+                raise InputError(
+                    f"{file}: tensors {one[1]} and {stored} are one weight of the model, but they differ; "
+                    "the files are damaged or of another architecture."
+                )
+        used = {self._where[n] for n in used} | {one for one, _ in self._twins}
         for file, stored in sorted(set(self._where.values()) - used):
-            if re.search(r"\.\d+\.", stored) and not re.search(ignored, stored):
+            if not re.search(ignored, stored):
                 raise InputError(
                     f"{file}: tensor {stored} has no place in the model of config.json; "
                     "the weights are of another depth or architecture."

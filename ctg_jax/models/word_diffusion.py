@@ -197,7 +197,7 @@ def energy(
     table: jax.Array,
     aims: Mapping[str, jax.Array],
     free: jax.Array,
-    eos: int,
+    ends: tuple[int, ...],
     tags: jax.Array,
     classify: Callable[[jax.Array, jax.Array], jax.Array],
     fields: Mapping[str, int],
@@ -208,9 +208,11 @@ def energy(
     own vector, of the words that are allowed there.
 
     Args:
-      aims: "length" int [B], the place in the row where the text ends: `eos` from there on and nowhere before; "tags"
-        int [B, S], of `tags` int [V]; and of fields their class int [B]. In all of them -1 asks for nothing.
+      aims: "length" int [B], the place in the row where the text ends: `ends[0]` from there on and none of `ends`
+        before; "tags" int [B, S], of `tags` int [V]; and of fields their class int [B]. In all of them -1 asks for
+        nothing.
       free: bool [B, S], the places that are not given.
+      ends: ids that end a text, first the one that fills rows.
       classify: (z, γ) -> logits [B, Σ classes] of `fields`, name -> classes.
     """
     vocab, place = jnp.arange(len(table)), jnp.arange(free.shape[1])[None, :]
@@ -220,7 +222,8 @@ def energy(
         said = words(table, z, gamma) if {"length", "tags"} & set(aims) else None
         if "length" in aims:
             end = aims["length"][:, None]
-            right = (vocab == eos)[None, None, :] == (place >= end)[:, :, None]
+            inner, fill = ~jnp.isin(vocab, jnp.asarray(ends, jnp.int32)), vocab == ends[0]
+            right = jnp.where((place >= end)[:, :, None], fill[None, None, :], inner[None, None, :])
             total += _outside(said, right, free & (end >= 0))
         if "tags" in aims:
             right = tags[None, None, :] == aims["tags"][:, :, None]

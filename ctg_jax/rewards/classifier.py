@@ -1,4 +1,4 @@
-"""Any imported sequence classifier as a reward: the probability of one of its classes."""
+"""Any imported sequence classifier as a reward: the probability of one of its classes, or one of its values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ctg_jax.models.encoder import PROBLEMS
 from ctg_jax.rewards.check import check_reads, checked, readable
 from ctg_jax.rewards.embed import Embedder, load_text_encoder
 from ctg_jax.rewards.probe import class_probabilities
@@ -14,17 +15,21 @@ from ctg_jax.types import InputError
 
 
 class SequenceClassifier:
-    """Probability of class `target` under an encoder with a classification head.
+    """What an encoder with a classification head says of one of its outputs.
 
     Args:
       embedder: holds the encoder, its parameters and its tokenizer.
-      target: index or label of the class.
+      target: index or name (of `id2label`) of the output. A head with one logit gives the log-odds of its only class:
+        index 1 or its name is that class, index 0 its absence. A head with one value has nothing to choose.
       reads: "text" for the continuation, "both" for prompt and continuation.
-      multilabel: independent classes (a logistic function of each logit), as in toxicity models; else a softmax. A
-        head with one logit is always read by the logistic function.
-    """
+      problem: what the outputs mean: "single_label_classification" (the probability by a softmax),
+        "multi_label_classification" (by a logistic function of each logit), "regression" (the value itself). None:
+        what the model's config.json says. A head with one logit is read by the logistic function in the first two.
+      threshold: the score from which a text counts as having the attribute; by default 0.5, and 0 for values.
 
-    threshold = 0.5
+    Raises:
+      InputError: an encoder without a head, an output or a problem that there is not.
+    """
 
     def __init__(
         self,
@@ -33,24 +38,29 @@ class SequenceClassifier:
         name: str = "classifier",
         target: int | str = 1,
         reads: str = "text",
-        multilabel: bool = False,
+        problem: str | None = None,
+        threshold: float | None = None,
     ):
         labels = tuple(embedder.encoder.labels)
         if not labels:
             raise InputError(
                 "encoder has no classification head; load a …ForSequenceClassification model or fit a LinearProbe"
             )
+        self.problem = problem or embedder.encoder.problem
+        if self.problem not in PROBLEMS:
+            raise InputError(f"problem is {problem!r}; expected one of {', '.join(PROBLEMS)}")
         if isinstance(target, str):
             if target not in labels:
                 raise InputError(f"target is {target!r}; this classifier knows {', '.join(map(str, labels))}")
-            target = labels.index(target)
-        # One logit is the log-odds of a single class: index 1 is that class, index 0 its absence.
+            target = 1 if len(labels) == 1 else labels.index(target)
         classes = 2 if len(labels) == 1 else len(labels)
         if not 0 <= target < classes:
             raise InputError(f"target is {target}; this classifier has classes 0 to {classes - 1}")
+        self.values = self.problem == "regression"
+        self.threshold = threshold if threshold is not None else 0.0 if self.values else 0.5
         self.embedder, self.name, self.target = embedder, name, int(target)
-        self.reads, self.multilabel, self.labels = check_reads(reads), multilabel, labels
-        self.version = f"{embedder.version}[{target}]:{reads}{':multilabel' if multilabel else ''}"
+        self.reads, self.labels = check_reads(reads), labels
+        self.version = f"{embedder.version}[{target}]:{reads}:{self.problem}"
 
     @classmethod
     def load(
@@ -62,10 +72,12 @@ class SequenceClassifier:
         embedder = Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
         return cls(embedder, **options)
 
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, C]; C = 2 (absent, present) for a head with one logit."""
+    def outputs(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, C]: values, or probabilities of classes, C = 2 (absent, present) for a head with one logit."""
         z = self.embedder.run(self.embedder.encoder.classify, texts, len(self.labels))
-        if self.multilabel and z.shape[1] > 1:
+        if self.values:
+            return z
+        if self.problem == "multi_label_classification" and z.shape[1] > 1:
             return np.stack([class_probabilities(c[:, None])[:, 1] for c in z.T], axis=1)
         return class_probabilities(z)
 
@@ -73,4 +85,5 @@ class SequenceClassifier:
         rows = readable(self.name, prompts, texts, self.reads)
         if not rows:
             return np.zeros((0,), np.float32)
-        return checked(self.name, self.probabilities(rows)[:, self.target], len(texts))
+        out = self.outputs(rows)
+        return checked(self.name, out[:, min(self.target, out.shape[1] - 1)], len(texts))

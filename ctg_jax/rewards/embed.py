@@ -107,19 +107,25 @@ def lm_embedder(lm, params: Params, tokenizer, *, batch: int = 64) -> Embedder:
 
 def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int | None = None):
     """(encoder, params, encode) of a model directory or hub id; `encode` adds [CLS], [SEP] and the like and cuts at
-    `length`, at most the encoder's context, without losing the last special token."""
+    `length`, at most the encoder's context, without losing the last special token. A sentence-transformers model also
+    says whether texts are lower-cased first, and what is put before them."""
     from transformers import AutoTokenizer
 
     from ctg_jax.models.hf import load_encoder, resolve
+    from ctg_jax.models.hf_sentence import text_format
 
     encoder, params = load_encoder(path, dtype=dtype)
+    folder = resolve(path)
     # A text that spells a control token such as [SEP] is read as characters, as `Tokenizer` does.
-    tokenizer = AutoTokenizer.from_pretrained(str(resolve(path)), split_special_tokens=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True)
+    lower, before = text_format(folder)
     longest = min(length or encoder.context, encoder.context)
 
     def encode(texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        texts = [before + t for t in texts]
+        texts = [t.lower() for t in texts] if lower else texts
         return tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
 
     return encoder, params, encode

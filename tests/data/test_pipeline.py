@@ -49,7 +49,7 @@ def test_rows_are_the_texts(make, source, tokenizer):
             (4, LENGTH),
             np.int32,
             bool,
-            np.int32,
+            np.uint32,
         )
         for tokens, mask, i in zip(b["tokens"], b["mask"], b["ids"]):
             want = [*tokenizer.encode([source[i]["text"]])[0], tokenizer.eos][:LENGTH]

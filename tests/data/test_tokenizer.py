@@ -138,3 +138,23 @@ def test_a_hub_id_is_resolved_as_models_are(bpe, tmp_path, monkeypatch):
     bpe.save(tmp_path)
     monkeypatch.setattr(hf, "resolve", lambda name: tmp_path if name == "somebody/model" else None)
     assert load_tokenizer("somebody/model").to_json() == bpe.to_json()
+
+
+def test_settings_that_only_tokenizer_config_has_are_refused(bpe, tmp_path):
+    """Today's `transformers` would read texts with them; tokenizer.json alone reads them in another way."""
+    bpe.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    plain = json.loads(file.read_text())
+    added = {"0": {"content": "<|endoftext|>", "special": True}, "600": {"content": "<rating>", "special": False}}
+    for changes, message in (
+        ({"added_tokens_decoder": added}, r"added_tokens_decoder says that token 600 is '<rating>'"),
+        ({"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}, "add_prefix_space is True"),
+    ):
+        file.write_text(json.dumps(plain | changes))
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs("soup<rating>")["input_ids"] != bpe.encode(["soup<rating>"])[0]
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(tmp_path)
+    file.write_text(json.dumps(plain | {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}))
+    assert load_tokenizer(tmp_path).encode(TEXTS) == bpe.encode(TEXTS)

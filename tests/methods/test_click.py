@@ -91,8 +91,9 @@ def test_pairs_by_hand():
 
 @pytest.fixture(scope="module")
 def judge(small):
-    root, _, data = small
-    return stage(root, judging.fit_judge, {"kind": "bag"}, data=data)
+    """A reward that differs from text to text, whatever an untrained LM writes."""
+    options = {"kind": "function", "name": "dice", "function": "configs.reward:dice", "version": "1"}
+    return stage(small[0], judging.fit_judge, options)
 
 
 def test_fit_explores_pairs_and_learns(small, judge):

@@ -147,7 +147,7 @@ def test_energies_by_hand():
     def of(aims):
         given = {name: jnp.asarray(v) for name, v in aims.items()}
         logits = lambda z, gamma: jnp.asarray([[0.0, 1.0], [2.0, 0.0]])  # noqa: E731
-        return word_diffusion.energy(TABLE, given, free, 0, tags, logits, {"label": 2})(z, gamma)
+        return word_diffusion.energy(TABLE, given, free, (0,), tags, logits, {"label": 2})(z, gamma)
 
     length = -np.log([(1 - p[0, 0, 0]) * p[0, 1, 0] * p[0, 2, 0], (1 - p[1, 1, 0]) * (1 - p[1, 2, 0])])
     tagged = -np.log([(p[0, 0, 1] + p[0, 0, 2]) * p[0, 2, 0], p[1, 1, 0]])
@@ -345,7 +345,7 @@ def test_bad_input(net, small):
         ),
         "stop is set": lambda: diffusion_lm.write(lm, None, worlds.prompts(ROWS), control, Sampling(4, stop=((1,),))),
         "control has 11 tokens and the model 3": lambda: diffusion_lm.write(LM, None, worlds.prompts(ROWS), control),
-        "field label .* expected all of 0 to 2": lambda: diffusion_lm.fit(
+        "no record of .* has the label 2": lambda: diffusion_lm.fit(
             small[0], lm=small[1], data=small[2], guide=GUIDE | dict(fields={"label": 3}), **FIT
         ),
     }.items():

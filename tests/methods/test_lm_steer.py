@@ -43,8 +43,11 @@ class Words:
     def encode(self, texts):
         return [[self.id(w) for w in t.split()] for t in texts]
 
-    def decode(self, rows, skip_special=True):
-        return [" ".join(map(self.token, row)) for row in rows]
+    def begun(self, ids):
+        return list(ids)
+
+    def token_texts(self, ids):
+        return [self.token(i) for i in ids]
 
 
 def test_three_tokens_by_hand():

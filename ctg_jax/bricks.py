@@ -128,11 +128,18 @@ class SoftPrompt(Control):
         if self.choice is not None:
             check_choice(prompts, self.choice, self.vectors.shape[0], "class")
 
+    def added(self):
+        return self.vectors.shape[-2]
+
     def prompt(self, x, mask, state):
-        ones = jnp.ones(state.shape[:2], bool)
-        parts = [(state.astype(x.dtype), ones), (x, mask)]
-        parts = parts[::-1] if self.after else parts
-        return tuple(jnp.concatenate(p, axis=1) for p in zip(*parts))
+        return joined(x, mask, state, self.after)
+
+
+def joined(x: jax.Array, mask: jax.Array, soft: jax.Array, after: bool = False) -> tuple[jax.Array, jax.Array]:
+    """(x, mask) of an embedded prompt with soft tokens float [B, P, D] before it, or after it."""
+    parts = [(soft.astype(x.dtype), jnp.ones(soft.shape[:2], bool)), (x, mask)]
+    vectors, masks = zip(*(parts[::-1] if after else parts))
+    return jnp.concatenate(vectors, axis=1), jnp.concatenate(masks, axis=1)
 
 
 def soft_prompt(key: jax.Array, length: int, width: int, choices: int | None = None, deviation: float = 0.02):
@@ -176,9 +183,11 @@ class Coded(Control):
         if self.cond is not None:
             check_choice(prompts, self.cond, self.codes.shape[0], "code")
 
+    def added(self):
+        return 1
+
     def prompt(self, x, mask, state):
-        before = jnp.ones((mask.shape[0], 1), bool)
-        return jnp.concatenate([state[:, None].astype(x.dtype), x], axis=1), jnp.concatenate([before, mask], axis=1)
+        return joined(x, mask, state[:, None])
 
 
 def coded(key: jax.Array, delta: Delta, width: int, codes: int, deviation: float = 0.02) -> Coded:

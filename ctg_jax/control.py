@@ -12,10 +12,11 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from ctg_jax import support
-from ctg_jax.types import Params, Prompts
+from ctg_jax.types import InputError, Params, Prompts
 
 State = Any
 
@@ -61,11 +62,32 @@ class Control:
         return ()
 
     def prompt(self, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array]:
-        """Edits or lengthens the embedded prompt: x float [B, T, D], mask bool [B, T]."""
+        """Edits or lengthens the embedded prompt: x float [B, T, D], mask bool [B, T]. Where it lengthens it, `added`
+        tells by how much."""
         return x, mask
 
+    def added(self) -> int:
+        """The number of tokens that `prompt` adds to every row; they take positions of the model's context."""
+        return 0
+
+    def readers(self) -> tuple[tuple[str, int, int], ...]:
+        """The language models of its own that read every row along with the base model, so that no row outgrows them:
+        for each its name in messages, its context, and the number of tokens that its own control adds."""
+        return ()
+
+    def began(self, state: State, start: jax.Array) -> State:
+        """The state of a rule that depends on where the prompt ends. Called once, after `prompt`.
+
+        Args:
+          state: what `init` returned.
+          start: int32 [B], the position of the first token of the completion. What controls put before the prompt
+            counts, so it is not the number of tokens in `prompts.mask`.
+        """
+        return state
+
     def prefix(self, state: State) -> tuple[jax.Array, jax.Array] | None:
-        """Learned keys and values (k, v), each [L, B, K, P, H], that every token may attend to."""
+        """Learned keys and values (k, v), each [L, B, K, P, H], that every token may attend to. They take slots of the
+        cache and no positions."""
         return None
 
     def hidden(self, h: jax.Array, site: jax.Array | int, pos: jax.Array, state: State) -> jax.Array:
@@ -115,11 +137,20 @@ class Chain(Control):
             x, mask = c.prompt(x, mask, s)
         return x, mask
 
+    def added(self):
+        return sum(c.added() for c in self.parts)
+
+    def readers(self):
+        return tuple(reader for c in self.parts for reader in c.readers())
+
+    def began(self, state, start):
+        return tuple(c.began(s, start) for c, s in zip(self.parts, state, strict=True))
+
     def prefix(self, state):
         found = [p for c, s in zip(self.parts, state, strict=True) if (p := c.prefix(s)) is not None]
         if not found:
             return None
-        return jax.tree.map(lambda *xs: jax.numpy.concatenate(xs, axis=3), *found)
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=3), *found)
 
     def hidden(self, h, site, pos, state):
         for c, s in zip(self.parts, state, strict=True):
@@ -149,6 +180,23 @@ def edit_logits(
 def leaves(control: Control) -> list[Control]:
     """The controls of a chain in the order in which they act, chains inside it taken apart."""
     return [c for part in control.parts for c in leaves(part)] if isinstance(control, Chain) else [control]
+
+
+def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array, State]:
+    """What every reader of a prompt does with its embedded tokens x float [B, T, D] and mask bool [B, T]: (x, mask)
+    after `Control.prompt`, and the state after `Control.began`.
+
+    Raises:
+      InputError: `prompt` adds another number of tokens than `added` tells.
+    """
+    longer, mask = control.prompt(x, mask, state)
+    more = longer.shape[1] - x.shape[1]
+    if more != control.added():
+        raise InputError(
+            f"{type(control).__name__}.prompt adds {more} tokens and its `added` tells {control.added()}: let `added` "
+            "return the number of tokens that `prompt` adds."
+        )
+    return longer, mask, control.began(state, jnp.sum(mask, axis=1, dtype=jnp.int32))
 
 
 def overrides(control: Control, hook: str) -> bool:

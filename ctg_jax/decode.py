@@ -1,7 +1,8 @@
 """Decoding: `generate` in one compiled program, `forward` and `score` through exactly the same hooks.
 
-A decode loop is `prefill` (read the prompt), then `step` (sample a token, read it) until every row has ended.
-Token t of a row is drawn with `fold_in(prompts.keys[row], t)`, so a row's text does not depend on its batch.
+A decode loop is `begin` (read the prompt), then `extend` (draw a token, read it) until every row has ended; in between
+it may pause, and go on with some of its rows (`choose`). Token t of a row is drawn with `fold_in(keys[row], t)`, so a
+row's text does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax import constraints, hosts, layout, rng, tree
-from ctg_jax.control import IDENTITY, Control, edit_logits
-from ctg_jax.data.ids import check_ids
-from ctg_jax.models.lm import LM, Cache
-from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling
+from ctg_jax import hosts, layout, rng, tree
+from ctg_jax.checks import check_finite, check_rows, finite
+from ctg_jax.control import IDENTITY, Control, edit_logits, enter
+from ctg_jax.models.lm import LM, Cache, write_prefix
+from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
 
 _STRENGTHS = ("scale", "alpha")  # leaves of a control that may have a number for each row
 
 
 @struct.dataclass
 class Decoding:
-    """The loop's carry: t int32 [] tokens written; z float32 [B, V] controlled logits of token t; the cache and
-    the control's state; done bool [B]; tokens int32, mask bool and logp float32, each [B, N]."""
+    """Where a decode loop is: t int32 [] tokens written; z float32 [B, V] controlled logits of token t; the cache and
+    the control's state; done bool [B]; tokens int32, mask bool and logp float32, each [B, N].
+
+    Every leaf has the batch as its first axis, or size 1 there (shared by all rows), or no axis."""
 
     t: jax.Array
     z: jax.Array
@@ -53,13 +56,9 @@ def generate(
     once to decode without a second copy of the weights.
 
     Raises:
-      InputError: the prompts and `max_new` do not fit in the LM's context, or there are no prompts; a token has no row
-        in the LM; what `control.check` raises; rules of the control that cannot hold (`constraints.check`); logits that
-        are not finite, once all tokens are drawn.
+      InputError: what `checks.check_rows` raises; logits that are not finite, once all tokens are drawn.
     """
-    check_lengths(lm, prompts, sampling.max_new)
-    check_values(lm, prompts, control)
-    constraints.check(control, lm.vocab, sampling.max_new)
+    check_rows(lm, prompts, control, sampling.max_new)
     if not _divisible(prompts, control):
         return finite(_generate(lm, params, layout.spread(prompts), control, sampling))
     out = _generate(lm, params, layout.spread(hosts.rows(prompts)), control, sampling)
@@ -80,57 +79,140 @@ def _divisible(prompts: Prompts, control: Control) -> bool:
 def _generate(lm, params, prompts, control, sampling):
     params = lm.unstack(control.weights(params))
     d = prefill(lm, params, prompts, control, sampling)
-    d = sample(d, prompts.keys, sampling)
-
-    def going(d):
-        return (d.t < sampling.max_new) & ~jnp.all(d.done)
-
-    def body(d):
-        return sample(read(lm, params, d, control), prompts.keys, sampling)
-
-    d = lax.while_loop(going, body, d)
+    d = _advance(lm, params, d, prompts.keys, control, sampling, sampling.max_new)
     return Samples(tokens=d.tokens, mask=d.mask, logp=d.logp, generated=d.t)
 
 
+def begin(
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    control: Control = IDENTITY,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+) -> Decoding:
+    """A decode loop that has read the prompts and drawn nothing yet; `extend` goes on with it.
+
+    Raises:
+      InputError: as `generate`.
+    """
+    check_rows(lm, prompts, control, sampling.max_new)
+    return prefill(lm, _merged(lm, params, control), layout.spread(prompts), control, sampling)
+
+
+def extend(
+    lm: LM,
+    params: Params,
+    d: Decoding,
+    keys: jax.Array,
+    control: Control,
+    sampling: Sampling,
+    steps: int,
+) -> Decoding:
+    """At most `steps` more tokens of every row; as it is, where all rows have ended or `max_new` tokens are written.
+
+    `generate` is `extend` by `max_new` steps after `begin`, and any other division into steps gives the same tokens.
+    One program is compiled for each batch size and value of `steps`.
+
+    Args:
+      lm, params, control, sampling: those that `begin` was given. Where the control has leaves with a number for each
+        row and rows were chosen, its rows are the caller's to choose.
+      d: left as it is, so that two continuations may begin from it.
+      keys: typed PRNG keys [B]: those of the prompts, or others for rows that are to draw different tokens.
+      steps: at least 1.
+
+    Raises:
+      InputError: steps below 1, other numbers of rows or of new tokens than those of `d`.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}, expected at least 1.")
+    rows, new = d.tokens.shape
+    if keys.shape != (rows,) or new != sampling.max_new:
+        raise InputError(
+            f"The decoding has {rows} rows and max_new {new}, but there are keys of shape {keys.shape} and "
+            f"sampling.max_new is {sampling.max_new}: give one key for each row and the sampling of `begin`."
+        )
+    return _extend(lm, _merged(lm, params, control), d, keys, control, sampling, min(steps, new))
+
+
+def choose(tree: PyTree, index: jax.Array) -> PyTree:
+    """The rows int [B'] of a `Decoding` (or of keys, or of both together), in that order; a row may be taken several
+    times. Leaves that all rows share stay as they are.
+
+    Raises:
+      InputError: a leaf whose first axis is neither the batch nor 1.
+    """
+    rows = max((x.shape[0] for x in jax.tree.leaves(tree) if x.ndim), default=1)
+
+    def some(x):
+        if x.ndim == 0 or (x.shape[0] == 1 < rows):
+            return x
+        if x.shape[0] != rows:
+            raise InputError(f"A leaf has shape {x.shape}, expected {rows} rows, or 1, as its first axis.")
+        return x[index]
+
+    return jax.tree.map(some, tree)
+
+
 def stream(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Iterator[np.ndarray]:
-    """Yields int32 [B] tokens as they are made, `sampling.pad` for rows that have ended: the loop of `generate`
-    with one dispatch per token, for notebooks and terminals (`Tokenizer.decode_stream` gives their text). The tokens
-    are those of `generate`."""
-    check_lengths(lm, prompts, sampling.max_new)
-    check_values(lm, prompts, control)
-    constraints.check(control, lm.vocab, sampling.max_new)
-    params = _weights(lm, params, control)
-    d = _first(lm, params, prompts, control, sampling)
-    while True:
-        t = int(d.t)
-        check_finite(d.logp[:, :t])
-        yield np.asarray(d.tokens[:, t - 1])
-        if t >= sampling.max_new or bool(jnp.all(d.done)):
+    """Yields int32 [B] tokens as they are made, `sampling.pad` for rows that have ended: `begin` and `extend` by one
+    token at a time, for notebooks and terminals (`Tokenizer.decode_stream` gives their text). The tokens are those of
+    `generate`."""
+    d = begin(lm, params, prompts, control, sampling)
+    params = _merged(lm, params, control)
+    for t in range(sampling.max_new):
+        d = _onward(lm, params, d, prompts.keys, control, sampling, 1)
+        check_finite(d.logp[:, : t + 1])
+        yield np.asarray(d.tokens[:, t])
+        if bool(jnp.all(d.done)):
             return
-        d = _next(lm, params, d, prompts.keys, control, sampling)
 
 
 @partial(jax.jit, static_argnames=("lm",))
-def _weights(lm, params, control):
+def _merged(lm, params, control):
     return lm.unstack(control.weights(params))
 
 
+def _advance(lm, params, d, keys, control, sampling, steps):
+    """`steps` tokens more of a decoding that is not finished, with the merged `params`: draws a token, then reads it,
+    unless nothing is drawn after it."""
+    end = jnp.minimum(d.t + steps, sampling.max_new)
+
+    def going(d):
+        return (d.t < end) & ~jnp.all(d.done)
+
+    def body(d):
+        return sample(read(lm, params, d, control), keys, sampling)
+
+    d = sample(d, keys, sampling)
+    if steps > 1:
+        d = lax.while_loop(going, body, d)
+    if steps == sampling.max_new:  # nothing is left to draw
+        return d
+    return lax.cond(_unfinished(d), lambda d: read(lm, params, d, control), lambda d: d, d)
+
+
+def _unfinished(d):
+    return (d.t < d.tokens.shape[1]) & ~jnp.all(d.done)
+
+
+@partial(jax.jit, static_argnames=("lm", "sampling", "steps"))
+def _extend(lm, params, d, keys, control, sampling, steps):
+    def on(d):
+        return _advance(lm, params, d, keys, control, sampling, steps)
+
+    return lax.cond(_unfinished(d), on, lambda d: d, d)
+
+
+_onward = jax.jit(_advance, static_argnames=("lm", "sampling", "steps"), donate_argnames=("d",))
+
+
 @partial(jax.jit, static_argnames=("lm", "sampling"))
-def _first(lm, params, prompts, control, sampling):
-    return sample(prefill(lm, params, prompts, control, sampling), prompts.keys, sampling)
-
-
-@partial(jax.jit, static_argnames=("lm", "sampling"), donate_argnames=("d",))
-def _next(lm, params, d, keys, control, sampling):
-    return sample(read(lm, params, d, control), keys, sampling)
-
-
 def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Decoding:
     """Reads the prompts into a new cache; nothing is sampled yet. `params` have been through `control.weights`."""
     batch, t = prompts.tokens.shape
     n = sampling.max_new
     state = control.init(prompts, t + n)
-    x, mask = control.prompt(lm.embed(params, prompts.tokens), prompts.mask, state)
+    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
     prefix = control.prefix(state)
     p = 0 if prefix is None else prefix[0].shape[3]
     cache = lm.init_cache(params, batch, p + x.shape[1] + n - 1)
@@ -147,18 +229,6 @@ def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling
         tokens=jnp.full((batch, n), sampling.pad, jnp.int32),
         mask=jnp.zeros((batch, n), bool),
         logp=jnp.zeros((batch, n), jnp.float32),
-    )
-
-
-def write_prefix(cache: Cache, prefix: tuple[jax.Array, jax.Array]) -> Cache:
-    """An empty cache whose first P slots hold the prefix (k, v), each [L, B, K, P, H]; positions do not move."""
-    k, v = prefix
-    p = k.shape[3]
-    return cache.replace(
-        k=tuple(c.at[:, :, :p].set(a.astype(c.dtype)) for c, a in zip(cache.k, k)),
-        v=tuple(c.at[:, :, :p].set(a.astype(c.dtype)) for c, a in zip(cache.v, v)),
-        mask=cache.mask.at[:, :p].set(True),
-        length=cache.length + p,
     )
 
 
@@ -220,28 +290,32 @@ def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, con
     what follows the end of a completion does not matter. The sequence runs through stacked layers without a cache.
 
     Raises:
-      InputError: a token has no row in the LM, or what `control.check` raises.
+      InputError: what `checks.check_rows` raises. Inside `jit`, where masks are not known, padding counts as well.
     """
-    check_values(lm, prompts, control, completion)
+    check_rows(lm, prompts, control, completion.shape[1], completion)
     return _forward(lm, params, prompts, completion, control)
 
 
-@partial(jax.jit, static_argnames=("lm",))
-def _forward(lm, params, prompts, completion, control):
-    return forward_states(lm, params, prompts, completion, control)[0]
-
-
-@partial(jax.jit, static_argnames=("lm",))
 def forward_states(
     lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY
 ) -> tuple[jax.Array, jax.Array]:
     """What `forward` gives, and the final hidden states [B, N, D] that each of the logits was read off."""
+    check_rows(lm, prompts, control, completion.shape[1], completion)
+    return _forward_states(lm, params, prompts, completion, control)
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _forward(lm, params, prompts, completion, control):
+    return _forward_states(lm, params, prompts, completion, control)[0]
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _forward_states(lm, params, prompts, completion, control):
     params = control.weights(params)
     n = completion.shape[1]
-    constraints.check(control, lm.vocab, n)
     state = control.init(prompts, prompts.tokens.shape[1] + n)
     seen = completion[:, : n - 1]
-    x, mask = control.prompt(lm.embed(params, prompts.tokens), prompts.mask, state)
+    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
     ones = jnp.ones(seen.shape, bool)
     x = jnp.concatenate([x, lm.embed(params, seen)], axis=1)
     mask = jnp.concatenate([mask, ones], axis=1)
@@ -251,73 +325,38 @@ def forward_states(
     return z, out.hidden[:, out.hidden.shape[1] - n :]
 
 
-def score(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
+def score(
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    completion: jax.Array,
+    control: Control = IDENTITY,
+    written: jax.Array | None = None,
+) -> jax.Array:
     """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`; for a token that the
     control removed it is `support.REMOVED`, of probability 0.
 
+    Args:
+      written: bool [B, N], which tokens of the completion are no padding (on the right); the others score 0. None: all.
+
     Raises:
-      InputError: a token has no row in the LM, what `control.check` raises, rules of the control that cannot hold
-        (`constraints.check`), or logits that are not finite.
+      InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
     """
-    check_values(lm, prompts, control, completion)
-    constraints.check(control, lm.vocab, completion.shape[1])
+    check_rows(lm, prompts, control, completion.shape[1], completion, written)
+    rows = (prompts, completion, written)
     if _divisible(prompts, control) and not isinstance(completion, jax.core.Tracer):
-        prompts, completion = hosts.rows((prompts, completion))
         with layout.on():
-            logp = hosts.gather(_score(lm, params, *layout.spread((prompts, completion)), control))
+            logp = hosts.gather(_score(lm, params, *layout.spread(hosts.rows(rows)), control))
     else:
         with layout.on():
-            logp = _score(lm, params, *layout.spread((prompts, completion)), control)
+            logp = _score(lm, params, *layout.spread(rows), control)
     check_finite(logp)
     return logp
 
 
 @partial(jax.jit, static_argnames=("lm",))
-def _score(lm, params, prompts, completion, control):
-    z = forward(lm, params, prompts, completion, control)
+def _score(lm, params, prompts, completion, written, control):
+    z = _forward(lm, params, prompts, completion, control)
     chosen = jnp.take_along_axis(z, completion[:, :, None], axis=2)[:, :, 0]
-    return chosen - jax.nn.logsumexp(z, axis=-1)
-
-
-def check_values(lm: LM, prompts: Prompts, control: Control, completion: jax.Array | None = None) -> None:
-    """Raises InputError where a token of the prompts or the completion has no row in the LM, or the control cannot read
-    the prompts. Traced values cannot be looked at and pass."""
-    tokens, mask, rest = (tree.concrete(x) for x in (prompts.tokens, prompts.mask, completion))
-    if tokens is not None and mask is not None:
-        check_ids(tokens[mask], lm.vocab, "prompts.tokens")
-    if rest is not None:
-        check_ids(rest, lm.vocab, "completion")
-    control.check(prompts)
-
-
-def finite(out: Samples) -> Samples:
-    """The samples themselves; raises InputError as `check_finite`."""
-    check_finite(out.logp)
-    return out
-
-
-def check_finite(logp: jax.Array) -> None:
-    """Raises InputError where a log-probability [B, N] is NaN; under `jit`, where nothing is known, never."""
-    if isinstance(logp, jax.core.Tracer):
-        return
-    if len(bad := np.argwhere(np.isnan(np.asarray(logp)))):
-        row, step = bad[0]
-        raise InputError(
-            f"The logits of row {row}, new token {step + 1}, are not finite: parameters of the model or of a control "
-            "hold NaN or infinity, or a control removed every token that Ban, Force or MinLength allows."
-        )
-
-
-def check_lengths(lm: LM, prompts: Prompts, new: int) -> None:
-    """Raises InputError when prompts [B, T] and `new` tokens do not fit the LM, or the batch is empty."""
-    batch, t = prompts.tokens.shape
-    if batch == 0 or t == 0:
-        raise InputError(f"prompts has shape {prompts.tokens.shape}, expected at least one row and one token.")
-    if new < 1:
-        raise InputError(f"max_new is {new}, expected at least 1.")
-    longest = t if isinstance(prompts.mask, jax.core.Tracer) else int(np.asarray(prompts.mask).sum(1).max())
-    if longest + new > lm.context:
-        raise InputError(
-            f"The longest prompt has {longest} tokens and max_new is {new}, but the model's context is {lm.context}: "
-            "shorten the prompts or max_new."
-        )
+    logp = chosen - jax.nn.logsumexp(z, axis=-1)
+    return logp if written is None else jnp.where(written, logp, 0.0)

@@ -327,7 +327,8 @@ def log_probabilities(
         b = {name: np.stack([r[name] for r in some]) for name in some[0]}
         keys = rng.per_example(jax.random.key(0), jnp.asarray(b["ids"]))
         prompts = Prompts(jnp.asarray(b["tokens"]), jnp.asarray(b["mask"]), keys)
-        logp = np.asarray(decode.score(lm, params, prompts, jnp.asarray(b["completion"]), control), np.float64)
-        found = np.where(b["written"], logp, 0.0).sum(1)
+        completion, written = jnp.asarray(b["completion"]), jnp.asarray(b["written"])
+        logp = decode.score(lm, params, prompts, completion, control, written)
+        found = np.asarray(logp, np.float64).sum(1)
         out[at : at + batch] = found[: len(out) - at]
     return out

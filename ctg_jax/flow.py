@@ -18,6 +18,7 @@ from ctg_jax import constraints, evaluation, layout, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode import check_finite, generate
 from ctg_jax.methods import truncate
+from ctg_jax.models.lengths import check_reads, room
 from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
 from ctg_jax.types import InputError, Samples, Sampling
 
@@ -191,7 +192,8 @@ def human(
     model, params, tokenizer = open_lm(lm)
     reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=build(lm, controls, strengths))
     heads = tokenizer.encode_prompts([r.get("prompt", r["text"]) for r in records])
-    nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, model.context - 1)))
+    most = room(model, reader.control)[0] - 1
+    nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, most)))
     boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
     run.log(name="human_perplexity", **evaluation.Perplexity("pooled").figure(boot, nats, tokens).as_json())
 
@@ -224,7 +226,7 @@ def complete(
     """
     from ctg_jax.data.tokenizer import to_prompts
 
-    check_prompts(model, tokenizer, texts, max_new)
+    check_prompts(model, tokenizer, texts, max_new, control if isinstance(control, Control) else IDENTITY)
     control = constraints.only(tokenizer.known(model.vocab), control)
     constraints.check(control, model.vocab, max_new)
     work = [(i, j) for i in range(len(texts)) for j in range(n)]
@@ -291,18 +293,16 @@ def _split(write: Callable[..., Samples], devices: tuple[jax.Device, ...]) -> Ca
     return split
 
 
-def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int) -> None:
-    """InputError where there are no prompts, one is empty or none of its tokens can be read, or one is too long."""
+def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int, control: Control = IDENTITY) -> None:
+    """InputError where there are no prompts, one is empty or none of its tokens can be read, or one is too long for
+    `model` and what else reads it under `control`."""
     if not texts:
         raise InputError("the list of prompts is empty: give at least one prompt")
     for i, ids in enumerate(tokenizer.encode_prompts(texts)):
         if not texts[i].strip() or not ids:
             raise InputError(f"prompt {i + 1} is empty: give at least one word")
-        if len(ids) + max_new > model.context:
-            raise InputError(
-                f"prompt {i + 1} has {len(ids)} tokens and {max_new} new ones are asked for, but the model's context "
-                f"is {model.context}: shorten the prompt or ask for fewer"
-            )
+        size = len(ids)
+        check_reads(model, size + max_new - 1, f"prompt {i + 1} has {size} tokens and max_new is {max_new}", control)
 
 
 def _whole_batches(partial, batch: int, total: int) -> list[dict]:

@@ -19,6 +19,7 @@ from ctg_jax.data.labels import known
 from ctg_jax.decode import generate
 from ctg_jax.flow import opened
 from ctg_jax.methods.latent_steer import LatentSteer
+from ctg_jax.models.lengths import check_reads
 from ctg_jax.stage import Artifact, Run, write_jsonl
 from ctg_jax.types import InputError, Sampling, optional
 
@@ -213,6 +214,7 @@ def similarity(
     (first,) = tokenizer.encode_prompts([""])
     tokens = [first + row for row in tokenizer.encode_after([""] * len(texts), texts)]
     length = max(map(len, tokens))
+    check_reads(model, length, f"The longest sentence has {length} tokens")
 
     def states(t, m):
         def tap(h):

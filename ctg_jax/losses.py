@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax import decode
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.support import removed
 from ctg_jax.types import Params, Prompts, PyTree, Sum
@@ -138,6 +140,12 @@ def predicted(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     return batch["tokens"][:, 1:], mask
 
 
+def check_rows(lm: LM, tokens: int, control: Control = IDENTITY) -> None:
+    """InputError where rows of training have more tokens than a model can read beside what `control` adds. The last
+    token is only a target."""
+    check_reads(lm, tokens - 1, f"The rows of training have {tokens} tokens", control)
+
+
 def lm_loss(lm: LM, *, z: float = 0.0) -> LossFn:
     """Next-token loss whose params are those of the LM (`pretrain`); `frozen` is not read.
 
@@ -147,6 +155,7 @@ def lm_loss(lm: LM, *, z: float = 0.0) -> LossFn:
     """
 
     def loss(params: Params, frozen: PyTree, batch: dict[str, Any], keys: jax.Array) -> Sum:
+        check_rows(lm, batch["tokens"].shape[1])
         targets, mask = predicted(batch)
         tokens, seen = batch["tokens"][:, :-1], batch["mask"][:, :-1]
         logits = lm.apply(params, lm.embed(params, tokens), seen).logits
@@ -168,6 +177,7 @@ def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
     """
 
     def loss(params: PyTree, frozen: dict[str, Params], batch: dict[str, Any], keys: jax.Array) -> Sum:
+        check_rows(lm, batch["tokens"].shape[1], params)
         targets, mask = predicted(batch)
         tokens, real = batch["tokens"][:, :1], batch["mask"][:, :1]
         prompts = Prompts(tokens=tokens, mask=real, keys=keys, cond=batch.get("cond"))

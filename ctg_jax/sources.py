@@ -172,6 +172,7 @@ def pretrain(
         family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
         head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied, dtype=dtype, remat=layout.remat(),
     )  # fmt: skip
+    losses.check_rows(lm, length)
     key = jax.random.key(seed)
     tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)
     state = train.init_state(lm.init(rng.stream(key, "init")), tx, rng.stream(key, "train"))

@@ -145,8 +145,7 @@ def sampling(lm: Transformer, plan: Plan, control, rows: int, prompt: int, new: 
 
     def begun(params, control):
         prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jax.random.split(jax.random.key(0), rows))
-        params = lm.unstack(control.weights(params))
-        return decode.prefill(lm, params, prompts, control, Sampling(max_new=new))
+        return decode.begin(lm, params, prompts, control, Sampling(max_new=new))
 
     d = jax.eval_shape(begun, jax.eval_shape(lm.init, jax.random.key(0)), control)
     held = changed(lm, plan, control) | dict(control=plan.bytes_per_device(control))

@@ -14,8 +14,8 @@ from ctg_jax.methods import dexperts, truncate
 from ctg_jax.support import REMOVED, remove, removed, settle
 from ctg_jax.types import InputError, Sampling
 
-LM = worlds.tiny(vocab=50)
-PARAMS = worlds.lively(LM)
+LM = worlds.Bigram(vocab=50)
+PARAMS = LM.init(jax.random.key(0))
 PROMPTS = worlds.prompts([[1, 2, 3], [4], [5, 6]])
 SAMPLING = Sampling(max_new=3)
 WORLD = worlds.Bigram()
@@ -35,8 +35,8 @@ def next_token(*parts):
 
 
 def test_a_removed_token_does_not_come_back_through_temperature_and_experts():
-    """Top-p .7 removes token 2; divided by 20, its logit of -1e30 was above the experts' own limit, and the experts gave
-    it the probability .53."""
+    """Top-p .7 removes token 2; divided by 20, its logit of -1e30 was above the limit of the experts, which then gave
+    it probability again."""
     sides = (dexperts.member(WORLD, worlds.table([[p, 1 - 2 * p, p]] * 3)) for p in (0.1, 0.4))
     push = dexperts.experts(*sides, -1.0)
     found = next_token(truncate.TopP(jnp.float32(0.7)), truncate.Temperature(20.0), push)
@@ -45,7 +45,7 @@ def test_a_removed_token_does_not_come_back_through_temperature_and_experts():
 
 
 def test_a_member_may_remove_tokens_for_itself():
-    """The expert's own top-p removes token 2 of (.6, .3, .1): nothing is known of it there, so the base's logit counts."""
+    """The expert's own top-p removes token 2 of (.6, .3, .1): the base's logit counts for it."""
     plus, minus = worlds.table([[0.6, 0.3, 0.1]] * 3), worlds.table([[0.2, 0.4, 0.4]] * 3)
     for sign in (1.0, -1.0):
         narrow = dexperts.Member(plus, truncate.TopP(jnp.float32(0.9)), lm=WORLD)
@@ -65,7 +65,7 @@ def test_settle_by_hand():
 
 
 @pytest.mark.parametrize("rule", [
-    truncate.NoRepeatNgram(1), truncate.TopP(1e-9), truncate.TopP(jnp.nan), truncate.MinP(2.0), truncate.MinP(jnp.inf),
+    truncate.NoRepeatNgram(1), truncate.TopP(1e-9), truncate.MinP(2.0), truncate.MinP(jnp.inf),
     truncate.Typical(1e-9), truncate.TopK(1),
 ], ids=lambda rule: type(rule).__name__)  # fmt: skip
 def test_a_rule_that_would_leave_nothing_leaves_the_least_bad_token(rule):
@@ -156,14 +156,13 @@ def test_a_constant_that_a_rule_of_ones_own_leaves_nothing_for_stops_with_a_sent
 # --- numbers that are none -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("control", [Chain(()), truncate.TopK(2), truncate.MinP(0.1), truncate.TopP(0.5)])
+@pytest.mark.parametrize(("value", "control"), [(jnp.nan, truncate.TopK(2)), (jnp.inf, Chain(()))])
 def test_logits_that_are_not_finite_stop_with_a_sentence(value, control):
-    broken = {**PARAMS, "norm": jax.tree.map(lambda x: x.at[0].set(value), PARAMS["norm"])}
+    broken = {**PARAMS, "head": {"kernel": PARAMS["head"]["kernel"].at[7].set(value)}}  # the logit of token 7
     with pytest.raises(InputError, match="logits of row 0, new token 1, are not finite"):
         generate(control, broken)
     with pytest.raises(InputError, match="logits of row 0, new token 1, are not finite"):
-        decode.score(LM, broken, PROMPTS, jnp.zeros((3, 2), jnp.int32), control)
+        decode.score(LM, broken, PROMPTS, jnp.full((3, 2), 7, jnp.int32), control)
     with pytest.raises(InputError, match="not finite"):
         next(decode.stream(LM, broken, PROMPTS, control, SAMPLING))
     inside = jax.jit(lambda p: generate(control, p).tokens)(broken)  # nothing can be raised here

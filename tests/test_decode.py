@@ -139,9 +139,9 @@ def test_nothing_recompiles_when_a_leaf_changes():
 def test_lengths_are_checked():
     params, p = weights(GPT2), prompts()
     with pytest.raises(
-        InputError, match="longest prompt has 5 tokens and max_new is 36, but the model's context is 40"
+        InputError, match="longest prompt has 5 tokens and max_new is 37, but the model's context is 40"
     ):
-        generate(GPT2, params, p, IDENTITY, Sampling(max_new=36))
+        generate(GPT2, params, p, IDENTITY, Sampling(max_new=37))
     with pytest.raises(InputError, match="max_new is 0"):
         generate(GPT2, params, p, IDENTITY, Sampling(max_new=0))
     none = jax.tree.map(lambda x: x[:0], p)

@@ -144,7 +144,7 @@ def test_decoding_keeps_the_cache_split_over_rows_and_heads():
     sampling = Sampling(max_new=8)
     want = decode.generate(LM, params, prompts, IDENTITY, sampling)
     placed, rows = FSDP.place(params), jax.device_put(prompts, NamedSharding(FSDP.mesh, PartitionSpec("data")))
-    d = decode._first(LM, placed, rows, IDENTITY, sampling)
+    d = decode.begin(LM, placed, rows, IDENTITY, sampling)
     for cache in (*d.cache.k, *d.cache.v):
         assert cache.shape == (8, 4, 11, 4)
         assert cache.addressable_shards[0].data.shape == (2, 2, 11, 4)

@@ -15,6 +15,7 @@ from ctg_jax import constraints, decode, rng
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.data.ids import check_sizes
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
+from ctg_jax.models.lengths import room
 from ctg_jax.models.lm import LM
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Params, Prompts
@@ -101,7 +102,8 @@ class LMScorer:
         token; a prompt that does not fit beside its text loses its beginning.
 
         Raises:
-          InputError: unequal lengths, a text longer than the context, an empty prompt and no BOS or EOS token.
+          InputError: unequal lengths, a text longer than the context less what the control adds, an empty prompt and no
+        BOS or EOS token.
         """
         if len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts were given for {len(texts)} texts; give one prompt for each text")
@@ -125,14 +127,13 @@ class LMScorer:
                     f"prompt {i} is empty and the tokenizer of {self.name} has no BOS or EOS token; give a prompt"
                 )
             head = [self.start]
-        if len(tail) + 1 > self.lm.context:
-            raise InputError(
-                f"text {i} has {len(tail)} tokens; {self.name} reads at most {self.lm.context - 1} after a prompt"
-            )
-        over = len(head) + len(tail) - self.lm.context
+        most = room(self.lm, self.control)[0]
+        if len(tail) + 1 > most:
+            raise InputError(f"text {i} has {len(tail)} tokens; {self.name} reads at most {most - 1} after a prompt")
+        over = len(head) + len(tail) - most
         if over > 0:  # the beginning of the prompt goes, but a model that expects BOS still reads it first
             kept = self.tokenizer.begun([])
-            head = kept + head[over + len(kept) :] if len(tail) + len(kept) < self.lm.context else head[over:]
+            head = kept + head[over + len(kept) :] if len(tail) + len(kept) < most else head[over:]
         return head, tail
 
     def _score(self, rows, ids):
@@ -147,8 +148,8 @@ class LMScorer:
         # A control that draws, such as a latent, draws for the number of the text, whatever batch it is in.
         keys = rng.per_example(jax.random.key(0), ids + ids[:1] * (self.batch - len(ids)))
         prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), keys)
-        logp = np.asarray(decode.score(self.lm, self._params, prompts, jnp.asarray(tail), self.control), np.float64)
-        return -np.where(tail_mask, logp, 0.0).sum(axis=1)[: len(rows)]
+        logp = decode.score(self.lm, self._params, prompts, jnp.asarray(tail), self.control, jnp.asarray(tail_mask))
+        return -np.asarray(logp, np.float64).sum(axis=1)[: len(rows)]
 
 
 @partial(jax.jit, static_argnames="lm")

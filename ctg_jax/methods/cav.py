@@ -48,7 +48,6 @@ class Cav(Control):
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits to the bit.
       direction: for each concept "add" (P ≥ p0), "remove" (P ≤ p0) or "both" (P = p0).
       everywhere: whether the whole prompt is edited too, and not its last token and what follows, as in the paper.
-        (A prompt that a control lengthens counts from the end of what it was before.)
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
       goal: None, or the name of a float [B] or [B, K] entry of `prompts.cond` that stands for `p0`, kept within
         1e-6 of 0 and 1.
@@ -72,6 +71,9 @@ class Cav(Control):
         p0 = jnp.clip(p0, 1e-6, 1 - 1e-6)
         first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None] - 1
         return bricks.per_row(self.scale, prompts, self.cond), (jnp.log(p0) - jnp.log1p(-p0))[:, None], first
+
+    def began(self, state, start):
+        return *state[:2], start[:, None] - 1
 
     def hidden(self, h, site, pos, state):
         sites, _, width = self.vector.shape
@@ -286,7 +288,7 @@ def states(
     for side, rows in zip(("with", "without"), texts):
         parts = [
             np.asarray(read(params, t, mask)).transpose(1, 0, 2)[weight > 0]
-            for t, mask, weight in steer.batches(tokenizer, rows[: max(1, limit // 2)], batch, tokens)
+            for t, mask, weight in steer.batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens)
         ]
         found[side] = np.concatenate(parts)
         run.log(side=side, texts=len(found[side]))

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import bricks, checkpoint, decode, methods
-from ctg_jax.control import IDENTITY, Control, edit_logits
+from ctg_jax import bricks, checkpoint, methods
+from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.methods import finetune
-from ctg_jax.models.lm import LM, Cache
+from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Params, Prompts
@@ -50,26 +50,23 @@ class Member:
     lm: LM = struct.field(pytree_node=False, kw_only=True)
 
     def init(self, prompts: Prompts, length: int) -> Memory:
-        batch, t = prompts.tokens.shape
+        batch = prompts.tokens.shape[0]
         state = self.control.init(prompts, length)
-        x = jax.ShapeDtypeStruct((batch, t, self.lm.width), jnp.float32)
-        longer, _ = jax.eval_shape(self.control.prompt, x, prompts.mask, state)
         prefix = self.control.prefix(state)
         p = 0 if prefix is None else prefix[0].shape[3]
-        cache = self.lm.init_cache(self.params, batch, p + longer.shape[1] - t + length)
-        return Memory(cache if prefix is None else decode.write_prefix(cache, prefix), state)
+        cache = self.lm.init_cache(self.params, batch, p + self.control.added() + length)
+        return Memory(cache if prefix is None else write_prefix(cache, prefix), state)
 
     def read(self, tokens: jax.Array, mask: jax.Array, last: int, m: Memory) -> tuple[jax.Array, Memory]:
         """Logits float32 [B, last, V] after the last tokens of those just read, int [B, T] with mask bool [B, T]."""
-        x = self.lm.embed(self.params, tokens)
-        seen = mask
+        x, seen, state = self.lm.embed(self.params, tokens), mask, m.state
         if not m.started:  # the prompt comes first, and with it all but the last M - 1 tokens of a forward pass
             t = tokens.shape[1] - last + 1
-            head, head_mask = self.control.prompt(x[:, :t], mask[:, :t], m.state)
+            head, head_mask, state = enter(self.control, x[:, :t], mask[:, :t], state)
             x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
             seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
-        out = self.lm.apply(self.params, x, seen, m.cache, self.control, m.state, last=last)
-        z, state = edit_logits(self.control, out.logits, tokens, mask, m.state)
+        out = self.lm.apply(self.params, x, seen, m.cache, self.control, state, last=last)
+        z, state = edit_logits(self.control, out.logits, tokens, mask, state)
         return z, Memory(out.cache, state, True)
 
 
@@ -98,6 +95,13 @@ class Experts(Control):
         members = {"expert": self.expert, "anti": self.anti}
         memory = {k: m.init(prompts, length) for k, m in members.items() if m is not None}
         return bricks.per_row(self.alpha, prompts, self.cond), memory
+
+    def readers(self):
+        found: tuple[tuple[str, int, int], ...] = ()
+        for name in ("expert", "anti"):
+            if (m := getattr(self, name)) is not None:
+                found += ((name, m.lm.context, m.control.added()), *m.control.readers())
+        return found
 
     def logits(self, z, tokens, mask, state):
         strength, memory = state

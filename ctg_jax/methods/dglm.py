@@ -77,9 +77,11 @@ class Said(Control):
         latent, gamma = bricks.condition(prompts, "latent"), bricks.condition(prompts, "gamma")
         return self.speak(latent, gamma, rng.named(prompts.keys, "said"))
 
+    def added(self):
+        return self.net.prompt
+
     def prompt(self, x, mask, state):
-        ones = jnp.ones(state.shape[:2], bool)
-        return jnp.concatenate([x, state.astype(x.dtype)], axis=1), jnp.concatenate([mask, ones], axis=1)
+        return bricks.joined(x, mask, state, after=True)
 
     def speak(self, latent: jax.Array, gamma: jax.Array, keys: jax.Array) -> jax.Array:
         """Soft tokens float32 [B, P, D] of latents [B, Z] that are noised to γ [B] first."""
@@ -125,6 +127,9 @@ class Proposal(Control):
         z = self.latent(prompts)
         gamma = jnp.full(z.shape[:1], np.log(self.draw.signal / (1 - self.draw.signal)), jnp.float32)
         return self.said.speak(z, gamma, rng.named(prompts.keys, "said"))
+
+    def added(self):
+        return self.said.added()
 
     def prompt(self, x, mask, state):
         return self.said.prompt(x, mask, state)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctg_jax import bricks, checkpoint, hosts, invert, rng
 from ctg_jax.control import Control
 from ctg_jax.data.tokenizer import pad_rows
+from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError, Params
@@ -42,7 +43,8 @@ class LatentSteer(Control):
       scale: float32 [] or [B].
       basis: float32 [d, width], fixed orthonormal rows that z goes through, or None where d is the width.
       sites: where it is added, see `sites`; none for the memory.
-      steps: "all" tokens, the "first" one of the sequence, or those of the "prompt".
+      steps: "all" tokens, the "first" one of the prompt, or those of the "prompt": as many as it has, which end where
+        the completion begins, and none that a control put before them.
       parts: z is so many vectors, of which every token gets the mixture that its own state attends to.
       memory: (L, K, P, H) of the keys and values, or None.
     """
@@ -61,22 +63,27 @@ class LatentSteer(Control):
             z = jnp.broadcast_to(self.z[None], (prompts.tokens.shape[0], *self.z.shape))
         else:
             z = bricks.gathered(self.z, prompts, self.choice)
-        start = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-        return self.spread(z, start), bricks.per_row(self.scale, prompts, None)[:, 0]
+        size = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+        return self.spread(z, size), bricks.per_row(self.scale, prompts, None)[:, 0]
 
     def check(self, prompts):
         if self.choice is not None:
             bricks.check_choice(prompts, self.choice, self.z.shape[0], "vector")
 
-    def spread(self, z: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(float32 [B, parts, D], or [B, width of the memory]; start int32 [B], tokens of the prompt) of z [B, d]."""
+    def spread(self, z: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(float32 [B, parts, D], or [B, width of the memory]; int32 [B] each, where the prompt begins and ends) of z
+        [B, d] and the number of tokens of each prompt, int32 [B], where nothing is before it."""
         full = z if self.basis is None else z @ self.basis
-        return (full if self.memory else full.reshape(len(z), self.parts, -1)), start
+        return (full if self.memory else full.reshape(len(z), self.parts, -1)), jnp.zeros_like(size), size
+
+    def began(self, state, start):
+        (full, _, size), scale = state
+        return (full, jnp.maximum(start - size, 0), start), scale
 
     def prefix(self, state):
         if self.memory is None:
             return None
-        (full, _), scale = state
+        (full, *_), scale = state
         layers, heads, slots, width = self.memory
         both = (full * scale).reshape(-1, 2, layers, heads, slots, width)
         return both[:, 0].swapaxes(0, 1), both[:, 1].swapaxes(0, 1)
@@ -84,20 +91,19 @@ class LatentSteer(Control):
     def hidden(self, h, site, pos, state):
         if not self.sites or (isinstance(site, int) and site not in self.sites):
             return h
-        (full, start), scale = state
-        if full.shape[-1] != h.shape[-1]:
+        (full, first, end), scale = state
+        if (width := full.shape[-1]) != h.shape[-1]:
             raise InputError(
-                f"The latent vector has width {full.shape[-1]}, but the model's is {h.shape[-1]}: it was learned on "
-                "another model."
+                f"The latent vector has width {width}, and the model {h.shape[-1]}: it was learned on another model."
             )
         push = full
         if self.parts > 1:
             weight = jax.nn.softmax(jnp.einsum("btd,bpd->btp", h.astype(jnp.float32), full), axis=-1)
             push = jnp.einsum("btp,bpd->btd", weight, full)
         if self.steps == "first":
-            push = jnp.where((pos == 0)[:, :, None], push, 0.0)
+            push = jnp.where((pos == first[:, None])[:, :, None], push, 0.0)
         elif self.steps == "prompt":
-            push = jnp.where((pos < start[:, None])[:, :, None], push, 0.0)
+            push = jnp.where(((pos >= first[:, None]) & (pos < end[:, None]))[:, :, None], push, 0.0)
         if not isinstance(site, int):
             push = jnp.where(jnp.isin(site, jnp.asarray(self.sites)), push, 0.0)
         return h + (scale[:, :, None] * push).astype(h.dtype)
@@ -263,12 +269,8 @@ def latent_steer(
     model, params, tokenizer = open_lm(lm)
     records = data.rows("data.jsonl")
     sentences = [_sentence(tokenizer, r, i, end) for i, r in enumerate(records)]
-    for i, (row, _) in enumerate(sentences):
-        if tokens is None and len(row) > model.context:
-            raise InputError(
-                f"sentence {i + 1} of {data.path} has {len(row)} tokens, but the model's context is {model.context}: "
-                "shorten it, or leave long ones out with tokens=N"
-            )
+    for i, (row, _) in enumerate(sentences if tokens is None else ()):  # else long ones are left out
+        check_reads(model, len(row), f"sentence {i + 1} of {data.path} has {len(row)} tokens")
     limit = min(tokens or model.context, model.context)
     kept = [i for i, (row, first) in enumerate(sentences) if len(row) - first <= limit and len(row) <= model.context]
     hp = dict(site=site, steps=steps, dim=dim, parts=parts, slots=slots)
@@ -350,6 +352,8 @@ def search(
     above, upper = model.above(params, split(shape, model.depth)[0])
     frozen = (upper, None if control.basis is None else hosts.everywhere(control.basis, everywhere))
 
+    longest = max((len(row) for row, _ in sentences), default=1)
+    check_reads(model, longest - 1, f"The longest sentence has {longest} tokens")  # the last is a target only
     n, d = z0.shape
     out = {"z": np.zeros((n, d), np.float32), "loss": np.zeros(n, np.float32), "score": np.zeros(n, np.float32)}
     out |= {"steps": np.zeros(n, np.int32), "solved": np.zeros(n, bool)}

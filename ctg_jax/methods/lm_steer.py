@@ -303,10 +303,10 @@ def highlight(
     keys = jax.random.split(jax.random.key(0), len(targets))  # nothing is drawn
     prompts = Prompts(batch["tokens"][:, :1], batch["mask"][:, :1], keys)
     plus, minus = (
-        decode.score(lm, params, prompts, targets, steer.replace(scale=jnp.float32(s), cond=None))
+        decode.score(lm, params, prompts, targets, steer.replace(scale=jnp.float32(s), cond=None), real)
         for s in (strength, -strength)
     )
-    return jnp.pad(jnp.where(real, plus - minus, 0.0), ((0, 0), (1, 0)))
+    return jnp.pad(plus - minus, ((0, 0), (1, 0)))
 
 
 def embeddings(params: Params) -> jax.Array:

@@ -19,6 +19,7 @@ from ctg_jax import bricks, checkpoint
 from ctg_jax.control import Control
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
+from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.stage import Artifact, Run, open_lm, stage
 from ctg_jax.types import InputError, Params
@@ -256,14 +257,14 @@ def activations(
     with_, without = sides(data.rows("data.jsonl"), target, paired, str(data.path))
     if paired:
         read = jax.jit(partial(pair_moments, model, how=pool))
-        both = zip(batches(tokenizer, with_, batch, tokens), batches(tokenizer, without, batch, tokens))
+        both = zip(batches(model, tokenizer, with_, batch, tokens), batches(model, tokenizer, without, batch, tokens))
         parts = (read(params, a[:2], b[:2], a[2] * b[2]) for a, b in both)
     else:
         read = jax.jit(partial(moments, model, classes=2, how=pool))
         parts = (
             read(params, t, m, np.full(len(t), label), weight)
             for label, texts in ((1, with_), (0, without))
-            for t, m, weight in batches(tokenizer, texts, batch, tokens)
+            for t, m, weight in batches(model, tokenizer, texts, batch, tokens)
         )
     total = next(parts)
     for part in parts:
@@ -316,10 +317,17 @@ def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tup
     return (with_[:least], without[:least]) if paired else (with_, without)
 
 
-def batches(tokenizer: Tokenizer, texts: Sequence[str], batch: int, length: int) -> Iterator[tuple]:
-    """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch)."""
+def batches(lm: LM, tokenizer: Tokenizer, texts: Sequence[str], batch: int, length: int) -> Iterator[tuple]:
+    """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch), cut
+    at `length` tokens.
+
+    Raises:
+      InputError: what is left of a text is longer than the context of `lm`.
+    """
     for start in range(0, len(texts), batch):
         rows = [tokenizer.begun(row)[:length] for row in tokenizer.encode(texts[start : start + batch])]
+        longest = max(map(len, rows))
+        check_reads(lm, longest, f"A text has {longest} tokens")
         rows += [[]] * (batch - len(rows))
         tokens, mask = pad_rows(rows, length, 0, left=False)
         yield tokens, mask, mask.any(1).astype(np.float32)

@@ -40,6 +40,18 @@ class Cache:
     offset: jax.Array
 
 
+def write_prefix(cache: Cache, prefix: tuple[jax.Array, jax.Array]) -> Cache:
+    """An empty cache whose first P slots hold the prefix (k, v), each [L, B, K, P, H]; positions do not move."""
+    k, v = prefix
+    p = k.shape[3]
+    return cache.replace(
+        k=tuple(c.at[:, :, :p].set(a.astype(c.dtype)) for c, a in zip(cache.k, k)),
+        v=tuple(c.at[:, :, :p].set(a.astype(c.dtype)) for c, a in zip(cache.v, v)),
+        mask=cache.mask.at[:, :p].set(True),
+        length=cache.length + p,
+    )
+
+
 @struct.dataclass
 class Out:
     """logits float32 [B, M, V]; hidden [B, T, D] after the final norm; the cache moved on (or None); taps with

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ctg_jax import rng
+from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.types import InputError, Params
 
@@ -176,6 +177,7 @@ def first_order(gradient: jax.Array, table: jax.Array, mask: int) -> jax.Array:
 
 def denoise(net: Transformer, params: Params, x: jax.Array) -> jax.Array:
     """Logits float32 [B, S, V + 1] that a network with `causal=False` gives for rows x int [B, S]."""
+    check_reads(net, x.shape[1], f"The rows have {x.shape[1]} tokens")
     return net.apply(params, net.embed(params, x), jnp.ones(x.shape, bool)).logits
 
 
@@ -185,6 +187,7 @@ def classify(net: Transformer, params: Params, head: Params, e: jax.Array) -> tu
     The classifier, {"kernel": [C, (L + 2) D], "bias": [C]}, is linear in the means over a row of the network's states
     at every site; the lowest of them is the embeddings themselves, in which first order is exact.
     """
+    check_reads(net, e.shape[1], f"The rows have {e.shape[1]} tokens")
     out = net.apply(params, e, jnp.ones(e.shape[:2], bool), tap=lambda h: jnp.mean(h.astype(jnp.float32), axis=1))
     means = jnp.concatenate([*out.taps], axis=-1)
     return jax.nn.log_softmax(means @ head["kernel"].T + head["bias"][None], axis=-1), out.logits

@@ -14,8 +14,8 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from laws import worlds
 
-from ctg_jax import checkpoint, decode, methods, train
-from ctg_jax.bricks import SoftPrompt, soft_prompt
+from ctg_jax import checkpoint, decode, methods, train, tree
+from ctg_jax.bricks import SoftPrompt, coded, soft_prompt
 from ctg_jax.control import IDENTITY, Chain, Control, edit_logits
 from ctg_jax.losses import control_loss
 from ctg_jax.methods import dexperts, finetune, steer, truncate
@@ -165,6 +165,49 @@ def test_a_row_alone_is_the_row_in_its_batch(control, samples, row=3):
     out = decode.generate(LM, PARAMS, alone, control, SAMPLING)
     assert out.tokens.tolist() == samples.tokens[row : row + 1].tolist()
     close(out.logp, samples.logp[row : row + 1])
+
+
+def test_the_state_has_the_batch_first(control):
+    """Every leaf of a decoding has the batch as its first axis, or size 1 there, or no axis: so rows can be chosen."""
+
+    def shapes(rows):
+        batch = jax.eval_shape(lambda: worlds.prompts(ROWS[:rows]))
+        begun = lambda p, b, c: decode.begin(LM, p, b, c, SAMPLING)  # noqa: E731
+        return tree.flatten(jax.eval_shape(begun, PARAMS, batch, control))
+
+    three, five = shapes(3), shapes(5)
+    assert three.keys() == five.keys()
+    for path, x in three.items():
+        first = (x.shape[:1], five[path].shape[:1])
+        assert first in (((), ()), ((1,), (1,)), ((3,), (5,))), f"{path} has shape {x.shape} for three rows"
+        assert x.shape[1:] == five[path].shape[1:], path
+
+
+def test_a_paused_decoding_goes_on_as_it_would_have(control, samples):
+    """Also some of its rows, in another order, with their own keys."""
+    begun = decode.begin(LM, PARAMS, PROMPTS, control, SAMPLING)
+    half = decode.extend(LM, PARAMS, begun, PROMPTS.keys, control, SAMPLING, 2)
+    assert int(half.t) == 2 and half.tokens[:, :2].tolist() == samples.tokens[:, :2].tolist()
+    assert not half.mask[:, 2:].any()
+    every = np.array([0, 1, 2, 3, 4, 5, 6, 7])
+    for index in (every, np.array([3, 0, 7, 7, 1, 5, 0, 2])):
+        chosen, keys = decode.choose((half, PROMPTS.keys), index)
+        whole = decode.extend(LM, PARAMS, chosen, keys, control, SAMPLING, 2)
+        assert whole.tokens.tolist() == samples.tokens[index].tolist()
+        close(whole.logp, samples.logp[index])
+    over = decode.extend(LM, PARAMS, whole, keys, control, SAMPLING, 2)
+    jax.tree.map(np.testing.assert_array_equal, over, whole)
+
+
+@pytest.mark.parametrize("kind", ["soft", "coded"])
+def test_it_acts_behind_a_soft_prompt_where_it_acts_alone(control, kind):
+    before = SoftPrompt(soft_prompt(jax.random.key(1), 2, LM.width))
+    if kind == "coded":
+        before = coded(jax.random.key(1), finetune.example(LM, jax.random.key(2)), LM.width, 2)
+    if control.added():
+        pytest.skip("it adds tokens itself")
+    alone, behind = (worlds.where_it_acts(LM, PROMPTS, 3, control, c) for c in (None, before))
+    np.testing.assert_array_equal(alone, behind)
 
 
 def test_eight_devices_give_what_one_gives(control, samples):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import decode, train, tree
-from ctg_jax.control import IDENTITY
+from ctg_jax.control import IDENTITY, Chain, Control, enter
 from ctg_jax.models.lm import Cache, Out
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.types import Prompts
@@ -96,6 +96,27 @@ def enumerate_all(lm, params, prompt: list[int], n: int, control=IDENTITY) -> di
     batch = prompts([prompt] * len(every))
     logp = decode.score(lm, params, batch, jnp.asarray(every), control)
     return dict(zip(map(tuple, every.tolist()), np.exp(np.asarray(logp, np.float64).sum(1)).tolist()))
+
+
+def where_it_acts(lm, batch: Prompts, new: int, control: Control, before: Control | None = None) -> np.ndarray:
+    """bool [2 L + 2, B, T + new]: the sites and tokens, of the prompt and a completion, whose state `control` changes,
+    alone or behind another control that stands before the prompt; never where the prompt is padded."""
+    size, acts = batch.tokens.shape[1], []
+    x = jnp.zeros((*batch.tokens.shape, lm.width))
+    state, more = control.init(batch, size + new), 0
+    if before is None:
+        x, mask, state = enter(control, x, batch.mask, state)
+    else:
+        both = Chain((before, control))
+        x, mask, (_, state) = enter(both, x, batch.mask, (before.init(batch, size + new), state))
+        more = before.added()
+    mask = jnp.concatenate([mask, jnp.ones((len(mask), new), bool)], axis=1)
+    h = jax.random.normal(jax.random.key(0), (*batch.tokens.shape, lm.width))
+    h = jnp.concatenate([jnp.ones((len(h), more, lm.width)), h, jnp.flip(h, 1)[:, :new]], axis=1)
+    pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    for site in range(2 * lm.depth + 2):
+        acts.append(jnp.any(control.hidden(h, site, pos, state) != h, axis=-1)[:, more:] & mask[:, more:])
+    return np.asarray(jnp.stack(acts))
 
 
 def sequences(lm, n: int) -> np.ndarray:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, methods, sources
-from ctg_jax.methods import latent_steer
+from ctg_jax import bricks, decode, methods, sources
+from ctg_jax.control import Chain
+from ctg_jax.methods import dexperts, finetune, latent_steer
 from ctg_jax.stage import open_lm, stage
 from ctg_jax.types import InputError, Prompts, Sampling
 
@@ -70,6 +71,44 @@ def test_time_steps_differ_as_they_should():
     np.testing.assert_allclose(of["first"][jnp.array(one)], of["prompt"][jnp.array(one)], atol=1e-5)
     assert float(jnp.abs(of["first"][three] - of["prompt"][three]).max()) > 1e-3
     assert float(jnp.abs(of["all"] - of["prompt"]).max()) > 1e-3
+
+
+def before(kind):
+    if kind == "soft":
+        return bricks.SoftPrompt(jax.random.normal(jax.random.key(1), (3, LM.width)))
+    return bricks.coded(jax.random.key(1), finetune.example(LM, jax.random.key(2)), LM.width, 2)
+
+
+@pytest.mark.parametrize("kind", ["soft", "coded"])
+@pytest.mark.parametrize("steps", latent_steer.STEPS)
+def test_time_steps_are_those_of_the_prompt_behind_a_soft_prompt_too(steps, kind):
+    z = jax.random.normal(jax.random.key(0), (LM.width,))
+    ask, site = prompts(SENTENCES, np.zeros(4, int)), LM.depth + 1
+    control = latent_steer.init(LM, jax.random.key(0), site="final", steps=steps).replace(z=z)
+    alone, behind = (worlds.where_it_acts(LM, ask, 3, control, c) for c in (None, before(kind)))
+    real = np.concatenate([np.asarray(ask.mask), np.ones((4, 3), bool)], axis=1)
+    first = real & (np.cumsum(real, axis=1) == 1)
+    inside = real & (np.arange(real.shape[1]) < ask.mask.shape[1])
+    np.testing.assert_array_equal(alone[site], {"all": real, "first": first, "prompt": inside}[steps])
+    np.testing.assert_array_equal(behind, alone)
+
+
+@pytest.mark.parametrize("order", ["behind", "in front"])
+def test_an_edit_of_the_prompt_reaches_its_last_token_and_no_further(order):
+    """At the last site only the edited token feels it; the first logits are those of the last token of the prompt."""
+    z = jax.random.normal(jax.random.key(0), (LM.width,))
+    control = latent_steer.init(LM, jax.random.key(0), site="final", steps="prompt").replace(z=z)
+    soft, ask = before("soft"), prompts(SENTENCES, np.zeros(4, int))
+    chain = Chain((soft, control) if order == "behind" else (control, soft))
+    text = jnp.ones((4, 3), jnp.int32)
+    gap = decode.forward(LM, PARAMS, ask, text, chain) - decode.forward(LM, PARAMS, ask, text, soft)
+    assert float(jnp.abs(gap[:, 0]).min(axis=-1).max()) > 0 and float(jnp.abs(gap[:, 1:]).max()) == 0
+    # An expert that reads along is told where its own prompt ends.
+    told = dexperts.experts(dexperts.member(LM, PARAMS, chain), None, 1.0)
+    wanted = decode.forward(LM, PARAMS, ask, text, chain)
+    np.testing.assert_allclose(decode.forward(LM, PARAMS, ask, text, told), wanted, atol=1e-4)
+    out = decode.generate(LM, PARAMS, ask, told, Sampling(max_new=3))
+    np.testing.assert_allclose(decode.score(LM, PARAMS, ask, out.tokens, chain), out.logp, atol=1e-4)
 
 
 def test_a_basis_is_orthonormal():

@@ -45,7 +45,7 @@ class Control:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.__annotations__ = {**inspect.get_annotations(cls), "of_class": "str"}
-        name = f"{cls.__module__}.{cls.__qualname__}"
+        name = f"{id(cls):x} {cls.__module__}.{cls.__qualname__}"  # a notebook may define a class again
         cls.of_class = _static(name)
 
     def check(self, prompts: Prompts) -> None:

@@ -16,13 +16,15 @@ from ctg_jax.data.labels import known
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer
+from ctg_jax.identity import model_content
 from ctg_jax.rewards.probe import check_training, fit_logistic
-from ctg_jax.stage import Artifact, Run, open_lm, write_jsonl
+from ctg_jax.stage import Artifact, Run, open_lm, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
 _PART = 2048  # texts encoded between two saves
 
 
+@stage_function("embeddings.encode", contents={"encoder": model_content})
 def encode(
     run: Run,
     *,
@@ -77,12 +79,22 @@ def encode(
     run.record(encoder=encoder, version=embed.version)
 
 
-@lru_cache(maxsize=2)
 def embedder(lm: Artifact, encoder: str | None) -> Callable[[Sequence[str]], np.ndarray]:
     """n texts -> float32 [n, Z], rows of length one; see `encode`. Its `version` names the weights."""
+    return _embedder(lm, encoder, None if encoder is None else model_content(encoder))
+
+
+@lru_cache(maxsize=2)
+def _embedder(lm: Artifact, encoder: str | None, content: str | None) -> Callable[[Sequence[str]], np.ndarray]:
+    """`embedder`, kept for the content that the encoder's folder has now."""
     from ctg_jax.rewards.embed import lm_embedder, sentence_embedder
 
     return Unit(lm_embedder(*open_lm(lm)) if encoder is None else sentence_embedder(encoder, batch=64))
+
+
+def encoder_of(made: Artifact) -> str | None:
+    """The encoder of the latents that an artifact was made from, where it is now; see `encode`."""
+    return Artifact(made.path.with_name(f"embeddings.encode-{made.spec['inputs']['latents']}"), "").given("encoder")
 
 
 class Unit:
@@ -134,6 +146,7 @@ def batches(latents: Artifact, *, batch: int, seed: int) -> Batches:
     return Batches(found, signature, 1, 4)
 
 
+@stage_function("embeddings.probe")
 def probe(
     run: Run,
     *,

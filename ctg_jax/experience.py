@@ -61,6 +61,7 @@ def explore(
     return stage.stage(root, score, {"round": round}, samples=samples, rewards=list(rewards), lm=lm)
 
 
+@stage.stage_function("score", how=("batch",))
 def score(
     run: Run, *, samples: Artifact, rewards: Sequence[Artifact], lm: Artifact, round: int = 0, batch: int = 256
 ) -> None:
@@ -96,7 +97,7 @@ def score(
     new = run.path / f".{POOL}"
     pq.write_table(pa.table(table), new)
     new.replace(run.path / POOL)
-    (run.path / "scores.partial").unlink()
+    run.discard("scores.partial")
     size = sum(len(r["tokens"]) for r in rows)
     far = sum(r["logp"] for r in rows) + float(nats.sum())
     figures = {f"reward_{name}": float(scores[:, i].mean()) for i, name in enumerate(names)}
@@ -141,6 +142,7 @@ def drawing_filter(pools: Sequence[Artifact], lm: LM) -> Chain:
     return jax.tree.map(jnp.asarray, truncate.init(lm, **first))
 
 
+@stage.stage_function("best_of")
 def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
     """Stage: writes samples.jsonl, the best of every n samples of each prompt by the reward: the reference that needs
     no training (Stiennon et al. 2020). They have no `logp`: that of a sample among n is not that of the best of them.
@@ -216,13 +218,14 @@ def history(control: Artifact) -> list[Artifact]:
         inputs = control.spec["inputs"]
         ids = inputs.get("pool") or []
         for id in [ids] if isinstance(ids, str) else ids:
-            found[id] = stage.open_artifact(control.path.with_name(f"{score.__name__}-{id}"))
+            found[id] = stage.open_artifact(control.path.with_name(f"score-{id}"))
         before = inputs.get("start_from")
         name = control.path.name.rpartition("-")[0]
         control = None if before is None else stage.open_artifact(control.path.with_name(f"{name}-{before}"))
     return sorted(found.values(), key=lambda a: a.spec["config"]["round"])
 
 
+@stage.stage_function("rounds")
 def rounds(run: Run, *, pools: Sequence[Artifact], seed: int = 0, resamples: int = 1000) -> None:
     """Stage: what each round sampled, as rows of metrics.jsonl with round, name, value, low, high, n: the reward, KL to
     the base in nats per token, perplexity under the base, dist-2."""

@@ -19,7 +19,7 @@ from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode import check_finite, generate
 from ctg_jax.methods import truncate
 from ctg_jax.models.lengths import check_reads, room
-from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, write_jsonl
+from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
 from ctg_jax.types import InputError, Samples, Sampling
 
 # What the record of a prompt says about its samples: field there -> field here; judging reads the last two.
@@ -101,6 +101,7 @@ def same_lm(control: Artifact, lm: Artifact) -> None:
         )
 
 
+@stage_function("sample", how=("batch",))
 def sample(
     run: Run,
     *,
@@ -154,12 +155,10 @@ def sample(
     for row in rows[: min(batch, total)]:
         row["seconds"] = float(np.median(later)) if later else row["seconds"]
     write_jsonl(run.path / "samples.jsonl", rows)
-    partial.unlink()
+    run.discard(partial.name)
 
 
-sample.revision = 1
-
-
+@stage_function("human_perplexity", how=("batch",))
 def human(
     run: Run,
     *,

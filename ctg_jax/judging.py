@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 
 from ctg_jax.data.labels import labelled
-from ctg_jax.stage import Artifact, Run, open_lm, write_jsonl
+from ctg_jax.identity import model_content
+from ctg_jax.rewards.function import function_content
+from ctg_jax.stage import Artifact, Run, open_lm, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
-KINDS = ("oracle", "bag", "probe", "classifier", "diversity", "preference", "function")
+KINDS = {  # kind -> the settings that it reads, besides name and heldout
+    "oracle": ("target", "reads"),
+    "bag": ("data", "target", "reads"),
+    "probe": ("data", "target", "reads", "encoder"),
+    "classifier": ("target", "reads", "encoder", "problem", "threshold"),
+    "diversity": ("reads",),
+    "preference": ("data", "reads", "encoder"),
+    "function": ("function", "version"),
+}
 
 
+@stage_function("fit_judge", contents={"encoder": model_content, "function": function_content})
 def fit_judge(
     run: Run,
     *,
@@ -39,7 +50,8 @@ def fit_judge(
         comparisons: records with text, the chosen one, and rejected), or "function" (your own, of prompt and text).
       data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
         warning); or comparisons.
-      function, version: "package.module:function" and what would change if its answers changed.
+      function, version: "package.module:function" and what would change if its answers changed though its file did
+        not. It is given prompt and text apart, and is identified by its file, not by what that imports.
       name: what reports call it; target: the label whose probability it gives, for a classifier also by its name in
         config.json.
       reads: "text" for the continuation alone, "both" for prompt and continuation.
@@ -47,30 +59,31 @@ def fit_judge(
         score than `SequenceClassifier`'s default counts as having the attribute.
 
     Raises:
-      InputError: another kind, data that are missing or have no labels, options that the kind does not have, and
-        held-out texts for a classifier that gives values, which cannot be compared with labels.
+      InputError: an unknown kind, a setting that the kind does not read (see `KINDS`), data that are missing or have no
+        labels, held-out texts for a classifier that gives values, which cannot be compared with labels, and what the
+        scorer raises.
     """
     from ctg_jax.rewards import BagOfWords, LinearProbe, PreferenceModel, sentence_embedder
 
-    if kind != "classifier" and (problem, threshold) != (None, None):
-        raise InputError(f"problem and threshold are settings of a 'classifier', but kind is {kind!r}: leave them out")
+    given = dict(data=data, encoder=encoder, target=target, reads=reads, function=function, version=version)
+    _check_settings(kind, given | dict(problem=problem, threshold=threshold))
     if kind in ("bag", "probe", "preference"):
         if data is None:
             raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
         rows = data.rows("data.jsonl")
-        given = _comparisons(rows, data) if kind == "preference" else _labelled(rows, data)
+        texts = _comparisons(rows, data) if kind == "preference" else _labelled(rows, data)
         options = dict(name=name, reads=reads)
         if kind == "preference":
-            judge = PreferenceModel.fit(sentence_embedder(encoder), *given, **options)
+            judge = PreferenceModel.fit(sentence_embedder(encoder), *texts, **options)
         elif kind == "bag":
-            judge = BagOfWords.fit(*given, target=target, **options)
+            judge = BagOfWords.fit(*texts, target=target, **options)
         else:
-            judge = LinearProbe.fit(sentence_embedder(encoder), *given, target=target, **options)
+            judge = LinearProbe.fit(sentence_embedder(encoder), *texts, target=target, **options)
         judge.save(run.path / "state")
-    facts = {"kind": kind, "encoder": encoder, "name": name, "target": target, "reads": reads}
-    facts |= {"problem": problem, "threshold": threshold} if kind == "classifier" else {}
-    run.record(judge=facts | {"function": function, "version": version})
-    judge = open_judge(Artifact(run.path, ""))
+    facts = {"kind": kind, "name": name, "target": target, "reads": reads}
+    run.record(judge=facts | ({"problem": problem, "threshold": threshold} if kind == "classifier" else {}))
+    judge = _opened(Artifact(run.path, ""))
+    run.record(version=judge.version)
     row: dict[str, Any] = {"name": name, "version": judge.version}
     if heldout is not None:
         if getattr(judge, "values", False):
@@ -87,6 +100,24 @@ def fit_judge(
     run.log(**row)
 
 
+def _check_settings(kind: str, given: dict[str, Any]) -> None:
+    """InputError for an unknown kind, and for a setting that this kind would ignore or that it lacks."""
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    defaults = dict(data=None, encoder=None, target=1, reads="text", function=None, version="")
+    defaults |= dict(problem=None, threshold=None)
+    for name, value in given.items():
+        if name not in KINDS[kind] and value != defaults[name]:
+            shown = value.path.name if isinstance(value, Artifact) else value
+            why = f"a judge of kind {kind!r} does not read it"
+            if kind == "function" and name in ("reads", "target"):
+                why = "a function is given prompt and text apart and returns its own score, so it decides both itself"
+            raise InputError(f"{name} is {shown!r}, but {why}: leave {name} out")
+    for name in ("encoder", "function"):
+        if name in KINDS[kind] and not given[name]:
+            raise InputError(f"a judge of kind {kind!r} needs {name}, and none was given")
+
+
 def _labelled(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[int]]:
     rows = labelled(rows, str(data.path))
     return [r["text"] for r in rows], [r["label"] for r in rows]
@@ -100,7 +131,21 @@ def _comparisons(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str],
 
 @lru_cache(maxsize=4)
 def open_judge(artifact: Artifact) -> Any:
-    """The reward that `fit_judge` made."""
+    """The reward that `fit_judge` made.
+
+    Raises:
+      InputError: it is another one than `fit_judge` measured, because a model or a file of code has changed since.
+    """
+    judge, was = _opened(artifact), artifact.spec["version"]
+    if judge.version != was:
+        raise InputError(
+            f"{artifact.path.name} is {was}, but what it was made from is now {judge.version}: run the command again; "
+            f"if that does not help, for a model that is named by a hub id, delete {artifact.path}"
+        )
+    return judge
+
+
+def _opened(artifact: Artifact) -> Any:
     from ctg_jax.rewards import (
         BagOfWords,
         FunctionReward,
@@ -114,26 +159,28 @@ def open_judge(artifact: Artifact) -> Any:
     )
 
     spec = artifact.spec["judge"]
-    kind, options = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}
+    kind, options, encoder = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}, artifact.given("encoder")
     if kind == "oracle":
         return reviews_oracle("sentiment", **options)
     if kind == "bag":
         return BagOfWords.load(artifact.path / "state")
     if kind == "probe":
-        return LinearProbe.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
+        return LinearProbe.load(artifact.path / "state", sentence_embedder(encoder))
     if kind == "preference":
-        return PreferenceModel.load(artifact.path / "state", sentence_embedder(spec["encoder"]))
+        return PreferenceModel.load(artifact.path / "state", sentence_embedder(encoder))
     if kind == "function":
-        cache = artifact.path.parent / ".scores" / f"{spec['name']}.sqlite"
-        return FunctionReward(named(spec["function"]), name=spec["name"], version=spec["version"], cache=cache)
+        fn, code = named(artifact.given("function"))
+        cache = artifact.path.parent / ".scores" / f"{code}.sqlite"
+        return FunctionReward(fn, name=spec["name"], version=artifact.given("version"), code=code, cache=cache)
     if kind == "classifier":
         options |= {k: spec[k] for k in ("problem", "threshold")}
-        return SequenceClassifier.load(spec["encoder"], **options)
+        return SequenceClassifier.load(encoder, **options)
     if kind == "diversity":
         return diversity(name=spec["name"], reads=spec["reads"])
-    raise InputError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    raise InputError(f"{artifact.path} is a judge of kind {kind!r}, which is unknown")
 
 
+@stage_function("evaluate", contents={"embed": model_content})
 def evaluate(
     run: Run,
     *,
@@ -195,6 +242,7 @@ def evaluate(
         run.log(name=name, **figure.as_json())
 
 
+@stage_function("smooth")
 def smooth(
     run: Run, *, figures: Sequence[Artifact], strengths: Sequence[float], seed: int = 0, resamples: int = 1000
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from ctg_jax import checkpoint, embeddings, losses, rng, train
 from ctg_jax.models import diffusion, samplers
 from ctg_jax.models.denoiser import LatentNet, Trunk
 from ctg_jax.models.diffusion import LogSnrSampler
-from ctg_jax.stage import Artifact, Run
+from ctg_jax.stage import Artifact, Run, stage_function
 from ctg_jax.types import Sum
 
 BINS = 100  # of the log-SNR, for importance sampling
@@ -29,6 +28,7 @@ def network(
     return LatentNet(trunk, latent=latent, out=latent, context=latent, tokens=tokens, spread=spread)
 
 
+@stage_function("embeddings.denoiser", how=("save_every",))
 def denoise(
     run: Run,
     *,
@@ -71,7 +71,7 @@ def denoise(
         steps=steps, save_every=save_every, frozen={"mean": mean, "deviation": deviation}, progress=False,
     )  # fmt: skip
     checkpoint.save(run.path / "state", state.ema["net"])
-    shutil.rmtree(run.path / "steps")
+    run.discard("steps")
     run.record(net=dict(net or {}))
 
 

@@ -18,9 +18,10 @@ from ctg_jax import checkpoint, constraints, evaluation, methods
 from ctg_jax.data.labels import known
 from ctg_jax.decode import generate
 from ctg_jax.flow import opened
+from ctg_jax.identity import file_content, model_content
 from ctg_jax.methods.latent_steer import LatentSteer
 from ctg_jax.models.lengths import check_reads
-from ctg_jax.stage import Artifact, Run, write_jsonl
+from ctg_jax.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.types import InputError, Sampling, optional
 
 
@@ -64,6 +65,7 @@ def _counts(metric: Any, text: str, reference: str) -> list[int]:
     return [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
 
+@stage_function("latents.recover", how=("batch",))
 def recover(
     run: Run, *, lm: Artifact, data: Artifact, vectors: Artifact, batch: int = 64, resamples: int = 1000
 ) -> None:
@@ -100,6 +102,7 @@ def recover(
     run.record(left_out=len(rows) - len(index))
 
 
+@stage_function("latents.transfer", how=("batch",))
 def transfer(
     run: Run,
     *,
@@ -176,6 +179,7 @@ def offset(lm: Artifact, train: Artifact, vectors: Artifact, count: int | None) 
     return means[1] - means[0]
 
 
+@stage_function("latents.direction")
 def direction(run: Run, *, lm: Artifact, train: Artifact, vectors: Artifact, count: int | None = 100) -> None:
     """Stage: `offset` as a control of its own, which steers from label 0 to label 1 in any chain."""
     away = offset(lm, train, vectors, count)
@@ -185,6 +189,7 @@ def direction(run: Run, *, lm: Artifact, train: Artifact, vectors: Artifact, cou
     run.record(method="latent_steer", init=hp)
 
 
+@stage_function("latents.similarity", how=("batch",), contents={"encoder": model_content})
 def similarity(
     run: Run,
     *,
@@ -239,6 +244,7 @@ def similarity(
     run.record(pairs=len(both))
 
 
+@stage_function("latents.pairs", contents={"file": file_content})
 def sentences_of_pairs(run: Run, *, file: str, limit: int | None = None) -> None:
     """The sentences of pairs, two records after each other for each pair, with the score of the pair.
 
@@ -258,6 +264,7 @@ def sentences_of_pairs(run: Run, *, file: str, limit: int | None = None) -> None
     write_jsonl(run.path / "data.jsonl", records)
 
 
+@stage_function("latents.random_words")
 def random_words(run: Run, *, data: Artifact, seed: int = 0) -> None:
     """Stage: the texts of `data` with every word replaced by one drawn from all their words: sentences of the same
     lengths that no language model has learned."""
@@ -279,6 +286,7 @@ def spearman(a: np.ndarray, b: np.ndarray, resamples: int = 1000, seed: int = 0)
     return evaluation.Figure(100 * float(spearmanr(a, b).statistic), 100 * float(low), 100 * float(high), len(a))
 
 
+@stage_function("latents.analyse")
 def analyse(
     run: Run,
     *,

@@ -11,12 +11,13 @@ from ctg_jax import embeddings, evaluation, flow, methods
 from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.latents import bleu
 from ctg_jax.methods import truncate
-from ctg_jax.stage import Artifact, Run, write_jsonl
+from ctg_jax.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
 LATENTS = ("own", "other", "none")
 
 
+@stage_function("dglm.reconstruct", how=("batch",))
 def reconstruct(
     run: Run,
     *,
@@ -67,7 +68,7 @@ def reconstruct(
     ]
     write_jsonl(run.path / "samples.jsonl", rows)
     texts, wanted = [row["text"].strip() for row in rows], [p["continuation"] for p in pieces]
-    found = embeddings.embedder(lm, control.spec["encoder"])(texts)
+    found = embeddings.embedder(lm, embeddings.encoder_of(control))(texts)
     boot = evaluation.Bootstrap(range(len(rows)), seed=seed, resamples=resamples)
     run.log(name="cosine", **boot.mean(evaluation.cosine(found, x)).as_json())
     run.log(name="BLEU-4", **bleu(texts, wanted, resamples, seed).as_json())

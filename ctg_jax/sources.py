@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,16 @@ import jax
 from ctg_jax import layout, losses, rng, train
 from ctg_jax.data import Source, load, pipeline
 from ctg_jax.data.labels import is_label
+from ctg_jax.data.sources import content
+from ctg_jax.identity import digest_model, model_content
 from ctg_jax.models.transformer import Transformer
-from ctg_jax.stage import Artifact, Run, digest_lm, write_jsonl
+from ctg_jax.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
 
+@stage_function("load_data", contents={"source": lambda source, settings: content(source, settings["split"])})
 def load_data(
     run: Run,
     *,
@@ -32,7 +34,8 @@ def load_data(
     text: str = "text",
     labels: Mapping[str, int] | None = None,
 ) -> None:
-    """Copies records of a source into data.jsonl, so that later stages read the same ones for ever.
+    """Copies records of a source into data.jsonl, so that later stages read the same ones for ever. A local file is
+    identified by its content: an edited one is another source, the same one at another path is not.
 
     Args:
       source: "bundled:reviews", "jsonl:PATH", "text:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
@@ -93,9 +96,11 @@ def load_data(
     run.record(records=len(rows))
 
 
+@stage_function("load_lm", contents={"source": model_content})
 def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
     """Imports a language model from a directory in Hugging Face layout or from the hub. Nothing is copied: the
-    artifact holds the resolved path and a digest of the files, which `open_lm` compares.
+    artifact holds the resolved path and a digest of the files, which `open_lm` compares. The same files in another
+    directory are the same language model.
 
     Args:
       source: the directory, or a hub id.
@@ -114,7 +119,7 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
     path = hf.resolve(source)
     lm, _ = hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
     check_sizes(load_tokenizer(str(path)), lm, source)
-    run.record(lm=str(path.absolute()), fingerprint=digest_lm(path))
+    run.record(lm=str(path.absolute()), fingerprint=digest_model(path))
 
 
 def _check_dtype(dtype: str) -> None:
@@ -122,6 +127,7 @@ def _check_dtype(dtype: str) -> None:
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
 
 
+@stage_function("pretrain", how=("save_every", "log_every"))
 def pretrain(
     run: Run,
     *,
@@ -183,6 +189,5 @@ def pretrain(
     (run.path / "state").mkdir(exist_ok=True)
     tokenizer.save(run.path / "state")
     hf.save(run.path / "state", lm, state.params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
-    run.record(lm=None, fingerprint=digest_lm(run.path / "state"))
-    shutil.rmtree(folder)
-    shutil.rmtree(run.path / "steps")
+    run.record(lm=None, fingerprint=digest_model(run.path / "state"))
+    run.discard("tokenizer", "steps")

@@ -1,13 +1,14 @@
-"""`stage`: a function call memoised on disk. `Artifact`: what a finished one left. `open_lm`: an LM from one.
+"""`stage`: a function call memoised on disk.
 
-    root/<function>-<id>/spec.json       function, revision, configuration with defaults, ids of the inputs
-                         state/          what it learned or imported
-                         metrics.jsonl   one row of figures per line
-                         samples.jsonl   texts, where there are any
-                         DONE            size and SHA-256 of every file above and of these; written last
+    root/<name>-<id>/spec.json       stage, revision, configuration with defaults, digests of local files, ids of inputs
+                     state/          what it learned or imported
+                     metrics.jsonl   one row of figures per line
+                     samples.jsonl   texts, where there are any
+                     DONE            size and SHA-256 of every file above and of these; written last
 
 An experiment is a Python function and its data flow is its arguments: a call whose directory holds DONE is not
-run again; one that was interrupted runs again in its own directory and may go on from what it finds there.
+run again; one that was interrupted runs again in its own directory and may go on from what it finds there. What
+identifies a call is in `ctg_jax.identity`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
-import hashlib
 import inspect
 import json
 import logging
@@ -27,19 +27,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctg_jax import hosts, layout
-from ctg_jax.files import drop_half_written, locked, read_json, seal, sha256, verify, writable, write_text
+from ctg_jax import hosts
+from ctg_jax.artifact import Artifact, UnfinishedError, open_artifact, open_lm, paths_file, planned
+from ctg_jax.control import Control
+from ctg_jax.files import (
+    drop_half_written,
+    dumps,
+    locked,
+    read_json,
+    read_jsonl,
+    seal,
+    verify,
+    writable,
+    write_jsonl,
+    write_text,
+)
+from ctg_jax.identity import array_digest, call_id, contents_of, declaration, stage_function
 from ctg_jax.store import Store, active
 from ctg_jax.types import InputError
 
+__all__ = [
+    "Artifact",
+    "Run",
+    "Tally",
+    "UnfinishedError",
+    "nearest",
+    "open_artifact",
+    "open_lm",
+    "plan",
+    "read_jsonl",
+    "stage",
+    "stage_function",
+    "tally",
+    "write_jsonl",
+    "write_text",
+]
 log = logging.getLogger(__name__)
 
 _tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
-_planned: contextvars.ContextVar[dict[str, dict] | None] = contextvars.ContextVar("planned", default=None)
-
-
-class UnfinishedError(InputError):
-    """Inside `plan`, what a stage that has not run will write was asked for."""
 
 
 class _Planned(dict):
@@ -76,51 +101,12 @@ def plan() -> Iterator[dict[str, dict[str, Any]]]:
     Raises:
       UnfinishedError: inside, where what follows depends on the contents of a stage that has not run.
     """
-    planned: dict[str, dict[str, Any]] = {}
-    token = _planned.set(planned)
+    found: dict[str, dict[str, Any]] = {}
+    token = planned.set(found)
     try:
-        yield planned
+        yield found
     finally:
-        _planned.reset(token)
-
-
-@dataclasses.dataclass(frozen=True)
-class Artifact:
-    """A finished stage: its directory and its id (12 hexadecimal digits)."""
-
-    path: Path
-    id: str
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The contents of spec.json: function, revision, config, inputs, and what `Run.record` added."""
-        return (_planned.get() or {}).get(self.path.name) or read_json(self.path / "spec.json")
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the contents: a digest the stage recorded, such as that of imported weights, or the id."""
-        return self.spec.get("fingerprint", self.id)
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of one of its JSONL files; InputError naming the file and the line where one cannot be read."""
-        self._finished()
-        return read_jsonl(self.path / name)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; empty where the stage logged nothing."""
-        self._finished()
-        return self.rows("metrics.jsonl") if (self.path / "metrics.jsonl").exists() else []
-
-    def load(self, like: Any = None) -> Any:
-        """The pytree in state/, in the structure, types and shardings of `like` where given."""
-        from ctg_jax import checkpoint
-
-        self._finished()
-        return checkpoint.load(self.path / "state", like)
-
-    def _finished(self) -> None:
-        if self.path.name in (_planned.get() or {}):
-            raise UnfinishedError(f"{self.path} has not run yet, and what follows depends on what is in it")
+        planned.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +119,18 @@ class Run:
         """Appends one row to metrics.jsonl. An attempt that was cut short leaves no rows behind, except those with
         a `step`, which the training loop winds back itself."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(metrics, default=_plain) + "\n")
+            f.write(dumps(metrics) + "\n")
 
     def record(self, **facts: Any) -> None:
         """Adds facts to spec.json, such as `method` and `init` of a control; they are no part of the id."""
         spec = read_json(self.path / "spec.json")
-        write_text(self.path / "spec.json", _dumps({**spec, **facts}, indent=1))
+        write_text(self.path / "spec.json", dumps({**spec, **facts}, indent=1))
+
+    def discard(self, *names: str) -> None:
+        """Names files and folders that only serve to continue an interrupted attempt, such as the checkpoints of a
+        training. They are no part of the artifact, and are removed once it is finished, not before."""
+        known = read_json(self.path / "spec.json").get("discarded", ())
+        self.record(discarded=sorted({*known, *names}))
 
 
 def stage(
@@ -148,34 +140,37 @@ def stage(
 
     Args:
       root: the directory of all artifacts, made where it is missing; or a `ctg_jax.store.Store`.
-      fn: the stage; its keyword parameters are the schema of the configuration. An integer attribute
-        `fn.revision` (0 by default) is raised when the same call would now give something else.
-      config: JSON values. Defaults of `fn` are filled in before the id is taken.
-      **inputs: artifacts, sequences of artifacts, or None.
+      fn: the stage, declared with `stage_function`; its keyword parameters are the schema of the configuration.
+      config: JSON values. Defaults of `fn` are filled in.
+      **inputs: artifacts, sequences of artifacts, controls (identified by their arrays), or None.
 
     Raises:
-      InputError: an unknown or missing key, a value that is not JSON or not finite, a finished artifact whose files
-        have changed, an output directory that cannot be written.
+      InputError: an unknown or missing key, a value that is not JSON or not finite, a local file that cannot be read, a
+        finished artifact whose files have changed, an output directory that cannot be written.
     """
+    declared = declaration(fn)
     filled = _fill(fn, dict(config or {}), inputs)
+    contents = contents_of(fn, filled)
     ids = {name: _ids(fn, name, value) for name, value in sorted(inputs.items())}
-    revision = getattr(fn, "revision", 0)
-    what = [f"{fn.__module__}.{fn.__qualname__}", revision, filled, ids]
-    id = hashlib.sha256(_dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-    path = Path(root).absolute() / f"{fn.__name__.strip('_')}-{id}"
-    spec = {"function": what[0], "revision": revision, "config": filled, "inputs": ids}
+    id = call_id(fn, filled, contents, ids)
+    name = declared.name if hasattr(fn, "stage_function") else fn.__name__.strip("_")
+    path = Path(root).absolute() / f"{name}-{id}"
+    spec = {"stage": declared.name, "revision": declared.revision, "config": filled, "inputs": ids}
+    spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in declared.contents}}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
-    count, planned, store = _tally.get(), _planned.get(), root if isinstance(root, Store) else None
+    count, asked, store = _tally.get(), planned.get(), root if isinstance(root, Store) else None
+    if asked is None and hosts.agree(int(id[:7], 16)) != int(id[:7], 16):
+        raise InputError(f"{name}: the processes were given different settings or files; give all of them the same")
     if store is not None:
         hosts.once(lambda: store.fetch(path))
     done = (path / "DONE").exists()
-    if done if planned is not None else hosts.agree(done):
-        hosts.once(lambda: _verified(path, store))
+    if done if asked is not None else hosts.agree(done):
+        hosts.once(lambda: _verified(path, spec["paths"], store))
         if count is not None and path.name not in count.executed + count.reused:
             count.reused.append(path.name)
         return Artifact(path, id)
-    if planned is not None:
-        planned[path.name] = _Planned(spec)
+    if asked is not None:
+        asked[path.name] = _Planned(spec)
         return Artifact(path, id)
     with contextlib.ExitStack() as held:
         hosts.once(lambda: _begin(held, path, spec, store))
@@ -191,90 +186,42 @@ def stage(
     return Artifact(path, id)
 
 
-def open_artifact(path: str | os.PathLike) -> Artifact:
-    """The finished artifact at a path, verified; InputError where there is none."""
-    path = Path(path).absolute()
-    if path.name in (_planned.get() or {}):
-        return Artifact(path, path.name.rpartition("-")[2])
-    if not (path / "DONE").exists():
-        found = "is unfinished" if (path / "spec.json").exists() else "holds no artifact"
-        raise InputError(f"{path} {found}: expected a directory that a finished stage wrote (spec.json and DONE)")
+def _verified(path: Path, paths: Mapping[str, Any], store: Store | None) -> None:
     verify(path)
-    return Artifact(path, path.name.rpartition("-")[2])
-
-
-def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
-    """(lm, params, tokenizer) of an LM artifact: one that `load_lm` or `pretrain` of `ctg_jax.sources` made, in the
-    dtype of its configuration, its weights where the layout of the run has them.
-
-    Raises:
-      InputError: the artifact is not an LM, the imported files have changed since, or the tokenizer has more ids than
-        the model has tokens.
-    """
-    from ctg_jax.data.ids import check_sizes
-    from ctg_jax.data.tokenizer import load_tokenizer
-    from ctg_jax.models import hf
-
-    spec = artifact.spec
-    artifact._finished()
-    if "lm" not in spec:
-        raise InputError(
-            f"{artifact.path} was made by {spec['function']} and is no language model: expected an artifact of "
-            "load_lm or pretrain"
-        )
-    path = artifact.path / "state" if spec["lm"] is None else Path(spec["lm"])
-    if digest_lm(path) != artifact.fingerprint:
-        raise InputError(
-            f"the model files in {path} have changed since {artifact.path.name} was made; delete that artifact"
-        )
-    here = layout.island()
-    dtype = spec["config"].get("dtype", "float32")
-    lm, params = hf.load(str(path), dtype=dtype, shardings=here and here.shardings)
-    lm = dataclasses.replace(lm, remat=layout.remat())
-    tokenizer = load_tokenizer(str(path))
-    check_sizes(tokenizer, lm, str(path))
-    return lm, params, tokenizer
-
-
-def digest_lm(path: Path) -> str:
-    """SHA-256 over the configuration, tokenizer and weights of a model in Hugging Face layout."""
-    files = sorted(p for p in Path(path).iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model"))
-    return hashlib.sha256("\n".join(f"{p.name} {sha256(p)}" for p in files).encode()).hexdigest()
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; InputError naming the file, and the line that is not a JSON object."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as e:
-        raise InputError(f"{path} cannot be read ({e.strerror}): expected a file of JSON lines") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError(f"a {type(rows[-1]).__name__} where an object is expected")
-        except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are among them
-            raise InputError(f"{path} line {number} is not a JSON object: {e}") from None
-    return rows
-
-
-def _verified(path: Path, store: Store | None) -> None:
-    verify(path)
-    if store is not None and _planned.get() is None:
-        store.keep(path)  # an earlier run may have ended before it could
+    if planned.get() is not None:
+        return
+    _drop_discarded(path)  # an earlier run may have ended before it could
+    artifact = Artifact(path, "")
+    if any(artifact.given(name) != value for name, value in paths.items()):
+        with writable(path):
+            paths_file(path).parent.mkdir(exist_ok=True)
+            write_text(paths_file(path), dumps(dict(paths)))
+    if store is not None:
+        store.keep(path)
 
 
 def _sealed(path: Path, store: Store | None) -> None:
-    seal(path)
+    seal(path, without=read_json(path / "spec.json").get("discarded", ()))
     if store is not None:
         store.keep(path)
+    _drop_discarded(path)
+
+
+def _drop_discarded(path: Path) -> None:
+    """Removes what a finished stage needed only in order to go on; nothing that DONE vouches for, nothing elsewhere."""
+    names = read_json(path / "spec.json").get("discarded", ())
+    found = [path / name for name in names if Path(name).name == name and os.path.lexists(path / name)]
+    if not found:
+        return
+    kept = {name.partition("/")[0] for name in read_json(path / "DONE")}
+    for left in [place for place in found if place.name not in kept]:
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _absolute(value: Any) -> Any:
+    """The absolute path of a setting that names something on this machine; anything else as it is."""
+    place = Path(value).expanduser() if isinstance(value, str) and value else None
+    return str(place.absolute()) if place is not None and place.exists() else value
 
 
 def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Store | None) -> None:
@@ -288,7 +235,7 @@ def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Store | No
     drop_half_written(path)
     if store is not None:
         store.fetch_steps(path)
-    write_text(path / "spec.json", _dumps(spec, indent=1))
+    write_text(path / "spec.json", dumps(spec, indent=1))
     metrics = path / "metrics.jsonl"
     if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint
         whole = [line for line in metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
@@ -322,7 +269,7 @@ def _fill(fn, config: dict, inputs: dict) -> dict:
     filled = {}
     for name in sorted(set(config) - set(inputs)):
         try:
-            filled[name] = json.loads(_dumps(config[name]))
+            filled[name] = json.loads(dumps(config[name]))
         except (TypeError, ValueError) as e:
             raise InputError(
                 f"{fn.__name__}: {name}={config[name]!r} cannot be recorded ({e}); expected finite numbers, strings, "
@@ -342,21 +289,8 @@ def _ids(fn, name, value):
         return None
     if isinstance(value, Artifact):
         return value.id
+    if isinstance(value, Control):
+        return f"arrays:{array_digest(value)}"
     if isinstance(value, Sequence) and all(isinstance(v, Artifact) for v in value):
         return [v.id for v in value]
     raise InputError(f"{fn.__name__}: input {name!r} is a {type(value).__name__} where an Artifact is expected")
-
-
-def _dumps(value: Any, **kw) -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain, **kw)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy and JAX scalars and arrays, paths, and mappings such as ConfigDict, as JSON values."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    raise TypeError(f"a {type(value).__name__} is not JSON")

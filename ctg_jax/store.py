@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ctg_jax import hosts
-from ctg_jax.files import locked, read_json
+from ctg_jax.files import check_inside, locked, read_json
 from ctg_jax.types import InputError
 
 _active: contextvars.ContextVar[Store | None] = contextvars.ContextVar("store", default=None)
@@ -57,8 +57,9 @@ class Store(os.PathLike):
             with locked(path):
                 if (path / "DONE").exists():
                     return
+                names = check_inside(path, _named(json.loads((far / "DONE").read_text())), self.local, far / "DONE")
                 shutil.rmtree(path, ignore_errors=True)
-                for name in _named(json.loads((far / "DONE").read_text())):
+                for name in names:
                     _copy(far / name, path / name)
                 _copy(far / "DONE", path / "DONE")
 
@@ -68,11 +69,13 @@ class Store(os.PathLike):
         with self._reached():
             if (far / "DONE").exists():
                 return
-            for folder in _steps(far):  # of before it was finished; what it keeps of them comes anew
-                folder.rmtree()
-            for name in _named(read_json(path / "DONE")):
+            names = check_inside(path, _named(read_json(path / "DONE")), self.local, path / "DONE")
+            for name in names:
                 _copy(path / name, far / name)
             _copy(path / "DONE", far / "DONE")
+            for folder in _steps(far):  # of before it was finished; not sooner, so that a kill here loses none
+                if not any((far / name).is_relative_to(folder) for name in names):
+                    folder.rmtree()
 
     def keep_files(self, folder: Path) -> None:
         """Copies every file of a local directory that is no artifact, such as a report."""
@@ -92,7 +95,10 @@ class Store(os.PathLike):
                     continue
                 last = far / f"{found[-1]:08d}"
                 new = here / f".{last.name}.new"
-                for name in json.loads((last / MANIFEST).read_text())["body"]["files"]:
+                named = json.loads((last / MANIFEST).read_text())["body"]["files"]
+                names = check_inside(new, named, self.local, last / MANIFEST)
+                shutil.rmtree(new, ignore_errors=True)  # what a fetch that was cut short left
+                for name in names:
                     _copy(last / name, new / name)
                 _copy(last / MANIFEST, new / MANIFEST)
                 if (last / "metrics.jsonl").exists():

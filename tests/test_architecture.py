@@ -18,6 +18,8 @@ LAYERS = [
         "train",
         "rewards",
         "evaluation",
+        "artifact",
+        "identity",
         "stage",
         "sources",
         "report",

@@ -93,6 +93,23 @@ def test_every_control_says_its_class():
     assert len({cls.of_class for cls in classes}) == len(classes)
 
 
+def test_a_class_that_is_defined_again_is_another_class():
+    """As in a notebook, where a cell that was edited runs again: the structures of the two are not one to `jit`."""
+
+    def define(token):
+        @struct.dataclass
+        class Push(Control):
+            def logits(self, z, tokens, mask, state):
+                return z.at[..., token].add(9.0), state
+
+        return Push()
+
+    first, second = define(1), define(2)
+    assert type(first).__qualname__ == type(second).__qualname__
+    assert jax.tree.structure(first) != jax.tree.structure(second)
+    assert jax.tree.structure(first) == jax.tree.structure(first.replace())
+
+
 def test_overrides_looks_into_chains():
     assert not overrides(IDENTITY, "logits") and not overrides(Chain((IDENTITY, Chain(()))), "hidden")
     nested = Chain((IDENTITY, Chain((SoftPrompt(jnp.zeros((1, 2))),))))

@@ -33,7 +33,7 @@ def test_calls_run_side_by_side_and_answers_are_kept(tmp_path):
         asked.append(text)
         return len(text)
 
-    options = dict(name="length", version="1", workers=4, cache=tmp_path / "scores.sqlite")
+    options = dict(name="length", version="1", code="a1", workers=4, cache=tmp_path / "scores.sqlite")
     texts = ["a", "bb", "a", "ccc", "dddd"]
     assert FunctionReward(slow, **options)([""] * 5, texts).tolist() == [1, 2, 1, 3, 4]
     assert sorted(asked) == ["a", "bb", "ccc", "dddd"]  # equal texts once
@@ -51,7 +51,9 @@ def test_a_call_is_tried_again_and_failure_loses_nothing(tmp_path):
             raise ConnectionError("no answer")
         return 1.0
 
-    options = dict(name="service", version="1", workers=1, retries=2, wait=0.001, cache=tmp_path / "scores.sqlite")
+    options = dict(
+        name="service", version="1", code="a1", workers=1, retries=2, wait=0.001, cache=tmp_path / "scores.sqlite"
+    )
     with pytest.raises(InputError, match="'service' failed 3 times, last with ConnectionError: no answer; what was sc"):
         FunctionReward(flaky, **options)([""] * 3, ["fine", "later", "down"])
     assert tries == {"fine": 1, "later": 3, "down": 3}
@@ -70,7 +72,7 @@ def test_a_judge_of_ones_own(tmp_path):
     settings = dict(kind="function", name="length", function=f"{__name__}:length", version="1")
     judge = judging.open_judge(stage(tmp_path, judging.fit_judge, settings))
     assert judge([""], ["abcde"]).tolist() == [0.5]
-    assert (tmp_path / ".scores" / "length.sqlite").exists()
+    assert judge.version == f"1@{judge.code}" and (tmp_path / ".scores" / f"{judge.code}.sqlite").exists()
     for path, wanted in (
         ("length", "no colon"),
         ("nowhere_at_all:f", "No module named"),

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ctg_jax import stage as S
-from ctg_jax.stage import Artifact, stage, tally
+from ctg_jax.stage import Artifact, stage, stage_function, tally
 from ctg_jax.types import InputError
 
 
@@ -47,11 +47,12 @@ def test_runs_once_for_each_distinct_call(tmp_path):
 def test_id_depends_on_revision_inputs_and_name(tmp_path):
     a, b = stage(tmp_path, number, {"value": 1}), stage(tmp_path, number, {"value": 2})
     assert stage(tmp_path, add, left=a, right=b).id != stage(tmp_path, add, left=b, right=a).id
-    number.revision = 1
-    try:
-        assert stage(tmp_path, number, {"value": 1}).id != a.id
-    finally:
-        del number.revision
+
+    def revised(run, *, value=1, scale=2.0):
+        run.log(value=value)
+
+    made = [stage(tmp_path, stage_function("number", revision=n)(revised), {"value": 1}) for n in (0, 1)]
+    assert made[0].id != made[1].id and made[0].path.name.startswith("number-")
 
 
 def test_values_of_other_libraries_are_recorded_as_json(tmp_path):

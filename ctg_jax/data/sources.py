@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.files import sha256, sha256_all
 from ctg_jax.types import InputError, optional
 
 Record = dict[str, Any]
@@ -90,6 +91,40 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
     Raises:
       InputError: unknown spec, split or field, a file that is missing or malformed (with the line), or no network.
     """
+    kind, name, match = _parsed(spec, split)
+    cache = None if cache_dir is None else Path(cache_dir)
+    return Source(spec, split, _LOADERS[kind](name, split, match, cache), text)
+
+
+def content(spec: str, split: str = "train") -> str | None:
+    """What identifies the records of a data set that is on this machine, wherever its files are: the kind, and the
+    SHA-256 of the (unpacked) file that the split is read from, of all files of a folder, or of the bundled corpus. None
+    where the name is all that is known, as for a data set of the hub.
+
+    Raises:
+      InputError: as of `load`, where the file is missing or cannot be unpacked.
+    """
+    kind, name, match = _parsed(spec, split)
+    if spec == "bundled:reviews":
+        from ctg_jax.data import reviews
+
+        return f"{spec}:{reviews.digest()}"
+    if kind in ("jsonl", "text"):
+        path = _file(kind, name, match)
+        if path.suffix not in _OPEN:
+            return f"{kind}:{sha256(path)}"
+        try:
+            with _OPEN[path.suffix](path, "rb") as f:
+                return f"{kind}:{hashlib.file_digest(f, 'sha256').hexdigest()}"
+        except (EOFError, lzma.LZMAError) as e:
+            raise InputError(f"{path} cannot be read ({e})") from e
+    folder, _, config = name.partition(":") if kind == "hf" else (name, "", "")
+    if not Path(folder).is_dir():
+        return None
+    return f"{kind}:{sha256_all(Path(folder), [p for p in Path(folder).rglob('*') if p.is_file()])}:{config}"
+
+
+def _parsed(spec: str, split: str) -> tuple[str, str, re.Match]:
     kind, _, name = spec.partition(":")
     if kind not in _LOADERS or not name:
         raise InputError(
@@ -98,8 +133,23 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
     match = _SLICE.fullmatch(split)
     if match is None:
         raise InputError(f"split {split!r} of {spec} is malformed: write NAME, NAME[:10%] or NAME[100:200]")
-    cache = None if cache_dir is None else Path(cache_dir)
-    return Source(spec, split, _LOADERS[kind](name, split, match, cache), text)
+    return kind, name, match
+
+
+def _file(kind: str, name: str, match: re.Match) -> Path:
+    """The file of a split; InputError where there is none."""
+    path = Path(name)
+    if kind == "jsonl" and path.is_dir():
+        found = [path / f"{match['name']}.jsonl{end}" for end in ("", ".gz", ".xz")]
+        path = next((p for p in found if p.is_file()), None)
+        if path is None:
+            raise InputError(f"split {match['name']!r} of jsonl:{name} is missing: expected a file {found[0]}[.gz|.xz]")
+        return path
+    if not path.is_file():
+        raise InputError(f"{kind}:{name}: there is no such file{' or folder' if kind == 'jsonl' else ''}")
+    if match["name"] not in ("all", "train"):
+        raise InputError(f"split {match['name']!r} of {kind}:{name} is unknown: a single file has the split 'all'")
+    return path
 
 
 def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
@@ -116,27 +166,14 @@ def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequ
 
 
 def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    path = Path(name)
-    if path.is_dir():
-        found = [path / f"{match['name']}.jsonl{end}" for end in ("", ".gz", ".xz")]
-        path = next((p for p in found if p.is_file()), None)
-        if path is None:
-            raise InputError(f"split {match['name']!r} of jsonl:{name} is missing: expected a file {found[0]}[.gz|.xz]")
-    elif not path.is_file():
-        raise InputError(f"jsonl:{name}: there is no such file or folder")
-    elif match["name"] not in ("all", "train"):
-        raise InputError(f"split {match['name']!r} of jsonl:{name} is unknown: a single file has the split 'all'")
+    path = _file("jsonl", name, match)
     records = _read_jsonl(path)
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
 
 def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    path = Path(name)
-    if not path.is_file():
-        raise InputError(f"text:{name}: there is no such file")
-    if match["name"] not in ("all", "train"):
-        raise InputError(f"split {match['name']!r} of text:{name} is unknown: a file of text has the split 'all'")
+    path = _file("text", name, match)
     try:
         with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
             records = [{"text": line.strip()} for line in lines if line.strip()]

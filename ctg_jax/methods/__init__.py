@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctg_jax import checkpoint, tree
 from ctg_jax.control import Chain, Control
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, nearest
+from ctg_jax.stage import Artifact, Run, nearest, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
 STRENGTHS = ("scale", "alpha")  # the leaf that a method calls its strength
@@ -49,6 +53,34 @@ def load(artifact: Artifact, lm: LM) -> Control:
     hp = spec.get("init", {})
     like = jax.eval_shape(lambda key: get(spec["method"]).init(lm, key, **hp), jax.random.key(0))
     return artifact.load(like)
+
+
+def save(root: str | os.PathLike, lm: Artifact, control: Control, method: str, **init: Any) -> Artifact:
+    """A control that was made by hand, as an artifact like those of `fit`, for `load` and the scripts. It is identified
+    by its arrays.
+
+    Args:
+      method: the method whose `init(lm, key, **init)` gives the control's structure.
+
+    Raises:
+      InputError: `init` gives another structure or other shapes.
+    """
+    return stage(root, hand_made, {"method": method, "init": init}, lm=lm, control=control)
+
+
+@stage_function("control")
+def hand_made(run: Run, *, lm: Artifact, control: Control, method: str, init: Mapping[str, Any]) -> None:
+    """Stage: keeps a control that was made by hand; see `save`."""
+    model = open_lm(lm)[0]
+    like = jax.eval_shape(lambda key: get(method).init(model, key, **init), jax.random.key(0))
+    expected, found = ({k: list(x.shape) for k, x in tree.flatten(c).items()} for c in (like, control))
+    if expected != found or jax.tree.structure(like) != jax.tree.structure(control):
+        raise InputError(
+            f"{method}.init with {dict(init)} makes a control with {expected}, but this {type(control).__name__} has "
+            f"{found} or other static fields: give the settings that it was made with"
+        )
+    checkpoint.save(run.path / "state", control)
+    run.record(method=method, init=dict(init))
 
 
 def with_strength(control: Control, value: float) -> Control:

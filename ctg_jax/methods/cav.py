@@ -27,7 +27,7 @@ from ctg_jax.control import Control
 from ctg_jax.methods import steer
 from ctg_jax.models.lm import LM
 from ctg_jax.rewards.probe import fit_logistic
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
 DIRECTIONS = ("add", "remove", "both")
@@ -259,6 +259,7 @@ def fit(
     return stage(root, cav, config, lm=lm, read=read)
 
 
+@stage_function("cav.states")
 def states(
     run: Run,
     *,
@@ -295,6 +296,7 @@ def states(
     checkpoint.save(run.path / "state", found)
 
 
+@stage_function("cav")
 def cav(
     run: Run,
     *,

@@ -139,6 +139,7 @@ def fit(
     return control
 
 
+@stage.stage_function("click", how=("save_every",))
 def click(
     run: Run,
     *,

@@ -75,6 +75,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **hp: Any) -> Artifact:
     return stage.stage(root, ctrl, hp, lm=lm, data=data)
 
 
+@stage.stage_function("ctrl", how=("save_every",))
 def ctrl(
     run: Run,
     *,

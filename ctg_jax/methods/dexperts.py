@@ -21,7 +21,7 @@ from ctg_jax import bricks, checkpoint, methods
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM, Cache, write_prefix
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Params, Prompts
 
@@ -215,6 +215,7 @@ def fit(
     return stage(root, dexperts, dict(alpha=alpha, cond=cond), lm=lm, expert=tuned[0], anti=tuned[1])
 
 
+@stage_function("dexperts")
 def dexperts(
     run: Run, *, lm: Artifact, expert: Artifact, anti: Artifact, alpha: float = 2.0, cond: str | None = None
 ) -> None:

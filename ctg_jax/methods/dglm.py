@@ -11,7 +11,6 @@ likelihood is averaged over the noise, not their loss; the language model is cha
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from ctg_jax.models import diffusion, samplers
 from ctg_jax.models.denoiser import LatentNet, Trunk
 from ctg_jax.models.diffusion import Schedule
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params, Sum
 
 PROMPTER_NOISE = Schedule("cosine", 3.0)
@@ -291,6 +290,7 @@ def fit(
     return stage(root, propose, {"weights": wanted, **hp}, lm=lm, latents=latents, **parts)
 
 
+@stage_function("dglm.prompter", how=("save_every",))
 def speak(
     run: Run,
     *,
@@ -326,7 +326,7 @@ def speak(
         rate=rate, warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     checkpoint.save(run.path / "state", control)
-    shutil.rmtree(run.path / "steps")
+    run.discard("steps")
     run.record(net=dict(net or {}), latent=int(x.shape[1]))
 
 
@@ -344,6 +344,7 @@ def said_loss(lm: LM) -> losses.LossFn:
     return total
 
 
+@stage_function("dglm")
 def propose(
     run: Run,
     *,
@@ -391,7 +392,7 @@ def propose(
 
 def conditions(control: Artifact, lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """What the rows of `texts` bring in `prompts.cond`: the embedding of each prompt."""
-    embed = embeddings.embedder(lm, control.spec["encoder"])
+    embed = embeddings.embedder(lm, embeddings.encoder_of(control))
     if embed.version != control.spec["version"]:
         raise InputError(
             f"{control.path.name} was made with the encoder {control.spec['version']}, but {control.spec['encoder']} "

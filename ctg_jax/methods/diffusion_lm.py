@@ -287,6 +287,7 @@ def fit(
     return stage.stage(root, aimed, aim or {}, lm=lm, network=control)
 
 
+@stage.stage_function("diffusion_lm", how=("save_every",))
 def diffusion_lm(
     run: Run,
     *,
@@ -329,10 +330,10 @@ def diffusion_lm(
         run, control.params, loss(control.net, control.eos, read=read), {}, batches, trained=".*", steps=steps,
         rate=rate, warmup=warmup, schedule=pace, decay=decay, seed=seed, save_every=save_every,
     )  # fmt: skip
-    tags = jnp.asarray(tag_table(tokenizer))
-    finetune.keep(run, control.replace(params=params, tags=tags), "diffusion_lm", hp)
+    finetune.keep(run, control.replace(params=params, tags=jnp.asarray(tag_table(tokenizer))), "diffusion_lm", hp)
 
 
+@stage.stage_function("diffusion_lm.classifier", how=("save_every",))
 def classifier(
     run: Run,
     *,
@@ -377,6 +378,7 @@ def classifier(
     finetune.keep(run, control.replace(guide=guide), "diffusion_lm", hp)
 
 
+@stage.stage_function("diffusion_lm.aim")
 def aimed(
     run: Run,
     *,
@@ -396,5 +398,4 @@ def aimed(
     how = dict(calls=calls, sampler=sampler, clamp=clamp, updates=updates, rate=rate, coef=coef, floor=floor)
     hp = network.spec["init"] | dict(target=dict(target or {}), **how)
     control, old = init(model, jax.random.key(0), **hp), methods.load(network, model)
-    control = control.replace(params=old.params, guide=old.guide, tags=old.tags)
-    finetune.keep(run, control, "diffusion_lm", hp)
+    finetune.keep(run, control.replace(params=old.params, guide=old.guide, tags=old.tags), "diffusion_lm", hp)

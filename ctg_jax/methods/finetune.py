@@ -3,7 +3,6 @@ attribute. The frozen model stays the reference, and the strength `scale` interp
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import Batches, pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, PyTree
 
 RATES = {"lora": 2e-3, "full": 1e-4, "prompt": 1e-1}  # learning rates that suit small models
@@ -91,6 +90,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **hp: Any) -> Artifact:
     return stage(root, finetune, hp, lm=lm, data=data)
 
 
+@stage_function("finetune", how=("save_every",))
 def finetune(
     run: Run,
     *,
@@ -200,7 +200,7 @@ def learn(
 
 def keep(run: Run, control: Control, method: str, init: Mapping[str, Any]) -> None:
     """Ends a stage that trained: saves the control for `methods.load`, which calls the method's `init(lm, key, **init)`
-    for its shapes, and removes the optimizer states, if there were any, which have served."""
+    for its shapes, and marks the optimizer states, if there are any, as no longer needed."""
     run.record(method=method, init=dict(init))
     checkpoint.save(run.path / "state", control)
-    shutil.rmtree(run.path / "steps", ignore_errors=True)
+    run.discard("steps")

@@ -15,7 +15,7 @@ from ctg_jax.control import Chain
 from ctg_jax.judging import open_judge
 from ctg_jax.methods import finetune, ppo
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
 init, example, neutral = ppo.init, ppo.example, ppo.neutral
@@ -140,6 +140,7 @@ def fit(
     return policy
 
 
+@stage_function("gdc", how=("save_every",))
 def gdc(
     run: Run,
     *,

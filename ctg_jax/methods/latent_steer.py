@@ -26,7 +26,7 @@ from ctg_jax.control import Control
 from ctg_jax.data.tokenizer import pad_rows
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
 
 STEPS = ("all", "first", "prompt")
@@ -227,6 +227,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **config: Any) -> Artifact:
     return stage(root, latent_steer, config, lm=lm, data=data)
 
 
+@stage_function("latent_steer")
 def latent_steer(
     run: Run,
     *,
@@ -279,7 +280,7 @@ def latent_steer(
     found = search(model, params, control, [sentences[i] for i in kept], z0[np.asarray(kept, int)],
                    rate=rate, decay=decay, patience=patience, updates=updates, batch=batch, memory=memory,
                    keep=run.path / "partial")  # fmt: skip
-    shutil.rmtree(run.path / "partial", ignore_errors=True)
+    run.discard("partial")
     bank = np.zeros((len(records), control.z.shape[-1]), np.float32)
     bank[kept] = found["z"]
     fitted = control.replace(z=jnp.asarray(bank), choice="vector")

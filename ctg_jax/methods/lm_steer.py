@@ -25,7 +25,7 @@ from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params, Prompts
 
 Model = tuple[LM, Params, Tokenizer]  # what `open_lm` returns
@@ -135,6 +135,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **hp: Any) -> Artifact:
     return stage(root, lm_steer, hp, lm=lm, data=data)
 
 
+@stage_function("lm_steer", how=("save_every",))
 def lm_steer(
     run: Run,
     *,

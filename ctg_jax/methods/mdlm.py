@@ -250,6 +250,7 @@ def fit(
     return stage.stage(root, classifier, guide or {}, lm=lm, data=data, network=network)
 
 
+@stage.stage_function("mdlm", how=("save_every",))
 def mdlm(
     run: Run,
     *,
@@ -297,6 +298,7 @@ def mdlm(
     finetune.keep(run, control.replace(params=params), "mdlm", hp)
 
 
+@stage.stage_function("mdlm.classifier", how=("save_every",))
 def classifier(
     run: Run,
     *,
@@ -355,6 +357,7 @@ def classifier(
     finetune.keep(run, control, "mdlm", hp)
 
 
+@stage.stage_function("mdlm.bound", how=("batch",))
 def bound(
     run: Run, *, lm: Artifact, data: Artifact, control: Artifact, draws: int = 16, batch: int = 32, seed: int = 0
 ) -> None:

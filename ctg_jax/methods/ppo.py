@@ -20,7 +20,7 @@ from ctg_jax import checkpoint, decode, experience, losses, methods, rng
 from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.methods import finetune
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Prompts, Sum
 
 init, example, neutral = finetune.delta, finetune.example, finetune.neutral
@@ -146,6 +146,7 @@ def fit(
     return policy
 
 
+@stage_function("ppo", how=("save_every",))
 def ppo(
     run: Run,
     *,

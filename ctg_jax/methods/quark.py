@@ -132,6 +132,7 @@ def fit(
     return control
 
 
+@stage.stage_function("quark", how=("save_every",))
 def quark(
     run: Run,
     *,

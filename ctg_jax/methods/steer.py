@@ -21,7 +21,7 @@ from ctg_jax.data.labels import labelled
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, open_lm, stage
+from ctg_jax.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
 
 
@@ -237,6 +237,7 @@ def fit(
     return stage(root, steer, config, lm=lm, sums=sums)
 
 
+@stage_function("steer.activations")
 def activations(
     run: Run,
     *,
@@ -273,6 +274,7 @@ def activations(
     run.record(paired=paired)
 
 
+@stage_function("steer")
 def steer(
     run: Run,
     *,

@@ -136,6 +136,7 @@ def fit(
     return control
 
 
+@stage.stage_function("unlikelihood", how=("save_every",))
 def unlikelihood(
     run: Run,
     *,

@@ -73,7 +73,7 @@ def collect(root: Path | str, function: str = "evaluate") -> list[dict[str, Any]
     for path in known.values():
         artifact = Artifact(path, path.name.rpartition("-")[2])
         spec = artifact.spec
-        if spec.get("function", "").rpartition(".")[2] != function:
+        if spec.get("stage", "").rpartition(".")[2] != function:
             continue
         columns = dict(_settings(spec, known, ""))
         samples = known.get(spec.get("inputs", {}).get("samples") or "")
@@ -85,7 +85,7 @@ def collect(root: Path | str, function: str = "evaluate") -> list[dict[str, Any]
         seeds = {name: str(seed) for name, seed in seeds.items() if name != "seed"}
         columns.pop("samples.strengths", None)
         columns |= {
-            "method": " + ".join(c.get("method", c["function"].rpartition(".")[2]) for c in controls) or "base",
+            "method": " + ".join(c.get("method", c["stage"].rpartition(".")[2]) for c in controls) or "base",
             "strength": strengths[0] if len(strengths) == 1 else None,
             "seed": "/".join(seeds.values()) or None,
         }

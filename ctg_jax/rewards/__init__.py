@@ -9,7 +9,7 @@ from ctg_jax.rewards.check import Reward, TextReward, checked
 from ctg_jax.rewards.classifier import SequenceClassifier
 from ctg_jax.rewards.diversity import diversity
 from ctg_jax.rewards.embed import Embedder, sentence_embedder
-from ctg_jax.rewards.function import FunctionReward, named
+from ctg_jax.rewards.function import FunctionReward, code_of, function_content, named
 from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words, reviews_oracle
 from ctg_jax.rewards.preference import PreferenceModel
 from ctg_jax.rewards.probe import LinearProbe
@@ -25,7 +25,9 @@ __all__ = [
     "SequenceClassifier",
     "TextReward",
     "checked",
+    "code_of",
     "diversity",
+    "function_content",
     "named",
     "read_weights",
     "read_words",

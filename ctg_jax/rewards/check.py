@@ -44,7 +44,12 @@ def checked(name: str, scores: Any, n: int) -> np.ndarray:
     Raises:
       InputError: another shape than [n], or a value that is not finite.
     """
-    out = np.asarray(scores, np.float32)
+    try:
+        out = np.asarray(scores, np.float32)
+    except (TypeError, ValueError) as e:  # text, None, rows of different lengths
+        raise InputError(
+            f"reward {name!r} returned no list of {n} numbers ({e}): one for each text is expected"
+        ) from None
     if out.shape != (n,):
         raise InputError(
             f"reward {name!r} returned an array of shape {list(out.shape)} for {n} texts; "

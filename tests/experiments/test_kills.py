@@ -15,9 +15,13 @@ from experiments.hosts import LOST
 from tests.experiments.test_scripts_on_hosts import HERE, finish, start
 
 PILLARS = {
-    "latents": ("latents.py", ["--sections=recovery,analysis"], {"latent_steer", "recover", "analyse"}),
+    "latents": ("latents.py", ["--sections=recovery,analysis"], {"latent_steer", "latents.recover", "latents.analyse"}),
     "quark": ("main.py", [], {"sample", "score", "quark", "evaluate"}),
-    "dglm": ("main.py", [], {"encode", "speak", "denoise", "probe", "propose", "sample"}),
+    "dglm": (
+        "main.py",
+        [],
+        {"embeddings.encode", "embeddings.denoiser", "embeddings.probe", "dglm.prompter", "dglm", "sample"},
+    ),
 }
 KILLS = 10  # of each
 

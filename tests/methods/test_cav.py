@@ -193,7 +193,7 @@ def test_fit(small):
     assert [r["site"] for r in rows] == [0, 1, 2] and [r["chosen"] for r in rows] == [False, True, False]
     assert all(0 <= r["heldout_accuracy"] <= 1 and r["train_accuracy"] > 0.9 for r in rows)
     again = cav.fit(root, lm=lm, data=data, sites=[0, 1], **options | dict(p0=0.4))
-    assert len(list(root.glob("states-*"))) == 1 and again.id != fitted.id
+    assert len(list(root.glob("cav.states-*"))) == 1 and again.id != fitted.id
 
 
 def test_bad_input(small):

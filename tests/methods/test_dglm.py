@@ -180,7 +180,7 @@ def worlds_lm(lm):
 
 
 def embeddings_of(control):
-    return Artifact(control.path.parent / f"encode-{control.spec['inputs']['latents']}", "")
+    return Artifact(control.path.parent / f"embeddings.encode-{control.spec['inputs']['latents']}", "")
 
 
 def test_encoding_goes_on_where_it_stopped(small, monkeypatch):
@@ -214,7 +214,7 @@ def test_encoding_goes_on_where_it_stopped(small, monkeypatch):
     np.testing.assert_allclose(contexts, real([r["prompt"] for r in rows]), atol=1e-6)
 
 
-def test_bad_input_is_one_sentence(small, tmp_path):
+def test_bad_input_is_one_sentence(small):
     root, lm, data = small
     with pytest.raises(InputError, match="weights names the attribute 'food'"):
         dglm.fit(root, lm=lm, data=data, **TINY, weights=dict(food=1.0))
@@ -232,13 +232,15 @@ def test_bad_input_is_one_sentence(small, tmp_path):
     with pytest.raises(InputError, match="for each row"):
         control.latent(prompts(1))
     fitted = dglm.fit(root, lm=lm, data=data, **TINY)
-    probe = next(root.glob("probe-*"))
+    probe = next(root.glob("embeddings.probe-*"))
     with pytest.raises(InputError, match="latents of the same encoder"):
         embeddings.coefficients(Artifact(probe, ""), "another@1")
     spec = json.loads((fitted.path / "spec.json").read_text())
-    (tmp_path / "spec.json").write_text(json.dumps(spec | {"version": "another@1"}))
+    other = fitted.path.with_name("other")
+    other.mkdir()
+    (other / "spec.json").write_text(json.dumps(spec | {"version": "another@1"}))
     with pytest.raises(InputError, match="restore it, or fit"):
-        dglm.conditions(Artifact(tmp_path, ""), lm, ["good"])
+        dglm.conditions(Artifact(other, ""), lm, ["good"])
     short = root / "short.jsonl"
     short.write_text('{"text": "one"}\n')
     words = stage(root, sources.load_data, dict(source=f"jsonl:{short}", split="all"))

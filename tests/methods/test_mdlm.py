@@ -132,11 +132,11 @@ def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, 
         monkeypatch.undo()
         if not list(tmp_path.glob("b/mdlm-*/DONE")):
             stage.stage(tmp_path / "b", mdlm.mdlm, FIT, lm=lm, data=data)
-    assert list(tmp_path.glob("b/classifier-*/steps/*"))
+    assert list(tmp_path.glob("b/mdlm.classifier-*/steps/*"))
     again = mdlm.fit(tmp_path / "b", lm=lm, data=data, **FIT, **more)
     jax.tree.map(np.testing.assert_array_equal, whole.load(), again.load())
     assert [r["step"] for r in again.metrics()] == [1, 2, 3, 4]
-    rows = {r["name"]: r for r in stage.read_jsonl(next(tmp_path.glob("b/bound-*")) / "metrics.jsonl")}
+    rows = {r["name"]: r for r in stage.read_jsonl(next(tmp_path.glob("b/mdlm.bound-*")) / "metrics.jsonl")}
     assert rows["mdlm"]["tokens"] == rows["lm"]["tokens"] > 0 and rows["lm"]["exact"] and not rows["mdlm"]["exact"]
     assert rows["mdlm"]["perplexity"] > 1 and rows["lm"]["texts"] == len(data.rows("data.jsonl"))
 

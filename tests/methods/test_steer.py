@@ -146,10 +146,10 @@ def test_fit(small, kind):
 
 def test_a_sweep_over_sites_reads_the_texts_once(small):
     root, lm, data = small
-    before = len(list(root.glob("activations-*")))
+    before = len(list(root.glob("steer.activations-*")))
     for sites in ([0], [1], "all"):
         steer.fit(root, lm=lm, data=data, sites=sites, batch=3, tokens=16)
-    assert len(list(root.glob("activations-*"))) == before + 1
+    assert len(list(root.glob("steer.activations-*"))) == before + 1
 
 
 def test_one_sided_data_are_refused(small):

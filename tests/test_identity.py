@@ -1,0 +1,205 @@
+"""What identifies a call of a stage: a name that outlives moves, numbers, defaults, how the work is done."""
+
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ctg_jax
+from ctg_jax import experience, flow, judging, sources
+from ctg_jax.identity import canonical, declaration
+from ctg_jax.methods import finetune, quark, steer
+from ctg_jax.stage import Artifact, plan, stage, stage_function, tally
+from ctg_jax.types import InputError
+
+DEFAULTS = Path(__file__).with_name("stages.json")  # written by `python -m tests.test_identity`
+
+
+@stage_function("square", how=("batch",))
+def square(run, *, value=3, width=1.0, where=None, batch=8, extra=(), lm=None):
+    run.log(value=value)
+
+
+def ids(root, *configs, fn=square, **inputs):
+    with plan():
+        return [stage(root, fn, config, **inputs).id for config in configs]
+
+
+def test_one_number_is_one_number_and_defaults_do_not_count(tmp_path):
+    same = {}, {"value": 3}, {"value": 3.0}, {"width": 1}, {"width": 1.0, "value": 3, "where": None}
+    assert len(set(ids(tmp_path, *same))) == 1
+    assert ids(tmp_path, {}, extra=[], lm=None) == ids(tmp_path, {})
+    differ = {"value": 4}, {"value": 3.5}, {"value": True}, {"value": "3"}, {"where": {"a": 1}}, {"where": [1]}
+    assert len({*ids(tmp_path, *differ), *ids(tmp_path, {})}) == 7
+    assert len(set(ids(tmp_path, {"where": {"a": 1, "b": [2.0]}}, {"where": {"b": [2], "a": 1.0}}))) == 1
+    assert canonical([1.0, True, 1.5, -0.0, "1", None, {"a": (2.0,)}]) == [1, True, 1.5, 0, "1", None, {"a": [2]}]
+    assert type(canonical(True)) is bool
+
+
+def test_how_the_work_is_done_does_not_count_but_is_recorded(tmp_path):
+    with tally() as count:
+        first, second = (stage(tmp_path, square, {"batch": n}) for n in (8, 16))
+    assert first == second and len(count.executed) == 1 and first.spec["config"]["batch"] == 8
+
+
+def test_a_new_setting_or_input_with_a_default_keeps_what_was_made(tmp_path):
+    def later(run, *, value=3, width=1.0, where=None, batch=8, extra=(), lm=None, ema=0.99, judge=None):
+        run.log(value=value)
+
+    later = stage_function("square", how=("batch",))(later)
+    made = Artifact(tmp_path / "x-1", "1")
+    with plan() as planned:
+        planned[made.path.name] = {"stage": "x"}
+        for config, inputs in (({}, {}), ({"value": 4}, {"lm": made})):
+            assert stage(tmp_path, square, config, **inputs) == stage(tmp_path, later, config, **inputs)
+    assert ids(tmp_path, {"ema": 0.9}, fn=later) != ids(tmp_path, {}, fn=later)
+
+
+def test_a_function_that_moved_to_another_module_under_another_name_is_the_same_stage(tmp_path):
+    source = inspect.getsource(square).replace("def square", "def power")
+    elsewhere = ModuleType("elsewhere.deeper")
+    exec(source, elsewhere.__dict__ | {"stage_function": stage_function}, elsewhere.__dict__)
+    assert elsewhere.power.__module__ != square.__module__
+    made = stage(tmp_path, square, {"value": 5})
+    assert stage(tmp_path, elsewhere.power, {"value": 5}) == made and made.path.name.startswith("square-")
+    assert "test_identity" not in (made.path / "spec.json").read_text()
+
+
+def test_functions_without_a_declaration_are_told_apart_by_their_code(tmp_path):
+    made = []
+    for body in ("run.log(value=1)", "run.log(value=2)", "run.log(value=1)"):
+        names = {"__name__": "__main__"}
+        exec(f"def typed(run):\n    {body}", names)
+        made.append(stage(tmp_path, names["typed"]))
+    assert made[0] == made[2] != made[1] and made[1].metrics() == [{"value": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("Square-1", {}, "stage name 'Square-1': expected lower-case letters"),
+        ("square", {"how": ("size",)}, "stage 'square' declares 'size', which is no parameter of fn"),
+        ("square", {"contents": {"file": print}}, "stage 'square' declares 'file'"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(name, options, words):
+    def fn(run, *, value=1):
+        run.log(value=value)
+
+    with pytest.raises(InputError, match=words):
+        stage_function(name, **options)(fn)
+
+
+# -- the stages of the package
+
+
+def package_stages():
+    """Every function of the package whose first parameter is a `Run` and that is not private: [(where, function)]."""
+    found = {}
+    for info in pkgutil.walk_packages(ctg_jax.__path__, "ctg_jax."):
+        for name, fn in vars(importlib.import_module(info.name)).items():
+            if not inspect.isfunction(fn) or fn.__module__ != info.name or name.startswith("_"):
+                continue
+            parameters = list(inspect.signature(fn).parameters.values())
+            keywords = all(p.kind is p.KEYWORD_ONLY for p in parameters[1:])
+            if parameters and parameters[0].annotation == "Run" and keywords:
+                found[f"{info.name}.{name}"] = fn
+    return found
+
+
+def described(fn):
+    """What the ids of a stage rest on and cannot see: its revision and the defaults that it leaves out."""
+    declared, parameters = declaration(fn), list(inspect.signature(fn).parameters.values())[1:]
+    counted = [p for p in parameters if p.default is not p.empty and p.name not in declared.how]
+    defaults = {p.name: json.loads(json.dumps(p.default)) for p in counted}
+    return {"revision": declared.revision, "defaults": defaults}
+
+
+def test_every_stage_of_the_package_has_a_name_of_its_own():
+    stages = package_stages()
+    assert len(stages) > 35
+    undeclared = [where for where, fn in stages.items() if not hasattr(fn, "stage_function")]
+    assert not undeclared, f"declare with stage_function: {undeclared}"
+    names = [declaration(fn).name for fn in stages.values()]
+    assert len(set(names)) == len(names)
+    modules = {info.name for info in pkgutil.walk_packages(ctg_jax.__path__, "ctg_jax.")}
+    assert not modules & set(names) and not [name for name in names if name.startswith("ctg_jax")]
+
+
+def test_a_changed_default_goes_with_a_new_revision():
+    """Ids leave defaults out, so another default under the same revision would give back what the old one made."""
+    pinned = json.loads(DEFAULTS.read_text())
+    found = {declaration(fn).name: described(fn) for fn in package_stages().values()}
+    assert found.keys() == pinned.keys(), "stages came or went: python -m tests.test_identity"
+    for name, now in found.items():
+        then = pinned[name]
+        if now["revision"] == then["revision"]:
+            changed = {k: v for k, v in then["defaults"].items() if now["defaults"].get(k, v) != v}
+            assert not changed, f"{name} had other defaults, {changed}: raise its revision"
+    new = [name for name, now in found.items() if now != pinned[name]]
+    assert not new, f"new settings or revisions of {new}: python -m tests.test_identity"
+
+
+def test_batch_sizes_of_training_count_and_those_of_sampling_and_scoring_do_not():
+    how = {declaration(fn).name: (set(declaration(fn).how), set(inspect.signature(fn).parameters))
+           for fn in package_stages().values()}  # fmt: skip
+    for name, (left_out, parameters) in how.items():
+        assert left_out <= {"batch", "save_every", "log_every"}, name
+        assert {"save_every", "log_every"} & parameters <= left_out, name
+        if "rate" in parameters:  # it trains
+            assert "batch" not in left_out, name
+    assert all("batch" in how[name][0] for name in ("sample", "score", "human_perplexity", "mdlm.bound"))
+
+
+TEN = [
+    "load_data-b67dd0697c52",
+    "load_lm-ec46378452a1",
+    "pretrain-5d2bc78b6562",
+    "fit_judge-f8c9ddf328ba",
+    "fit_judge-75e788d8a253",
+    "sample-e97c08c545d7",
+    "score-f313ed1710b0",
+    "finetune-cd13df15a88e",
+    "quark-6508b1f7e74b",
+    "steer-4ceffe099d6a",
+]
+
+
+def test_ten_ids(tmp_path, monkeypatch):
+    """From here on ids stay: these may change only together with a revision, and then what was made is made again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "good food", "label": 1}\n')
+    (tmp_path / "lm").mkdir()
+    for name, text in (("config.json", "{}"), ("model.safetensors", "x"), ("tokenizer.json", "{}"), ("notes.md", "?")):
+        (tmp_path / "lm" / name).write_text(text)
+    (tmp_path / "mine_for_ids.py").write_text("def score(prompt, text):\n    return 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lm, data, samples, pool, reward = (Artifact(tmp_path / f"x-{i}", str(i) * 12) for i in range(5))
+    calls = [
+        (sources.load_data, {"source": "jsonl:rows.jsonl", "split": "all", "limit": 10}, {}),
+        (sources.load_lm, {"source": "lm", "dtype": "bfloat16"}, {}),
+        (sources.pretrain, {"width": 64, "steps": 200, "save_every": 7}, {"data": data}),
+        (judging.fit_judge, {"kind": "bag", "name": "positive"}, {"data": data}),
+        (judging.fit_judge, {"kind": "function", "function": "mine_for_ids:score", "version": "1"}, {}),
+        (flow.sample, {"n": 4, "filter": {"top_p": 0.9}}, dict(lm=lm, prompts=data, controls=[pool])),
+        (experience.score, {"round": 1}, dict(lm=lm, samples=samples, rewards=[reward])),
+        (finetune.finetune, {"rank": 4, "where": {"label": 1}}, dict(lm=lm, data=data)),
+        (quark.quark, {"tokens": 5, "kl": 0.05}, dict(lm=lm, pool=[pool], start_from=None)),
+        (steer.steer, {"sites": [4, 5]}, dict(lm=lm, sums=data)),
+    ]  # fmt: skip
+    with plan() as planned:
+        for artifact in (lm, data, samples, pool, reward):
+            planned[artifact.path.name] = {"stage": "x"}
+        found = [stage(tmp_path, fn, config, **inputs).path.name for fn, config, inputs in calls]
+    assert found == TEN
+
+
+if __name__ == "__main__":
+    described_all = {declaration(fn).name: described(fn) for fn in package_stages().values()}
+    DEFAULTS.write_text(json.dumps(described_all, indent=1, sort_keys=True) + "\n")
+    sys.exit(0)

@@ -10,8 +10,8 @@ from configs import dexperts, dglm, sentiment, steer
 
 def get_config(arg="bundled"):
     methods = dict(
-        base=dict(method="truncate", filter={}),
-        top_p=dict(method="truncate"),
+        base=dict(filter={}),
+        top_p=dict(),
         **steer.arms(arg),
         **dexperts.arms(arg),
         dglm=dglm.arms(arg)["dglm"],

@@ -20,9 +20,9 @@ def get_config(arg="bundled"):
     best = best | dict(fit=best["fit"] | dict(best_only=True), strengths=(1.0,))
     pointwise = gdc.arms(arg) if arg == "bundled" else dict(gdc=gdc.arms(arg)["gdc"])
     methods = dict(
-        base=dict(method="truncate", filter={}),
-        top_p=dict(method="truncate"),
-        best_of_n=dict(method="truncate", best_of=(2, 4) if arg == "tiny" else (4,), fit={}),
+        base=dict(filter={}),
+        top_p=dict(),
+        best_of_n=dict(best_of=(2, 4) if arg == "tiny" else (4,)),
         **quark.arms(arg),
         best_only=best,
         **ppo.arms(arg),

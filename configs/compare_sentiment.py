@@ -18,8 +18,8 @@ from configs import cav, dexperts, finetune, lm_steer, sentiment, steer
 
 def get_config(arg="bundled"):
     methods = dict(
-        base=dict(method="truncate", filter={}),
-        top_p=dict(method="truncate"),
+        base=dict(filter={}),
+        top_p=dict(),
         **steer.arms(arg),
         **cav.arms(arg),
         **lm_steer.arms(arg),

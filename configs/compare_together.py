@@ -24,7 +24,7 @@ def get_config(arg="bundled"):
     parts = {"lm_steer": lm_steer.arms(arg)["lm_steer"], "dexperts": dexperts.arms(arg)["dexperts"]}
     alone = {label: parts[label] | dict(strengths=(-CHAIN[label], CHAIN[label])) for label in parts}
     methods = dict(
-        top_p=dict(method="truncate"),
+        top_p=dict(),
         latent=dict(
             method="latent_steer",
             fit=latent["fit"],

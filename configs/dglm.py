@@ -66,7 +66,7 @@ def fit(arg):
 def arms(arg):
     """Guided to positive text; and, of real reviews, to negative text, to food, and to both sides of food."""
     one = dict(method="dglm", strengths=SCALES[arg], fit=fit(arg), data=texts(arg))
-    found = dict(top_p=dict(method="truncate"), dglm=one)
+    found = dict(top_p=dict(), dglm=one)
     if arg == "yelp":
         wishes = dict(negative=dict(positive=-1.0), food=dict(food=1.0), good_food=dict(positive=1.0, food=1.0))
         wishes["bad_food"] = dict(positive=-1.0, food=1.0)

@@ -75,7 +75,7 @@ def arms(arg):
 
 def get_config(arg="bundled"):
     world = sentiment.of_world(WORLD, arg)
-    config = sentiment.experiment(arg, "Diffusion-LM", dict(top_p=dict(method="truncate"), **arms(arg)))
+    config = sentiment.experiment(arg, "Diffusion-LM", dict(top_p=dict(), **arms(arg)))
     if world["prompts"]:
         config.prompts = world["prompts"]
     return config

@@ -21,4 +21,4 @@ def arms(arg):
 
 
 def get_config(arg="bundled"):
-    return reward.experiment(arg, "GDC", dict(top_p=dict(method="truncate"), **arms(arg)))
+    return reward.experiment(arg, "GDC", dict(top_p=dict(), **arms(arg)))

@@ -54,7 +54,7 @@ def get_config(arg="bundled"):
     parts, arm = yelp() if arg == "yelp" else (sentiment.world(arg), sentiment.of_world(SETTINGS, arg))
     del parts["train"]
     # A diffusion model has no next-token distribution that top-p could cut, so the base has none either.
-    methods = dict(base=dict(method="truncate", filter={}), mdlm=dict(method="mdlm", filter={}, **arm))
+    methods = dict(base=dict(filter={}), mdlm=dict(method="mdlm", filter={}, **arm))
     return ConfigDict({"title": "MDLM", **parts, "methods": methods})
 
 

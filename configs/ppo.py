@@ -17,7 +17,7 @@ def arms(arg):
 
 
 def get_config(arg="bundled"):
-    return reward.experiment(arg, "PPO", dict(top_p=dict(method="truncate"), **arms(arg)))
+    return reward.experiment(arg, "PPO", dict(top_p=dict(), **arms(arg)))
 
 
 def sweep():

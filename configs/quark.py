@@ -27,7 +27,7 @@ def arms(arg):
 
 
 def get_config(arg="bundled"):
-    return reward.experiment(arg, "Quark", dict(top_p=dict(method="truncate"), **arms(arg)))
+    return reward.experiment(arg, "Quark", dict(top_p=dict(), **arms(arg)))
 
 
 def sweep():

@@ -139,14 +139,16 @@ WORLDS = {
 
 
 def experiment(name, title, arms):
-    """A whole configuration. arms: label -> {"method", "fit", "strengths"}; those with `fit` get the world's prompts,
-    rewards, rounds and settings of exploring, where they have none of their own."""
+    """A whole configuration. arms: label -> {"method", "fit", "strengths"}; those with a method get the world's
+    prompts, rewards, rounds and settings of exploring, where they have none of their own, and best of n the rewards."""
     parts = of_world(WORLDS, name)()
     learn, _ = parts.pop("learn"), parts.pop("train", None)
     common = {key: learn[key] for key in ("rounds", "explore", "steps", "batch")}
     methods = {}
     for label, arm in arms.items():
-        if "fit" in arm:
-            arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=common | arm["fit"])
+        if "method" in arm:
+            arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=common | arm.get("fit", {}))
+        elif "best_of" in arm:
+            arm = dict(rewards=learn["rewards"]) | arm
         methods[label] = arm
     return ConfigDict({"title": title, **parts, "methods": methods})

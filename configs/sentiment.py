@@ -120,6 +120,6 @@ def experiment(name, title, methods):
     parts = world(name)
     train = parts.pop("train")
     for arm in methods.values():
-        if arm.get("method", "truncate") != "truncate":
+        if "method" in arm:
             arm.setdefault("data", train)
     return ConfigDict({"title": title, **parts, "methods": methods})

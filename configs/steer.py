@@ -25,7 +25,7 @@ def arms(arg):
 
 
 def get_config(arg="bundled"):
-    return sentiment.experiment(arg, "Steering", dict(top_p=dict(method="truncate"), **arms(arg)))
+    return sentiment.experiment(arg, "Steering", dict(top_p=dict(), **arms(arg)))
 
 
 def sweep():

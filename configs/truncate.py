@@ -21,7 +21,7 @@ def get_config(arg="bundled"):
         min_p=dict(min_p=0.05),
         cold=dict(temperature=0.7),
     )
-    methods = {label: dict(method="truncate", filter=filter) for label, filter in settings.items()}
+    methods = {label: dict(filter=filter) for label, filter in settings.items()}
     return sentiment.experiment(arg, "Truncation", methods)
 
 

@@ -34,7 +34,7 @@ def arms(arg):
 
 
 def get_config(arg="bundled"):
-    return reward.experiment(arg, "Unlikelihood", dict(base=dict(method="truncate", filter={}), **arms(arg)))
+    return reward.experiment(arg, "Unlikelihood", dict(base=dict(filter={}), **arms(arg)))
 
 
 def sweep():

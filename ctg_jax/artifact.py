@@ -89,8 +89,8 @@ def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
     dtype of its configuration, its weights where the layout of the run has them.
 
     Raises:
-      InputError: the artifact is not an LM, the imported files have changed since or are gone, or the tokenizer has more
-        ids than the model has tokens.
+      InputError: the artifact is not an LM, the imported files have changed since or are gone, or its tokenizer has
+        more ids than the model has tokens.
     """
     from ctg_jax.data.ids import check_sizes
     from ctg_jax.data.tokenizer import load_tokenizer

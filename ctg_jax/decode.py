@@ -7,7 +7,7 @@ row's text does not depend on its batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax import hosts, layout, rng, tree
+from ctg_jax import layout, rng, tree
 from ctg_jax.checks import check_finite, check_rows, finite
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.models.lm import LM, Cache, write_prefix
@@ -59,24 +59,40 @@ def generate(
       InputError: what `checks.check_rows` raises; logits that are not finite, once all tokens are drawn.
     """
     check_rows(lm, prompts, control, sampling.max_new)
-    if not _divisible(prompts, control):
-        return finite(_generate(lm, params, layout.spread(prompts), control, sampling))
-    out = _generate(lm, params, layout.spread(hosts.rows(prompts)), control, sampling)
-    whole = hosts.gather({"tokens": out.tokens, "mask": out.mask, "logp": out.logp})
-    return finite(Samples(**whole, generated=jnp.max(hosts.gather(out.generated[None]))))
+    return finite(by_rows(loop, lm, params, prompts, control, sampling))
 
 
-def _divisible(prompts: Prompts, control: Control) -> bool:
-    """Whether several processes share the rows: each decodes its own, which changes none of them. A batch they do not
-    divide, and a control with numbers for each row, is decoded by all."""
-    size = prompts.tokens.shape[0]
-    if hosts.count() == 1 or isinstance(prompts.tokens, jax.core.Tracer) or size % hosts.count():
-        return False
-    return not any(x.shape[:1] == (size,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
+def by_rows(
+    write: Callable[..., Samples],
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    control: Any,
+    sampling: Sampling,
+    devices: Sequence[jax.Device] = (),
+) -> Samples:
+    """`write(lm, params, prompts, control, sampling)` with its rows split as `layout.run_rows` does. `write` is pure
+    and hashable; `generated` is that of the part that ran longest."""
+    split = not _numbers_for_rows(control, len(prompts.tokens))
+    whole = (params, control)
+    out = layout.run_rows(_part, (write, lm, sampling), whole, prompts, devices=devices, split=split)
+    return out.replace(generated=jnp.max(out.generated))
+
+
+def _part(static, whole, prompts):
+    write, lm, sampling = static
+    out = write(lm, whole[0], prompts, whole[1], sampling)
+    return out.replace(generated=jnp.broadcast_to(out.generated, out.mask.shape[:1]))
+
+
+def _numbers_for_rows(control: Any, rows: int) -> bool:
+    """Whether a strength of the control is a number for each row of the batch, so that its rows cannot be split."""
+    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
 
 
 @partial(jax.jit, static_argnames=("lm", "sampling"))
-def _generate(lm, params, prompts, control, sampling):
+def loop(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Samples:
+    """The decode loop as a pure function: what `generate` runs on the rows of each device."""
     params = lm.unstack(control.weights(params))
     d = prefill(lm, params, prompts, control, sampling)
     d = _advance(lm, params, d, prompts.keys, control, sampling, sampling.max_new)
@@ -268,12 +284,6 @@ def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
     return jnp.isin(tokens, jnp.asarray(ends, jnp.int32))
 
 
-def up_to_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
-    """bool [B, N]: the places of rows that were written whole, up to the first end and with it: `Samples.mask`."""
-    end = is_end(tokens, ends)
-    return jnp.cumsum(end, axis=1) - end == 0
-
-
 def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     """Reads the last written token of every row and computes the controlled logits of the next."""
     token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
@@ -343,15 +353,16 @@ def score(
       InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
     """
     check_rows(lm, prompts, control, completion.shape[1], completion, written)
-    rows = (prompts, completion, written)
-    if _divisible(prompts, control) and not isinstance(completion, jax.core.Tracer):
-        with layout.on():
-            logp = hosts.gather(_score(lm, params, *layout.spread(hosts.rows(rows)), control))
-    else:
-        with layout.on():
-            logp = _score(lm, params, *layout.spread(rows), control)
+    with layout.on():
+        split = not _numbers_for_rows(control, len(prompts.tokens))
+        rows = (prompts, completion, written)
+        logp = layout.run_rows(_score_part, lm, (params, control), rows, split=split)
     check_finite(logp)
     return logp
+
+
+def _score_part(lm, whole, rows):
+    return _score(lm, whole[0], *rows, whole[1])
 
 
 @partial(jax.jit, static_argnames=("lm",))

@@ -108,9 +108,6 @@ def score(
     run.record(rewards={j.name: j.version for j in judges}, drawn=drawn)
 
 
-score.revision = 1
-
-
 def check_drawn(drawn: Mapping[str, Any], what: str, allowed: Collection[str] | None = ()) -> None:
     """InputError where samples that were drawn in this way are not what a method may take them for.
 
@@ -160,10 +157,7 @@ def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
     stage.write_jsonl(
         run.path / "samples.jsonl", [{key: r[key] for key in kept} | {"sample": r["sample"] // n} for r in rows]
     )
-    run.record(kl_bound=calibrate.best_of_n_kl(n))
-
-
-best.revision = 1
+    run.record(kl_bound=calibrate.best_of_n_kl(n), likelihood=False)
 
 
 def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: int) -> np.ndarray:

@@ -3,24 +3,23 @@ it; with `ctg_jax.sources`, `ctg_jax.judging` and the `fit` of the methods it is
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctg_jax import constraints, evaluation, layout, methods
+from ctg_jax import constraints, evaluation, layout, methods, strategies
 from ctg_jax.control import IDENTITY, Chain, Control
-from ctg_jax.decode import check_finite, generate
 from ctg_jax.methods import truncate
 from ctg_jax.models.lengths import check_reads, room
 from ctg_jax.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
-from ctg_jax.types import InputError, Samples, Sampling
+from ctg_jax.types import InputError, Sampling
 
 # What the record of a prompt says about its samples: field there -> field here; judging reads the last two.
 _CARRIED = {"label": "prompt_label", "source": "source", "keywords": "keywords"}
@@ -45,7 +44,8 @@ def build(
     `filter` is by default every id that ends a text of this LM.
 
     Raises:
-      InputError: a control that was fitted on another LM; a strength that is not finite; numbers that do not match.
+      InputError: a control that was fitted on another LM; a strength that is not finite; numbers that do not match; a
+        control that replaces the decode loop together with others or with a filter.
     """
     if len(strengths) != len(controls):
         raise InputError(f"{len(strengths)} strengths were given for {len(controls)} controls: give one for each")
@@ -57,28 +57,11 @@ def build(
         if strength is not None:
             control = methods.with_strength(control, strength)
         parts.append(control)
-    if writer(controls, filter) is not generate:
-        return parts[0]
     filters = (truncate.init(model, **{"eos": opened(lm)[2].ends, **filter}),) if filter else ()
-    return Chain((*filters, *parts) if filter_first else (*parts, *filters))
-
-
-def writer(controls: Sequence[Artifact], filter: Mapping[str, Any] | None = None) -> Callable[..., Samples]:
-    """What completes prompts under these controls: `decode.generate`, or the `write` of a method that is no control of
-    the language model but writes by itself, such as a diffusion model.
-
-    Raises:
-      InputError: such a model together with controls or with a filter, which have nowhere to act.
-    """
-    alone = [a for a in controls if "method" in a.spec and methods.writes(a.spec["method"])]
-    if not alone:
-        return generate
-    name = alone[0].spec["method"]
-    if len(controls) > 1:
-        raise InputError(f"{name} writes without the language model, so no other control can act on it: give it alone")
-    if filter:
-        raise InputError(f"filter is {dict(filter)}, but {name} has no next-token distribution: set filter to {{}}")
-    return methods.get(name).write
+    chain = (*filters, *parts) if filter_first else (*parts, *filters)
+    control = chain[0] if len(chain) == 1 else Chain(chain)
+    strategies.of(control)
+    return control
 
 
 def conditions(controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -132,13 +115,13 @@ def sample(
 
     records = prompts.rows("data.jsonl")
     texts = [r.get("prompt", r.get("text", "")) for r in records]
-    control, write = build(lm, controls, strengths, filter, filter_first), writer(controls, filter)
+    control = build(lm, controls, strengths, filter, filter_first)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
     rows = _whole_batches(partial, min(batch, total), total)
     batches = complete(
         *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows),
-        write=write, cond=conditions(controls, lm, texts), devices=_devices(),
+        cond=conditions(controls, lm, texts),
     )  # fmt: skip
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:
@@ -156,6 +139,7 @@ def sample(
         row["seconds"] = float(np.median(later)) if later else row["seconds"]
     write_jsonl(run.path / "samples.jsonl", rows)
     run.discard(partial.name)
+    run.record(likelihood=strategies.of(control).likelihood)
 
 
 @stage_function("human_perplexity", how=("batch",))
@@ -174,7 +158,8 @@ def human(
     """Stage: what control costs where people wrote. Writes the perplexity of the controlled LM on human continuations
     of the prompts in `data`, over all their tokens, to metrics.jsonl under the name human_perplexity.
 
-    No rule that leaves tokens out, such as top-p, takes part: under it human text has probability 0.
+    No rule that leaves tokens out, such as top-p, takes part: under it human text has probability 0. The figure is not
+    known (NaN) under a strategy without a likelihood.
 
     Args:
       data: texts and their prompts, see `ctg_jax.data.completions.continuations`.
@@ -188,16 +173,17 @@ def human(
     from ctg_jax.data.completions import continuations
 
     records = data.rows("data.jsonl")
+    control = build(lm, controls, strengths)
+    if not strategies.of(control).likelihood:
+        run.log(name="human_perplexity", **evaluation.Figure(math.nan, math.nan, math.nan, 0).as_json())
+        return
     model, params, tokenizer = open_lm(lm)
-    reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=build(lm, controls, strengths))
+    reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=control)
     heads = tokenizer.encode_prompts([r.get("prompt", r["text"]) for r in records])
     most = room(model, reader.control)[0] - 1
     nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, most)))
     boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
     run.log(name="human_perplexity", **evaluation.Perplexity("pooled").figure(boot, nats, tokens).as_json())
-
-
-human.revision = 1
 
 
 def complete(
@@ -213,30 +199,31 @@ def complete(
     batch: int = 64,
     seed: int = 0,
     skip: int = 0,
-    write: Callable[..., Samples] = generate,
+    stop: Sequence[str] = (),
     cond: Mapping[str, np.ndarray] | None = None,
-    devices: Sequence[jax.Device] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
-    a multiple of `batch`. All batches have one shape. `write` is what completes a batch, with the signature of
-    `generate`; `cond` what the texts bring for controls, name -> [n, …]. Each of `devices` (the default one where none
-    are given) completes rows of its own, as many devices as divide a batch. Ids that are no token of the tokenizer have
-    no probability. Raises InputError as `check_prompts` and `generate` do.
+    a multiple of `batch`. All batches have one shape, and the strategy of the control completes them.
+    Ids that are no token of the tokenizer have no probability.
+
+    Args:
+      stop: a completion ends with the token that completes the first of these texts.
+      cond: what the texts bring for controls, name -> [n, …].
+
+    Raises:
+      InputError: what `check_prompts` and `strategies.run` raise.
     """
     from ctg_jax.data.tokenizer import to_prompts
 
-    check_prompts(model, tokenizer, texts, max_new, control if isinstance(control, Control) else IDENTITY)
+    check_prompts(model, tokenizer, texts, max_new, control)
     control = constraints.only(tokenizer.known(model.vocab), control)
-    constraints.check(control, model.vocab, max_new)
     work = [(i, j) for i in range(len(texts)) for j in range(n)]
     batch = min(batch, len(work))
     heads = tokenizer.encode_prompts(texts)
     length = max(map(len, heads))
-    sampling = Sampling(max_new=max_new, eos=tokenizer.ends, pad=tokenizer.pad or 0, greedy=greedy)
-    used = tuple(devices[: math.gcd(batch, len(devices))])
-    if len(used) > 1:
-        params, control = jax.device_put((params, control), NamedSharding(_mesh(used), PartitionSpec()))
-        write = _split(write, used)
+    sampling = _sampling(tokenizer, max_new, greedy, stop)
+    devices = layout.accelerators()
+    params, control = layout.replicated((params, control), devices[: math.gcd(batch, len(devices))])
     for at in range(skip, len(work), batch):
         part = work[at : at + batch]
         full = part + [part[0]] * (batch - len(part))
@@ -244,11 +231,13 @@ def complete(
         own = {name: values[rows] for name, values in cond.items()} if cond else None
         prompts = to_prompts(tokenizer, [texts[i] for i in rows], seed, ids=full, length=length, cond=own)
         started = time.monotonic()
-        out = write(model, params, prompts, control, sampling)
+        out = strategies.run(model, params, prompts, control, sampling, devices)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
-        check_finite(logp)  # of a program over devices, inside which nothing could be raised
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]
+        if stop:
+            kept = [row[: _until(tokenizer, heads[i], row, stop)] for (i, _), row in zip(full, kept)]
+            mask = np.arange(mask.shape[1]) < np.asarray([len(row) for row in kept])[:, None]
         bodies = [tokenizer.before_end(ids) for ids in kept[: len(part)]]
         written = tokenizer.decode_after([heads[i] for i, _ in part], bodies)
         yield [
@@ -265,31 +254,53 @@ def complete(
         ]
 
 
-def _devices() -> Sequence[jax.Device]:
-    """The accelerators of this machine; none for a CPU, whose devices share its cores, and none where a mesh was asked
-    for, over which `generate` spreads rows itself."""
-    return () if jax.default_backend() == "cpu" or layout.island() else jax.local_devices()
+def stream(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    text: str,
+    control: Control = IDENTITY,
+    *,
+    index: tuple[int, int] = (0, 0),
+    max_new: int = 20,
+    greedy: bool = False,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    cond: Mapping[str, np.ndarray] | None = None,
+) -> Iterator[str]:
+    """The pieces of one completion as they are written; together they are the text of `complete`.
+
+    Args:
+      index: numbers of the prompt and of the sample, which choose what is drawn.
+      cond: what this text brings for controls, name -> [1, …].
+    """
+    from ctg_jax.data.tokenizer import to_prompts
+
+    check_prompts(model, tokenizer, [text], max_new, control)
+    control = constraints.only(tokenizer.known(model.vocab), control)
+    (head,) = tokenizer.encode_prompts([text])
+    prompts = to_prompts(tokenizer, [text], seed, ids=[index], cond=dict(cond) if cond else None)
+    sampling = _sampling(tokenizer, max_new, greedy, stop)
+    tokens = (int(token[0]) for token in strategies.stream(model, params, prompts, control, sampling))
+    shown = ""
+    for piece in tokenizer.decode_stream(head, itertools.takewhile(lambda token: token not in sampling.eos, tokens)):
+        yield piece
+        shown += piece
+        if any(text in shown for text in stop):
+            return
 
 
-def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
-    return Mesh(np.asarray(devices), ("data",))
+def _sampling(tokenizer: Any, max_new: int, greedy: bool, stop: Sequence[str]) -> Sampling:
+    """How rows end: where a text of `stop` is written in the tokens it encodes to, decoding ends with it; `_until`
+    finds it in other tokens too."""
+    spelled = tuple(tuple(ids) for ids in tokenizer.encode(list(stop)) if ids) if stop else ()
+    return Sampling(max_new=max_new, eos=tokenizer.ends, pad=tokenizer.pad or 0, greedy=greedy, stop=spelled)
 
 
-@lru_cache(maxsize=8)
-def _split(write: Callable[..., Samples], devices: tuple[jax.Device, ...]) -> Callable[..., Samples]:
-    """`write` as one program over devices. Rows never meet: no device waits for the longest row of another."""
-    rows, whole = PartitionSpec("data"), PartitionSpec()
-
-    @partial(jax.jit, static_argnums=(0, 4))
-    def split(model, params, prompts, control, sampling):
-        def some(params, prompts, control):
-            out = write(model, params, prompts, control, sampling)
-            return out.replace(generated=out.generated[None])  # of each device
-
-        specs = dict(in_specs=(whole, rows, whole), out_specs=rows)
-        return jax.shard_map(some, mesh=_mesh(devices), check_vma=False, **specs)(params, prompts, control)
-
-    return split
+def _until(tokenizer: Any, head: Sequence[int], row: Sequence[int], stop: Sequence[str]) -> int:
+    """How many tokens of a completion there are up to the one that completes a text of `stop`; all where none is."""
+    texts = tokenizer.decode_after([head] * len(row), [row[: k + 1] for k in range(len(row))])
+    return next((k + 1 for k, text in enumerate(texts) if any(s in text for s in stop)), len(row))
 
 
 def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int, control: Control = IDENTITY) -> None:
@@ -300,8 +311,9 @@ def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int, control:
     for i, ids in enumerate(tokenizer.encode_prompts(texts)):
         if not texts[i].strip() or not ids:
             raise InputError(f"prompt {i + 1} is empty: give at least one word")
-        size = len(ids)
-        check_reads(model, size + max_new - 1, f"prompt {i + 1} has {size} tokens and max_new is {max_new}", control)
+        if strategies.of(control) is strategies.PLAIN:  # others check the rows that they were trained on
+            what = f"prompt {i + 1} has {len(ids)} tokens and max_new is {max_new}"
+            check_reads(model, len(ids) + max_new - 1, what, control)
 
 
 def _whole_batches(partial, batch: int, total: int) -> list[dict]:

@@ -97,6 +97,8 @@ def fit_judge(
             label = judge.target if kind == "classifier" else target
             right = said == (np.asarray(labels) == label)
             row |= {"accuracy": float(np.mean(right)), "heldout": len(texts)}
+            if getattr(judge, "own", None) is not None:
+                row |= {"own": sum(judge.own(text) for text in texts)}
     run.log(**row)
 
 
@@ -205,7 +207,8 @@ def evaluate(
         is read off `lm`.
       references: human texts (records with text), for mauve; needs `embed`.
       kl: estimate the KL from `lm`, which must be the one that wrote the samples, per token: the mean of log p - log
-        p_lm over the samples, with p what they were drawn from, truncation included.
+        p_lm over the samples, with p what they were drawn from, truncation included. Left out where that has no
+        likelihood, as under a diffusion model or best of n.
       seed, resamples: of the bootstrap over prompts.
 
     Raises:
@@ -219,7 +222,7 @@ def evaluate(
     rows = samples.rows("samples.jsonl")
     read_by = fluency or lm
     reader = None if read_by is None else evaluation.LMScorer(*open_lm(read_by), name=lm_name)
-    if kl:
+    if kl and samples.spec.get("likelihood", True):
         _check_kl(samples, lm)
         rows = _with_kl(rows, reader if read_by is lm else evaluation.LMScorer(*open_lm(lm)))
     encoder = None if embed is None else sentence_embedder(embed)
@@ -232,8 +235,11 @@ def evaluate(
     figures = evaluation.summary(rows, thresholds, features, seed=seed, resamples=resamples)
     kept = ("prompt_id", "sample", "scores", "nats", "read", "relevance", "similarity", "kl")
     write_jsonl(run.path / "scores.jsonl", [{k: _finite(row[k]) for k in kept if k in row} for row in rows])
+    oracles = [r for r in rewards if getattr(r, "own", None) is not None]
     run.record(
         judges={r.name: _with_accuracy(r.version, j) for r, j in zip(rewards, judges)},
+        own={r.name: sum(r.own(row["text"]) for row in rows) for r in oracles},
+        judged=len(rows),
         perplexity=None if reader is None else f"{reader.version}: {evaluation.FIELD.perplexity}",
         encoder=None if encoder is None else encoder.version,
         relevance=_relevance(encoder, reader) if "relevance" in figures else None,
@@ -293,9 +299,14 @@ def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
 
 
 def _with_accuracy(version: str, judge: Artifact) -> str:
-    """A judge's version with its accuracy on held-out texts, where that was measured."""
-    measured = [row for row in judge.metrics() if "accuracy" in row]
-    return version + "".join(f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts" for row in measured)
+    """A judge's version with its accuracy on held-out texts, where that was measured. Of an oracle it says nothing on
+    texts of its own corpus, where it is right by construction, so only that on other texts is given."""
+    own = getattr(open_judge(judge), "own", None) is not None
+    text = version + ", exact on texts of its own corpus and a count of cue words on any other" * own
+    for row in judge.metrics():
+        if "accuracy" in row and not (own and row["own"] == row["heldout"]):
+            text += f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts"
+    return text
 
 
 def _relevance(encoder: Any, fluency: Any) -> str:

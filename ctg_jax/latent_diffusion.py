@@ -75,9 +75,6 @@ def denoise(
     run.record(net=dict(net or {}))
 
 
-denoise.revision = 1
-
-
 def denoiser_loss(net: LatentNet, weight: str = "asymmetric", drop: float = 0.1) -> losses.LossFn:
     """Weighted squared error of v, per dimension, at log-SNRs drawn by importance.
 

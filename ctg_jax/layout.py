@@ -12,10 +12,13 @@ import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ctg_jax import hosts
 from ctg_jax.parallel import CONTROL, ENCODER, Plan
@@ -129,6 +132,61 @@ def settled(state: PyTree, plan: Plan) -> PyTree:
         state = hosts.local(state)
         return state if here is None else here.place(state)
     return jax.device_put(state, home()) if here is None and plan.size > 1 else state
+
+
+def accelerators() -> tuple[jax.Device, ...]:
+    """The accelerators of this machine, for rows of their own. None for a CPU, whose devices share its cores, and none
+    where a mesh was asked for, over which `run_rows` splits rows itself."""
+    return () if jax.default_backend() == "cpu" or island() else tuple(jax.local_devices())
+
+
+def run_rows(
+    fn: Callable[[Any, PyTree, PyTree], PyTree],
+    static: Any,
+    whole: PyTree,
+    rows: PyTree,
+    *,
+    devices: Sequence[jax.Device] = (),
+    split: bool = True,
+) -> PyTree:
+    """`fn(static, whole, rows)`: the one way in which the rows of a batch are split over what the run has.
+
+    Several processes take equal parts where their number divides the batch, and each gets the whole result; otherwise
+    all of them compute all rows. Within a process rows are split over the mesh, where one was asked for and divides
+    them, or over as many of `devices` as divide them, each of which runs a program of its own and waits for no other.
+
+    Args:
+      fn: pure and hashable; leaves of `rows` and of the result are [B, …], and rows do not read each other.
+      static: hashable. whole: what every row reads.
+      split: False keeps the batch together, for a `whole` with numbers for each row.
+    """
+    leaves = jax.tree.leaves(rows)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return fn(static, whole, rows)
+    size = leaves[0].shape[0]
+    parts = hosts.count() if split and size % hosts.count() == 0 else 1
+    rows = hosts.rows(rows) if parts > 1 else rows
+    used = tuple(devices[: math.gcd(size // parts, len(devices))]) if split else ()
+    if len(used) > 1:
+        out = _over_devices(fn, static, used, replicated(whole, used), rows)
+    else:
+        out = fn(static, whole, spread(rows))
+    return hosts.gather(out) if parts > 1 else out
+
+
+def replicated(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+    """Values on every one of several devices; as they are for fewer than two."""
+    if len(devices) < 2:
+        return values
+    return jax.device_put(values, NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec()))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _over_devices(fn, static, devices, whole, rows):
+    """`fn` as one program over devices, in which rows never meet: no device waits for the longest row of another."""
+    mesh, data = Mesh(np.asarray(devices), ("data",)), PartitionSpec("data")
+    specs = dict(in_specs=(PartitionSpec(), data), out_specs=data)
+    return jax.shard_map(partial(fn, static), mesh=mesh, check_vma=False, **specs)(whole, rows)
 
 
 def spread(values: PyTree) -> PyTree:

@@ -9,7 +9,8 @@
 cells i, i + n, … (i counted from 1). Cells share stages, so nothing common is computed twice, also across processes and
 machines that share --root: whoever comes second waits. A cell that fails is listed with its error (exit code 1) and
 stops no other; the same command runs what is missing. With SLURM the cells are an array; a task that is preempted or
-runs out of time is queued again and goes on where it stopped. Logs lie in ROOT/grids/NAME, one for each cell.
+runs out of time is queued again and goes on where it stopped. Logs are in ROOT/grids/NAME, one for each cell; NAME is
+that of the folder of the report.
 
 The last line is the path of report.html, drawn from all cells of the grid that are finished.
 """
@@ -78,7 +79,11 @@ def main(argv):
             raise InputError(f"--only={values.only} names no cell: the sweep has {len(cells)}")
     if values["dry-run"].value:
         return grid.overview(values.root, asked)
-    failed = run(values, argv, asked, Path(values.root) / "grids" / reporting.name_of(spec))
+    # A job that runs one cell writes no report and needs no folder.
+    several = values.report or values.workers or values.slurm is not None
+    sweep = [cell.changes for cell in cells]
+    folder = reporting.grid_folder(values.root, spec, config, sweep) if several else Path()
+    failed = run(values, argv, asked, Path(values.root) / "grids" / folder.name)
     said = "\n".join(f"{cell} failed: {failed[cell.number]}" for cell in asked if cell.number in failed)
     if not values.report:
         if failed:
@@ -90,7 +95,7 @@ def main(argv):
         raise InputError(said)
     missing = [str(cell) for cell in cells if looks[cell.number].rows is None]
     about = {"cells that are not finished": "; ".join(missing)} if missing else {}
-    page = reporting.write_grid(values.root, spec, config, rows, about)
+    page = reporting.write_grid(folder, values.root, spec, config, rows, about)
     if failed:
         raise cli.Incomplete(said, page)
     return page
@@ -98,6 +103,8 @@ def main(argv):
 
 def run(values, argv, asked, folder):
     """Runs the cells on the engine that was asked for; number -> error of those that failed."""
+    if (values.workers or values.slurm is not None) and values.hosts:
+        raise InputError("--hosts and --workers (or --slurm) are two ways to use several processes: give one of them")
     if values.workers < 0:
         raise InputError(f"--workers={values.workers}: expected 0 or more")
     if values.slurm is None and not values.workers:

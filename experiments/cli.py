@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def parse(
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     define(values)
+    hosts.flag(values)
     argv = list(argv)
     if {"--help", "-h", "-help"} & set(argv):
         own = values.flags_by_module_dict()
@@ -66,7 +68,6 @@ def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values, sys_argv=["ctg_jax", *argv],
     )  # fmt: skip
     flags.DEFINE_string("root", "runs", "all artifacts and reports: a directory, or gs://BUCKET/…", flag_values=values)
-    hosts.flag(values)
 
 
 def module_of(spec: str) -> Any:
@@ -132,7 +133,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     """Runs a script: bad input is one sentence on stderr and exit code 2; what could be made in part
     only, exit code 1; where another process of the run has ended, exit code 3. Says how many stages were executed
     and how many reused; what `main` returns, such as the path of a report, is printed last."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = spelled(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
     keep_compiled()
     count, result = Tally(), None
@@ -164,6 +165,18 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
             print(f"stages: {len(count.executed)} executed, {len(count.reused)} reused", file=sys.stderr, flush=True)
         if result is not None:
             print(result, flush=True)
+
+
+def spelled(argv: Sequence[str]) -> list[str]:
+    """A command line with every flag as --name=value: `-name` and `--name value` are what absl reads as well, and what
+    a run has to know before absl is asked (--hosts, --mesh, --config, --root) must not be missed in them."""
+    found: list[str] = []
+    for a in argv:
+        if found and found[-1] in ("--hosts", "--mesh", "--config", "--root"):
+            found[-1] += f"={a}"
+        else:
+            found.append(f"-{a}" if re.match(r"-[A-Za-z]\w", a) else a)
+    return found
 
 
 def _log_to_stderr() -> None:

@@ -6,10 +6,12 @@
 
 --lm is an LM artifact, a directory in Hugging Face layout, or a hub id. --control PATH=STRENGTH may be repeated;
 without =STRENGTH a control acts as it was fitted. Prompts are arguments, or lines of --file, or lines of standard
-input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. Bad input ends with one sentence
-and exit code 2, and --out is then not written.
+input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. --stop TEXT, repeatable, ends a
+completion with the token that completes TEXT. --stream shows each completion while it is written. Bad input ends with
+one sentence and exit code 2, and --out is then not written.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,10 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from ctg_jax import flow, sources
+from ctg_jax import flow, hosts, sources
 from ctg_jax.stage import open_artifact, read_jsonl, stage, write_text
 from ctg_jax.types import InputError
 from experiments import cli
+
+# Options of `truncate` that are flags.
+FILTERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram")
 
 
 def define(fv):
@@ -32,6 +37,7 @@ def define(fv):
     text("out", None, "file to write; standard output by default", flag_values=fv)
     flags.DEFINE_enum("format", "text", ["text", "jsonl"], "of the output", flag_values=fv)
     text("root", "runs", "where the import of --lm is recorded", flag_values=fv)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of an LM that is imported", flag_values=fv)
     whole("n", 1, "completions of each prompt", flag_values=fv)
     whole("max_new", 20, "new tokens of each completion", flag_values=fv)
     whole("batch", 32, "rows that are decoded at once", flag_values=fv)
@@ -40,7 +46,12 @@ def define(fv):
     number("temperature", None, "divides the logits", flag_values=fv)
     number("top_p", None, "nucleus sampling", flag_values=fv)
     whole("top_k", None, "the k likeliest tokens", flag_values=fv)
+    number("min_p", None, "tokens with at least this share of the likeliest one's probability", flag_values=fv)
+    number("typical_p", None, "locally typical sampling", flag_values=fv)
     number("repetition_penalty", None, "CTRL's penalty", flag_values=fv)
+    whole("no_repeat_ngram", None, "no n-gram of this size twice", flag_values=fv)
+    flags.DEFINE_multi_string("stop", [], "text that ends a completion; repeatable", flag_values=fv)
+    flags.DEFINE_boolean("stream", False, "show a completion while it is written", flag_values=fv)
     flags.DEFINE_boolean("filter_first", False, "truncate before the controls, not after them", flag_values=fv)
 
 
@@ -51,24 +62,44 @@ def main(argv):
     for name in ("n", "max_new", "batch"):
         if fv[name].value < 1:
             raise InputError(f"--{name}={fv[name].value}: expected a whole number of at least 1")
+    if fv.stream and (fv.out or fv.format != "text"):
+        raise InputError("--stream shows text on standard output: leave out --out and --format=jsonl")
+    if "" in fv.stop:
+        raise InputError("--stop is empty: give a text that ends a completion")
     prompts = read_prompts(arguments, fv.file)
     parts = [read_control(text) for text in fv.control]
-    lm = language_model(fv.lm, fv.root)
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    filter = {name: fv[name].value for name in names if fv[name].value is not None}
-    control = flow.build(lm, [a for a, _ in parts], [s for _, s in parts], filter, fv.filter_first)
-    batches = flow.complete(
-        *flow.opened(lm), prompts, control, n=fv.n, max_new=fv.max_new, greedy=fv.greedy, batch=fv.batch, seed=fv.seed
-    )
-    if fv.out:
-        try:
-            write_text(Path(fv.out), "".join(shown(row, fv.format) for batch in batches for row in batch))
-        except OSError as e:
-            raise InputError(f"--out={fv.out} cannot be written ({e.strerror})") from None
+    lm = language_model(fv.lm, fv.root, fv.dtype)
+    filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
+    controls = [a for a, _ in parts]
+    control = flow.build(lm, controls, [s for _, s in parts], filter, fv.filter_first)
+    model = flow.opened(lm)
+    flow.check_prompts(model[0], model[2], prompts, fv.max_new)
+    common = dict(max_new=fv.max_new, greedy=fv.greedy, seed=fv.seed, stop=fv.stop)
+    cond = flow.conditions(controls, lm, prompts)
+    if fv.stream:
+        for i, j in itertools.product(range(len(prompts)), range(fv.n)):
+            own = {name: values[i : i + 1] for name, values in cond.items()}
+            pieces = flow.stream(*model, prompts[i], control, index=(i, j), cond=own, **common)
+            show((p.replace("\n", "\\n") for p in itertools.chain([prompts[i]], pieces)), end="\n")
         return
-    for batch in batches:
-        sys.stdout.write("".join(shown(row, fv.format) for row in batch))
-        sys.stdout.flush()
+    batches = flow.complete(*model, prompts, control, n=fv.n, batch=fv.batch, cond=cond, **common)
+    lines = (shown(row, fv.format) for batch in batches for row in batch)
+    if not fv.out:
+        show(lines)
+        return
+    whole = "".join(lines)
+    try:
+        hosts.once(lambda: write_text(Path(fv.out), whole))
+    except OSError as e:
+        raise InputError(f"--out={fv.out} cannot be written ({e.strerror})") from None
+
+
+def show(pieces, end=""):
+    """Prints pieces of text as they come, in the first process."""
+    for piece in itertools.chain(pieces, [end]):
+        if hosts.first():
+            sys.stdout.write(piece)
+            sys.stdout.flush()
 
 
 def shown(row, format):
@@ -113,12 +144,14 @@ def read_control(text):
         raise InputError(f"--control {text}: the strength {value!r} is not a number") from None
 
 
-def language_model(text, root):
+def language_model(text, root, dtype=None):
     """The LM artifact that --lm names; a directory or hub id is imported first."""
     if (Path(text) / "spec.json").exists():
+        if dtype:
+            raise InputError(f"--dtype={dtype}: {text} is an artifact, which has its own; give the model's directory")
         return open_artifact(text)
     source = str(Path(text).absolute()) if Path(text).exists() else text
-    return stage(root, sources.load_lm, {"source": source})
+    return stage(root, sources.load_lm, {"source": source} | ({"dtype": dtype} if dtype else {}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import logging
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ctg_jax.stage import UnfinishedError, plan, tally
 from ctg_jax.types import InputError, optional
-from experiments import cli, experiment, roots
+from experiments import experiment, roots
 
 log = logging.getLogger("ctg_jax.grid")
 ABLATE = Path(__file__).with_name("ablate.py")
@@ -112,8 +111,8 @@ def processes(root: str, cells: Sequence[Cell], argv: Sequence[str], folder: Pat
                 while waiting and len(running) < workers:
                     cell = waiting.pop(0)
                     with open(_log_of(folder, cell.number), "a", encoding="utf-8") as f:
-                        command = [sys.executable, str(ABLATE), *one(argv, root, cell.number)]
-                        running[cell.number] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=f)
+                        job = command(argv, root, cell.number)
+                        running[cell.number] = subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=f)
                 for number, process in list(running.items()):
                     if process.poll() is not None:
                         del running[number]
@@ -142,14 +141,8 @@ class Job:
     folder: str
 
     def __call__(self, number: int) -> int:
-        from experiments import ablate
-
-        with open(_log_of(Path(self.folder), number), "a", encoding="utf-8") as f, contextlib.redirect_stderr(f):
-            try:
-                return cli.run(ablate.main, one(self.argv, self.root, number))
-            except Exception:
-                traceback.print_exc(file=f)
-                return 1
+        with open(_log_of(Path(self.folder), number), "a", encoding="utf-8") as f:
+            return subprocess.call(command(self.argv, self.root, number), stdout=subprocess.DEVNULL, stderr=f)
 
     def checkpoint(self, number: int) -> Any:
         import submitit
@@ -204,8 +197,13 @@ def slurm(
 
 def one(argv: Sequence[str], root: str, number: int) -> list[str]:
     """The command line of a job that runs one cell and writes no report."""
-    kept = [a for a in argv if a.startswith(("--config", "-config", "--noconfig"))]
+    kept = [a for a in argv if a.startswith(("--config", "--noconfig", "--mesh", "--remat", "--noremat"))]
     return [*kept, f"--root={roots.spelled(root)}", f"--only={number}", "--noreport"]
+
+
+def command(argv: Sequence[str], root: str, number: int) -> list[str]:
+    """What a process is started with that runs one cell."""
+    return [sys.executable, str(ABLATE), *one(argv, root, number)]
 
 
 def _queued() -> set[str]:

@@ -3,13 +3,15 @@ what the latent of a sentence encoder makes a language model say.
 
     python experiments/latents.py --config=configs/latents.py:tiny [--sections=recovery,transfer] [--root=runs]
 
-Each section of the configuration is a report of its own under ROOT/reports/latents-ARGUMENT/. Cells of the recovery
-grid, strengths and counts are stages: finished ones are not run again, an interrupted search goes on where it stopped.
+Each section of the configuration is a report of its own under ROOT/reports; their paths are printed last. Cells of the
+recovery grid, strengths and counts are stages: finished ones are not run again, an interrupted search goes on where it
+stopped.
 """
 
+import dataclasses
 import itertools
+import json
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,19 +21,36 @@ from absl import flags
 from ctg_jax import embeddings, hosts, latents, reconstruct, report, sources
 from ctg_jax.methods import dglm, latent_steer
 from ctg_jax.report import pictures
-from ctg_jax.stage import nearest, stage
+from ctg_jax.stage import Artifact, nearest, stage
 from ctg_jax.types import InputError
-from experiments import cli, experiment, roots
+from experiments import cli, experiment, reporting, roots
 
 
-def page(folder, rows, draw=None, **facts):
-    """The report of a section and the pictures that `draw` adds; the first process writes them."""
-    if not hosts.first():
-        return None
-    found = report.write(folder, rows, **facts)
-    if draw is not None:
-        draw()
-    return found
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One section of a configuration: where its stages run, its settings, and what its report says of them."""
+
+    root: str
+    lm: Artifact
+    spec: str
+    name: str
+    settings: dict
+
+    def page(self, made, rows, draw=None, **facts):
+        """Writes the report of `rows`, of which `made` are the artifacts, and the pictures that `draw(folder)` adds;
+        the first process writes them. Each set of settings and artifacts has a folder of its own."""
+        if not hosts.first():
+            return None
+        ids = [a.id for a in made]
+        folder = reporting.folder_of(self.root, self.spec, self.name, self.settings, self.lm.id, ids) / self.name
+        about = {"configuration": self.spec, "section": self.name, "settings": json.dumps(self.settings)}
+        about["language model"] = self.lm.path.name
+        about |= {a.path.name: reporting.provenance(self.root, a) for a in dict.fromkeys(made)}
+        found = report.write(folder, rows, about=about | {"ctg_jax": reporting.version()}, **facts)
+        if draw is not None:
+            draw(folder)
+        roots.keep_files(self.root, folder)
+        return found
 
 
 def vectors_of(root, lm, settings, fit):
@@ -45,79 +64,98 @@ def vectors_of(root, lm, settings, fit):
     return data, latent_steer.fit(root, lm=lm, data=data, **fit)
 
 
-def recovery(root, lm, settings, folder):
+def recovery(section):
     """Every cell of the grid: sites × time steps × dimensions × sets of sentences."""
+    root, lm, settings = section.root, section.lm, section.settings
     grid = settings["grid"]
-    rows, cells = [], []
+    rows, cells, made = [], [], []
     for values in itertools.product(*grid.values()):
         cell = dict(zip(grid, values))
         for domain, data in settings["data"].items():
             sentences, vectors = vectors_of(root, lm, data, {**settings["fit"], **cell})
             figures = stage(root, latents.recover, {}, lm=lm, data=sentences, vectors=vectors)
+            made.append(figures)
             columns = {**cell, "domain": domain}
             rows.append(report.row(figures, figures, method="latent_steer", **columns))
             cells.append({**columns, **{k: f.value for k, f in rows[-1]["figures"].items()}})
     several = len(grid.get("site", ())) > 1
-    draw = partial(pictures.heat_map, folder / "recovery.png", cells, "site", "steps", "BLEU-4") if several else None
-    return page(folder, rows, draw, title="Recovery of sentences from a frozen LM")
+
+    def draw(folder):
+        pictures.heat_map(folder / "recovery.png", cells, "site", "steps", "BLEU-4")
+
+    return section.page(made, rows, draw if several else None, title="Recovery of sentences from a frozen LM")
 
 
-def transfer(root, lm, settings, folder):
+def transfer(section):
     """Every strength and number of vectors of unsupervised sentiment transfer."""
+    root, lm, settings = section.root, section.lm, section.settings
     train, train_vectors = vectors_of(root, lm, settings["train"], settings["fit"])
     data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
     judge = experiment.judge(root, "positive", settings["judge"])
     inputs = dict(lm=lm, train=train, train_vectors=train_vectors, data=data, vectors=vectors, judge=judge)
-    rows = []
+    rows, made = [], []
     for count, strength in itertools.product(settings["counts"], settings["strengths"]):
         done = stage(root, latents.transfer, dict(strength=strength, count=count), **inputs)
+        made.append(done)
         rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
     way = dict(lm=lm, train=train, vectors=train_vectors)
     control = stage(root, latents.direction, dict(count=max(settings["counts"])), **way)
     if hosts.first():
         print(f"the direction as a control, for experiments/generate.py: {control.path}")
-    where = folder / "transfer.png"
-    draw = partial(pictures.curves, where, rows, "self-BLEU", "transfer accuracy", "vectors", "strength")
-    return page(folder, rows, draw, title="Sentiment transfer by vector arithmetic", scorers=done.spec["judges"])
+
+    def draw(folder):
+        pictures.curves(folder / "transfer.png", rows, "self-BLEU", "transfer accuracy", "vectors", "strength")
+
+    title = "Sentiment transfer by vector arithmetic"
+    return section.page([*made, control], rows, draw, title=title, scorers=done.spec["judges"])
 
 
-def similarity(root, lm, settings, folder):
+def similarity(section):
     """Spearman's ρ with human scores on pairs of sentences."""
+    root, lm, settings = section.root, section.lm, section.settings
     sentences = stage(root, latents.sentences_of_pairs, settings["pairs"])
-    rows = []
+    rows, made = [], []
     for name, fit in settings["fits"].items():
         vectors = latent_steer.fit(root, lm=lm, data=sentences, **fit)
         done = stage(
             root, latents.similarity, {"encoder": settings["encoder"]}, lm=lm, pairs=sentences, vectors=vectors
         )
+        made.append(done)
         for figure, value in report.row(done)["figures"].items():
             if figure == "z" or not any(r["method"] == figure for r in rows):
                 label = f"z, {name}" if figure == "z" else figure
                 rows.append({"method": label, "figures": {"100 Spearman's ρ": value}, "samples": []})
-    return page(folder, rows, title="Cosine of latent vectors and human similarity")
+    return section.page(made, rows, title="Cosine of latent vectors and human similarity")
 
 
-def analysis(root, lm, settings, folder):
+def analysis(section):
     """Interpolation, random vectors, neighbours, principal components."""
+    root, lm, settings = section.root, section.lm, section.settings
     data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
     done = stage(root, latents.analyse, settings["options"], lm=lm, data=data, vectors=vectors)
     points = done.rows("principal.jsonl")
-    draw = partial(pictures.scatter, folder / "principal.png", points, "first component", "second component")
-    return page(folder, [report.row(done, done, method="latent_steer")], draw, title="A look at latent vectors")
+
+    def draw(folder):
+        pictures.scatter(folder / "principal.png", points, "first component", "second component")
+
+    rows = [report.row(done, done, method="latent_steer")]
+    return section.page([done], rows, draw, title="A look at latent vectors")
 
 
-def reconstruction(root, lm, settings, folder):
+def reconstruction(section):
     """Continuations said from the true latent, from another text's and from none, of held-out texts."""
+    root, lm, settings = section.root, section.lm, section.settings
     data = stage(root, sources.load_data, settings["train"])
     control = dglm.fit(root, lm=lm, data=data, **settings["fit"])
     held = stage(root, sources.load_data, settings["data"])
     latents = stage(root, embeddings.encode, settings["fit"].get("encode", {}), lm=lm, data=held)
-    rows = []
+    rows, made = [], []
     for latent in reconstruct.LATENTS:
         options = {**settings["options"], "latent": latent}
         done = stage(root, reconstruct.reconstruct, options, lm=lm, control=control, latents=latents)
+        made.append(done)
         rows.append(report.row(done, done, method="dglm", latent=latent))
-    return page(folder, rows, title="Continuations said from the latent of the true one")
+    return section.page(made, rows, title="Continuations said from the latent of the true one")
 
 
 SECTIONS = dict(
@@ -136,14 +174,12 @@ def main(argv):
     for name in values.sections:
         if name not in present:
             raise InputError(f"--sections names {name!r}, which the configuration lacks{nearest(name, present)}")
+    if not present:
+        raise InputError(f"the configuration has none of the sections {', '.join(SECTIONS)}: use another script")
     lm = experiment.language_model(values.root, config["lm"])
-    argument = cli.spec_of(argv).partition(":")[2] or "default"
-    pages = []
-    for name in values.sections or present:
-        folder = Path(values.root) / "reports" / f"latents-{argument}" / name
-        pages.append(SECTIONS[name](values.root, lm, config[name], folder))
-        if hosts.first():
-            roots.keep_files(values.root, folder)
+    spec = cli.spec_of(argv)
+    chosen = values.sections or present
+    pages = [SECTIONS[name](Section(values.root, lm, spec, name, config[name])) for name in chosen]
     return "\n".join(map(str, pages)) if hosts.first() else None
 
 

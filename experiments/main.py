@@ -12,12 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ctg_jax.types import InputError
 from experiments import cli, experiment, reporting
+from experiments.arms import Fitted, Plain
 
 
 def main(argv):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
-    names = {arm.method for arm in config.methods.values()} - {"truncate"}
+    arms = [arm for arm in experiment.check(config.to_dict()).values() if not isinstance(arm, Plain)]
+    names = {arm.method if isinstance(arm, Fitted) else type(arm).__name__ for arm in arms}
     if len(names) > 1:
         raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")
     cells = experiment.run(values.root, config)

@@ -79,15 +79,16 @@ def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, pr
       prompt, new: tokens.
 
     Raises:
-      InputError: a batch that the mesh does not divide, an unknown method or setting, a method that writes by itself.
+      InputError: a batch that the mesh does not divide, an unknown method or setting, a method that does not
+        use the language model.
     """
     plan = layout.read(_text(mesh)).plan(math.prod(mesh.values()), math.prod(mesh.values()) // mesh.get("tensor", 1))
     data, _ = plan_sizes(plan)
     for name, value in (("batch", batch), ("rows", rows)):
         if value % data:
             raise InputError(f"{name} is {value}, expected a multiple of {data}, the data axis of the mesh")
-    if methods.writes(method):
-        raise InputError(f"{method} writes without the language model: there is nothing of it to plan")
+    if not _acts(method):
+        raise InputError(f"{method} completes prompts without the language model: there is nothing of it to plan")
     found = {}
     length, mine = prompt + new, batch // data
     if method == "dexperts":
@@ -305,11 +306,12 @@ def of_config(args) -> list[tuple]:
       InputError: a configuration without methods and latent vectors.
     """
     from experiments import cli
+    from experiments.arms import Fitted, read
 
     settings = cli.config_of(args.config).to_dict()
     if "methods" in settings:
-        arms = {label: (a["method"], a.get("fit", {})) for label, a in settings["methods"].items() if "chain" not in a}
-        arms = {label: arm for label, arm in arms.items() if not methods.writes(arm[0])}
+        found = {label: arm for label, arm in read(settings["methods"]).items() if isinstance(arm, Fitted)}
+        arms = {label: (arm.method, arm.fit) for label, arm in found.items() if _acts(arm.method)}
     elif "recovery" in settings:
         arms = {"latent_steer": ("latent_steer", settings["recovery"]["fit"])}
     else:
@@ -334,6 +336,11 @@ def of_config(args) -> list[tuple]:
         given |= dict(new=args.new or sample.get("max_new", 20), rows=args.rows or sample.get("batch", 64))
         found.append((args.lm or args.config, lm, label, method, init_of(method, fit, lm), mesh, given))
     return found
+
+
+def _acts(method: str) -> bool:
+    """Whether a method makes a control of the language model, of which its module then has an example."""
+    return hasattr(methods.get(method), "example")
 
 
 def init_of(method: str, fit: dict, lm: Transformer) -> dict:

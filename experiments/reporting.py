@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,40 @@ import ctg_jax
 from ctg_jax import hosts, report
 from ctg_jax.evaluation import Figure
 from ctg_jax.report import pictures
-from experiments import roots
-from experiments.experiment import Cell
+from ctg_jax.stage import Artifact
+from experiments import cli, roots
+from experiments.experiment import Cell, inputs
 
 
 def write(root: str, spec: str, config: ConfigDict, cells: Sequence[Cell]) -> Path:
     """Writes the report of one experiment and returns the path of report.html."""
-    return _write(root, spec, config, [_row(cell) for cell in cells], [_smooth(cell) for cell in cells], cells)
+    folder = folder_of(root, spec, config.to_dict(), [cell.figures.id for cell in cells])
+    return _write(folder, root, spec, config, [_row(c) for c in cells], [_smooth(c) for c in cells], cells)
+
+
+def folder_of(root: str, spec: str, *settings: Any) -> Path:
+    """The folder of a report: the name of its configuration and a digest of `settings`, JSON values that are all it
+    depends on, so that no two sets of settings share one."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return Path(root) / "reports" / f"{name_of(spec)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def grid_folder(root: str, spec: str, config: ConfigDict, sweep: Sequence[dict[str, Any]]) -> Path:
+    """The folder of the report of a grid, whichever of its cells are finished."""
+    return folder_of(root, spec, config.to_dict(), inputs(root, config), {"sweep": list(sweep)})
 
 
 def write_grid(
+    folder: Path,
     root: str,
     spec: str,
     config: ConfigDict,
     cells: Sequence[tuple[dict[str, Any], Cell]],
     about: dict[str, str] | None = None,
 ) -> Path:
-    """Writes the report of a grid: pairs of changed settings and a cell. A setting of one method is a column of that
-    method's rows alone, and a cell that several settings share is shown once. `about`: more facts for the report."""
+    """Writes the report of a grid into `folder` (see `grid_folder`), from pairs of changed settings and a cell. A
+    setting of one method is a column of that method's rows alone, and a cell that several settings share is shown once.
+    `about`: more facts for the report."""
     rows, smooth, seen = [], [], {}
     for changes, cell in cells:
         if cell.figures.id in seen:
@@ -47,7 +64,7 @@ def write_grid(
                 columns[key] = value
         rows.append({**columns, **_row(cell)})
         smooth.append(_smooth(cell) and {**columns, **_smooth(cell)})
-    return _write(root, spec, config, rows, smooth, list(seen.values()), about)
+    return _write(folder, root, spec, config, rows, smooth, list(seen.values()), about)
 
 
 def _row(cell: Cell) -> dict[str, Any]:
@@ -72,13 +89,82 @@ def _commit() -> str | None:
         return None
 
 
+def version() -> str:
+    """The version of the library, and the commit where it runs from a checkout."""
+    commit = _commit()
+    return ctg_jax.__version__ + (f", commit {commit}" if commit else "")
+
+
 def name_of(spec: str) -> str:
     """What the files of an experiment are called: `FILE.py:ARGUMENT` is FILE-ARGUMENT."""
     file, _, argument = spec.partition(":")
     return "-".join(filter(None, (Path(file).stem, argument)))
 
 
+def overrides(spec: str, config: ConfigDict) -> dict[str, Any]:
+    """Dotted settings of a configuration that are not those of its file."""
+    file, now = (dict(_flat(settings.to_dict())) for settings in (cli.config_of(spec), config))
+    gone = {key: "(removed)" for key in file if key not in now}
+    return gone | {key: value for key, value in now.items() if key not in file or file[key] != value}
+
+
+def provenance(root: str, artifact: Artifact) -> str:
+    """How an artifact was made: the stages behind it but for those of the language model, newest first, each with its
+    completed settings; of stages that ran several times, such as the rounds of a method, the newest."""
+    found: dict[str, list[Artifact]] = {}
+    waiting = [artifact]
+    while waiting:
+        one = waiting.pop(0)
+        stages = found.setdefault(one.path.name.rpartition("-")[0], [])
+        if one in stages:
+            continue
+        stages.append(one)
+        for name, ids in one.spec["inputs"].items():
+            if name != "lm" and ids:
+                waiting += [_by_id(root, id) for id in ([ids] if isinstance(ids, str) else ids)]
+    return "; ".join(
+        f"{ran[0].path.name}{f' and {len(ran) - 1} more' * (len(ran) > 1)} {json.dumps(ran[0].spec['config'])}"
+        for ran in found.values()
+    )
+
+
+def _by_id(root: str, id: str) -> Artifact:
+    (path,) = Path(root).absolute().glob(f"*-{id}")
+    return Artifact(path, id)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _arms(root: str, config: ConfigDict, cells: Sequence[Cell]) -> dict[str, str]:
+    """What the report says of every arm: its settings, how its controls were made, and where its samples are."""
+    said: dict[str, str] = {}
+    for label in dict.fromkeys(cell.label for cell in cells):
+        mine = [cell for cell in cells if cell.label == label]
+        controls = dict.fromkeys(c for cell in mine for c in cell.controls)
+        made = "".join(f"made by {provenance(root, c)}; " for c in controls)
+        at = {True: "", False: " at {:g}"}
+        samples = (c.samples.path.name + at[c.strength is None].format(c.strength or 0) for c in mine)
+        settings = json.dumps(config.to_dict()["methods"][label])
+        said[f"arm {label!r}"] = f"settings {settings}; {made}samples {', '.join(samples)}"
+    return said
+
+
+def _own(cells: Sequence[Cell]) -> dict[str, str]:
+    """How many of the judged texts are in the words of an oracle's own corpus."""
+    specs = [cell.figures.spec for cell in cells]
+    total = sum(spec["judged"] for spec in specs)
+    counts = {name: sum(spec["own"].get(name, 0) for spec in specs) for spec in specs for name in spec["own"]}
+    return {f"texts in the words of the corpus of {n!r}": f"{k} of {total} judged" for n, k in counts.items()}
+
+
 def _write(
+    folder: Path,
     root: str,
     spec: str,
     config: ConfigDict,
@@ -91,20 +177,22 @@ def _write(
         return None
     settings = config.to_dict()
     facts = cells[0].figures.spec
-    about = {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
-    about |= {name: json.dumps(settings[name]) for name in ("lm", "prompts", "sample")}
-    commit = _commit()
-    version = ctg_jax.__version__ + (f", commit {commit}" if commit else "")
+    changed = overrides(spec, config)
+    about = {"configuration": spec, "settings changed": json.dumps(changed) if changed else "none"}
+    about |= {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
+    about["language model"] = _by_id(root, facts["inputs"]["lm"]).path.name
+    sections = ("lm", "prompts", "sample", "judges", "evaluate")
+    about |= _own(cells) | {name: json.dumps(settings[name]) for name in sections}
+    about |= _arms(root, config, cells) | (more or {})
     # The cells of one method share their smoothness.
     swept = {row.pop("smooth"): row for row in smooth if row}
-    folder = Path(root) / "reports" / name_of(spec)
     page = report.write(
         folder,
         rows,
         title=settings.get("title", Path(spec.partition(":")[0]).stem),
         scorers=facts["judges"],
         perplexity=facts["perplexity"],
-        about={"configuration": spec, **about, **(more or {}), "ctg_jax": version},
+        about=about | {"ctg_jax": version()},
         smooth=list(swept.values()),
     )
     _draw_rounds(folder, cells)

@@ -14,6 +14,7 @@ LAYERS = [
     {
         "data",
         "decode",
+        "strategies",
         "losses",
         "train",
         "rewards",

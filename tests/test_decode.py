@@ -131,9 +131,9 @@ def test_bfloat16_is_close_to_float32():
 def test_nothing_recompiles_when_a_leaf_changes():
     params, p = weights(GPT2), prompts()
     generate(GPT2, params, p, truncate.TopP(0.5), Sampling(max_new=3))
-    before = decode._generate._cache_size()
+    before = decode.loop._cache_size()
     generate(GPT2, params, p, truncate.TopP(0.7), Sampling(max_new=3))
-    assert decode._generate._cache_size() == before
+    assert decode.loop._cache_size() == before
 
 
 def test_lengths_are_checked():

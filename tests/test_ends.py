@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, flow, latents, sources
+from ctg_jax import decode, flow, latents, sources, strategies
 from ctg_jax.data import load_tokenizer, to_prompts
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.methods import diffusion_lm, latent_steer, mdlm
@@ -116,7 +116,7 @@ def test_masked_diffusion_ends_at_every_end():
     world = worlds.tiny(vocab=7)
     control = mdlm.init(world, jax.random.key(0), width=16, depth=1, heads=2, length=12)
     prompts = worlds.prompts([[1, 2, 3], [4], [5, 6], [1, 1]])
-    one, several = (mdlm.write(world, {}, prompts, control, Sampling(8, eos=e)) for e in ((0,), (0, 3, 5)))
+    one, several = (strategies.run(world, {}, prompts, control, Sampling(8, eos=e)) for e in ((0,), (0, 3, 5)))
     assert _first_ends(several, (0, 3, 5)).sum() < _first_ends(one, (0,)).sum()
 
 
@@ -125,7 +125,7 @@ def test_word_diffusion_ends_at_every_end_and_a_length_counts_to_the_first():
     shape = dict(dim=4, width=16, heads=2, depth=1, length=12, calls=4)
     control = diffusion_lm.init(world, jax.random.key(0), **shape)
     prompts = worlds.prompts([[1, 2, 3], [4], [5, 6]])
-    one, several = (diffusion_lm.write(world, {}, prompts, control, Sampling(8, eos=e)) for e in ((0,), (0, 6)))
+    one, several = (strategies.run(world, {}, prompts, control, Sampling(8, eos=e)) for e in ((0,), (0, 6)))
     assert _first_ends(several, (0, 6)).sum() < _first_ends(one, (0,)).sum()
 
     table, z = jnp.eye(3), jax.random.normal(jax.random.key(1), (1, 3, 3))
@@ -137,6 +137,6 @@ def test_word_diffusion_ends_at_every_end_and_a_length_counts_to_the_first():
 
 def test_where_a_row_ends():
     tokens = jnp.asarray([[3, 5, 0, 5], [1, 1, 1, 1]])
-    assert decode.up_to_end(tokens, (0, 5)).tolist() == [[True, True, False, False], [True] * 4]
-    assert decode.up_to_end(tokens, ()).all()
+    assert strategies.cut(tokens, Sampling(eos=(0, 5)))[1].tolist() == [[True, True, False, False], [True] * 4]
+    assert strategies.cut(tokens, Sampling())[1].all()
     assert decode.is_end(tokens, (0, 5)).tolist() == [[False, True, True, True], [False] * 4]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctg_jax import flow, sources
+from ctg_jax import flow, layout, sources, strategies
 from ctg_jax.stage import Run, stage, write_jsonl
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import write_lm
@@ -58,13 +58,14 @@ def test_a_text_does_not_depend_on_the_batch_or_on_how_many_there_are(root, lm, 
     assert [r["tokens"] for r in kept] == [r["tokens"] for r in samples.rows("samples.jsonl")]
 
 
-def test_eight_devices_write_what_one_writes(lm):
+def test_eight_devices_write_what_one_writes(lm, monkeypatch):
     """13 rows in batches of 8: a row a device, and the last batch is filled up."""
     opened, chain = flow.opened(lm), flow.build(lm, filter={"top_p": 0.9})
-    one, eight = (
-        [r for part in flow.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, batch=8, devices=d) for r in part]
-        for d in ((), jax.devices())
-    )
+    found = []
+    for devices in ((), tuple(jax.devices())):
+        monkeypatch.setattr(layout, "accelerators", lambda devices=devices: devices)
+        found.append([r for part in flow.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, batch=8) for r in part])
+    one, eight = found
     assert len(jax.devices()) == 8 and len(one) == 13
     assert [r["tokens"] for r in eight] == [r["tokens"] for r in one]
     np.testing.assert_allclose([r["logp"] for r in eight], [r["logp"] for r in one], atol=2e-5)
@@ -73,23 +74,23 @@ def test_eight_devices_write_what_one_writes(lm):
 @pytest.mark.parametrize("whole", [1, 2])
 def test_interrupted_sampling_goes_on_behind_its_last_whole_batch(tmp_path, lm, prompts, samples, monkeypatch, whole):
     done = [0]
-    generate = flow.generate
+    run = strategies.run
 
     def dying(*args, **kw):
         done[0] += 1
         if done[0] > whole:
             raise KeyboardInterrupt
-        return generate(*args, **kw)
+        return run(*args, **kw)
 
     config = dict(n=3, max_new=5, batch=4, filter={"top_p": 0.9})
-    monkeypatch.setattr(flow, "generate", dying)
+    monkeypatch.setattr(strategies, "run", dying)
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path, flow.sample, config, lm=lm, prompts=prompts)
     (partial,) = tmp_path.glob("sample-*/partial.jsonl")
     with open(partial, "a") as f:
         f.write('{"prompt_id": 1, "sam')  # killed while writing
     calls = []
-    monkeypatch.setattr(flow, "generate", lambda *a, **kw: calls.append(1) or generate(*a, **kw))
+    monkeypatch.setattr(strategies, "run", lambda *a, **kw: calls.append(1) or run(*a, **kw))
     again = stage(tmp_path, flow.sample, config, lm=lm, prompts=prompts)
     assert len(calls) == 3 - whole
     assert content(again.rows("samples.jsonl")) == content(samples.rows("samples.jsonl"))

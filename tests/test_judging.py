@@ -17,6 +17,9 @@ RECORDS = [
 ]
 
 
+ORACLE = "exact on texts of its own corpus and a count of cue words on any other"
+
+
 def texts(run, *, rows):
     write_jsonl(run.path / "data.jsonl", rows)
 
@@ -44,10 +47,31 @@ def test_a_judge_is_fitted_once_and_read_back(root, kind):
     data = stage(root, texts, {"rows": rows})
     judge = stage(root, judging.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
     (row,) = judge.metrics()
-    assert judging._with_accuracy("v", judge) == "v, accuracy 1.000 on 12 held-out texts"
+    said = {"bag": "v, accuracy 1.000 on 12 held-out texts", "oracle": f"v, {ORACLE}"}
+    assert judging._with_accuracy("v", judge) == said[kind]
     assert row["accuracy"] == 1.0 and row["heldout"] == 12 and row["version"] == judging.open_judge(judge).version
     scores = judging.open_judge(judge)(["", ""], ["the soup was delicious", "the soup was bland"])
     assert scores[0] > 0.5 > scores[1]
+
+
+def test_an_oracle_is_not_called_exact_on_texts_that_are_not_its_own(root, lm):
+    """Its accuracy on its own corpus says nothing of other texts; there it is measured, and texts in its words are
+    counted."""
+    foreign = [{"text": "a marvellous sonata", "label": 1}, {"text": "dull prose throughout", "label": 0}]
+    data = stage(root, texts, {"rows": [*foreign, {"text": "quite bland verse", "label": 1}]})
+    judge = stage(root, judging.fit_judge, {"kind": "oracle"}, heldout=data)
+    said = judging._with_accuracy("v", judge)
+    assert said == f"v, {ORACLE}, accuracy {judge.metrics()[0]['accuracy']:.3f} on 3 held-out texts"
+    assert judge.metrics()[0]["own"] == 0 and judge.metrics()[0]["accuracy"] < 1
+    rows = [{"text": t, "prompt": "we", "prompt_id": i} for i, t in enumerate(["the soup was bland", "dull prose", ""])]
+    result = stage(
+        root, judging.evaluate, {"resamples": 10}, samples=stage(root, written, {"rows": rows}), judges=[judge]
+    )
+    assert result.spec["own"] == {"positive": 1} and result.spec["judged"] == 3
+
+
+def written(run, *, rows):
+    write_jsonl(run.path / "samples.jsonl", rows)
 
 
 def test_an_oracle_of_the_other_label(root):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import constraints, evaluation, flow
+from ctg_jax import constraints, evaluation, flow, strategies
 from ctg_jax.control import IDENTITY
 from ctg_jax.data.tokenizer import train_bpe
 from ctg_jax.methods import diffusion_lm, mdlm, truncate
@@ -45,8 +45,8 @@ def test_models_that_write_by_themselves_hold_tokens_only(method):
     sizes = dict(width=8, depth=1, heads=2, length=12, **({"dim": 4} if method is diffusion_lm else {}))
     control = method.init(LM, jax.random.key(1), **sizes)
     prompts = worlds.prompts([[1, 2, 3]] * 32)
-    plain = method.write(LM, PARAMS, prompts, control, Sampling(max_new=6))
-    out = method.write(LM, PARAMS, prompts, constraints.only(KNOWN, control), Sampling(max_new=6))
+    plain = strategies.run(LM, PARAMS, prompts, control, Sampling(max_new=6))
+    out = strategies.run(LM, PARAMS, prompts, constraints.only(KNOWN, control), Sampling(max_new=6))
     assert int(plain.tokens.max()) >= TOKENIZER.vocab > int(out.tokens.max())
 
 
@@ -56,4 +56,4 @@ def test_models_that_write_by_themselves_stop_at_numbers_that_are_none(method):
     control = method.init(LM, jax.random.key(1), **sizes)
     broken = control.replace(params=jax.tree.map(lambda x: x * jnp.nan, control.params))
     with pytest.raises(InputError, match="row 0, new token 1, are not finite"):
-        method.write(LM, PARAMS, worlds.prompts([[1, 2, 3]]), broken, Sampling(max_new=6))
+        strategies.run(LM, PARAMS, worlds.prompts([[1, 2, 3]]), broken, Sampling(max_new=6))

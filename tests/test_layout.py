@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import decode, flow, layout, losses, sources, train, tree
+from ctg_jax import decode, layout, losses, sources, train, tree
 from ctg_jax.methods import finetune
 from ctg_jax.stage import open_lm, stage
 from ctg_jax.types import InputError, Prompts, Sampling
@@ -69,9 +69,9 @@ def test_several_processes_use_all_their_devices(monkeypatch):
 
 def test_completions_are_split_in_one_way_only(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert len(flow._devices()) == 8
+    assert len(layout.accelerators()) == 8
     with layout.laid_out(layout.read("fsdp=4,tensor=2")):
-        assert not flow._devices()
+        assert not layout.accelerators()
 
 
 def test_weights_lie_split_and_decode_the_same(lm):

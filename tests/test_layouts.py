@@ -148,7 +148,7 @@ def test_decoding_keeps_the_cache_split_over_rows_and_heads():
     for cache in (*d.cache.k, *d.cache.v):
         assert cache.shape == (8, 4, 11, 4)
         assert cache.addressable_shards[0].data.shape == (2, 2, 11, 4)
-    text = decode._generate.lower(LM, placed, rows, IDENTITY, sampling).compile().as_text()
+    text = decode.loop.lower(LM, placed, rows, IDENTITY, sampling).compile().as_text()
     assert "f32[2,2,11,4]" in text and "f32[8,4,11,4]" not in text and "f32[2,4,11,4]" not in text
     # The weights stay where they are too: what meets is activations, for a token is few rows and a kernel many.
     kernel = "f32[64,16]"  # of the MLP, whole

@@ -173,12 +173,19 @@ def _vocabulary(tree: Any) -> set[str]:
     return set().union(*map(_vocabulary, tree.values() if isinstance(tree, Mapping) else tree))
 
 
-def vocabulary() -> set[str]:
+def in_vocabulary(text: str) -> bool:
+    """Whether a text has words and all of them are words that the grammar can write."""
+    found = [w for w in words(text) if w[0].isalpha()]
+    return bool(found) and vocabulary().issuperset(found)
+
+
+@cache
+def vocabulary() -> frozenset[str]:
     """Every word that the grammar can write."""
     sentences = {k: v for k, v in _load("sentences.json").items() if k not in ("skeletons", "cues")}
     agreement = [_agree("{was} {wasnt}", aspect) for aspect in ("one", "many+")]
     found = _vocabulary([_load("lexicon.json"), _load("topics.json"), sentences, agreement])
-    return {w for w in found if w[0].isalpha()}
+    return frozenset(w for w in found if w[0].isalpha())
 
 
 @cache

@@ -35,12 +35,6 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def writes(name: str) -> bool:
-    """Whether a method is no control of the language model but writes completions by itself: its module has `write`,
-    with the signature of `decode.generate`, in place of that function."""
-    return hasattr(get(name), "write")
-
-
 def load(artifact: Artifact, lm: LM) -> Control:
     """The control that a `fit` left, rebuilt for `lm` from what its spec records: {"method": …, "init": {…}}.
 

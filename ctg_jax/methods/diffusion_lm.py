@@ -15,16 +15,17 @@ They come from `target`, the same for all rows, or from the entries of these nam
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import constraints, decode, losses, methods, rng, stage
+from ctg_jax import constraints, losses, methods, rng, stage, strategies
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -35,9 +36,52 @@ from ctg_jax.models.denoiser import Trunk
 from ctg_jax.models.lm import LM
 from ctg_jax.models.word_diffusion import How, WordNet, vectors
 from ctg_jax.stage import Artifact, Run, open_lm
-from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling, Sum
+from ctg_jax.types import InputError, Params, Prompts, Samples, Sum
 
 PLACES = ("length", "tags", "words")  # the controls that need no classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class WordVectorDiffusion(strategies.Strategy):
+    """Denoises the word vectors of whole rows; the language model and its parameters are not read.
+
+    A row ends with its first end token or stop sequence. `Samples.logp` is 0, because the probability of a text has no
+    closed form; `generated` is the number of calls of the network. Rounding takes the nearest word, so `greedy` changes
+    nothing.
+    """
+
+    likelihood = False
+
+    def check(self, lm, prompts, control, sampling):
+        """
+        Raises:
+          InputError: prompts and `max_new` that do not fit a row of training, entries of `prompts.cond` that are no
+            control or have another shape or value, a control of another vocabulary.
+        """
+        control = constraints.apart(control)[1]
+        batch, new = len(prompts.tokens), sampling.max_new
+        if lm.vocab != len(control.tags):
+            raise InputError(
+                f"control has {len(control.tags)} tokens and the model {lm.vocab}: use the one it was fitted on."
+            )
+        strategies.check_row(prompts, new, control.length)
+        size, fields = np.asarray(prompts.mask).sum(1), dict(control.fields)
+        for name in prompts.cond or {}:
+            if name not in fields and name not in PLACES:
+                raise InputError(f"cond names {name!r}, expected one of {', '.join([*fields, *PLACES])}.")
+        for name, value in _asked(control, prompts).items():
+            value, many = np.asarray(value), int(name in ("tags", "words"))
+            if value.shape[:1] != (batch,) or value.ndim != 1 + many or (many and value.shape[1] > new):
+                wanted = f"[{batch}, up to {new}]" if many else f"[{batch}]"
+                raise InputError(f"{name} has shape {value.shape}, expected {wanted}.")
+            limit = {"length": int((control.length - size).min()) - 1, "tags": len(TAGS) - 1, "words": lm.vocab - 1}
+            most = limit[name] if name in limit else fields[name] - 1
+            if value.max(initial=-1) > most or value.min(initial=-1) < -1:
+                raise InputError(f"{name} is {value.max()} or {value.min()} somewhere, expected -1 (none) to {most}.")
+
+    def __call__(self, lm, params, prompts, control, sampling):
+        banned, control = constraints.apart(control)
+        return _write(prompts, control, sampling, banned)
 
 
 @struct.dataclass
@@ -52,6 +96,8 @@ class WordDiffusion:
       eos: what fills a row after its text. length: S, tokens of a row.
       fields: (name, classes) of what `reader` was fitted to say. target: (control, value) for all rows.
     """
+
+    strategy: ClassVar = WordVectorDiffusion()
 
     params: Params
     guide: Params
@@ -155,62 +201,21 @@ def infill(
     return jnp.where(given, tokens, found).astype(jnp.int32)
 
 
-def write(
-    lm: LM,
-    params: Params,
-    prompts: Prompts,
-    control: WordDiffusion,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-) -> Samples:
-    """Completions of prompts, in place of `decode.generate`; lm and params are not read.
-
-    A row ends with its first end token. `Samples.logp` is 0, because the probability of a text has no closed form;
-    `generated` is the number of calls of the network. Rounding takes the nearest word, so `greedy` changes nothing.
-
-    Raises:
-      InputError: prompts and `max_new` that do not fit a row of training, stop sequences, entries of `prompts.cond`
-        that are no control or have another shape or value, a control of another vocabulary, vectors that are NaN.
-    """
-    banned, control = constraints.apart(control)
-    batch, new = len(prompts.tokens), sampling.max_new
-    if lm.vocab != len(control.tags):
-        raise InputError(
-            f"control has {len(control.tags)} tokens and the model {lm.vocab}: use the one it was fitted on."
-        )
-    if sampling.stop:
-        raise InputError("sampling.stop is set, but a diffusion model does not write from left to right: leave it out.")
-    size = np.asarray(prompts.mask).sum(1)
-    if size.max() + new > control.length:
-        raise InputError(
-            f"The longest prompt has {size.max()} tokens and max_new is {new}, but rows of {control.length} tokens "
-            "were trained on: shorten them or fit with a larger length."
-        )
-    asked, fields = dict(control.target) | dict(prompts.cond or {}), dict(control.fields)
-    for name, value in asked.items():
-        if name not in fields and name not in PLACES:
-            raise InputError(f"cond names {name!r}, expected one of {', '.join([*fields, *PLACES])}.")
-        value = np.asarray(value, np.int32)
-        many = int(name in ("tags", "words"))
-        if name in dict(control.target) and value.ndim == many:
-            value = np.broadcast_to(value[None], (batch, *value.shape))
-        if value.shape[:1] != (batch,) or value.ndim != 1 + many or (many and value.shape[1] > new):
-            wanted = f"[{batch}, up to {new}]" if many else f"[{batch}]"
-            raise InputError(f"{name} has shape {value.shape}, expected {wanted}.")
-        limit = {"length": int((control.length - size).min()) - 1, "tags": len(TAGS) - 1, "words": lm.vocab - 1}
-        most = limit[name] if name in limit else fields[name] - 1
-        if value.max(initial=-1) > most or value.min(initial=-1) < -1:
-            raise InputError(f"{name} is {value.max()} or {value.min()} somewhere, expected -1 (none) to {most}.")
-        asked[name] = jnp.asarray(value)
-    return decode.finite(_write(prompts, control, asked, sampling, banned))
+def _asked(control: WordDiffusion, prompts: Prompts) -> dict[str, jax.Array]:
+    """What each row is steered to, int32 [B] or [B, …]: `target` for all of them, and the entries of `prompts.cond`."""
+    batch = len(prompts.tokens)
+    every = {name: jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch, *np.shape(value)))
+             for name, value in control.target}  # fmt: skip
+    return every | {name: jnp.asarray(value, jnp.int32) for name, value in (prompts.cond or {}).items()}
 
 
 @partial(jax.jit, static_argnames="sampling")
-def _write(prompts, control, asked, sampling, banned):
+def _write(prompts, control, sampling, banned):
     size = jnp.sum(prompts.mask, axis=1)[:, None]
     place = jnp.arange(control.length)[None, :]
     blank = prompts.mask.shape[1] - size  # columns of padding before a prompt
     tokens = word_diffusion.moved(prompts.tokens, place + blank, prompts.tokens[:, :1])
-    given, aims = place < size, dict(asked)
+    given, aims = place < size, _asked(control, prompts)
     if "words" in aims:
         inner = word_diffusion.moved(aims.pop("words"), place - size, -1)
         tokens, given = jnp.where(inner >= 0, inner, tokens), given | (inner >= 0)
@@ -220,9 +225,9 @@ def _write(prompts, control, asked, sampling, banned):
         aims["length"] = jnp.where(aims["length"] >= 0, aims["length"] + size[:, 0], -1)
     out = infill(control, tokens, given, aims, prompts.keys, banned, ends=sampling.eos)
     text = jnp.take_along_axis(out, size + jnp.arange(sampling.max_new)[None, :], axis=1)
-    mask = decode.up_to_end(text, sampling.eos)
-    shown, logp = jnp.where(mask & (text >= 0), text, sampling.pad), jnp.where(text >= 0, 0.0, jnp.nan)
-    return Samples(shown, mask, logp, jnp.int32(control.how.calls))
+    shown, mask = strategies.cut(text, sampling)
+    logp = jnp.where(text >= 0, 0.0, jnp.nan)
+    return Samples(jnp.where(text >= 0, shown, sampling.pad), mask, logp, jnp.int32(control.how.calls))
 
 
 def loss(net: WordNet, eos: int, *, read: float = 1.0) -> losses.LossFn:

@@ -222,6 +222,3 @@ def gdc(
     run.record(closer=gap < 0, gap=gap, lam=dict(zip([n for n, _ in soft], lam.tolist())))
     run.log(kl_gap=gap, effective=float(weight.sum() ** 2 / np.square(weight).sum()), used=len(used))
     finetune.keep(run, policy, "gdc", hp)
-
-
-gdc.revision = 1

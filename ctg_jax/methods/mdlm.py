@@ -1,24 +1,25 @@
 """MDLM: a masked diffusion language model (Sahoo et al. 2024) in place of the decode loop.
 
-A bidirectional transformer is trained on the tokens of another LM's tokenizer, of which it uses nothing else; `write`
-completes prompts by writing over masks, and `infill` rows in which any tokens are given. Rows have one length, that of
-training: what follows the end of a text is end tokens, so that the length of a text is part of what is modelled, and a
-prompt is continued as the beginning of such a row. A linear classifier of partly masked rows, on the network's own
-states, guides it, with strength `scale`.
+A bidirectional transformer is trained on the tokens of another LM's tokenizer, of which it uses nothing else. The
+strategy `MaskedDiffusion` completes prompts by writing over masks, and `infill` rows in which any tokens are given.
+Rows have one length, that of training: what follows the end of a text is end tokens, so that the length of a text is
+part of what is modelled, and a prompt is continued as the beginning of such a row. A linear classifier of partly masked
+rows, on the network's own states, guides it, with strength `scale`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import constraints, decode, losses, methods, rng, sources, stage
+from ctg_jax import constraints, decode, losses, methods, rng, sources, stage, strategies
 from ctg_jax.control import IDENTITY
 from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
@@ -29,7 +30,39 @@ from ctg_jax.models.lm import LM
 from ctg_jax.models.transformer import Transformer
 from ctg_jax.stage import Artifact, Run, open_lm
 from ctg_jax.support import remove
-from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling, Sum
+from ctg_jax.types import InputError, Params, Prompts, Samples, Sum
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedDiffusion(strategies.Strategy):
+    """Writes completions over masks; the language model and its parameters are not read.
+
+    A row ends with its first end token or stop sequence. `Samples.logp` is 0, because the probability of a text is a
+    sum over all orders of writing it; `generated` is the number of calls of the network.
+    """
+
+    likelihood = False
+
+    def check(self, lm, prompts, control, sampling):
+        """
+        Raises:
+          InputError: prompts and `max_new` that do not fit a row of training, a strength without a classifier, a
+            control of another vocabulary.
+        """
+        control = constraints.apart(control)[1]
+        if lm.vocab != control.mask:
+            raise InputError(
+                f"control has {control.mask} tokens and the model {lm.vocab}: use the one it was fitted with."
+            )
+        if not control.guide["bias"].size and np.any(np.asarray(control.scale) != 0):
+            raise InputError(
+                "scale is not 0, but no classifier was fitted that could guide: fit on records with labels."
+            )
+        strategies.check_row(prompts, sampling.max_new, control.net.context)
+
+    def __call__(self, lm, params, prompts, control, sampling):
+        banned, control = constraints.apart(control)
+        return _write(prompts, control, sampling, banned)
 
 
 @struct.dataclass
@@ -45,6 +78,8 @@ class Masked:
       target: the class to guide to.
       steps, block, schedule: see `masked.order`. final: "draw" or "argmax", in the last of `steps` (`masked.unmask`).
     """
+
+    strategy: ClassVar = MaskedDiffusion()
 
     params: Params
     guide: Params
@@ -149,39 +184,6 @@ def infill(
     )  # fmt: skip
 
 
-def write(
-    lm: LM,
-    params: Params,
-    prompts: Prompts,
-    control: Masked,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-) -> Samples:
-    """Completions of prompts, in place of `decode.generate`; lm and params are not read.
-
-    A row ends with its first end token. `Samples.logp` is 0, because the probability of a text is a sum over all orders
-    of writing it; `generated` is the number of calls of the network.
-
-    Raises:
-      InputError: prompts and `max_new` that do not fit a row of training, stop sequences, a strength without a
-        classifier, a control of another vocabulary, logits that are NaN.
-    """
-    banned, control = constraints.apart(control)
-    new, rows = sampling.max_new, control.net.context
-    if lm.vocab != control.mask:
-        raise InputError(f"control has {control.mask} tokens and the model {lm.vocab}: use the one it was fitted with.")
-    if sampling.stop:
-        raise InputError("sampling.stop is set, but a diffusion model does not write from left to right: leave it out.")
-    if not control.guide["bias"].size and np.any(np.asarray(control.scale) != 0):
-        raise InputError("scale is not 0, but no classifier was fitted that could guide: fit on records with labels.")
-    longest = int(np.asarray(prompts.mask).sum(1).max())
-    if longest + new > rows:
-        raise InputError(
-            f"The longest prompt has {longest} tokens and max_new is {new}, but rows of {rows} tokens were trained on: "
-            "shorten them or fit with a larger length."
-        )
-    return decode.finite(_write(prompts, control, sampling, banned))
-
-
 @partial(jax.jit, static_argnames=("sampling",))
 def _write(prompts, control, sampling, banned):
     size = jnp.sum(prompts.mask, axis=1)[:, None]
@@ -191,9 +193,9 @@ def _write(prompts, control, sampling, banned):
     tokens = jnp.take_along_axis(prompts.tokens, jnp.minimum(at + blank, last), axis=1)
     rows, calls = infill(control, tokens, at < size, prompts.keys, banned, greedy=sampling.greedy)
     text = jnp.take_along_axis(rows, size + jnp.arange(sampling.max_new)[None, :], axis=1)
-    mask = decode.up_to_end(text, sampling.eos)
+    shown, mask = strategies.cut(text, sampling)
     right = text != control.mask
-    return Samples(jnp.where(mask & right, text, sampling.pad), mask, jnp.where(right, 0.0, jnp.nan), calls)
+    return Samples(jnp.where(right, shown, sampling.pad), mask, jnp.where(right, 0.0, jnp.nan), calls)
 
 
 def loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: int = 4) -> losses.LossFn:

@@ -216,6 +216,3 @@ def ppo(
     )  # fmt: skip
     checkpoint.save(run.path / "value", state["value"])
     finetune.keep(run, state["policy"], "ppo", hp)
-
-
-ppo.revision = 1

@@ -192,6 +192,3 @@ def quark(
         rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     finetune.keep(run, control, "quark", hp)
-
-
-quark.revision = 1

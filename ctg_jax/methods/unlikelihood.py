@@ -208,6 +208,3 @@ def unlikelihood(
         rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
     )  # fmt: skip
     finetune.keep(run, control, "unlikelihood", hp)
-
-
-unlikelihood.revision = 1

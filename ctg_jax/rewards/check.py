@@ -98,6 +98,7 @@ class TextReward:
       fn: list of n strings -> n numbers.
       reads: "text" for the continuation, "both" for prompt and continuation.
       threshold: the score from which a text counts as having the attribute.
+      own: for an oracle, whether a text is in the words of the corpus on which its answers are exact.
     """
 
     def __init__(
@@ -108,8 +109,9 @@ class TextReward:
         *,
         reads: str = "text",
         threshold: float = 0.5,
+        own: Callable[[str], bool] | None = None,
     ):
-        self.name, self.version, self.fn = name, version, fn
+        self.name, self.version, self.fn, self.own = name, version, fn, own
         self.reads, self.threshold = check_reads(reads), threshold
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:

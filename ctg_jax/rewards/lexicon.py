@@ -112,7 +112,7 @@ def reviews_oracle(
     def score(texts):
         return [fn(t) if target else 1 - fn(t) for t in texts]
 
-    return TextReward(name or attribute, version, score, reads=reads, threshold=threshold)
+    return TextReward(name or attribute, version, score, reads=reads, threshold=threshold, own=reviews.in_vocabulary)
 
 
 def _lines(path):

@@ -67,7 +67,7 @@ def decoding(lm, params, batch, prompt=32, new=64):
     tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     prompts = Prompts(tokens, jax.ShapeDtypeStruct((batch, prompt), bool), keys)
-    seconds, program = compiled(decode._generate, lm, params, prompts, IDENTITY, Sampling(max_new=new))
+    seconds, program = compiled(decode.loop, lm, params, prompts, IDENTITY, Sampling(max_new=new))
     memory = program.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     peak -= memory.alias_size_in_bytes

@@ -131,12 +131,12 @@ def main():
 
             compiled = timed(ours)
             plain()
-            size = decode._generate._cache_size()
+            size = decode.loop._cache_size()
             same = (
                 (np.asarray(ours().tokens) == theirs()[:, args.prompt :].numpy()).mean() if name == "greedy" else None
             )
             pairs = [(timed(ours), timed(theirs), timed(plain)) for _ in range(args.repeats)]
-            assert decode._generate._cache_size() == size, "recompiled between calls"
+            assert decode.loop._cache_size() == size, "recompiled between calls"
             made = batch * args.new
             ratios = sorted(t / o for o, t, _ in pairs)
             row = {

@@ -27,7 +27,7 @@ if hasattr(os, "sched_setaffinity"):
 import jax
 import numpy as np
 
-from ctg_jax import calibrate, decode, experience, flow, train
+from ctg_jax import calibrate, experience, flow, strategies, train
 from ctg_jax.data import load, train_bpe
 from ctg_jax.methods import quark
 from ctg_jax.models import hf
@@ -86,13 +86,12 @@ def ours(lm, params, tokenizer, texts, judge, args):
     step = jax.jit(train.make_step(quark.loss(lm, kl=KL, entropy=ENTROPY), tx), donate_argnums=0)
     flat = jax.jit(lm.unstack)(params)
     busy = judge.embedder.busy = Busy()
+    strategies.run = busy(strategies.run)
     frozen = {"params": params}
 
     def round_(state):
         clock = [(time.process_time(), busy.seconds)]
-        parts = flow.complete(
-            lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch, write=busy(decode.generate)
-        )
+        parts = flow.complete(lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch)
         rows = [r for part in parts for r in part]
         clock.append((time.process_time(), busy.seconds))
         scores = judge([r["prompt"] for r in rows], [r["text"] for r in rows])

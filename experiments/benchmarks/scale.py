@@ -11,8 +11,8 @@ both of processor time, which a neighbour on the machine changes least, the proc
                  collectives and threads. It is what remains of n times the speed on n chips of this pace.
 
 Weak scaling has `--weak` rows for each device, strong `--strong` rows in all. Training is a step of `finetune` (LoRA;
-the language model is frozen) as `train.loop` compiles it, decoding is `generate` as `flow.complete` splits it over
-devices and `decode.generate` over processes. `moved` and `asked` are bytes that each device sends in a step, of the
+the language model is frozen) as `train.loop` compiles it, decoding is `strategies.run`, which splits rows over
+devices and processes. `moved` and `asked` are bytes that each device sends in a step, of the
 compiled program and in theory (`experiments/traffic.py`).
 """
 
@@ -99,13 +99,14 @@ def train_step(layout, rows):
     return act, {"moved": sum(c.moved for c in found), "asked": sum(asked.values()), "tokens": rows * LENGTH}
 
 
-def decoding(layout, rows):
+def decoding(_, rows):
     """(completions of `rows` prompts, nothing)"""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from ctg_jax import decode, flow, hosts, rng
+    from ctg_jax import hosts, layout, rng, strategies
+    from ctg_jax.control import IDENTITY
     from ctg_jax.types import Prompts, Sampling
 
     lm = model()
@@ -113,12 +114,12 @@ def decoding(layout, rows):
     tokens = np.random.default_rng(0).integers(0, lm.vocab, (rows, PROMPT), np.int32)
     keys = rng.per_example(jax.random.key(1), jnp.arange(rows))
     prompts = Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys)
-    write = decode.generate
-    if jax.device_count() > 1 and hosts.count() == 1:
-        write = flow._split(write, tuple(jax.devices()))
+    devices = tuple(jax.devices()) if hosts.count() == 1 else ()
+    params = layout.replicated(params, devices)
 
     def act():
-        return jax.block_until_ready(write(lm, params, prompts, flow.IDENTITY, Sampling(max_new=NEW)).tokens)
+        out = strategies.run(lm, params, prompts, IDENTITY, Sampling(max_new=NEW), devices)
+        return jax.block_until_ready(out.tokens)
 
     return act, {"tokens": rows * NEW}
 

@@ -131,7 +131,7 @@ def test_the_report_says_what_fits(capsys, tmp_path):
         (["--mesh=data=3"], "batch is 128, expected a multiple of 3"),
         (["--method=quirk"], "did you mean 'quark'"),
         (["--set", "colour=1"], "--set does not suit quark"),
-        (["--method=mdlm"], "mdlm writes without the language model"),
+        (["--method=mdlm"], "mdlm completes prompts without the language model"),
         (["--config=configs/mdlm.py:nothing"], "expected one of"),
         (["--config=configs/quirk.py"], "there is no configuration file configs/quirk.py"),
     ],

@@ -12,6 +12,7 @@ import pytest
 import ctg_jax
 from ctg_jax.types import InputError
 from experiments import ablate, cli, compare, experiment, main, reporting
+from experiments.arms import Fitted
 from tests.experiments.tiny_lm import write_lm
 
 HERE = Path(__file__).parents[2]
@@ -45,6 +46,12 @@ def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
     assert code == 0, err
     lines = table(report)
     assert lines and all({"positive/share", "perplexity"} <= line["figures"].keys() for line in lines)
+    about = json.loads(Path(report).with_suffix(".json").read_text())["about"]
+    for label, arm in experiment.check(cli.config_of(f"{file}:tiny").to_dict()).items():
+        said = about[f"arm {label!r}"]
+        wanted = ["load_data-", arm.data["source"], '"seed": '] if isinstance(arm, Fitted) else []
+        wanted += [f'"name": "{name}"' for name in arm.rewards] if isinstance(arm, Fitted) else []
+        assert all(text in said for text in [*wanted, "samples "]), (label, said)
     assert Path(report).read_text().startswith("<!")
     code, again, _, counts = call(script, f"{file}:tiny")
     assert (code, again) == (0, report) and counts.startswith("stages: 0 executed")
@@ -70,7 +77,8 @@ def test_the_report_says_how_smooth_every_method_is_and_how_it_was_measured(call
     assert all({"kl", "relevance"} <= line["figures"].keys() for line in saved["lines"])
     about = saved["about"]
     assert re.match(r"base@[0-9a-f]{12}: mean of per-sample", about["perplexity"])
-    assert "held-out texts" in about["scorer of 'positive'"] and about["relevance"].startswith("nats per token")
+    assert "exact on texts of its own corpus" in about["scorer of 'positive'"]
+    assert "accuracy" not in about["scorer of 'positive'"] and about["relevance"].startswith("nats per token")
     assert about["ctg_jax"].startswith(ctg_jax.__version__)
     assert about["ctg_jax"].endswith(f", commit {reporting._commit()}") or reporting._commit() is None
 

@@ -29,7 +29,7 @@ PARAMS = worlds.lively(LM)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1], [2, 8], [7, 7, 7, 7, 7], [5, 1, 4], [10, 9]]
 PROMPTS = worlds.prompts(ROWS)
 SAMPLING = Sampling(max_new=4)
-CONTROLS = [n for n in methods.names() if not methods.writes(n)]
+CONTROLS = [n for n in methods.names() if hasattr(methods.get(n), "example")]
 CASES = [*CONTROLS, "chain"]
 
 
@@ -221,10 +221,10 @@ def test_eight_devices_give_what_one_gives(control, samples):
 
 
 def test_changing_leaves_recompiles_nothing(control, samples):
-    before = decode._generate._cache_size()
+    before = decode.loop._cache_size()
     moved = jax.tree.map(lambda x: 0.9 * x, control)
     out = decode.generate(LM, PARAMS, PROMPTS, moved, SAMPLING)
-    assert decode._generate._cache_size() == before
+    assert decode.loop._cache_size() == before
     assert not np.allclose(out.logp, samples.logp)
 
 
@@ -309,7 +309,7 @@ def test_large_models_fit_on_paper(name, shape, depth):
     params = jax.eval_shape(lm.init, key)
     control = jax.eval_shape((lambda k: mixed(lm, k)) if name == "chain" else (lambda k: build(name, lm)), key)
     batch = jax.eval_shape(lambda: worlds.prompts([[1, 2, 3, 4]] * 8))
-    out = jax.eval_shape(lambda p, b, c: decode._generate(lm, p, b, c, SAMPLING), params, batch, control)
+    out = jax.eval_shape(lambda p, b, c: decode.loop(lm, p, b, c, SAMPLING), params, batch, control)
     assert out.tokens.shape == (8, 4)
     step = train.make_step(control_loss(lm), train.optimizer(1e-3))
     state = jax.eval_shape(lambda c, k: train.init_state(c, step.tx, k), control, key)

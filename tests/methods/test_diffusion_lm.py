@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import losses, methods, rng
+from ctg_jax import losses, methods, rng, strategies
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.data.tokenizer import train_bpe
@@ -203,7 +203,7 @@ def write(net, rows=slice(None), scale=1.0, cond=COND, length=None):
     prompts = worlds.prompts(ROWS, length, cond=dict(cond))
     prompts = jax.tree.map(lambda x: x[rows], prompts)
     scale = jnp.full(len(prompts.keys), scale) if np.ndim(scale) == 0 else scale
-    return diffusion_lm.write(lm, None, prompts, methods.with_strength(control, scale), SAMPLING)
+    return strategies.run(lm, None, prompts, methods.with_strength(control, scale), SAMPLING)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_fit_leaves_a_model_that_loads_and_writes(small):
     control = methods.load(artifact, model)
     assert control.target == (("label", 1), ("length", 3), ("tags", (TAGS.index("adj"), -1, TAGS.index("noun"))))
     np.testing.assert_array_equal(control.tags, tag_table(tokenizer))
-    (rows,) = complete(model, params, tokenizer, ["so good"], control, n=2, max_new=5, write=diffusion_lm.write)
+    (rows,) = complete(model, params, tokenizer, ["so good"], control, n=2, max_new=5)
     assert len(rows) == 2 and all(0 < len(r["tokens"]) <= 5 for r in rows)
 
 
@@ -340,11 +340,12 @@ def test_bad_input(net, small):
         "words is 11 or 11 somewhere, expected": lambda: write(net, cond={"words": np.full((3, 2), 11)}),
         r"length is 9 or 9 somewhere, expected -1 \(none\) to 8": lambda: write(net, cond={"length": np.full(3, 9)}),
         "label is 2 or 2 somewhere": lambda: write(net, cond={"label": np.full(3, 2)}),
-        "rows of 12 tokens were trained on": lambda: diffusion_lm.write(
+        "rows of 12 tokens were trained on": lambda: strategies.run(
             lm, None, worlds.prompts(ROWS), control, Sampling(max_new=10)
         ),
-        "stop is set": lambda: diffusion_lm.write(lm, None, worlds.prompts(ROWS), control, Sampling(4, stop=((1,),))),
-        "control has 11 tokens and the model 3": lambda: diffusion_lm.write(LM, None, worlds.prompts(ROWS), control),
+        "control has 11 tokens and the model 3": lambda: strategies.run(
+            LM, None, worlds.prompts(ROWS), control, Sampling()
+        ),
         "no record of .* has the label 2": lambda: diffusion_lm.fit(
             small[0], lm=small[1], data=small[2], guide=GUIDE | dict(fields={"label": 3}), **FIT
         ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import checkpoint, flow, methods, rng, stage
+from ctg_jax import checkpoint, flow, methods, rng, stage, strategies
 from ctg_jax.methods import mdlm
 from ctg_jax.models import masked
 from ctg_jax.stage import open_lm
@@ -71,8 +71,8 @@ def test_the_nats_of_a_text_are_those_of_its_whole_row():
 def test_strength_zero_is_no_guidance_to_the_bit_and_a_strength_guides():
     control, prompts = lively(), worlds.prompts(ROWS * 16)
     bare = control.replace(guide={"kernel": jnp.zeros((0, 48)), "bias": jnp.zeros(0)})
-    plain = mdlm.write(LM, {}, prompts, bare, SAMPLING)
-    zero = mdlm.write(LM, {}, prompts, control, SAMPLING)
+    plain = strategies.run(LM, {}, prompts, bare, SAMPLING)
+    zero = strategies.run(LM, {}, prompts, control, SAMPLING)
     np.testing.assert_array_equal(plain.tokens, zero.tokens)
     # A network without opinions and a classifier that reads the embeddings alone, in which first order is exact.
     lowest = 30 * jax.random.normal(jax.random.key(1), (2, 16))
@@ -94,15 +94,15 @@ def test_strength_zero_is_no_guidance_to_the_bit_and_a_strength_guides():
 def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding():
     control = methods.with_strength(lively(reveal=6, block=4, final="argmax"), 1.0)
     prompts = worlds.prompts(ROWS, length=6)
-    batch = mdlm.write(LM, {}, prompts, control, SAMPLING)
+    batch = strategies.run(LM, {}, prompts, control, SAMPLING)
     alone = worlds.prompts([ROWS[1]])
-    out = mdlm.write(LM, {}, alone.replace(keys=prompts.keys[1:2]), control, SAMPLING)
+    out = strategies.run(LM, {}, alone.replace(keys=prompts.keys[1:2]), control, SAMPLING)
     np.testing.assert_array_equal(out.tokens[0], batch.tokens[1])
 
 
 def test_completions_end_at_the_first_end_token():
     prompts = worlds.prompts(ROWS * 16)
-    out = mdlm.write(LM, {}, prompts, lively(), SAMPLING)
+    out = strategies.run(LM, {}, prompts, lively(), SAMPLING)
     tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
     assert tokens.shape == (64, 6) and tokens.max() < LM.vocab and not np.any(out.logp)
     ended = 0
@@ -113,7 +113,7 @@ def test_completions_end_at_the_first_end_token():
         assert n == 6 or row[n - 1] == 0
     assert 0 < ended < 64
     greedy = Sampling(max_new=6, eos=(0,), greedy=True)
-    assert not np.array_equal(mdlm.write(LM, {}, prompts, lively(), greedy).tokens, tokens)
+    assert not np.array_equal(strategies.run(LM, {}, prompts, lively(), greedy).tokens, tokens)
 
 
 def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, monkeypatch, tmp_path):
@@ -179,13 +179,11 @@ def test_bad_input(small, tmp_path):
         mdlm.init(LM, jax.random.key(0), classes=2, target=2)
     control, prompts = mdlm.init(LM, jax.random.key(0), **SHAPE), worlds.prompts(ROWS)
     with pytest.raises(InputError, match="longest prompt has 4 tokens and max_new is 9, but rows of 12"):
-        mdlm.write(LM, {}, prompts, control, Sampling(max_new=9))
+        strategies.run(LM, {}, prompts, control, Sampling(max_new=9))
     with pytest.raises(InputError, match="no classifier was fitted"):
-        mdlm.write(LM, {}, prompts, methods.with_strength(control, 1.0), SAMPLING)
-    with pytest.raises(InputError, match="stop is set"):
-        mdlm.write(LM, {}, prompts, control, Sampling(max_new=2, stop=((1,),)))
+        strategies.run(LM, {}, prompts, methods.with_strength(control, 1.0), SAMPLING)
     with pytest.raises(InputError, match="control has 7 tokens and the model 11"):
-        mdlm.write(worlds.tiny(), {}, prompts, control, SAMPLING)
+        strategies.run(worlds.tiny(), {}, prompts, control, SAMPLING)
     network = stage.stage(tmp_path, mdlm.mdlm, FIT | dict(steps=1), lm=lm, data=data)
     with pytest.raises(InputError, match="expected two or more of 0 to"):
         stage.stage(tmp_path, mdlm.classifier, dict(classes=1), lm=lm, data=data, network=network)

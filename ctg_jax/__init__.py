@@ -4,7 +4,7 @@ data ──fit──▶ Control ──generate──▶ Samples ──reward─�
 """
 
 from ctg_jax.control import IDENTITY, Chain, Control
-from ctg_jax.decode import forward, generate, score
+from ctg_jax.decode.loop import forward, generate, score
 from ctg_jax.types import Prompts, Samples, Sampling
 
 __all__ = [

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ctg_jax import methods
-from ctg_jax.stage import nearest
+from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
 
 

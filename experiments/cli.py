@@ -15,8 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ctg_jax import layout
-from ctg_jax.stage import Tally, nearest, tally
+from ctg_jax.mesh import layout
+from ctg_jax.run.stage import Tally, nearest, tally
 from ctg_jax.types import InputError
 from experiments import hosts, roots
 

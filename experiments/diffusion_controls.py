@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from ctg_jax import hosts
 from ctg_jax.data.tags import TAGS, tag_table
-from ctg_jax.judging import open_judge
-from ctg_jax.stage import open_artifact, open_lm
+from ctg_jax.mesh import processes
+from ctg_jax.run.stage import open_artifact, open_lm
+from ctg_jax.stages.judges import open_judge
 from experiments import cli, experiment
 
 
@@ -66,7 +66,7 @@ def main(argv):
         both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"
         spread = "{value:,.4g} [{low:,.4g}, {high:,.4g}]".format(**fluency)
         lines.append(" | ".join(["", cell.label, *shares, both, spread, ""]))
-    return "\n".join(line.strip() for line in lines) if hosts.first() else None
+    return "\n".join(line.strip() for line in lines) if processes.first() else None
 
 
 if __name__ == "__main__":

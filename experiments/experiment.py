@@ -17,8 +17,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctg_jax import experience, flow, judging, latents, methods, sources
-from ctg_jax.stage import Artifact, nearest, plan, stage
+from ctg_jax import methods
+from ctg_jax.learn import experience
+from ctg_jax.run.stage import Artifact, nearest, plan, stage
+from ctg_jax.stages import judges, sampling, sources
+from ctg_jax.studies import latents
 from ctg_jax.types import InputError
 from experiments.arms import Arm, BestOf, Direction, Fitted, Together, read
 
@@ -52,25 +55,25 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     arms = check(settings)
     lm = language_model(root, settings["lm"])
     prompts = stage(root, sources.load_data, settings["prompts"])
-    judges = [judge(root, name, options) for name, options in settings["judges"].items()]
+    scorers = [judge(root, name, options) for name, options in settings["judges"].items()]
     measure = dict(settings["evaluate"])
     human = measure.pop("references", None)
     human = stage(root, sources.load_data, human) if human else None
     written = measure.pop("human", None)
     written = stage(root, sources.load_data, written) if written else None
     other = measure.pop("fluency", None)
-    given = dict(judges=judges, lm=lm, references=human, fluency=language_model(root, other) if other else None)
+    given = dict(judges=scorers, lm=lm, references=human, fluency=language_model(root, other) if other else None)
     seed = settings["sample"].get("seed", 0)
     cells = []
     for label, arm in arms.items():
         mine = []
         for strength, samples, controls, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
-            figures = stage(root, judging.evaluate, measure, samples=samples, **given)
+            figures = stage(root, judges.evaluate, measure, samples=samples, **given)
             read = None
             if written is not None and not isinstance(arm, BestOf):  # the best of n has no likelihood
                 options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
                 options |= {"strengths": strengths}
-                read = stage(root, flow.human, options, lm=lm, data=written, controls=controls)
+                read = stage(root, sampling.human, options, lm=lm, data=written, controls=controls)
             mine.append(Cell(label, arm, strength, samples, figures, tuple(controls), seed=seed, human=read))
         smooth = smoothness(root, mine, measure)
         rounds = sampled_rounds(root, lm, arm, measure)
@@ -108,7 +111,7 @@ def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifac
         return None
     options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
     settings = {"strengths": [cell.strength for cell in swept], **options}
-    return stage(root, judging.smooth, settings, figures=[cell.figures for cell in swept])
+    return stage(root, judges.smooth, settings, figures=[cell.figures for cell in swept])
 
 
 def check(settings: dict[str, Any]) -> dict[str, Arm]:
@@ -139,7 +142,7 @@ def judge(root: str, name: str, settings: dict[str, Any]) -> Artifact:
     settings = dict(settings)
     given = {key: settings.pop(key, None) for key in ("data", "heldout")}
     inputs = {key: stage(root, sources.load_data, value) for key, value in given.items() if value}
-    return stage(root, judging.fit_judge, {"name": name, **settings}, **inputs)
+    return stage(root, judges.fit_judge, {"name": name, **settings}, **inputs)
 
 
 def fitted(root: str, lm: Artifact, arm: Fitted) -> Artifact:
@@ -178,7 +181,7 @@ def sampled(
             strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
         ]
         settings = {**common, **arm.sampling, "strengths": strengths}
-        samples = stage(root, flow.sample, settings, lm=lm, prompts=prompts, controls=controls)
+        samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts, controls=controls)
         yield strength, samples, controls, strengths
 
 
@@ -186,6 +189,6 @@ def best_of(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], 
     """(n, samples, no controls), each sample the best of n of the frozen model; larger n draw more of the same ones."""
     for n in arm.best_of:
         settings = {**common, **arm.sampling, "n": n * common.get("n", 1)}
-        samples = stage(root, flow.sample, settings, lm=lm, prompts=prompts)
+        samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts)
         scored = stage(root, experience.score, {}, samples=samples, rewards=rewards(root, arm), lm=lm)
         yield float(n), stage(root, experience.best, {"n": n}, scored=scored), [], []

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from ctg_jax import flow, hosts, sources
-from ctg_jax.stage import open_artifact, read_jsonl, stage, write_text
+from ctg_jax.mesh import processes
+from ctg_jax.run.stage import open_artifact, read_jsonl, stage, write_text
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 from experiments import cli
 
@@ -71,25 +72,25 @@ def main(argv):
     lm = language_model(fv.lm, fv.root, fv.dtype)
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
     controls = [a for a, _ in parts]
-    control = flow.build(lm, controls, [s for _, s in parts], filter, fv.filter_first)
-    model = flow.opened(lm)
-    flow.check_prompts(model[0], model[2], prompts, fv.max_new)
+    control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.filter_first)
+    model = sampling.opened(lm)
+    sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
     common = dict(max_new=fv.max_new, greedy=fv.greedy, seed=fv.seed, stop=fv.stop)
-    cond = flow.conditions(controls, lm, prompts)
+    cond = sampling.conditions(controls, lm, prompts)
     if fv.stream:
         for i, j in itertools.product(range(len(prompts)), range(fv.n)):
             own = {name: values[i : i + 1] for name, values in cond.items()}
-            pieces = flow.stream(*model, prompts[i], control, index=(i, j), cond=own, **common)
+            pieces = sampling.stream(*model, prompts[i], control, index=(i, j), cond=own, **common)
             show((p.replace("\n", "\\n") for p in itertools.chain([prompts[i]], pieces)), end="\n")
         return
-    batches = flow.complete(*model, prompts, control, n=fv.n, batch=fv.batch, cond=cond, **common)
+    batches = sampling.complete(*model, prompts, control, n=fv.n, batch=fv.batch, cond=cond, **common)
     lines = (shown(row, fv.format) for batch in batches for row in batch)
     if not fv.out:
         show(lines)
         return
     whole = "".join(lines)
     try:
-        hosts.once(lambda: write_text(Path(fv.out), whole))
+        processes.once(lambda: write_text(Path(fv.out), whole))
     except OSError as e:
         raise InputError(f"--out={fv.out} cannot be written ({e.strerror})") from None
 
@@ -97,7 +98,7 @@ def main(argv):
 def show(pieces, end=""):
     """Prints pieces of text as they come, in the first process."""
     for piece in itertools.chain(pieces, [end]):
-        if hosts.first():
+        if processes.first():
             sys.stdout.write(piece)
             sys.stdout.flush()
 

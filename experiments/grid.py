@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctg_jax.stage import UnfinishedError, plan, tally
+from ctg_jax.run.stage import UnfinishedError, plan, tally
 from ctg_jax.types import InputError, optional
 from experiments import experiment, roots
 

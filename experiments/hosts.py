@@ -10,7 +10,7 @@ one writes artifacts, reports and the last line; the others keep their logs in R
     --mesh=fsdp=-1,tensor=4          every matrix split 4 ways, rows, weights and optimizer states over what is left
     --remat                          compute blocks again in the backward pass: less memory, more time
 
-Artifacts depend on neither; see `ctg_jax.layout`.
+Artifacts depend on neither; see `ctg_jax.mesh.layout`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ctg_jax import hosts, layout
+from ctg_jax.mesh import layout, processes
 from ctg_jax.types import InputError
 from experiments import roots
 
@@ -76,7 +76,7 @@ def start(argv: Sequence[str]) -> None:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--hosts={text}: {' '.join(str(e).split())}") from None
-    if not hosts.first():
+    if not processes.first():
         folder = Path(roots.opened(_value(argv, "--root") or "runs")) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         sys.stderr = open(folder / f"host-{jax.process_index():03d}.log", "a", encoding="utf-8")  # noqa: SIM115
@@ -86,7 +86,7 @@ def start(argv: Sequence[str]) -> None:
 
 def lost(error: BaseException) -> bool:
     """Whether an error is that another process of this run has ended, which JAX says in several types and words."""
-    return hosts.count() > 1 and bool(_GONE.search(str(error)))
+    return processes.count() > 1 and bool(_GONE.search(str(error)))
 
 
 def _value(argv: Sequence[str], name: str) -> str | None:

@@ -18,10 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from ctg_jax import embeddings, hosts, latents, reconstruct, report, sources
+from ctg_jax import report
+from ctg_jax.learn import embeddings
+from ctg_jax.mesh import processes
 from ctg_jax.methods import dglm, latent_steer
 from ctg_jax.report import pictures
-from ctg_jax.stage import Artifact, nearest, stage
+from ctg_jax.run.stage import Artifact, nearest, stage
+from ctg_jax.stages import sources
+from ctg_jax.studies import latents, reconstruct
 from ctg_jax.types import InputError
 from experiments import cli, experiment, reporting, roots
 
@@ -39,7 +43,7 @@ class Section:
     def page(self, made, rows, draw=None, **facts):
         """Writes the report of `rows`, of which `made` are the artifacts, and the pictures that `draw(folder)` adds;
         the first process writes them. Each set of settings and artifacts has a folder of its own."""
-        if not hosts.first():
+        if not processes.first():
             return None
         ids = [a.id for a in made]
         folder = reporting.folder_of(self.root, self.spec, self.name, self.settings, self.lm.id, ids) / self.name
@@ -100,7 +104,7 @@ def transfer(section):
         rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
     way = dict(lm=lm, train=train, vectors=train_vectors)
     control = stage(root, latents.direction, dict(count=max(settings["counts"])), **way)
-    if hosts.first():
+    if processes.first():
         print(f"the direction as a control, for experiments/generate.py: {control.path}")
 
     def draw(folder):
@@ -180,7 +184,7 @@ def main(argv):
     spec = cli.spec_of(argv)
     chosen = values.sections or present
     pages = [SECTIONS[name](Section(values.root, lm, spec, name, config[name])) for name in chosen]
-    return "\n".join(map(str, pages)) if hosts.first() else None
+    return "\n".join(map(str, pages)) if processes.first() else None
 
 
 if __name__ == "__main__":

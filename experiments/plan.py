@@ -28,10 +28,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ctg_jax import decode, invert, latent_diffusion, layout, losses, methods, train, tree
+from ctg_jax import methods, tree
+from ctg_jax.decode import loop
+from ctg_jax.learn import latent_diffusion, losses, slot_search, train
+from ctg_jax.mesh import layout
+from ctg_jax.mesh.plan import Plan
 from ctg_jax.methods import dglm
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import Plan
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError, Prompts, Sampling
 
 GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
@@ -104,7 +107,7 @@ def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, pr
     elif method == "latent_steer":
         control = control_of(lm, method, init)
         start = jax.ShapeDtypeStruct((mine + 1, control.z.shape[-1]), jnp.float32)
-        search = jax.eval_shape(lambda x: invert.begin(x, optax.adam(1e-3), mine).slots, start)
+        search = jax.eval_shape(lambda x: slot_search.begin(x, optax.adam(1e-3), mine).slots, start)
         found["search"] = learning(lm, plan, control, mine, length) | {"control": Plan().bytes_per_device(search)}
     else:
         control = control_of(lm, method, init)
@@ -146,7 +149,7 @@ def sampling(lm: Transformer, plan: Plan, control, rows: int, prompt: int, new: 
 
     def begun(params, control):
         prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jax.random.split(jax.random.key(0), rows))
-        return decode.begin(lm, params, prompts, control, Sampling(max_new=new))
+        return loop.begin(lm, params, prompts, control, Sampling(max_new=new))
 
     d = jax.eval_shape(begun, jax.eval_shape(lm.init, jax.random.key(0)), control)
     held = changed(lm, plan, control) | dict(control=plan.bytes_per_device(control))

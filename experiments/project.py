@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 
-from ctg_jax import bricks, tree
-from ctg_jax.parallel import CONTROL, DECODER, REPLICATED, Plan
+from ctg_jax import tree
+from ctg_jax.controls import bricks
+from ctg_jax.mesh.plan import CONTROL, DECODER, REPLICATED, Plan
 from experiments import plan as planner
 from experiments import traffic
 

@@ -12,10 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import ctg_jax
-from ctg_jax import hosts, report
+from ctg_jax import report
 from ctg_jax.evaluation import Figure
+from ctg_jax.mesh import processes
 from ctg_jax.report import pictures
-from ctg_jax.stage import Artifact
+from ctg_jax.run.stage import Artifact
 from experiments import cli, roots
 from experiments.experiment import Cell, inputs
 
@@ -173,7 +174,7 @@ def _write(
     cells: Sequence[Cell],
     more: dict[str, str] | None = None,
 ) -> Path:
-    if not hosts.first():
+    if not processes.first():
         return None
     settings = config.to_dict()
     facts = cells[0].figures.spec

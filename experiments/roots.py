@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ctg_jax.store import Store
+from ctg_jax.run.store import Store
 
 
 def opened(root: str) -> str | Store:

@@ -6,7 +6,7 @@ program, those inside loops as often as the loop runs. Bytes are those each devi
 all-to-all, S for a permute.
 
 `asked` is the theory, for a train step of a decoder whose rows are split over `data` and its weights as
-`ctg_jax.parallel.DECODER` says.
+`ctg_jax.mesh.plan.DECODER` says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections import Counter
 import jax.numpy as jnp
 
 from ctg_jax import tree
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError, PyTree
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

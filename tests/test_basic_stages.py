@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import sources
-from ctg_jax.stage import open_lm, stage, tally
+from ctg_jax.run.stage import open_lm, stage, tally
+from ctg_jax.stages import sources
 from ctg_jax.types import InputError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ctg_jax import calibrate
+from ctg_jax.learn import calibrate
 from ctg_jax.types import InputError
 
 

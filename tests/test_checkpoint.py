@@ -11,9 +11,9 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ctg_jax import checkpoint
 from ctg_jax.control import Chain, Control
-from ctg_jax.parallel import Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.run import checkpoint
 from ctg_jax.types import InputError
 
 

@@ -7,9 +7,11 @@ import pytest
 from flax import struct
 from laws import worlds
 
-from ctg_jax import constraints, decode, losses
-from ctg_jax.constraints import Ban, Force, MinLength, marks
 from ctg_jax.control import Chain, Control
+from ctg_jax.controls import constraints
+from ctg_jax.controls.constraints import Ban, Force, MinLength, marks
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses
 from ctg_jax.methods import dexperts, truncate
 from ctg_jax.support import REMOVED, remove, removed, settle
 from ctg_jax.types import InputError, Sampling
@@ -23,11 +25,11 @@ TABLE = worlds.table([[0.5, 0.3, 0.2]] * 3)
 
 
 def generate(control, params=PARAMS):
-    return decode.generate(LM, params, PROMPTS, control, SAMPLING)
+    return loop.generate(LM, params, PROMPTS, control, SAMPLING)
 
 
 def next_token(*parts):
-    z = decode.forward(WORLD, TABLE, worlds.prompts([[0]]), jnp.zeros((1, 1), jnp.int32), Chain(parts))
+    z = loop.forward(WORLD, TABLE, worlds.prompts([[0]]), jnp.zeros((1, 1), jnp.int32), Chain(parts))
     return np.asarray(jax.nn.softmax(z[0, 0]))
 
 
@@ -109,9 +111,9 @@ def test_constants_that_cannot_hold_are_refused_before_decoding(control, message
     with pytest.raises(InputError, match=message):
         generate(control)
     with pytest.raises(InputError, match=message):
-        decode.score(LM, PARAMS, PROMPTS, jnp.zeros((3, 3), jnp.int32), control)
+        loop.score(LM, PARAMS, PROMPTS, jnp.zeros((3, 3), jnp.int32), control)
     with pytest.raises(InputError, match=message):
-        next(decode.stream(LM, PARAMS, PROMPTS, control, SAMPLING))
+        next(loop.stream(LM, PARAMS, PROMPTS, control, SAMPLING))
 
 
 def test_constants_that_can_hold_do():
@@ -122,13 +124,13 @@ def test_constants_that_can_hold_do():
     out = generate(control)
     assert out.tokens[0, 1] == 9 and out.tokens[1].tolist() == [8, 0, 9] and out.tokens[2, 0] == 0
     assert (out.logp[1] == 0).all() and bool(jnp.isfinite(out.logp).all())
-    np.testing.assert_allclose(decode.score(LM, PARAMS, PROMPTS, out.tokens, control), out.logp, atol=1e-5)
-    other = decode.score(LM, PARAMS, PROMPTS, out.tokens.at[1, 0].set(7), control)
+    np.testing.assert_allclose(loop.score(LM, PARAMS, PROMPTS, out.tokens, control), out.logp, atol=1e-5)
+    other = loop.score(LM, PARAMS, PROMPTS, out.tokens.at[1, 0].set(7), control)
     assert float(other[1, 0]) == np.float32(REMOVED)  # probability 0, and still a number
 
 
 def test_where_values_are_not_known_a_constant_that_cannot_hold_is_nan():
-    force = lambda id: decode.forward(LM, PARAMS, PROMPTS, jnp.zeros((3, 1), jnp.int32), Force(id[None]))  # noqa: E731
+    force = lambda id: loop.forward(LM, PARAMS, PROMPTS, jnp.zeros((3, 1), jnp.int32), Force(id[None]))  # noqa: E731
     assert np.isnan(jax.jit(force)(jnp.int32(99))).all()
     assert not np.isnan(jax.jit(force)(jnp.int32(9))).any()
 
@@ -162,9 +164,9 @@ def test_logits_that_are_not_finite_stop_with_a_sentence(value, control):
     with pytest.raises(InputError, match="logits of row 0, new token 1, are not finite"):
         generate(control, broken)
     with pytest.raises(InputError, match="logits of row 0, new token 1, are not finite"):
-        decode.score(LM, broken, PROMPTS, jnp.full((3, 2), 7, jnp.int32), control)
+        loop.score(LM, broken, PROMPTS, jnp.full((3, 2), 7, jnp.int32), control)
     with pytest.raises(InputError, match="not finite"):
-        next(decode.stream(LM, broken, PROMPTS, control, SAMPLING))
+        next(loop.stream(LM, broken, PROMPTS, control, SAMPLING))
     inside = jax.jit(lambda p: generate(control, p).tokens)(broken)  # nothing can be raised here
     assert ((np.asarray(inside) >= 0) & (np.asarray(inside) < LM.vocab)).all()
 
@@ -173,9 +175,9 @@ def test_only_ids_that_are_tokens_have_probability():
     known = np.arange(50) < 20
     assert constraints.only(np.ones(50, bool), Chain(())) == Chain(())
     control = constraints.only(known, truncate.Temperature(20.0))
-    out = decode.generate(LM, PARAMS, worlds.prompts([[1]] * 64), control, Sampling(max_new=4))
+    out = loop.generate(LM, PARAMS, worlds.prompts([[1]] * 64), control, Sampling(max_new=4))
     assert int(out.tokens.max()) < 20
-    logp = jax.nn.log_softmax(decode.forward(LM, PARAMS, PROMPTS, jnp.zeros((3, 2), jnp.int32), control))
+    logp = jax.nn.log_softmax(loop.forward(LM, PARAMS, PROMPTS, jnp.zeros((3, 2), jnp.int32), control))
     assert float(jnp.exp(logp[..., 20:]).sum()) == 0
     banned, rest = constraints.apart(control)
     assert banned.tolist() == (~known).tolist() and rest == truncate.Temperature(20.0)

@@ -7,14 +7,14 @@ import pkgutil
 import jax
 import jax.numpy as jnp
 import pytest
+from ctg_jax.methods.steer import Steer
 from flax import struct
 
 import ctg_jax
 from ctg_jax import methods
-from ctg_jax.bricks import SoftPrompt
 from ctg_jax.control import IDENTITY, Chain, Control, overrides
+from ctg_jax.controls.bricks import SoftPrompt
 from ctg_jax.methods import truncate
-from ctg_jax.methods.steer import Steer
 from ctg_jax.types import InputError
 
 

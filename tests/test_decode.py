@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import struct
 
-from ctg_jax import IDENTITY, Control, Prompts, Sampling, decode, forward, generate, rng, score
+from ctg_jax import IDENTITY, Control, Prompts, Sampling, forward, generate, rng, score
+from ctg_jax.decode import loop
 from ctg_jax.methods import truncate
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 
 GPT2 = Transformer.gpt2(vocab=23, width=16, depth=2, heads=2, context=40)
@@ -85,7 +86,7 @@ def test_stream_yields_what_generate_returns():
     sampling = Sampling(max_new=6, eos=(4, 7), pad=1)
     control = truncate.init(LLAMA, top_p=0.8, repetition_penalty=1.3)
     s = generate(LLAMA, params, p, control, sampling)
-    streamed = np.stack(list(decode.stream(LLAMA, params, p, control, sampling)), axis=1)
+    streamed = np.stack(list(loop.stream(LLAMA, params, p, control, sampling)), axis=1)
     np.testing.assert_array_equal(streamed, s.tokens[:, : int(s.generated)])
 
 
@@ -131,9 +132,9 @@ def test_bfloat16_is_close_to_float32():
 def test_nothing_recompiles_when_a_leaf_changes():
     params, p = weights(GPT2), prompts()
     generate(GPT2, params, p, truncate.TopP(0.5), Sampling(max_new=3))
-    before = decode.loop._cache_size()
+    before = loop.loop._cache_size()
     generate(GPT2, params, p, truncate.TopP(0.7), Sampling(max_new=3))
-    assert decode.loop._cache_size() == before
+    assert loop.loop._cache_size() == before
 
 
 def test_lengths_are_checked():

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, flow, latents, sources, strategies
 from ctg_jax.data import load_tokenizer, to_prompts
 from ctg_jax.data.tags import TAGS, tag_table
+from ctg_jax.decode import loop, strategies
 from ctg_jax.methods import diffusion_lm, latent_steer, mdlm
 from ctg_jax.models import word_diffusion
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sampling, sources
+from ctg_jax.studies import latents
 from ctg_jax.types import InputError, Sampling
 from tests.experiments.tiny_lm import write_lm
 
@@ -33,7 +35,7 @@ def _written(lm, greedy):
     """Six tokens that the LM writes after the prompt while nothing ends it."""
     model, params, tokenizer = open_lm(lm)
     prompts = to_prompts(tokenizer, [PROMPT], 0)
-    return np.asarray(decode.generate(model, params, prompts, sampling=Sampling(6, greedy=greedy)).tokens[0]).tolist()
+    return np.asarray(loop.generate(model, params, prompts, sampling=Sampling(6, greedy=greedy)).tokens[0]).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_the_ends_are_those_of_transformers(tmp_path):
 def test_decoding_stops_at_every_end(lm):
     artifact, drawn, _ = lm
     model, params, tokenizer = open_lm(artifact)
-    ((row,),) = flow.complete(model, params, tokenizer, [PROMPT], max_new=6)
+    ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], max_new=6)
     assert len(row["tokens"]) == 4 and row["tokens"][-1] == drawn
     assert row["text"] == tokenizer.decode([row["tokens"][:-1]])[0]  # an end leaves no trace, special token or not
 
@@ -84,10 +86,10 @@ def test_decoding_stops_at_every_end(lm):
 def test_min_length_bans_every_end(lm):
     artifact, *ends = lm
     model, params, tokenizer = open_lm(artifact)
-    control = flow.build(artifact, filter={"min_length": 5})
-    ((row,),) = flow.complete(model, params, tokenizer, [PROMPT], control, max_new=6)
+    control = sampling.build(artifact, filter={"min_length": 5})
+    ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], control, max_new=6)
     assert len(row["tokens"]) >= 5 and not {0, *ends} & set(row["tokens"][:5])
-    given = flow.build(artifact, filter={"min_length": 5, "eos": (1,)})
+    given = sampling.build(artifact, filter={"min_length": 5, "eos": (1,)})
     assert np.flatnonzero(given.parts[0].parts[0].eos).tolist() == [1]
 
 
@@ -139,4 +141,4 @@ def test_where_a_row_ends():
     tokens = jnp.asarray([[3, 5, 0, 5], [1, 1, 1, 1]])
     assert strategies.cut(tokens, Sampling(eos=(0, 5)))[1].tolist() == [[True, True, False, False], [True] * 4]
     assert strategies.cut(tokens, Sampling())[1].all()
-    assert decode.is_end(tokens, (0, 5)).tolist() == [[False, True, True, True], [False] * 4]
+    assert loop.is_end(tokens, (0, 5)).tolist() == [[False, True, True, True], [False] * 4]

@@ -13,7 +13,7 @@ import pytest
 from ctg_jax import evaluation as ev
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.evaluation import smooth
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.rewards import TextReward
 from ctg_jax.types import InputError, Prompts
 

@@ -5,10 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from ctg_jax import evaluation, experience, flow, judging, sources
+from ctg_jax import evaluation
+from ctg_jax.learn import experience
 from ctg_jax.methods import quark
 from ctg_jax.rewards import TextReward
-from ctg_jax.stage import open_lm, stage, write_jsonl
+from ctg_jax.run.stage import open_lm, stage, write_jsonl
+from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import write_lm
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
 def world(root, folder):
     lm = stage(root, sources.load_lm, {"source": str(folder)})
     data = stage(root, texts, {"rows": [{"text": t, "label": i % 2} for i, t in enumerate(TEXTS)]})
-    return dict(lm=lm, data=data, rewards=[stage(root, judging.fit_judge, {"kind": "oracle"})])
+    return dict(lm=lm, data=data, rewards=[stage(root, judges.fit_judge, {"kind": "oracle"})])
 
 
 def test_the_pool_holds_samples_scores_and_log_probabilities(tmp_path, folder, counting):
@@ -75,7 +77,7 @@ def test_the_pool_holds_samples_scores_and_log_probabilities(tmp_path, folder, c
 def test_no_text_is_scored_twice(tmp_path, folder, counting):
     given = world(tmp_path, folder)
     samples = stage(
-        tmp_path, flow.sample, dict(EXPLORE, max_new=3, filter={"top_k": 2}), lm=given["lm"], prompts=given["data"]
+        tmp_path, sampling.sample, dict(EXPLORE, max_new=3, filter={"top_k": 2}), lm=given["lm"], prompts=given["data"]
     )
     distinct = {(r["prompt"], r["text"]) for r in samples.rows("samples.jsonl")}
     inputs = dict(samples=samples, rewards=given["rewards"], lm=given["lm"])
@@ -131,7 +133,7 @@ def kill(monkeypatch, where):
     checkpoint."""
     calls = {"n": 0}
     if where == "explore":
-        inner = flow.complete
+        inner = sampling.complete
 
         def dying(*args, **kw):
             calls["n"] += 1
@@ -140,7 +142,7 @@ def kill(monkeypatch, where):
                     raise Killed
                 yield batch
 
-        monkeypatch.setattr(flow, "complete", dying)
+        monkeypatch.setattr(sampling, "complete", dying)
     elif where == "score":
         inner = evaluation.LMScorer.ids
 
@@ -152,7 +154,7 @@ def kill(monkeypatch, where):
 
         monkeypatch.setattr(evaluation.LMScorer, "ids", dying)
     else:
-        from ctg_jax import checkpoint
+        from ctg_jax.run import checkpoint
 
         inner = checkpoint.save
 

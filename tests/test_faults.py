@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import checkpoint, experience, train
-from ctg_jax import stage as S
-from ctg_jax.stage import stage
+from ctg_jax.learn import experience, train
+from ctg_jax.run import checkpoint
+from ctg_jax.run import stage as S
+from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError, Sum
 
 WIDTH = 20_000  # numbers: with Adam's moments a checkpoint of 240 kB, mostly noise
@@ -94,7 +95,7 @@ def test_training_goes_on_from_the_last_good_step_whatever_file_is_damaged(tmp_p
         shutil.copytree(whole[0], path)
         DAMAGE[damage](path / file)
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "ctg_jax.checkpoint"):
+        with caplog.at_level(logging.WARNING, "ctg_jax.run.checkpoint"):
             end = learn(path)
         assert f"{path / file} " in caplog.text and "step 8" in caplog.text
         equal(path, end, whole)
@@ -248,7 +249,7 @@ def test_clocks_play_no_part(tmp_path, whole, days):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from ctg_jax.stage import stage
+from ctg_jax.run.stage import stage
 def held(run, *, seconds=0.0):
     with open(run.path.parent / "starts", "a") as f: f.write(f"{os.getpid()}\\n")
     time.sleep(seconds)

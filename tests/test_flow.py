@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from ctg_jax import flow, layout, sources, strategies
-from ctg_jax.stage import Run, stage, write_jsonl
+from ctg_jax.decode import strategies
+from ctg_jax.mesh import layout
+from ctg_jax.run.stage import Run, stage, write_jsonl
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import write_lm
 
@@ -35,7 +37,7 @@ def prompts(root):
 
 @pytest.fixture(scope="module")
 def samples(root, lm, prompts):
-    return stage(root, flow.sample, dict(n=3, max_new=5, batch=4, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
+    return stage(root, sampling.sample, dict(n=3, max_new=5, batch=4, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
 
 
 def content(rows):
@@ -53,18 +55,18 @@ def test_records_are_in_order_and_complete(samples):
 
 
 def test_a_text_does_not_depend_on_the_batch_or_on_how_many_there_are(root, lm, prompts, samples):
-    more = stage(root, flow.sample, dict(n=4, max_new=5, batch=7, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
+    more = stage(root, sampling.sample, dict(n=4, max_new=5, batch=7, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
     kept = [r for r in more.rows("samples.jsonl") if r["sample"] < 3]
     assert [r["tokens"] for r in kept] == [r["tokens"] for r in samples.rows("samples.jsonl")]
 
 
 def test_eight_devices_write_what_one_writes(lm, monkeypatch):
     """13 rows in batches of 8: a row a device, and the last batch is filled up."""
-    opened, chain = flow.opened(lm), flow.build(lm, filter={"top_p": 0.9})
+    opened, chain = sampling.opened(lm), sampling.build(lm, filter={"top_p": 0.9})
     found = []
     for devices in ((), tuple(jax.devices())):
         monkeypatch.setattr(layout, "accelerators", lambda devices=devices: devices)
-        found.append([r for part in flow.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, batch=8) for r in part])
+        found.append([r for part in sampling.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, batch=8) for r in part])
     one, eight = found
     assert len(jax.devices()) == 8 and len(one) == 13
     assert [r["tokens"] for r in eight] == [r["tokens"] for r in one]
@@ -85,13 +87,13 @@ def test_interrupted_sampling_goes_on_behind_its_last_whole_batch(tmp_path, lm, 
     config = dict(n=3, max_new=5, batch=4, filter={"top_p": 0.9})
     monkeypatch.setattr(strategies, "run", dying)
     with pytest.raises(KeyboardInterrupt):
-        stage(tmp_path, flow.sample, config, lm=lm, prompts=prompts)
+        stage(tmp_path, sampling.sample, config, lm=lm, prompts=prompts)
     (partial,) = tmp_path.glob("sample-*/partial.jsonl")
     with open(partial, "a") as f:
         f.write('{"prompt_id": 1, "sam')  # killed while writing
     calls = []
     monkeypatch.setattr(strategies, "run", lambda *a, **kw: calls.append(1) or run(*a, **kw))
-    again = stage(tmp_path, flow.sample, config, lm=lm, prompts=prompts)
+    again = stage(tmp_path, sampling.sample, config, lm=lm, prompts=prompts)
     assert len(calls) == 3 - whole
     assert content(again.rows("samples.jsonl")) == content(samples.rows("samples.jsonl"))
 
@@ -99,23 +101,23 @@ def test_interrupted_sampling_goes_on_behind_its_last_whole_batch(tmp_path, lm, 
 def test_bad_prompts(tmp_path, root, lm):
     empty = stage(root, texts, {"rows": []})
     with pytest.raises(InputError, match="the list of prompts is empty"):
-        stage(tmp_path, flow.sample, {}, lm=lm, prompts=empty)
+        stage(tmp_path, sampling.sample, {}, lm=lm, prompts=empty)
     long = stage(root, texts, {"rows": [{"text": "the food"}, {"text": "the food was good " * 9}]})
     with pytest.raises(InputError, match=r"prompt 2 has .* context is 32"):
-        stage(tmp_path, flow.sample, {}, lm=lm, prompts=long)
+        stage(tmp_path, sampling.sample, {}, lm=lm, prompts=long)
     assert not list(tmp_path.glob("sample-*"))
 
 
 def test_strengths_and_controls_must_match(lm):
     with pytest.raises(InputError, match="1 strengths were given for 0 controls"):
-        flow.build(lm, [], [1.0])
+        sampling.build(lm, [], [1.0])
 
 
 def test_perplexity_of_a_text_is_that_of_its_log_probability(root, lm, prompts):
     """Without truncation and where texts encode back to their tokens, the scorer sees what the decoder saw."""
-    made = stage(root, flow.sample, dict(n=32, max_new=4), lm=lm, prompts=prompts)
+    made = stage(root, sampling.sample, dict(n=32, max_new=4), lm=lm, prompts=prompts)
     from ctg_jax.evaluation import LMScorer
-    from ctg_jax.stage import open_lm
+    from ctg_jax.run.stage import open_lm
 
     model, params, tokenizer = open_lm(lm)
     rows = [r for r in made.rows("samples.jsonl") if tokenizer.encode([r["text"]])[0] == r["tokens"]]
@@ -127,9 +129,9 @@ def test_perplexity_of_a_text_is_that_of_its_log_probability(root, lm, prompts):
 def test_perplexity_of_human_text_under_a_control(root, lm):
     """By hand from `decode.score`, pooled over all tokens, with and without a control; a control that was trained on
     these texts finds them likelier."""
-    from ctg_jax import decode
+    from ctg_jax.decode import loop
     from ctg_jax.methods import finetune
-    from ctg_jax.stage import open_lm
+    from ctg_jax.run.stage import open_lm
     from ctg_jax.types import Prompts
 
     rows = [{"text": "the food", "reference": "the food was good"}, {"text": "we", "reference": "we like the room"}]
@@ -146,11 +148,11 @@ def test_perplexity_of_human_text_under_a_control(root, lm):
             tail = tokenizer.encode([r["reference"][len(r["text"]) :]])[0] + end
             ids = np.asarray([head], np.int32)
             prompts = Prompts(ids, np.ones_like(ids, bool), jax.random.split(jax.random.key(0), 1))
-            chain = flow.build(lm, controls, strengths)
-            nats -= float(decode.score(model, params, prompts, np.asarray([tail], np.int32), chain).sum())
+            chain = sampling.build(lm, controls, strengths)
+            nats -= float(loop.score(model, params, prompts, np.asarray([tail], np.int32), chain).sum())
             count += len(tail)
         settings = {"strengths": strengths, "resamples": 20}
-        (row,) = stage(root, flow.human, settings, lm=lm, data=data, controls=controls).metrics()
+        (row,) = stage(root, sampling.human, settings, lm=lm, data=data, controls=controls).metrics()
         assert row["name"] == "human_perplexity"
         np.testing.assert_allclose(row["value"], np.exp(nats / count), rtol=1e-5)
         values.append(row["value"])
@@ -162,6 +164,6 @@ def test_partial_rows_are_cut_back_to_whole_batches(tmp_path):
     rows = [{"x": i} for i in range(5)]
     path = run.path / "partial.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"x":')
-    assert flow._whole_batches(path, 2, 9) == rows[:4]
+    assert sampling._whole_batches(path, 2, 9) == rows[:4]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert flow._whole_batches(path, 2, 5) == rows
+    assert sampling._whole_batches(path, 2, 5) == rows

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctg_jax import checkpoint, stage, tree
+from ctg_jax import tree
+from ctg_jax.run import checkpoint, stage
 
 HERE = Path(__file__).parents[1]
 SCRIPT = """
@@ -20,8 +21,8 @@ root, index, count, port, stop = sys.argv[1], *map(int, sys.argv[2:])
 if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 from ctg_jax import Sampling, decode, hosts, losses, train
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.stage import stage, write_jsonl
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run.stage import stage, write_jsonl
 from ctg_jax.types import InputError, Prompts
 
 LM = Transformer.gpt2(vocab=24, width=8, depth=1, heads=2, context=16)

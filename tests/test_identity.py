@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 
 import ctg_jax
-from ctg_jax import experience, flow, judging, sources
-from ctg_jax.identity import canonical, declaration
+from ctg_jax.learn import experience
 from ctg_jax.methods import finetune, quark, steer
-from ctg_jax.stage import Artifact, plan, stage, stage_function, tally
+from ctg_jax.run.identity import canonical, declaration
+from ctg_jax.run.stage import Artifact, plan, stage, stage_function, tally
+from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
 
 DEFAULTS = Path(__file__).with_name("stages.json")  # written by `python -m tests.test_identity`
@@ -184,9 +185,9 @@ def test_ten_ids(tmp_path, monkeypatch):
         (sources.load_data, {"source": "jsonl:rows.jsonl", "split": "all", "limit": 10}, {}),
         (sources.load_lm, {"source": "lm", "dtype": "bfloat16"}, {}),
         (sources.pretrain, {"width": 64, "steps": 200, "save_every": 7}, {"data": data}),
-        (judging.fit_judge, {"kind": "bag", "name": "positive"}, {"data": data}),
-        (judging.fit_judge, {"kind": "function", "function": "mine_for_ids:score", "version": "1"}, {}),
-        (flow.sample, {"n": 4, "filter": {"top_p": 0.9}}, dict(lm=lm, prompts=data, controls=[pool])),
+        (judges.fit_judge, {"kind": "bag", "name": "positive"}, {"data": data}),
+        (judges.fit_judge, {"kind": "function", "function": "mine_for_ids:score", "version": "1"}, {}),
+        (sampling.sample, {"n": 4, "filter": {"top_p": 0.9}}, dict(lm=lm, prompts=data, controls=[pool])),
         (experience.score, {"round": 1}, dict(lm=lm, samples=samples, rewards=[reward])),
         (finetune.finetune, {"rank": 4, "where": {"label": 1}}, dict(lm=lm, data=data)),
         (quark.quark, {"tokens": 5, "kl": 0.05}, dict(lm=lm, pool=[pool], start_from=None)),

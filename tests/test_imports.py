@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ctg_jax import evaluation, latents
+from ctg_jax import evaluation
 from ctg_jax.data import load
-from ctg_jax.metrics import Writer
+from ctg_jax.run.metrics import Writer
+from ctg_jax.studies import latents
 from ctg_jax.types import InputError, optional
 
 ROOT = Path(__file__).parents[1]

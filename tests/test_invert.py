@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from ctg_jax import checkpoint, invert
+from ctg_jax.learn import slot_search
+from ctg_jax.run import checkpoint
 
 N, D = 13, 3
 AIMS = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32) * np.arange(1, N + 1, dtype=np.float32)[:, None]
@@ -23,9 +24,9 @@ def distance(z, rows, frozen):
 
 def find(slots=4, devices=1, aims=AIMS, steps=60, iterations=7, tolerance=0.05, **more):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    run = invert.compile_advance(mesh, objective=distance, tx=TX, steps=steps, iterations=iterations)
+    run = slot_search.compile_advance(mesh, objective=distance, tx=TX, steps=steps, iterations=iterations)
     start = np.zeros(aims.shape, np.float32)
-    return invert.solve(run, start, {"aim": aims}, np.float32(tolerance), TX, slots, mesh, least=2, **more)
+    return slot_search.solve(run, start, {"aim": aims}, np.float32(tolerance), TX, slots, mesh, least=2, **more)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,9 @@ def test_an_unsolved_row_keeps_its_best_not_its_last():
     wild = optax.chain(optax.scale_by_adam(), optax.scale(-50.0))
     mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
     wild = optax.with_extra_args_support(wild)
-    run = invert.compile_advance(mesh, objective=distance, tx=wild, steps=3, iterations=5)
+    run = slot_search.compile_advance(mesh, objective=distance, tx=wild, steps=3, iterations=5)
     aims = np.full((2, D), 0.5, np.float32)
-    found = invert.solve(run, np.zeros((2, D), np.float32), {"aim": aims}, np.float32(0), wild, 2, mesh)
+    found = slot_search.solve(run, np.zeros((2, D), np.float32), {"aim": aims}, np.float32(0), wild, 2, mesh)
     np.testing.assert_array_equal(found["z"], 0.0)
     np.testing.assert_allclose(found["loss"], 0.75)
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import flow, judging, sources
-from ctg_jax.stage import open_lm, stage, write_jsonl
+from ctg_jax.run.stage import open_lm, stage, write_jsonl
+from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import write_lm
 
@@ -37,7 +37,7 @@ def lm(root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def samples(root, lm):
     prompts = stage(root, texts, {"rows": RECORDS})
-    return stage(root, flow.sample, dict(n=3, max_new=5, batch=6), lm=lm, prompts=prompts)
+    return stage(root, sampling.sample, dict(n=3, max_new=5, batch=6), lm=lm, prompts=prompts)
 
 
 @pytest.mark.parametrize("kind", ["bag", "oracle"])
@@ -45,12 +45,12 @@ def test_a_judge_is_fitted_once_and_read_back(root, kind):
     rows = [{"text": f"the {w} was {a}", "label": l} for w in ("soup", "room", "show")
             for a, l in (("delicious", 1), ("wonderful", 1), ("bland", 0), ("terrible", 0))]  # fmt: skip
     data = stage(root, texts, {"rows": rows})
-    judge = stage(root, judging.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
+    judge = stage(root, judges.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
     (row,) = judge.metrics()
     said = {"bag": "v, accuracy 1.000 on 12 held-out texts", "oracle": f"v, {ORACLE}"}
-    assert judging._with_accuracy("v", judge) == said[kind]
-    assert row["accuracy"] == 1.0 and row["heldout"] == 12 and row["version"] == judging.open_judge(judge).version
-    scores = judging.open_judge(judge)(["", ""], ["the soup was delicious", "the soup was bland"])
+    assert judges._with_accuracy("v", judge) == said[kind]
+    assert row["accuracy"] == 1.0 and row["heldout"] == 12 and row["version"] == judges.open_judge(judge).version
+    scores = judges.open_judge(judge)(["", ""], ["the soup was delicious", "the soup was bland"])
     assert scores[0] > 0.5 > scores[1]
 
 
@@ -59,13 +59,13 @@ def test_an_oracle_is_not_called_exact_on_texts_that_are_not_its_own(root, lm):
     counted."""
     foreign = [{"text": "a marvellous sonata", "label": 1}, {"text": "dull prose throughout", "label": 0}]
     data = stage(root, texts, {"rows": [*foreign, {"text": "quite bland verse", "label": 1}]})
-    judge = stage(root, judging.fit_judge, {"kind": "oracle"}, heldout=data)
-    said = judging._with_accuracy("v", judge)
+    judge = stage(root, judges.fit_judge, {"kind": "oracle"}, heldout=data)
+    said = judges._with_accuracy("v", judge)
     assert said == f"v, {ORACLE}, accuracy {judge.metrics()[0]['accuracy']:.3f} on 3 held-out texts"
     assert judge.metrics()[0]["own"] == 0 and judge.metrics()[0]["accuracy"] < 1
     rows = [{"text": t, "prompt": "we", "prompt_id": i} for i, t in enumerate(["the soup was bland", "dull prose", ""])]
     result = stage(
-        root, judging.evaluate, {"resamples": 10}, samples=stage(root, written, {"rows": rows}), judges=[judge]
+        root, judges.evaluate, {"resamples": 10}, samples=stage(root, written, {"rows": rows}), judges=[judge]
     )
     assert result.spec["own"] == {"positive": 1} and result.spec["judged"] == 3
 
@@ -77,26 +77,26 @@ def written(run, *, rows):
 def test_an_oracle_of_the_other_label(root):
     """`target` is honoured: a neutral text is neither positive nor negative."""
     data = stage(root, texts, {"rows": [{"text": "the soup was bland", "label": 0}, {"text": "a desk", "label": 1}]})
-    judge = stage(root, judging.fit_judge, {"kind": "oracle", "name": "negative", "target": 0}, heldout=data)
-    negative = judging.open_judge(judge)
+    judge = stage(root, judges.fit_judge, {"kind": "oracle", "name": "negative", "target": 0}, heldout=data)
+    negative = judges.open_judge(judge)
     scores = negative([""] * 3, ["the soup was delicious", "the soup was bland", "a desk"])
     assert negative.name == "negative" and scores[0] < 0.5 < scores[1] and scores[2] == 0.5 < negative.threshold
     assert judge.metrics()[0]["accuracy"] == 1.0 and "sentiment=0" in negative.version
     with pytest.raises(InputError, match="target is 3"):
-        stage(root, judging.fit_judge, {"kind": "oracle", "target": 3})
+        stage(root, judges.fit_judge, {"kind": "oracle", "target": 3})
 
 
 def test_unknown_judge(tmp_path):
     with pytest.raises(InputError, match="one of oracle, bag, probe, classifier, diversity"):
-        stage(tmp_path, judging.fit_judge, {"kind": "orakle"})
+        stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):
-        stage(tmp_path, judging.fit_judge, {"kind": "bag"})
+        stage(tmp_path, judges.fit_judge, {"kind": "bag"})
     assert not list(tmp_path.glob("fit_judge-*"))
 
 
 def test_figures_have_intervals_and_name_their_scorers(root, lm, samples):
-    judge = stage(root, judging.fit_judge, {"kind": "oracle"})
-    result = stage(root, judging.evaluate, {"resamples": 50, "lm_name": "tiny"}, samples=samples, judges=[judge], lm=lm)
+    judge = stage(root, judges.fit_judge, {"kind": "oracle"})
+    result = stage(root, judges.evaluate, {"resamples": 50, "lm_name": "tiny"}, samples=samples, judges=[judge], lm=lm)
     figures = {row["name"]: row for row in result.metrics()}
     assert {"positive/share", "perplexity", "dist-2", "length", "tokens"} <= figures.keys()
     assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values() if f["low"] is not None)
@@ -127,7 +127,7 @@ def test_an_encoder_gives_relevance_similarity_and_mauve(root, samples, monkeypa
         "ctg_jax.evaluation.protocol.mauve", lambda a, b, ids, **kw: seen.update(a=a, b=b, ids=ids) or fixed
     )
     human = stage(root, texts, {"rows": [{"text": "a tea"}, {"text": "to eat"}]})
-    result = stage(root, judging.evaluate, {"embed": "letters", "resamples": 20}, samples=samples, references=human)
+    result = stage(root, judges.evaluate, {"embed": "letters", "resamples": 20}, samples=samples, references=human)
     figures = {row["name"]: row["value"] for row in result.metrics()}
     rows = samples.rows("samples.jsonl")
     encode = Letters()
@@ -140,18 +140,18 @@ def test_an_encoder_gives_relevance_similarity_and_mauve(root, samples, monkeypa
     np.testing.assert_array_equal(seen["b"], encode(["a tea", "to eat"]))
     assert result.spec["encoder"] == "letters@1" and result.spec["relevance"].endswith("letters@1")
     with pytest.raises(InputError, match="set embed to a sentence encoder"):
-        stage(root, judging.evaluate, {}, samples=samples, references=human)
+        stage(root, judges.evaluate, {}, samples=samples, references=human)
 
 
 def test_kl_is_estimated_from_the_log_probabilities_of_the_samples(root, lm, samples):
-    plain = stage(root, judging.evaluate, {"kl": True, "resamples": 20}, samples=samples, lm=lm)
+    plain = stage(root, judges.evaluate, {"kl": True, "resamples": 20}, samples=samples, lm=lm)
     (figure,) = [row for row in plain.metrics() if row["name"] == "kl"]
     assert abs(figure["value"]) < 1e-4  # drawn from the LM as it is
     prompts = stage(root, texts, {"rows": RECORDS})
     narrow = stage(
-        root, flow.sample, dict(n=3, max_new=5, batch=6, filter={"top_k": 2}), lm=lm, prompts=prompts
+        root, sampling.sample, dict(n=3, max_new=5, batch=6, filter={"top_k": 2}), lm=lm, prompts=prompts
     )  # fmt: skip
-    cut = stage(root, judging.evaluate, {"kl": True, "resamples": 20}, samples=narrow, lm=lm)
+    cut = stage(root, judges.evaluate, {"kl": True, "resamples": 20}, samples=narrow, lm=lm)
     (figure,) = [row for row in cut.metrics() if row["name"] == "kl"]
     model, params, tokenizer = open_lm(lm)
     total, count = 0.0, 0
@@ -176,11 +176,11 @@ def test_kl_that_cannot_be_known_is_refused(root, lm, samples, tmp_path):
     other = stage(root, sources.load_lm, {"source": str(write_lm(tmp_path / "lm", seed=3))})
     for given in (None, other):
         with pytest.raises(InputError, match="kl needs the language model that wrote"):
-            stage(root, judging.evaluate, {"kl": True}, samples=samples, lm=given)
+            stage(root, judges.evaluate, {"kl": True}, samples=samples, lm=given)
     prompts = stage(root, texts, {"rows": RECORDS})
-    greedy = stage(root, flow.sample, dict(n=1, max_new=2, greedy=True), lm=lm, prompts=prompts)
+    greedy = stage(root, sampling.sample, dict(n=1, max_new=2, greedy=True), lm=lm, prompts=prompts)
     with pytest.raises(InputError, match="is greedy"):
-        stage(root, judging.evaluate, {"kl": True}, samples=greedy, lm=lm)
+        stage(root, judges.evaluate, {"kl": True}, samples=greedy, lm=lm)
 
 
 def scored(run, *, scores, relevance=None, judge: str = "positive@1"):
@@ -197,7 +197,7 @@ def test_smoothness_over_the_strengths_of_a_method(root):
     # Means of the two prompts: -1: 0, 0.2; 0: 0.5, 0.3; 1: 1, 0.4. Of both: 0.1, 0.4, 0.7, a line.
     values = {-1.0: [[0, 0], [0.1, 0.3]], 0.0: [[0.5, 0.5], [0.3, 0.3]], 1.0: [[1, 1], [0.4, 0.4]]}
     figures = [stage(root, scored, {"scores": v, "relevance": 0.5 + s / 4}) for s, v in values.items()]
-    result = stage(root, judging.smooth, {"strengths": list(values), "resamples": 50}, figures=figures)
+    result = stage(root, judges.smooth, {"strengths": list(values), "resamples": 50}, figures=figures)
     found = {row["name"]: row for row in result.metrics()}
     want = {
         "positive/range": (1.0 + 0.2) / 2,
@@ -213,7 +213,7 @@ def test_smoothness_over_the_strengths_of_a_method(root):
         assert found[name]["value"] == pytest.approx(value, abs=1e-9), name
         assert found[name]["n"] == 2 and found[name]["low"] is not None
     backwards = stage(
-        root, judging.smooth, {"strengths": [1.0, 0.0, -1.0], "resamples": 50}, figures=figures
+        root, judges.smooth, {"strengths": [1.0, 0.0, -1.0], "resamples": 50}, figures=figures
     )  # fmt: skip
     assert backwards.metrics()[0]["value"] == pytest.approx(-0.6)
 
@@ -221,16 +221,16 @@ def test_smoothness_over_the_strengths_of_a_method(root):
 def test_smoothness_is_refused_across_judges(root):
     one, two = (stage(root, scored, {"scores": [[0.1], [0.2]], "judge": j}) for j in ("a@1", "b@1"))
     with pytest.raises(InputError, match="were not scored alike"):
-        stage(root, judging.smooth, {"strengths": [0.0, 1.0]}, figures=[one, two])
+        stage(root, judges.smooth, {"strengths": [0.0, 1.0]}, figures=[one, two])
     with pytest.raises(InputError, match="3 strengths were given for 2"):
-        stage(root, judging.smooth, {"strengths": [0.0, 1.0, 2.0]}, figures=[one, one])
+        stage(root, judges.smooth, {"strengths": [0.0, 1.0, 2.0]}, figures=[one, one])
 
 
 def test_what_is_not_defined_is_null(root):
     samples = stage(root, blank, {})
-    result = stage(root, judging.evaluate, {"resamples": 10}, samples=samples)
+    result = stage(root, judges.evaluate, {"resamples": 10}, samples=samples)
     assert result.rows("scores.jsonl") == [{"prompt_id": 0, "sample": 0, "scores": {}}]
-    assert judging._finite(math.nan) is None and judging._finite(0.0) == 0.0 and judging._finite("a") == "a"
+    assert judges._finite(math.nan) is None and judges._finite(0.0) == 0.0 and judges._finite("a") == "a"
 
 
 def blank(run):

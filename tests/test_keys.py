@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from flax import struct
 
-from ctg_jax import flow, judging, rng, sources
+from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.data import to_prompts, train_bpe
 from ctg_jax.evaluation import LMScorer
 from ctg_jax.methods import click, gdc, ppo, quark, unlikelihood
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.stage import UnfinishedError, plan, stage
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run.stage import UnfinishedError, plan, stage
+from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError, Samples
 
 HIGHEST = 2**32 - 1
@@ -83,7 +84,7 @@ def test_prompts_65536_apart_are_sampled_apart():
         return Samples(one, one > 0, one * 0.0, 1)
 
     for skip in (0, 65536):
-        (row,) = next(flow.complete(lm, {}, OneToken(), ["we"] * 65537, batch=1, write=write, skip=skip))
+        (row,) = next(sampling.complete(lm, {}, OneToken(), ["we"] * 65537, batch=1, write=write, skip=skip))
         assert (row["prompt_id"], row["sample"]) == (skip, 0)
     assert seen[0] != seen[1]
     assert seen[1] == bits(rng.per_example(jax.random.key(0), np.asarray([[65536, 0]])))[0]
@@ -136,7 +137,7 @@ def test_rounds_of_several_seeds_share_nothing(tmp_path, method, hp):
     with plan() as planned:
         lm = stage(tmp_path, sources.load_lm, {"source": "some"})
         given = dict(lm=lm, data=stage(tmp_path, sources.load_data, {"source": "some", "split": "all"}))
-        reward = stage(tmp_path, judging.fit_judge, {"kind": "diversity", "name": "some"})
+        reward = stage(tmp_path, judges.fit_judge, {"kind": "diversity", "name": "some"})
         for seed in range(3):
             try:
                 method.fit(tmp_path, **given, rewards=[reward], rounds=rounds, seed=seed, **hp)

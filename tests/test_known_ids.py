@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import constraints, evaluation, flow, strategies
+from ctg_jax import evaluation
 from ctg_jax.control import IDENTITY
+from ctg_jax.controls import constraints
 from ctg_jax.data.tokenizer import train_bpe
+from ctg_jax.decode import strategies
 from ctg_jax.methods import diffusion_lm, mdlm, truncate
+from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Sampling
 
 TOKENIZER = train_bpe(["the soup was good", "the food was bad"] * 4, 270)
@@ -27,7 +30,7 @@ def test_the_tokenizer_tells_which_ids_are_tokens():
 def test_completions_hold_tokens_only_and_their_probability_is_that_of_the_scorer(control):
     rows = [
         row
-        for part in flow.complete(LM, PARAMS, TOKENIZER, ["the soup"], control, n=64, max_new=4, batch=64)
+        for part in sampling.complete(LM, PARAMS, TOKENIZER, ["the soup"], control, n=64, max_new=4, batch=64)
         for row in part
     ]
     assert max(max(row["tokens"], default=0) for row in rows) < TOKENIZER.vocab

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import decode, layout, losses, sources, train, tree
+from ctg_jax import tree
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses, train
+from ctg_jax.mesh import layout
 from ctg_jax.methods import finetune
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sources
 from ctg_jax.types import InputError, Prompts, Sampling
 from tests.experiments.tiny_lm import write_lm
 
@@ -76,16 +80,16 @@ def test_completions_are_split_in_one_way_only(monkeypatch):
 
 def test_weights_lie_split_and_decode_the_same(lm):
     model, params, _ = open_lm(lm)
-    want = decode.generate(model, params, prompts(), sampling=Sampling(max_new=6))
+    want = loop.generate(model, params, prompts(), sampling=Sampling(max_new=6))
     with layout.laid_out(layout.read("fsdp=4,tensor=2")):
         same, split, _ = open_lm(lm)
-        out = decode.generate(same, split, prompts(), sampling=Sampling(max_new=6))
-        scores = decode.score(same, split, prompts(), out.tokens)
-        uneven = decode.generate(same, split, prompts(3), sampling=Sampling(max_new=6))
+        out = loop.generate(same, split, prompts(), sampling=Sampling(max_new=6))
+        scores = loop.score(same, split, prompts(), out.tokens)
+        uneven = loop.generate(same, split, prompts(3), sampling=Sampling(max_new=6))
     assert same == model and held(split) < held(params) / 4
     assert len(out.tokens.sharding.device_set) == 8
     assert out.tokens.tolist() == want.tokens.tolist()
-    alone = decode.generate(model, params, prompts(3), sampling=Sampling(max_new=6))
+    alone = loop.generate(model, params, prompts(3), sampling=Sampling(max_new=6))
     assert uneven.tokens.tolist() == alone.tokens.tolist()
     np.testing.assert_allclose(scores, want.logp, atol=1e-5)
 

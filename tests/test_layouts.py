@@ -9,10 +9,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ctg_jax import checkpoint, decode, losses, rng, train, tree
+from ctg_jax import rng, tree
 from ctg_jax.control import IDENTITY
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import DECODER, Plan
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses, train
+from ctg_jax.mesh.plan import DECODER, Plan
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run import checkpoint
 from ctg_jax.types import Prompts, Sampling
 
 LM = Transformer.gpt2(vocab=32, width=16, depth=2, heads=4, context=12)
@@ -142,17 +145,17 @@ def test_decoding_keeps_the_cache_split_over_rows_and_heads():
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, LM.vocab, (8, 4)), jnp.int32)
     prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), rng.per_example(jax.random.key(5), jnp.arange(8)))
     sampling = Sampling(max_new=8)
-    want = decode.generate(LM, params, prompts, IDENTITY, sampling)
+    want = loop.generate(LM, params, prompts, IDENTITY, sampling)
     placed, rows = FSDP.place(params), jax.device_put(prompts, NamedSharding(FSDP.mesh, PartitionSpec("data")))
-    d = decode.begin(LM, placed, rows, IDENTITY, sampling)
+    d = loop.begin(LM, placed, rows, IDENTITY, sampling)
     for cache in (*d.cache.k, *d.cache.v):
         assert cache.shape == (8, 4, 11, 4)
         assert cache.addressable_shards[0].data.shape == (2, 2, 11, 4)
-    text = decode.loop.lower(LM, placed, rows, IDENTITY, sampling).compile().as_text()
+    text = loop.loop.lower(LM, placed, rows, IDENTITY, sampling).compile().as_text()
     assert "f32[2,2,11,4]" in text and "f32[8,4,11,4]" not in text and "f32[2,4,11,4]" not in text
     # The weights stay where they are too: what meets is activations, for a token is few rows and a kernel many.
     kernel = "f32[64,16]"  # of the MLP, whole
     assert kernel not in text
-    out = decode.generate(LM, placed, rows, IDENTITY, sampling)
+    out = loop.generate(LM, placed, rows, IDENTITY, sampling)
     assert out.tokens.tolist() == want.tokens.tolist()
     np.testing.assert_allclose(out.logp, want.logp, atol=1e-4)

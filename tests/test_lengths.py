@@ -6,17 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ctg_jax.methods.truncate import TopP
 from flax import struct
 from laws import worlds
 
-from ctg_jax import IDENTITY, Control, Sampling, bricks, decode, experience, flow, generate, losses, sources
-from ctg_jax.bricks import SoftPrompt, coded, soft_prompt
+from ctg_jax import IDENTITY, Control, Sampling, generate
 from ctg_jax.control import Chain
+from ctg_jax.controls import bricks
+from ctg_jax.controls.bricks import SoftPrompt, coded, soft_prompt
+from ctg_jax.decode import loop
 from ctg_jax.evaluation import LMScorer, kl_to_base
+from ctg_jax.learn import experience, losses
 from ctg_jax.methods import dexperts, dglm, finetune, latent_steer, mdlm, steer
-from ctg_jax.methods.truncate import TopP
 from ctg_jax.models import lengths, masked
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 
 LM = Transformer.gpt2(vocab=20, width=16, depth=1, heads=2, context=16)
@@ -39,16 +43,16 @@ def test_what_controls_add_counts_and_the_last_token_takes_no_position():
     ):
         generate(LM, PARAMS, ask(), SOFT, Sampling(max_new=8))
     with pytest.raises(InputError, match="of which controls take 8"):
-        next(decode.stream(LM, PARAMS, ask(), Chain((TopP(0.9), SOFT)), Sampling(max_new=2)))
+        next(loop.stream(LM, PARAMS, ask(), Chain((TopP(0.9), SOFT)), Sampling(max_new=2)))
     out = generate(LM, PARAMS, ask(), SOFT, Sampling(max_new=1))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, ask(), out.tokens, SOFT), out.logp, atol=1e-5)
+    np.testing.assert_allclose(loop.score(LM, PARAMS, ask(), out.tokens, SOFT), out.logp, atol=1e-5)
     most = generate(LM, PARAMS, ask(), sampling=Sampling(max_new=9))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, ask(), most.tokens), most.logp, atol=1e-5)
+    np.testing.assert_allclose(loop.score(LM, PARAMS, ask(), most.tokens), most.logp, atol=1e-5)
     with pytest.raises(InputError, match="max_new is 10, but the model's context is 16:"):
-        decode.begin(LM, PARAMS, ask(), IDENTITY, Sampling(max_new=10))
+        loop.begin(LM, PARAMS, ask(), IDENTITY, Sampling(max_new=10))
 
 
-@pytest.mark.parametrize("read", [decode.forward, decode.forward_states, decode.score, kl_to_base])
+@pytest.mark.parametrize("read", [loop.forward, loop.forward_states, loop.score, kl_to_base])
 def test_whatever_reads_a_completion_refuses_one_that_is_too_long(read):
     more = (IDENTITY,) if read is kl_to_base else ()
     with pytest.raises(InputError, match="has 1 tokens and the completion's length is 47, but the model's context is"):
@@ -63,13 +67,13 @@ def test_whatever_reads_a_completion_refuses_one_that_is_too_long(read):
 def test_padding_takes_no_room_where_it_is_known():
     rows, tail = ask([1] * 12, [1]), made(12, 2)
     written = jnp.arange(12)[None] < jnp.array([[3], [12]])
-    logp = decode.score(LM, PARAMS, rows, tail, written=written)
+    logp = loop.score(LM, PARAMS, rows, tail, written=written)
     assert bool(jnp.all((logp == 0) == ~written))
-    np.testing.assert_allclose(logp[0, :3], decode.score(LM, PARAMS, ask([1] * 12), tail[:1, :3])[0], atol=1e-5)
+    np.testing.assert_allclose(logp[0, :3], loop.score(LM, PARAMS, ask([1] * 12), tail[:1, :3])[0], atol=1e-5)
     with pytest.raises(InputError, match="has 12 tokens and the completion's length is 12"):
-        decode.score(LM, PARAMS, rows, tail)
+        loop.score(LM, PARAMS, rows, tail)
     with pytest.raises(InputError, match="has 12 tokens and the completion's length is 6"):
-        decode.score(LM, PARAMS, rows, tail, written=written.at[0, :6].set(True))
+        loop.score(LM, PARAMS, rows, tail, written=written.at[0, :6].set(True))
 
 
 def test_every_control_that_adds_tokens_counts_them():
@@ -84,7 +88,7 @@ def test_every_control_that_adds_tokens_counts_them():
     memory = latent_steer.init(LM, jax.random.key(0), site="memory", slots=6)
     assert lengths.room(LM, memory)[0] == 16  # a prefix takes slots of the cache and no positions
     out = generate(LM, PARAMS, ask(), memory, Sampling(max_new=9))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, ask(), out.tokens, memory), out.logp, atol=1e-5)
+    np.testing.assert_allclose(loop.score(LM, PARAMS, ask(), out.tokens, memory), out.logp, atol=1e-5)
 
 
 def test_a_control_that_does_not_tell_what_it_adds_is_refused():
@@ -106,7 +110,7 @@ def test_models_that_read_along_have_contexts_of_their_own():
             generate(LM, PARAMS, ask([1] * 4), control, Sampling(max_new=6))
     told = dexperts.prompted(LM, PARAMS, ROW)
     with pytest.raises(InputError, match="the expert's context is 16, of which controls take 8"):
-        decode.forward(LM, PARAMS, ask([1] * 4), made(6), told)
+        loop.forward(LM, PARAMS, ask([1] * 4), made(6), told)
     nested = dexperts.experts(dexperts.member(LM, PARAMS, amateur), None)
     with pytest.raises(InputError, match="the anti's context is 8"):
         generate(LM, PARAMS, ask([1] * 4), nested, Sampling(max_new=6))
@@ -158,8 +162,8 @@ class Letters:
 
 def test_pipelines_count_what_controls_add():
     with pytest.raises(InputError, match=r"prompt 2 has 4 tokens and max_new is 6, .* of which controls take 8"):
-        next(flow.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=6))
-    (rows,) = flow.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=5)
+        next(sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=6))
+    (rows,) = sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=5)
     assert [len(r["tokens"]) for r in rows] == [5, 5]
     with pytest.raises(InputError, match="A text has 17 tokens, but the model's context is 16"):
         next(steer.batches(LM, Letters(), ["a", "a" * 17], 2, 64))
@@ -180,7 +184,7 @@ def test_a_scorer_makes_room_for_what_its_control_adds():
 
 
 def test_pretraining_refuses_rows_longer_than_its_context(tmp_path):
-    from ctg_jax.stage import stage, write_jsonl
+    from ctg_jax.run.stage import stage, write_jsonl
 
     def texts(run):
         write_jsonl(run.path / "data.jsonl", [{"text": "the soup was good"}] * 4)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax import losses, rng
+from ctg_jax import rng
 from ctg_jax.control import IDENTITY, Control
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.learn import losses
+from ctg_jax.models.decoder import Transformer
 
 LM = Transformer.gpt2(vocab=11, width=8, depth=2, heads=2, context=16)
 PARAMS = jax.jit(LM.init)(jax.random.key(1))

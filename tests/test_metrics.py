@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ctg_jax.metrics import Writer
+from ctg_jax.run.metrics import Writer
 
 
 def rows(path):

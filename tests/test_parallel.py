@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ctg_jax import latent_diffusion, train, tree
+from ctg_jax import tree
+from ctg_jax.learn import latent_diffusion, train
+from ctg_jax.mesh.plan import CONTROL, DECODER, ENCODER, REPLICATED, Plan
 from ctg_jax.methods import diffusion_lm, finetune, mdlm, ppo
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.encoder import Encoder
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import CONTROL, DECODER, ENCODER, REPLICATED, Plan
 from ctg_jax.types import InputError
 
 GPT2 = Transformer.gpt2(vocab=32, width=16, depth=2, heads=4, context=16)

@@ -10,7 +10,7 @@ import pytest
 
 from ctg_jax import report
 from ctg_jax.evaluation import Figure
-from ctg_jax.stage import stage
+from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError
 
 NASTY = '<script>alert("x")</script> & | a_b *c*\nnew'

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctg_jax import checkpoint
+from ctg_jax.run import checkpoint
 
 STEPS = 24
 SCRIPT = """
@@ -22,7 +22,7 @@ import numpy as np
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from ctg_jax import checkpoint, losses, train
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 
 class Batches:
     at = 0

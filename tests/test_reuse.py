@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import checkpoint, experience, flow, judging, methods, sources
-from ctg_jax import stage as S
+from ctg_jax import methods
+from ctg_jax.learn import experience
 from ctg_jax.methods import finetune, steer
 from ctg_jax.rewards import FunctionReward
-from ctg_jax.stage import open_lm, stage, tally
-from ctg_jax.store import Store
+from ctg_jax.run import checkpoint
+from ctg_jax.run import stage as S
+from ctg_jax.run.stage import open_lm, stage, tally
+from ctg_jax.run.store import Store
+from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import TEXTS, write_lm
 
@@ -81,7 +84,7 @@ def test_what_follows_from_an_edited_file_is_made_again(tmp_path, given):
     made = []
     for rows in (ROWS, ROWS[:2]):
         write_rows(tmp_path / "p.jsonl", rows)
-        made.append(stage(root, flow.sample, dict(n=1, max_new=2), lm=lm, prompts=loaded(root, source)))
+        made.append(stage(root, sampling.sample, dict(n=1, max_new=2), lm=lm, prompts=loaded(root, source)))
     assert [len(a.rows("samples.jsonl")) for a in made] == [3, 2]
 
 
@@ -109,7 +112,7 @@ def test_a_model_is_identified_by_its_files_and_found_where_it_is_now(tmp_path):
 
 
 def judge_of(root, **settings):
-    return judging.open_judge(stage(root, judging.fit_judge, {"kind": "function", "name": "mine", **settings}))
+    return judges.open_judge(stage(root, judges.fit_judge, {"kind": "function", "name": "mine", **settings}))
 
 
 @pytest.fixture
@@ -132,8 +135,8 @@ def test_another_reward_function_under_the_same_name_is_asked(tmp_path, module):
     assert new([""], ["a"]).tolist() == [2.0] and new.version != old.version
     assert judge_of(tmp_path, function=module("return 1.0"), version="1")([""], ["a"]).tolist() == [1.0]
     elsewhere = module("return 1.0", name="moved")
-    again = stage(tmp_path, judging.fit_judge, dict(kind="function", name="mine", function=elsewhere, version="1"))
-    assert again == stage(tmp_path, judging.fit_judge, again.spec["config"] | {"function": module("return 1.0")})
+    again = stage(tmp_path, judges.fit_judge, dict(kind="function", name="mine", function=elsewhere, version="1"))
+    assert again == stage(tmp_path, judges.fit_judge, again.spec["config"] | {"function": module("return 1.0")})
 
 
 @pytest.mark.parametrize(
@@ -199,12 +202,12 @@ def test_a_function_of_a_file_is_kept_under_its_code_and_version(tmp_path):
 def test_a_setting_that_a_kind_of_judge_ignores_is_refused(tmp_path, module, settings, words):
     own = dict(function=module("return 1.0"), version="1") if settings["kind"] == "function" else {}
     with pytest.raises(InputError, match=words):
-        stage(tmp_path, judging.fit_judge, own | settings)
+        stage(tmp_path, judges.fit_judge, own | settings)
 
 
 def test_data_that_a_kind_of_judge_ignores_are_refused(given):
     with pytest.raises(InputError, match=r"data is 'load_data-.*', but a judge of kind 'oracle' does not read it"):
-        stage(given[0], judging.fit_judge, {"kind": "oracle"}, data=given[2])
+        stage(given[0], judges.fit_judge, {"kind": "oracle"}, data=given[2])
 
 
 # -- controls
@@ -219,7 +222,7 @@ def test_controls_made_by_hand_are_identified_by_their_arrays(given):
     assert saved[0] != saved[1] and methods.save(root, lm, pushes[0], "steer") == saved[0]
     for artifact, control in zip(saved, pushes):
         np.testing.assert_array_equal(methods.load(artifact, model).vector, control.vector)
-        flow.build(lm, [artifact], [None])
+        sampling.build(lm, [artifact], [None])
     soft = finetune.init(model, jax.random.key(0), kind="prompt", length=2)
     with pytest.raises(InputError, match=r"finetune.init with \{\} makes a control with"):
         methods.save(root, lm, soft, "finetune")
@@ -324,14 +327,14 @@ def test_training_is_not_repeated_after_a_kill_while_sealing(given, killed, monk
 
 def test_nothing_is_sampled_or_scored_again_after_a_kill_while_sealing(given, killed, module, monkeypatch):
     root, lm, data = given
-    batches, real = [], flow.generate
-    monkeypatch.setattr(flow, "generate", lambda *a, **k: batches.append(1) or real(*a, **k))
-    samples = killed(lambda: stage(root, flow.sample, dict(n=2, max_new=3, batch=3), lm=lm, prompts=data))
+    batches, real = [], sampling.generate
+    monkeypatch.setattr(sampling, "generate", lambda *a, **k: batches.append(1) or real(*a, **k))
+    samples = killed(lambda: stage(root, sampling.sample, dict(n=2, max_new=3, batch=3), lm=lm, prompts=data))
     assert len(batches) == 2 and not (samples.path / "partial.jsonl").exists()
     asked = root / "asked"
     path = module(f"open({str(asked)!r}, 'a').write('x'); return 0.5")
-    reward = stage(root, judging.fit_judge, dict(kind="function", name="mine", function=path, version="1"))
-    monkeypatch.setattr(judging.open_judge(reward), "cache", None)
+    reward = stage(root, judges.fit_judge, dict(kind="function", name="mine", function=path, version="1"))
+    monkeypatch.setattr(judges.open_judge(reward), "cache", None)
     scored = killed(lambda: stage(root, experience.score, samples=samples, rewards=[reward], lm=lm))
     distinct = {(r["prompt"], r["text"]) for r in samples.rows("samples.jsonl")}
     assert len(asked.read_text()) == len(distinct) and not (scored.path / "scores.partial").exists()

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from ctg_jax import judging
 from ctg_jax.rewards import FunctionReward, PreferenceModel, named
-from ctg_jax.stage import stage, write_jsonl
+from ctg_jax.run.stage import stage, write_jsonl
+from ctg_jax.stages import judges
 from ctg_jax.types import InputError
 
 
@@ -70,7 +70,7 @@ def test_waiting_doubles():
 
 def test_a_judge_of_ones_own(tmp_path):
     settings = dict(kind="function", name="length", function=f"{__name__}:length", version="1")
-    judge = judging.open_judge(stage(tmp_path, judging.fit_judge, settings))
+    judge = judges.open_judge(stage(tmp_path, judges.fit_judge, settings))
     assert judge([""], ["abcde"]).tolist() == [0.5]
     assert judge.version == f"1@{judge.code}" and (tmp_path / ".scores" / f"{judge.code}.sqlite").exists()
     for path, wanted in (
@@ -117,6 +117,6 @@ def test_a_judge_needs_its_records(tmp_path):
 
     data = stage(tmp_path, records, {"rows": [{"text": "a"}]})
     with pytest.raises(InputError, match="none of the 1 texts has a label"):
-        stage(tmp_path, judging.fit_judge, {"kind": "bag"}, data=data)
+        stage(tmp_path, judges.fit_judge, {"kind": "bag"}, data=data)
     with pytest.raises(InputError, match="records without a text under rejected"):
-        stage(tmp_path, judging.fit_judge, {"kind": "preference", "encoder": "x"}, data=data)
+        stage(tmp_path, judges.fit_judge, {"kind": "preference", "encoder": "x"}, data=data)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ctg_jax import stage as S
-from ctg_jax.stage import Artifact, stage, stage_function, tally
+from ctg_jax.run import stage as S
+from ctg_jax.run.stage import Artifact, stage, stage_function, tally
 from ctg_jax.types import InputError
 
 
@@ -197,7 +197,7 @@ def test_jsonl_round_trip(tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from ctg_jax.stage import stage
+from ctg_jax.run.stage import stage
 def slow(run, *, wait=0.0):
     with open(run.path.parent / "starts", "a") as f: f.write("x")
     if (run.path.parent / "hang").exists(): time.sleep(60)

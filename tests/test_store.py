@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ctg_jax import checkpoint, train
-from ctg_jax.stage import stage, tally
-from ctg_jax.store import Store
+from ctg_jax.learn import train
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import stage, tally
+from ctg_jax.run.store import Store
 from ctg_jax.types import InputError, Sum
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, layout, methods, strategies
+from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.decode import loop, strategies
+from ctg_jax.mesh import layout
 from ctg_jax.methods import diffusion_lm, mdlm, truncate
 from ctg_jax.types import InputError, Samples, Sampling
 
@@ -75,8 +77,8 @@ def test_whole_rows_are_cut_as_the_decode_loop_cuts_them():
     assert mask.sum(1).tolist() == [2, 2, 3, 3, 5]
     assert tokens.tolist() == [[1, 2, 9, 9, 9], [4, 0, 9, 9, 9], [1, 1, 2, 9, 9], [3, 3, 3, 9, 9], [2, 1, 1, 1, 2]]
     for row, kept in zip(rows, mask.sum(1)):
-        d = decode.Decoding(0, None, None, None, None, row[None], None, None)
-        ends = [bool(decode.ended(d.replace(t=t + 1), row[t : t + 1], sampling)[0]) for t in range(5)]
+        d = loop.Decoding(0, None, None, None, None, row[None], None, None)
+        ends = [bool(loop.ended(d.replace(t=t + 1), row[t : t + 1], sampling)[0]) for t in range(5)]
         assert (ends.index(True) + 1 if any(ends) else 5) == int(kept)
 
 

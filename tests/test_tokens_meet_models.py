@@ -8,16 +8,19 @@ import pytest
 from laws import worlds
 from tokenizers import Tokenizer as Core
 
-from ctg_jax import decode, evaluation, flow, latents, sources
-from ctg_jax.bricks import SoftPrompt, coded, lora
+from ctg_jax import evaluation
 from ctg_jax.control import IDENTITY, Chain
+from ctg_jax.controls.bricks import SoftPrompt, coded, lora
 from ctg_jax.data import Tokenizer, load_tokenizer, train_bpe
 from ctg_jax.data.tokenizer import pad_rows
+from ctg_jax.decode import loop
 from ctg_jax.methods import dexperts, latent_steer, lm_steer
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.rewards.embed import lm_embedder
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sampling, sources
+from ctg_jax.studies import latents
 from ctg_jax.types import InputError, Samples, Sampling
 from tests.data.sentencepiece import llama_like
 
@@ -56,7 +59,7 @@ def nats(lm, params, ids, given):
 
 
 def test_samples_hold_the_text_that_was_drawn(llama):
-    lm, params, tokenizer = flow.opened(llama)
+    lm, params, tokenizer = sampling.opened(llama)
     prompts, texts = ["the food", "the hour was"], [" hour loud", "great"]
     drawn = tokenizer.encode_after(prompts, texts)
     tokens, mask = pad_rows(drawn, 8, 0, left=False)
@@ -65,10 +68,10 @@ def test_samples_hold_the_text_that_was_drawn(llama):
         logp = jnp.zeros(tokens.shape)
         return Samples(jnp.asarray(tokens), jnp.asarray(mask), logp, jnp.int32(8))
 
-    (rows,) = flow.complete(lm, params, tokenizer, prompts, max_new=8, batch=2, write=write)
+    (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2, write=write)
     assert [row["prompt"] + row["text"] for row in rows] == ["the food hour loud", "the hour wasgreat"]
     assert [row["tokens"] for row in rows] == drawn
-    (rows,) = flow.complete(lm, params, tokenizer, prompts, max_new=8, batch=2)
+    (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2)
     for row in rows:
         (head,) = tokenizer.encode_prompts([row["prompt"]])
         assert [row["prompt"] + row["text"]] == tokenizer.decode([head + row["tokens"]])
@@ -111,12 +114,12 @@ def test_an_embedder_out_of_a_language_model_reads_the_beginning_token(llama):
 
 
 def test_latent_vectors_learn_and_say_the_tokens_of_the_text(llama, root):
-    _, _, tokenizer = flow.opened(llama)
+    _, _, tokenizer = sampling.opened(llama)
     record = {"prompt": "the food", "text": " was loud"}
     row, first = latent_steer._sentence(tokenizer, record, 0, True)
     whole = tokenizer.encode(["the food was loud"])[0]
     assert row == [tokenizer.bos, *whole, tokenizer.eos] and first == 1 + len(tokenizer.encode(["the food"])[0])
-    control = latent_steer.init(flow.opened(llama)[0], jax.random.key(0), count=1, choice="vector")
+    control = latent_steer.init(sampling.opened(llama)[0], jax.random.key(0), count=1, choice="vector")
     texts, tokens = latents.say(llama, control, np.zeros((1, 16), np.float32), ["the food"], 6)
     head = tokenizer.encode_prompts(["the food"])[0]
     assert "the food" + texts[0] == tokenizer.decode([head + tokens[0]])[0]
@@ -157,11 +160,11 @@ def test_an_id_without_a_row_is_refused_wherever_a_model_reads_it(bad):
     p, good = worlds.prompts([[1, bad], [3]]), worlds.prompts(PROMPTS)
     words = f"holds the token id {bad}, but the model has {LM.vocab} tokens"
     for call in (
-        lambda: decode.generate(LM, PARAMS, p),
-        lambda: next(decode.stream(LM, PARAMS, p, IDENTITY, Sampling(max_new=2))),
-        lambda: decode.forward(LM, PARAMS, p, COMPLETION),
-        lambda: decode.score(LM, PARAMS, p, COMPLETION),
-        lambda: decode.score(LM, PARAMS, good, COMPLETION.at[1, 1].set(bad)),
+        lambda: loop.generate(LM, PARAMS, p),
+        lambda: next(loop.stream(LM, PARAMS, p, IDENTITY, Sampling(max_new=2))),
+        lambda: loop.forward(LM, PARAMS, p, COMPLETION),
+        lambda: loop.score(LM, PARAMS, p, COMPLETION),
+        lambda: loop.score(LM, PARAMS, good, COMPLETION.at[1, 1].set(bad)),
     ):
         with pytest.raises(InputError, match=words):
             call()
@@ -170,7 +173,7 @@ def test_an_id_without_a_row_is_refused_wherever_a_model_reads_it(bad):
 def test_padding_may_be_any_id():
     p = worlds.prompts(PROMPTS)
     odd = p.replace(tokens=jnp.where(p.mask, p.tokens, LM.vocab))
-    np.testing.assert_array_equal(decode.score(LM, PARAMS, odd, COMPLETION), decode.score(LM, PARAMS, p, COMPLETION))
+    np.testing.assert_array_equal(loop.score(LM, PARAMS, odd, COMPLETION), loop.score(LM, PARAMS, p, COMPLETION))
 
 
 # --- choices that a control does not have ----------------------------------------------------------------------------
@@ -197,21 +200,21 @@ def test_class_7_of_2_is_refused_and_never_read_as_another(name):
     for bad in (7, 2, -1):
         p = worlds.prompts(PROMPTS, cond={"pick": jnp.array([1, bad])})
         for call in (
-            lambda p=p: decode.generate(LM, PARAMS, p, control),
-            lambda p=p: decode.forward(LM, PARAMS, p, COMPLETION, control),
-            lambda p=p: decode.score(LM, PARAMS, p, COMPLETION, control),
+            lambda p=p: loop.generate(LM, PARAMS, p, control),
+            lambda p=p: loop.forward(LM, PARAMS, p, COMPLETION, control),
+            lambda p=p: loop.score(LM, PARAMS, p, COMPLETION, control),
         ):
             with pytest.raises(
                 InputError, match=rf"cond\['pick'\] is {bad} in row 1, but the control has 2: expected a"
             ):
                 call()
-        inside = jax.jit(lambda p: decode.forward(LM, PARAMS, p, COMPLETION, control))(p)
+        inside = jax.jit(lambda p: loop.forward(LM, PARAMS, p, COMPLETION, control))(p)
         assert np.isnan(inside[1]).all() and np.isfinite(inside[0]).all()
     good = worlds.prompts(PROMPTS, cond={"pick": jnp.array([1, 0])})
-    assert np.isfinite(decode.forward(LM, PARAMS, good, COMPLETION, control)).all()
+    assert np.isfinite(loop.forward(LM, PARAMS, good, COMPLETION, control)).all()
 
 
 def test_a_choice_that_is_no_whole_number():
     p = worlds.prompts(PROMPTS, cond={"pick": jnp.array([0.0, 1.0])})
     with pytest.raises(InputError, match="expected whole ones: the class of each row"):
-        decode.generate(LM, PARAMS, p, choosing("soft prompt"))
+        loop.generate(LM, PARAMS, p, choosing("soft prompt"))

@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import struct
 
-from ctg_jax import checkpoint, train
 from ctg_jax.control import Control
-from ctg_jax.parallel import Plan
+from ctg_jax.learn import train
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.run import checkpoint
 from ctg_jax.types import InputError, Sum
 
 

@@ -130,8 +130,8 @@ class _Part(Sequence):
 def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """What people wrote after each prompt, with the end token, cut at `length` tokens; see `Tokenizer.encode_after`.
 
-    The prompt of a record is what `ctg_jax.flow.sample` takes for it: `prompt`, or else `text`; the whole text is
-    `reference`, which `load_data` keeps when it cuts to `words`, or else `text`.
+    The prompt of a record is what `ctg_jax.stages.sampling.sample` takes for it: `prompt`, or else `text`; the whole
+    text is `reference`, which `load_data` keeps when it cuts to `words`, or else `text`.
 
     Raises:
       InputError: a record with no text behind its prompt.

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.files import sha256, sha256_all
+from ctg_jax.io import sha256, sha256_all
 from ctg_jax.types import InputError, optional
 
 Record = dict[str, Any]

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import constraints, decode, rng
+from ctg_jax import rng
 from ctg_jax.control import IDENTITY, Control
+from ctg_jax.controls import constraints
 from ctg_jax.data.ids import check_sizes
+from ctg_jax.decode import loop
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.models.lengths import room
 from ctg_jax.models.lm import LM
@@ -73,7 +75,7 @@ class LMScorer:
     wrote them: texts are encoded again, each where it follows its prompt (`Tokenizer.encode_after`).
 
     Args:
-      lm, params, tokenizer: as `ctg_jax.stage.open_lm` gives them.
+      lm, params, tokenizer: as `ctg_jax.run.stage.open_lm` gives them.
       name: how reports call the LM.
       batch: rows of a compiled batch.
       control: that the LM is under. Ids that are no token of the tokenizer have no probability, as in sampling.
@@ -148,7 +150,7 @@ class LMScorer:
         # A control that draws, such as a latent, draws for the number of the text, whatever batch it is in.
         keys = rng.per_example(jax.random.key(0), ids + ids[:1] * (self.batch - len(ids)))
         prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), keys)
-        logp = decode.score(self.lm, self._params, prompts, jnp.asarray(tail), self.control, jnp.asarray(tail_mask))
+        logp = loop.score(self.lm, self._params, prompts, jnp.asarray(tail), self.control, jnp.asarray(tail_mask))
         return -np.asarray(logp, np.float64).sum(axis=1)[: len(rows)]
 
 
@@ -162,8 +164,8 @@ def kl_to_base(
     On samples of the controlled model its mean per token estimates the KL of the sequences. Infinite where the control
     gives probability to a token that the base forbids.
     """
-    z_c = decode.forward(lm, params, prompts, completion, control).astype(jnp.float32)
-    z_0 = decode.forward(lm, params, prompts, completion, base).astype(jnp.float32)
+    z_c = loop.forward(lm, params, prompts, completion, control).astype(jnp.float32)
+    z_0 = loop.forward(lm, params, prompts, completion, base).astype(jnp.float32)
     log_c, log_0 = jax.nn.log_softmax(z_c, axis=-1), jax.nn.log_softmax(z_0, axis=-1)
     p = jnp.exp(log_c)  # 0 log 0 = 0
     gap = jnp.where(removed(z_0), jnp.inf, log_c - log_0)

@@ -1,4 +1,7 @@
-"""Methods: one file is one method, a way to make a `Control`. `get` is an import; there is no list to edit."""
+"""Methods: one file is one method, a way to make a `Control`, and is found by its name; there is no list to edit.
+
+The rooms sort methods by where they act: on hidden states, on logits, on weights, or in place of the decode loop.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import checkpoint, tree
+from ctg_jax import tree
 from ctg_jax.control import Chain, Control
 from ctg_jax.models.lm import LM
-from ctg_jax.stage import Artifact, Run, nearest, open_lm, stage, stage_function
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import Artifact, Run, nearest, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
 STRENGTHS = ("scale", "alpha")  # the leaf that a method calls its strength
 
 
 def names() -> list[str]:
-    """The methods there are: the modules of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    """The methods there are: the modules of the rooms of this package, by their file names."""
+    return sorted(_modules())
 
 
 def get(name: str) -> ModuleType:
-    """The module of a method; InputError with the nearest name where there is none."""
-    if name not in names():
-        raise InputError(f"method is {name!r}, but there is no such method{nearest(name, names())}.")
-    return importlib.import_module(f"{__name__}.{name}")
+    """The module of a method, whichever room it is in; InputError with the nearest name where there is none."""
+    found = _modules()
+    if name not in found:
+        raise InputError(f"method is {name!r}, but there is no such method{nearest(name, found)}.")
+    return importlib.import_module(found[name])
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`from ctg_jax.methods import steer`: the same module as `get("steer")`."""
+    if name.startswith("_") or name not in _modules():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return get(name)
+
+
+def _modules() -> dict[str, str]:
+    """File name of a method -> dotted name of its module."""
+    rooms = [m.name for m in pkgutil.iter_modules(__path__) if m.ispkg]
+    return {
+        m.name: f"{__name__}.{room}.{m.name}"
+        for room in rooms
+        for m in pkgutil.iter_modules([f"{path}/{room}" for path in __path__])
+    }
 
 
 def load(artifact: Artifact, lm: LM) -> Control:

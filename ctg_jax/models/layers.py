@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ctg_jax.parallel import split
+from ctg_jax.mesh.plan import split
 from ctg_jax.types import InputError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ctg_jax import rng
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lengths import check_reads
-from ctg_jax.models.transformer import Transformer
 from ctg_jax.types import InputError, Params
 
 SCHEDULES = ("loglinear", "linear", "cosine")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctg_jax.evaluation import Figure
-from ctg_jax.stage import Artifact, open_artifact
+from ctg_jax.run.stage import Artifact, open_artifact
 from ctg_jax.types import InputError
 
 RESERVED = ("method", "strength", "seed", "figures", "samples")

@@ -17,7 +17,7 @@ from ctg_jax.evaluation.smooth import MEANING
 from ctg_jax.report import plots
 from ctg_jax.report.rows import Cell, Line, lines
 from ctg_jax.report.template import PAGE
-from ctg_jax.stage import write_text
+from ctg_jax.run.stage import write_text
 from ctg_jax.types import InputError
 
 # Columns of the first table, in this order, after the share of every attribute; all others follow at the end.

@@ -112,7 +112,7 @@ def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int |
     from transformers import AutoTokenizer
 
     from ctg_jax.models.hf import load_encoder, resolve
-    from ctg_jax.models.hf_sentence import text_format
+    from ctg_jax.models.hf.sentence import text_format
 
     encoder, params = load_encoder(path, dtype=dtype)
     folder = resolve(path)

@@ -20,9 +20,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ctg_jax import decode, losses, train, tree
+from ctg_jax import tree
 from ctg_jax.control import IDENTITY
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses, train
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import Prompts, Sampling
 
 CHILD = """
@@ -36,7 +38,7 @@ def seen(event, **kw):
 jax.monitoring.register_event_listener(seen)
 import jax.numpy as jnp
 from ctg_jax import Prompts, Sampling, generate, rng
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 lm = Transformer.gpt2(vocab=100, width=32, heads=2, depth=2, context=64)
 params = jax.jit(lm.init)(jax.random.key(0))
 tokens = jnp.ones((2, 8), jnp.int32)
@@ -67,7 +69,7 @@ def decoding(lm, params, batch, prompt=32, new=64):
     tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     prompts = Prompts(tokens, jax.ShapeDtypeStruct((batch, prompt), bool), keys)
-    seconds, program = compiled(decode.loop, lm, params, prompts, IDENTITY, Sampling(max_new=new))
+    seconds, program = compiled(loop.loop, lm, params, prompts, IDENTITY, Sampling(max_new=new))
     memory = program.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     peak -= memory.alias_size_in_bytes

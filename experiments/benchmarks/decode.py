@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import Chain, Prompts, Sampling, decode, generate, rng, tree
+from ctg_jax import Chain, Prompts, Sampling, generate, rng, tree
+from ctg_jax.decode import loop
 from ctg_jax.methods import dexperts, steer, truncate
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 
 
 def bandwidth(size=2**28, repeats=5):
@@ -131,12 +132,12 @@ def main():
 
             compiled = timed(ours)
             plain()
-            size = decode.loop._cache_size()
+            size = loop.loop._cache_size()
             same = (
                 (np.asarray(ours().tokens) == theirs()[:, args.prompt :].numpy()).mean() if name == "greedy" else None
             )
             pairs = [(timed(ours), timed(theirs), timed(plain)) for _ in range(args.repeats)]
-            assert decode.loop._cache_size() == size, "recompiled between calls"
+            assert loop.loop._cache_size() == size, "recompiled between calls"
             made = batch * args.new
             ratios = sorted(t / o for o, t, _ in pairs)
             row = {

@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 
 from ctg_jax import rng
-from ctg_jax.decode import generate
+from ctg_jax.decode.loop import generate
 from ctg_jax.methods import dglm
 from ctg_jax.models import hf
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.diffusion import Schedule
-from ctg_jax.models.transformer import Transformer
 from ctg_jax.types import Prompts, Sampling
 
 LATENT, NEW, PROMPT, SCALE, SIGNAL = 384, 20, 8, 10.0, 0.95

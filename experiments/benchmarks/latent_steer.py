@@ -26,7 +26,7 @@ import numpy as np
 from ctg_jax.data.tokenizer import load_tokenizer
 from ctg_jax.methods import latent_steer
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 
 
 class Theirs:

@@ -27,12 +27,14 @@ if hasattr(os, "sched_setaffinity"):
 import jax
 import numpy as np
 
-from ctg_jax import calibrate, experience, flow, strategies, train
 from ctg_jax.data import load, train_bpe
+from ctg_jax.decode import strategies
+from ctg_jax.learn import calibrate, experience, train
 from ctg_jax.methods import quark
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.rewards import Embedder, SequenceClassifier
+from ctg_jax.stages import sampling
 
 SHAPES = {"mini": dict(width=256, depth=4, heads=4, context=256, vocab=8192), "small": dict(vocab=50257)}
 K, NEW, RATE, KL, ENTROPY = 5, 20, 1e-5, 0.05, 0.06
@@ -91,7 +93,7 @@ def ours(lm, params, tokenizer, texts, judge, args):
 
     def round_(state):
         clock = [(time.process_time(), busy.seconds)]
-        parts = flow.complete(lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch)
+        parts = sampling.complete(lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch)
         rows = [r for part in parts for r in part]
         clock.append((time.process_time(), busy.seconds))
         scores = judge([r["prompt"] for r in rows], [r["text"] for r in rows])

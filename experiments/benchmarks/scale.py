@@ -59,7 +59,7 @@ def worker(job):
 
 
 def model():
-    from ctg_jax.models.transformer import Transformer
+    from ctg_jax.models.decoder import Transformer
 
     return Transformer.gpt2(vocab=4096, width=256, depth=4, heads=8, context=128)
 
@@ -71,9 +71,10 @@ def train_step(layout, rows):
     import jax
     import numpy as np
 
-    from ctg_jax import hosts, losses, train
+    from ctg_jax.learn import losses, train
+    from ctg_jax.mesh import processes
+    from ctg_jax.mesh.plan import CONTROL, DECODER, REPLICATED, Plan
     from ctg_jax.methods import finetune
-    from ctg_jax.parallel import CONTROL, DECODER, REPLICATED, Plan
     from experiments import traffic
 
     n, lm, tx = jax.device_count(), model(), train.optimizer(1e-4)
@@ -84,8 +85,8 @@ def train_step(layout, rows):
     frozen = {"params": jax.jit(lm.init)(jax.random.key(0))}
     control = finetune.init(lm, jax.random.key(1))
     state = train.init_state(control, tx, jax.random.key(2))
-    state, frozen = (hosts.everywhere(x, plan.shardings(x)) for x in (state, frozen))
-    batch = plan.put(hosts.rows(batch))
+    state, frozen = (processes.everywhere(x, plan.shardings(x)) for x in (state, frozen))
+    batch = plan.put(processes.rows(batch))
     make = functools.partial(train.make_step, losses.control_loss(lm), tx)
     step = plan.compile(make, state, frozen).lower(state, frozen, batch).compile()
     found = traffic.collectives(step.as_text(), n)
@@ -105,8 +106,10 @@ def decoding(_, rows):
     import jax.numpy as jnp
     import numpy as np
 
-    from ctg_jax import hosts, layout, rng, strategies
+    from ctg_jax import rng
     from ctg_jax.control import IDENTITY
+    from ctg_jax.decode import strategies
+    from ctg_jax.mesh import layout, processes
     from ctg_jax.types import Prompts, Sampling
 
     lm = model()
@@ -114,7 +117,7 @@ def decoding(_, rows):
     tokens = np.random.default_rng(0).integers(0, lm.vocab, (rows, PROMPT), np.int32)
     keys = rng.per_example(jax.random.key(1), jnp.arange(rows))
     prompts = Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys)
-    devices = tuple(jax.devices()) if hosts.count() == 1 else ()
+    devices = tuple(jax.devices()) if processes.count() == 1 else ()
     params = layout.replicated(params, devices)
 
     def act():

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import losses, train
+from ctg_jax.learn import losses, train
+from ctg_jax.mesh.plan import Plan
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import Plan
+from ctg_jax.models.decoder import Transformer
 
 SHAPES = {
     "mini": (Transformer.gpt2(vocab=8192, width=256, depth=4, heads=4, context=256), 16, 64),

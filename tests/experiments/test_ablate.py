@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ctg_jax.stage import plan, stage
+from ctg_jax.run.stage import plan, stage
 from ctg_jax.types import InputError
 from experiments import ablate, cli, grid
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ctg_jax.data import train_bpe
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 

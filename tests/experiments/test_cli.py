@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from ctg_jax.stage import stage
+from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError
 from experiments import cli
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ctg_jax import checkpoint, flow, methods, sources
-from ctg_jax.stage import stage
+from ctg_jax import methods
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import stage
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 from experiments import cli, generate
 from tests.experiments.tiny_lm import write_lm
@@ -17,7 +19,7 @@ from tests.experiments.tiny_lm import write_lm
 
 def fit_steer(run, *, lm, width=16, push=1.0):
     """A steering control with a constant vector, as a `fit` would leave it."""
-    model = flow.opened(lm)[0]
+    model = sampling.opened(lm)[0]
     control = methods.get("steer").init(model, jax.random.key(0))
     control = control.replace(vector=jnp.full_like(control.vector, push))
     checkpoint.save(run.path / "state", control)
@@ -149,7 +151,7 @@ def test_an_imported_model_that_changed(root, tmp_path):
     artifact = stage(root, sources.load_lm, {"source": str(folder)})
     write_lm(folder, seed=5)
     with pytest.raises(InputError, match="have changed since"):
-        flow.build(artifact)
+        sampling.build(artifact)
 
 
 def _cut(path):

@@ -10,7 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ctg_jax import checkpoint, tree
+from ctg_jax import tree
+from ctg_jax.run import checkpoint
 from experiments.hosts import LOST
 from tests.experiments.test_scripts_on_hosts import HERE, finish, start
 

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import decode, latents, methods, sources
+from ctg_jax import methods
+from ctg_jax.decode import loop
 from ctg_jax.methods import latent_steer
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sources
+from ctg_jax.studies import latents
 from ctg_jax.types import InputError, Prompts
 from experiments import cli
 from experiments import latents as script
@@ -64,8 +67,8 @@ def test_transfer_moves_by_the_difference_of_the_means(world):
     control = methods.load(way, model)
     np.testing.assert_allclose(control.z, z[3:].mean(0) - z[:3].mean(0), rtol=1e-5, atol=1e-6)
     prompt = Prompts(jnp.array([[3, 4]]), jnp.ones((1, 2), bool), jax.random.split(jax.random.key(0), 1))
-    plain = decode.forward(model, params, prompt, jnp.array([[5]]))
-    twice = decode.forward(model, params, prompt, jnp.array([[5]]), methods.with_strength(control, 2.0))
+    plain = loop.forward(model, params, prompt, jnp.array([[5]]))
+    twice = loop.forward(model, params, prompt, jnp.array([[5]]), methods.with_strength(control, 2.0))
     moved = 2 * np.asarray(control.z) @ np.asarray(params["embed"]["tokens"]).T  # after the last norm: z = E h
     np.testing.assert_allclose((twice - plain)[0, 0], moved, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="count is 4, but only 3 sentences of label 0"):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 from experiments import plan
 from tests.experiments.tiny_lm import write_lm

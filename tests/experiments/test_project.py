@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from experiments import project
 
 LM = Transformer.llama(

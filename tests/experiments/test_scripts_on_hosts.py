@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctg_jax import checkpoint, hosts, tree
+from ctg_jax import tree
+from ctg_jax.mesh import processes
+from ctg_jax.run import checkpoint
 from ctg_jax.types import InputError
 from experiments import cli
 from experiments import hosts as launch
@@ -39,14 +41,14 @@ def start(script, config, root, n=1, *argv, devices=1):
     return [subprocess.Popen(command + e, env=environment(devices), stdout=pipe, stderr=pipe, text=True) for e in each]
 
 
-def finish(processes, timeout=900):
+def finish(started, timeout=900):
     """(standard output of each) once all have ended well."""
     try:
-        said = [p.communicate(timeout=timeout) for p in processes]
+        said = [p.communicate(timeout=timeout) for p in started]
     finally:
-        for p in processes:
+        for p in started:
             p.kill()
-    assert [p.returncode for p in processes] == [0] * len(processes), said
+    assert [p.returncode for p in started] == [0] * len(started), said
     # Gloo announces its peers on standard output, of several devices in the middle of each other's lines.
     lines = [[x for x in out.splitlines() if not re.search(r"\[Gloo\]|peer ranks", x)] for out, _ in said]
     return ["\n".join(x) for x in lines]
@@ -96,13 +98,13 @@ def close(a, b, where):
 
 
 def test_one_process_is_nothing_special(tmp_path):
-    assert hosts.count() == 1 and hosts.first() and hosts.agree(3) == 3
+    assert processes.count() == 1 and processes.first() and processes.agree(3) == 3
     batch = {"x": np.arange(4)}
-    assert hosts.rows(batch) is batch and hosts.gather(batch) is batch and hosts.local(batch) is batch
-    with hosts.aside(tmp_path) as mine:
-        assert mine == tmp_path and hosts.real(tmp_path / "a") == tmp_path / "a"
+    assert processes.rows(batch) is batch and processes.gather(batch) is batch and processes.local(batch) is batch
+    with processes.aside(tmp_path) as mine:
+        assert mine == tmp_path and processes.real(tmp_path / "a") == tmp_path / "a"
     with pytest.raises(ZeroDivisionError):
-        hosts.once(lambda: 1 / 0)
+        processes.once(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1", "127.0.0.1:1,2", "127.0.0.1:1,2/2", "here,0/2", ""])

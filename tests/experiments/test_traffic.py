@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ctg_jax import losses, methods, train
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import CONTROL, DECODER, Plan
+from ctg_jax import methods
+from ctg_jax.learn import losses, train
+from ctg_jax.mesh.plan import CONTROL, DECODER, Plan
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 from experiments import traffic
 

@@ -4,7 +4,7 @@ import jax
 
 from ctg_jax.data import train_bpe
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 
 TEXTS = ["the food was good and we liked it", "the room was bad and we left early", "a long wait for a small plate"]
 

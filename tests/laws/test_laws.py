@@ -14,13 +14,16 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from laws import worlds
 
-from ctg_jax import checkpoint, decode, methods, train, tree
-from ctg_jax.bricks import SoftPrompt, coded, soft_prompt
+from ctg_jax import methods, tree
 from ctg_jax.control import IDENTITY, Chain, Control, edit_logits
-from ctg_jax.losses import control_loss
+from ctg_jax.controls.bricks import SoftPrompt, coded, soft_prompt
+from ctg_jax.decode import loop
+from ctg_jax.learn import train
+from ctg_jax.learn.losses import control_loss
+from ctg_jax.mesh.plan import CONTROL, DECODER, Plan
 from ctg_jax.methods import dexperts, finetune, steer, truncate
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.parallel import CONTROL, DECODER, Plan
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run import checkpoint
 from ctg_jax.support import removed
 from ctg_jax.types import Sampling
 
@@ -62,12 +65,12 @@ def control(name):
 
 @pytest.fixture(scope="module")
 def samples(control):
-    return decode.generate(LM, PARAMS, PROMPTS, control, SAMPLING)
+    return loop.generate(LM, PARAMS, PROMPTS, control, SAMPLING)
 
 
 @pytest.fixture(scope="module")
 def logits(control, samples):
-    return decode.forward(LM, PARAMS, PROMPTS, samples.tokens, control)
+    return loop.forward(LM, PARAMS, PROMPTS, samples.tokens, control)
 
 
 def close(a, b, tolerance=1e-5):
@@ -75,7 +78,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def test_the_example_does_something(samples, logits):
-    base = decode.forward(LM, PARAMS, PROMPTS, samples.tokens)
+    base = loop.forward(LM, PARAMS, PROMPTS, samples.tokens)
     assert float(jnp.max(jnp.abs(jax.nn.softmax(base) - jax.nn.softmax(logits)))) > 0.02
 
 
@@ -85,7 +88,7 @@ def test_chain_is_a_monoid(control, samples, logits):
     def every(c):
         same = [Chain((c,)), Chain((IDENTITY, c)), Chain((c, Chain(())))]
         shapes = [Chain((Chain((c, other)), third)), Chain((c, Chain((other, third)))), Chain((c, other, third))]
-        return [decode.forward(LM, PARAMS, PROMPTS, samples.tokens, x) for x in same + shapes]
+        return [loop.forward(LM, PARAMS, PROMPTS, samples.tokens, x) for x in same + shapes]
 
     one, left, right, a, b, flat = jax.jit(every)(control)
     for x in (one, left, right):
@@ -103,8 +106,8 @@ def test_neutral_gives_the_base(name, control, samples):
         nothing = methods.get(name).neutral(control)
         if nothing is None:
             pytest.skip("it has no neutral element")
-    base = decode.forward(LM, PARAMS, PROMPTS, samples.tokens)
-    close(decode.forward(LM, PARAMS, PROMPTS, samples.tokens, nothing), base, 1e-6)
+    base = loop.forward(LM, PARAMS, PROMPTS, samples.tokens)
+    close(loop.forward(LM, PARAMS, PROMPTS, samples.tokens, nothing), base, 1e-6)
 
 
 @struct.dataclass
@@ -131,9 +134,9 @@ def harsh(control, forbidden) -> Chain:
 def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
     forbidden = jnp.asarray(truncate.marks([0, 2, 4, 6, 10], LM.vocab))
     chain = harsh(control, forbidden)
-    out = decode.generate(LM, PARAMS, PROMPTS, chain, SAMPLING)
+    out = loop.generate(LM, PARAMS, PROMPTS, chain, SAMPLING)
     assert not bool(jnp.any(forbidden[out.tokens]))
-    close(decode.score(LM, PARAMS, PROMPTS, out.tokens, chain), out.logp)
+    close(loop.score(LM, PARAMS, PROMPTS, out.tokens, chain), out.logp)
 
     def hook(control, z):  # the logits that the three likeliest allowed tokens have before the control, and those after
         start = Chain(harsh(control, forbidden).parts[:2])
@@ -153,7 +156,7 @@ def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
 
 
 def test_score_of_generate_is_its_logp(control, samples, logits):
-    scores = decode.score(LM, PARAMS, PROMPTS, samples.tokens, control)
+    scores = loop.score(LM, PARAMS, PROMPTS, samples.tokens, control)
     assert bool(jnp.all(samples.mask))
     close(scores, samples.logp)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), samples.tokens[..., None], axis=-1)[..., 0]
@@ -162,7 +165,7 @@ def test_score_of_generate_is_its_logp(control, samples, logits):
 
 def test_a_row_alone_is_the_row_in_its_batch(control, samples, row=3):
     alone = worlds.prompts([ROWS[row]]).replace(keys=PROMPTS.keys[row : row + 1])
-    out = decode.generate(LM, PARAMS, alone, control, SAMPLING)
+    out = loop.generate(LM, PARAMS, alone, control, SAMPLING)
     assert out.tokens.tolist() == samples.tokens[row : row + 1].tolist()
     close(out.logp, samples.logp[row : row + 1])
 
@@ -172,7 +175,7 @@ def test_the_state_has_the_batch_first(control):
 
     def shapes(rows):
         batch = jax.eval_shape(lambda: worlds.prompts(ROWS[:rows]))
-        begun = lambda p, b, c: decode.begin(LM, p, b, c, SAMPLING)  # noqa: E731
+        begun = lambda p, b, c: loop.begin(LM, p, b, c, SAMPLING)  # noqa: E731
         return tree.flatten(jax.eval_shape(begun, PARAMS, batch, control))
 
     three, five = shapes(3), shapes(5)
@@ -185,17 +188,17 @@ def test_the_state_has_the_batch_first(control):
 
 def test_a_paused_decoding_goes_on_as_it_would_have(control, samples):
     """Also some of its rows, in another order, with their own keys."""
-    begun = decode.begin(LM, PARAMS, PROMPTS, control, SAMPLING)
-    half = decode.extend(LM, PARAMS, begun, PROMPTS.keys, control, SAMPLING, 2)
+    begun = loop.begin(LM, PARAMS, PROMPTS, control, SAMPLING)
+    half = loop.extend(LM, PARAMS, begun, PROMPTS.keys, control, SAMPLING, 2)
     assert int(half.t) == 2 and half.tokens[:, :2].tolist() == samples.tokens[:, :2].tolist()
     assert not half.mask[:, 2:].any()
     every = np.array([0, 1, 2, 3, 4, 5, 6, 7])
     for index in (every, np.array([3, 0, 7, 7, 1, 5, 0, 2])):
-        chosen, keys = decode.choose((half, PROMPTS.keys), index)
-        whole = decode.extend(LM, PARAMS, chosen, keys, control, SAMPLING, 2)
+        chosen, keys = loop.choose((half, PROMPTS.keys), index)
+        whole = loop.extend(LM, PARAMS, chosen, keys, control, SAMPLING, 2)
         assert whole.tokens.tolist() == samples.tokens[index].tolist()
         close(whole.logp, samples.logp[index])
-    over = decode.extend(LM, PARAMS, whole, keys, control, SAMPLING, 2)
+    over = loop.extend(LM, PARAMS, whole, keys, control, SAMPLING, 2)
     jax.tree.map(np.testing.assert_array_equal, over, whole)
 
 
@@ -214,17 +217,17 @@ def test_eight_devices_give_what_one_gives(control, samples):
     mesh = Plan(axes={"data": 8}).mesh
     rows = jax.device_put(PROMPTS, NamedSharding(mesh, PartitionSpec("data")))
     everywhere = jax.device_put((PARAMS, control), NamedSharding(mesh, PartitionSpec()))
-    out = decode.generate(LM, everywhere[0], rows, everywhere[1], SAMPLING)
+    out = loop.generate(LM, everywhere[0], rows, everywhere[1], SAMPLING)
     assert len(out.tokens.sharding.device_set) == 8
     assert out.tokens.tolist() == samples.tokens.tolist()
     close(out.logp, samples.logp)
 
 
 def test_changing_leaves_recompiles_nothing(control, samples):
-    before = decode.loop._cache_size()
+    before = loop.loop._cache_size()
     moved = jax.tree.map(lambda x: 0.9 * x, control)
-    out = decode.generate(LM, PARAMS, PROMPTS, moved, SAMPLING)
-    assert decode.loop._cache_size() == before
+    out = loop.generate(LM, PARAMS, PROMPTS, moved, SAMPLING)
+    assert loop.loop._cache_size() == before
     assert not np.allclose(out.logp, samples.logp)
 
 
@@ -233,9 +236,9 @@ def test_a_vmapped_sweep_is_a_loop(control, samples):
         return jax.tree.map(lambda x: (1 - 0.3 * t) * x, control)
 
     strengths = jnp.array([0.0, 1.0])
-    swept = jax.jit(jax.vmap(lambda t: decode.forward(LM, PARAMS, PROMPTS, samples.tokens, weaker(t))))(strengths)
+    swept = jax.jit(jax.vmap(lambda t: loop.forward(LM, PARAMS, PROMPTS, samples.tokens, weaker(t))))(strengths)
     for t, found in zip(strengths, swept):
-        close(found, decode.forward(LM, PARAMS, PROMPTS, samples.tokens, weaker(t)))
+        close(found, loop.forward(LM, PARAMS, PROMPTS, samples.tokens, weaker(t)))
 
 
 def test_gradients_reach_only_the_control(control):
@@ -275,15 +278,15 @@ def test_per_row_controls_are_rows_alone():
         "expert": jnp.array([0.0, 1.0, -1.0, 2.0]),
     }
     batch = worlds.prompts(ROWS[:4], cond=cond)
-    together = decode.generate(LM, PARAMS, batch, chain, SAMPLING)
-    close(decode.score(LM, PARAMS, batch, together.tokens, chain), together.logp)
+    together = loop.generate(LM, PARAMS, batch, chain, SAMPLING)
+    close(loop.score(LM, PARAMS, batch, together.tokens, chain), together.logp)
     for i in range(4):
         row = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-        out = decode.generate(LM, PARAMS, row, chain, SAMPLING)
+        out = loop.generate(LM, PARAMS, row, chain, SAMPLING)
         assert out.tokens.tolist() == together.tokens[i : i + 1].tolist()
         close(out.logp, together.logp[i : i + 1])
     alone = worlds.prompts([ROWS[0]], cond=jax.tree.map(lambda x: x[:1], cond)).replace(keys=batch.keys[:1])
-    assert decode.generate(LM, PARAMS, alone, chain, SAMPLING).tokens.tolist() == together.tokens[:1].tolist()
+    assert loop.generate(LM, PARAMS, alone, chain, SAMPLING).tokens.tolist() == together.tokens[:1].tolist()
 
 
 SHAPES = {
@@ -309,7 +312,7 @@ def test_large_models_fit_on_paper(name, shape, depth):
     params = jax.eval_shape(lm.init, key)
     control = jax.eval_shape((lambda k: mixed(lm, k)) if name == "chain" else (lambda k: build(name, lm)), key)
     batch = jax.eval_shape(lambda: worlds.prompts([[1, 2, 3, 4]] * 8))
-    out = jax.eval_shape(lambda p, b, c: decode.loop(lm, p, b, c, SAMPLING), params, batch, control)
+    out = jax.eval_shape(lambda p, b, c: loop.loop(lm, p, b, c, SAMPLING), params, batch, control)
     assert out.tokens.shape == (8, 4)
     step = train.make_step(control_loss(lm), train.optimizer(1e-3))
     state = jax.eval_shape(lambda c, k: train.init_state(c, step.tx, k), control, key)

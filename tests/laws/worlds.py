@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import decode, train, tree
+from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Chain, Control, enter
+from ctg_jax.decode import loop
+from ctg_jax.learn import train
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import Cache, Out
-from ctg_jax.models.transformer import Transformer
 from ctg_jax.types import Prompts
 
 
@@ -94,7 +96,7 @@ def enumerate_all(lm, params, prompt: list[int], n: int, control=IDENTITY) -> di
     """Every completion of n tokens -> its probability under the control, by `decode.score`."""
     every = np.array(list(itertools.product(range(lm.vocab), repeat=n)), np.int32)
     batch = prompts([prompt] * len(every))
-    logp = decode.score(lm, params, batch, jnp.asarray(every), control)
+    logp = loop.score(lm, params, batch, jnp.asarray(every), control)
     return dict(zip(map(tuple, every.tolist()), np.exp(np.asarray(logp, np.float64).sum(1)).tolist()))
 
 

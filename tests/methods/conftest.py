@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ctg_jax import sources
-from ctg_jax.stage import stage
+from ctg_jax.run.stage import stage
+from ctg_jax.stages import sources
 
 GOOD = ["good good fun", "nice good day", "fun and nice", "good nice fun day", "so good so nice", "nice fun"]
 BAD = ["bad bad sad", "awful bad day", "sad and awful", "bad awful sad day", "so bad so sad", "awful sad"]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, methods
+from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.decode import loop
 from ctg_jax.methods import cav
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny()
@@ -149,10 +150,10 @@ def test_joined_concepts_decode_as_they_score():
     params = worlds.table([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
     a, b = (cav.example(lm, jax.random.key(i)) for i in (1, 2))
     both = cav.join(a, b.replace(direction=("remove",))).replace(everywhere=True)  # this world counts no positions
-    samples = decode.generate(lm, params, rows, both, Sampling(max_new=3))
-    logp = decode.score(lm, params, rows, samples.tokens, both)
+    samples = loop.generate(lm, params, rows, both, Sampling(max_new=3))
+    logp = loop.score(lm, params, rows, samples.tokens, both)
     np.testing.assert_allclose(logp, samples.logp, atol=1e-5)
-    assert float(jnp.max(jnp.abs(logp - decode.score(lm, params, rows, samples.tokens)))) > 0.1
+    assert float(jnp.max(jnp.abs(logp - loop.score(lm, params, rows, samples.tokens)))) > 0.1
 
 
 def test_probes_and_layers_by_accuracy():
@@ -217,7 +218,7 @@ def test_bad_input(small):
         cav.split(np.zeros((4, 3, 2)), np.full((4, 3, 2), np.nan), 0.2)
     narrow = cav.example(worlds.Bigram(), jax.random.key(0))
     with pytest.raises(InputError, match="width 3, but the model's is 16"):
-        decode.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), narrow)
+        loop.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), narrow)
     with pytest.raises(InputError, match="expected those of one model"):
         cav.join(cav.example(LM, jax.random.key(0)), narrow)
     with pytest.raises(InputError, match="differ in everywhere"):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import experience, judging, methods
+from ctg_jax import methods
+from ctg_jax.learn import experience
 from ctg_jax.methods import click
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import judges
 from ctg_jax.types import InputError
 
 BIGRAM = worlds.Bigram(vocab=3)
@@ -93,7 +95,7 @@ def test_pairs_by_hand():
 def judge(small):
     """A reward that differs from text to text, whatever an untrained LM writes."""
     options = {"kind": "function", "name": "dice", "function": "configs.reward:dice", "version": "1"}
-    return stage(small[0], judging.fit_judge, options)
+    return stage(small[0], judges.fit_judge, options)
 
 
 def test_fit_explores_pairs_and_learns(small, judge):

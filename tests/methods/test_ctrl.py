@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, losses, methods
+from ctg_jax import methods
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses
 from ctg_jax.methods import ctrl
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=5, depth=1)
@@ -55,7 +57,7 @@ def test_the_loss_reads_the_code_of_each_row():
     wanted = 0.0
     for row, k in zip(tokens, (1.0, 0.0)):
         one = worlds.prompts([[int(row[0])]])
-        wanted -= float(decode.score(LM, PARAMS, one, row[None, 1:], methods.with_strength(control, k)).sum())
+        wanted -= float(loop.score(LM, PARAMS, one, row[None, 1:], methods.with_strength(control, k)).sum())
     assert float(out.total) == pytest.approx(wanted, rel=1e-5) and float(out.weight) == 4
     other = losses.control_loss(LM)(control, {"params": PARAMS}, batch, jax.random.split(jax.random.key(0), 2))
     assert float(other.total) != pytest.approx(wanted, rel=1e-3)  # both rows on the first code

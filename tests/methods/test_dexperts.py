@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import bricks, decode, methods
+from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.controls import bricks
+from ctg_jax.decode import loop
 from ctg_jax.methods import dexperts, truncate
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
 WORLD = worlds.Bigram()
@@ -20,7 +22,7 @@ MINUS = worlds.table([[0.2, 0.4, 0.4]] * 3)
 
 def next_token(control, base=BASE, prompt=(0,), cond=None):
     prompts = worlds.prompts([list(prompt)], cond=cond)
-    z = decode.forward(WORLD, base, prompts, jnp.zeros((1, 1), jnp.int32), control)
+    z = loop.forward(WORLD, base, prompts, jnp.zeros((1, 1), jnp.int32), control)
     return np.asarray(jax.nn.softmax(z[0, 0]))
 
 
@@ -81,8 +83,8 @@ def test_caches_of_a_transformer_give_what_three_models_give():
     base, plus, minus = (worlds.lively(lm, seed) for seed in (0, 1, 2))
     control = dexperts.experts(dexperts.member(lm, plus), dexperts.member(lm, minus), 0.5)
     prompts, completion = worlds.prompts([[1, 2, 3], [4]]), jnp.array([[1, 2, 3], [4, 0, 2]])
-    z, zp, zm = (decode.forward(lm, p, prompts, completion) for p in (base, plus, minus))
-    found = decode.forward(lm, base, prompts, completion, control)
+    z, zp, zm = (loop.forward(lm, p, prompts, completion) for p in (base, plus, minus))
+    found = loop.forward(lm, base, prompts, completion, control)
     np.testing.assert_allclose(found, z + 0.5 * (zp - zm), rtol=1e-4, atol=1e-4)
 
 
@@ -100,8 +102,8 @@ def test_guidance_forgets_the_prompt_but_its_end():
     params = worlds.lively(lm)
     long, short = worlds.prompts([[1, 2, 3]]), worlds.prompts([[3]])
     completion = jnp.array([[1, 2]])
-    z, empty = (decode.forward(lm, params, p, completion) for p in (long, short))
-    found = decode.forward(lm, params, long, completion, dexperts.guidance(lm, params, 1.5))
+    z, empty = (loop.forward(lm, params, p, completion) for p in (long, short))
+    found = loop.forward(lm, params, long, completion, dexperts.guidance(lm, params, 1.5))
     np.testing.assert_allclose(found, empty + 1.5 * (z - empty), rtol=1e-4, atol=1e-4)
 
 
@@ -110,8 +112,8 @@ def test_an_instruction_as_the_expert():
     params = worlds.lively(lm)
     plain, told = worlds.prompts([[1, 2]]), worlds.prompts([[4, 4, 1, 2]])
     completion = jnp.array([[1, 2]])
-    z, after = (decode.forward(lm, params, p, completion) for p in (plain, told))
-    found = decode.forward(lm, params, plain, completion, dexperts.prompted(lm, params, [4, 4], 0.3))
+    z, after = (loop.forward(lm, params, p, completion) for p in (plain, told))
+    found = loop.forward(lm, params, plain, completion, dexperts.prompted(lm, params, [4, 4], 0.3))
     np.testing.assert_allclose(found, z + 0.3 * (after - z), rtol=1e-4, atol=1e-4)
 
 

@@ -10,10 +10,12 @@ import optax
 import pytest
 from laws import worlds
 
-from ctg_jax import embeddings, latent_diffusion, methods, rng, sources, train
+from ctg_jax import methods, rng
+from ctg_jax.learn import embeddings, latent_diffusion, train
 from ctg_jax.methods import dglm
 from ctg_jax.models.diffusion import Schedule
-from ctg_jax.stage import Artifact, stage
+from ctg_jax.run.stage import Artifact, stage
+from ctg_jax.stages import sources
 from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=8, depth=1)
@@ -128,17 +130,17 @@ def test_the_prompter_says_what_only_the_latent_knows():
     state = train.init_state(control, tx, jax.random.key(1))
     run = lambda s, _: (step(s, frozen, batch)[0], None)  # noqa: E731
     state, _ = jax.jit(lambda s: jax.lax.scan(run, s, None, length=300))(state)
-    from ctg_jax import decode
+    from ctg_jax.decode import loop
 
     cond = {"latent": (latent - frozen["mean"][None]) / frozen["deviation"][None], "gamma": jnp.full(8, 6.0)}
-    z = decode.forward(LM, PARAMS, prompts(8, cond), batch["completion"], state.params)
+    z = loop.forward(LM, PARAMS, prompts(8, cond), batch["completion"], state.params)
     assert np.mean(np.argmax(z[:, 0], axis=-1) == np.arange(8)) > 0.8
 
 
 def test_the_sizes_of_the_paper_have_shapes():
     from configs.dglm import PAPER
-    from ctg_jax.decode import generate
-    from ctg_jax.models.transformer import Transformer
+    from ctg_jax.decode.loop import generate
+    from ctg_jax.models.decoder import Transformer
     from ctg_jax.types import Sampling
 
     lm = Transformer.gpt2(width=1280, depth=36, heads=20)
@@ -174,7 +176,7 @@ def test_stages_are_kept_and_shared(small):
 
 
 def worlds_lm(lm):
-    from ctg_jax.stage import open_lm
+    from ctg_jax.run.stage import open_lm
 
     return open_lm(lm)[0]
 

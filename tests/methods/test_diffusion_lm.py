@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import losses, methods, rng, strategies
+from ctg_jax import methods, rng
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.data.tokenizer import train_bpe
-from ctg_jax.flow import complete
+from ctg_jax.decode import strategies
+from ctg_jax.learn import losses
 from ctg_jax.methods import diffusion_lm
 from ctg_jax.models import word_diffusion
 from ctg_jax.models.diffusion import Schedule, alpha_sigma
 from ctg_jax.models.word_diffusion import How, vectors
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
+from ctg_jax.stages.sampling import complete
 from ctg_jax.types import InputError, Sampling
 
 V, S = 3, 3

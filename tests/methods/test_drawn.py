@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, experience, judging, sources
 from ctg_jax.control import Chain
+from ctg_jax.decode import loop
+from ctg_jax.learn import experience
 from ctg_jax.methods import gdc, ppo, quark, truncate, unlikelihood
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import judges, sources
 from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=5, depth=1)
@@ -92,7 +94,7 @@ def test_gdc_without_a_wish_stays_where_it_is():
 @pytest.fixture(scope="module")
 def dice(small):
     options = {"kind": "function", "name": "dice", "function": "configs.reward:dice", "version": "1"}
-    return stage(small[0], judging.fit_judge, options)
+    return stage(small[0], judges.fit_judge, options)
 
 
 EXPLORE = dict(n=4, max_new=4, batch=16)
@@ -141,8 +143,8 @@ def test_the_probability_before_learning_is_that_of_what_drew(small, dice, metho
         np.testing.assert_allclose(batch["drawn"], wanted, atol=1e-3)
     model, params, _ = open_lm(lm)
     keys = jax.random.split(jax.random.key(0), len(wanted))
-    prompts = decode.Prompts(batch["tokens"], batch["mask"], keys)
-    found = decode.score(model, params, prompts, jnp.asarray(batch["completion"]), Chain((policy, seen["filter"])))
+    prompts = loop.Prompts(batch["tokens"], batch["mask"], keys)
+    found = loop.score(model, params, prompts, jnp.asarray(batch["completion"]), Chain((policy, seen["filter"])))
     np.testing.assert_allclose(np.sum(np.where(batch["written"], found, 0), axis=1), wanted, atol=1e-3)
 
 

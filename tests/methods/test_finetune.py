@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import bricks, decode, methods, train, tree
+from ctg_jax import methods, tree
+from ctg_jax.controls import bricks
+from ctg_jax.decode import loop
+from ctg_jax.learn import train
 from ctg_jax.methods import finetune
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
 LM = worlds.tiny()
@@ -35,8 +38,8 @@ def test_a_new_control_has_the_shapes_it_says(kind):
         assert control.vectors.shape == (4, 16)
         assert finetune.neutral(control) is None
         return
-    base = decode.forward(LM, PARAMS, PROMPTS, COMPLETION)
-    np.testing.assert_array_equal(decode.forward(LM, PARAMS, PROMPTS, COMPLETION, control), base)
+    base = loop.forward(LM, PARAMS, PROMPTS, COMPLETION)
+    np.testing.assert_array_equal(loop.forward(LM, PARAMS, PROMPTS, COMPLETION, control), base)
     if kind == "lora":
         assert sorted(control.changes) == [f"layers/{p}/kernel" for p in ("attn/out", "attn/qkv", "mlp/down", "mlp/up")]
         assert control.changes["layers/attn/qkv/kernel"]["a"].shape == (2, 3, 16)
@@ -79,17 +82,17 @@ def test_a_soft_prompt_of_embeddings_is_the_tokens(after):
     prompt = bricks.SoftPrompt(vectors, after=after)
     rows = [[1, 2, 3], [4, 5]]
     hard = worlds.prompts([r + [7, 8] if after else [7, 8] + r for r in rows])
-    wanted = decode.forward(LM, PARAMS, hard, COMPLETION)
-    found = decode.forward(LM, PARAMS, worlds.prompts(rows), COMPLETION, prompt)
+    wanted = loop.forward(LM, PARAMS, hard, COMPLETION)
+    found = loop.forward(LM, PARAMS, worlds.prompts(rows), COMPLETION, prompt)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_each_row_may_have_its_own_soft_prompt():
     vectors = bricks.soft_prompt(jax.random.key(0), 2, LM.width, choices=3, deviation=1.0)
     rows = worlds.prompts([[1, 2], [1, 2]], cond={"label": jnp.array([2, 0])})
-    found = decode.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors, "label"))
+    found = loop.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors, "label"))
     for row, label in enumerate((2, 0)):
-        alone = decode.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors[label]))
+        alone = loop.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors[label]))
         np.testing.assert_allclose(found[row], alone[row], rtol=1e-5, atol=1e-5)
 
 
@@ -120,8 +123,8 @@ def test_fit(small, hp):
     control = methods.load(fitted, model)
     assert len(fitted.metrics()) == 3 and not (fitted.path / "steps").exists()
     label = {"label": jnp.array([1, 0])}
-    out = decode.forward(model, params, worlds.prompts([[1, 2], [3]], cond=label), COMPLETION, control)
-    base = decode.forward(model, params, worlds.prompts([[1, 2], [3]]), COMPLETION)
+    out = loop.forward(model, params, worlds.prompts([[1, 2], [3]], cond=label), COMPLETION, control)
+    base = loop.forward(model, params, worlds.prompts([[1, 2], [3]]), COMPLETION)
     assert bool(jnp.all(jnp.isfinite(out))) and float(jnp.abs(out - base).max()) > 1e-6
 
 

@@ -7,7 +7,7 @@ import pytest
 from laws import worlds
 from scipy.optimize import brentq
 
-from ctg_jax import train
+from ctg_jax.learn import train
 from ctg_jax.methods import gdc
 from ctg_jax.types import InputError
 

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from ctg_jax import embeddings, judging, latents, sources
 from ctg_jax.data.labels import is_label, labelled
+from ctg_jax.learn import embeddings
 from ctg_jax.methods import cav, ctrl, diffusion_lm, finetune, lm_steer, mdlm, steer
 from ctg_jax.rewards import BagOfWords, LinearProbe
-from ctg_jax.stage import stage, write_jsonl
+from ctg_jax.run.stage import stage, write_jsonl
+from ctg_jax.stages import judges, sources
+from ctg_jax.studies import latents
 from ctg_jax.types import InputError
 
 GOOD, BAD = "good good fun", "bad awful sad"
@@ -65,11 +67,11 @@ def test_probes_learn_from_labelled_texts_alone(kind, counted):
 def test_the_accuracy_of_a_judge_is_over_labelled_texts(tmp_path, counted):
     data = stage(tmp_path, records, {"rows": rows(0)})
     heldout = stage(tmp_path, records, {"rows": rows()})
-    judge = stage(tmp_path, judging.fit_judge, {"kind": "bag"}, data=data, heldout=heldout)
+    judge = stage(tmp_path, judges.fit_judge, {"kind": "bag"}, data=data, heldout=heldout)
     counted(4, 16)
     (row,) = judge.metrics()
     assert row["accuracy"] == 1 and row["heldout"] == 12
-    same = stage(tmp_path, judging.fit_judge, {"kind": "bag"}, data=heldout)
+    same = stage(tmp_path, judges.fit_judge, {"kind": "bag"}, data=heldout)
     assert same.metrics()[0]["version"] == row["version"]
 
 

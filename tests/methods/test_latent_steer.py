@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import bricks, decode, methods, sources
+from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.controls import bricks
+from ctg_jax.decode import loop
 from ctg_jax.methods import dexperts, finetune, latent_steer
-from ctg_jax.stage import open_lm, stage
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sources
 from ctg_jax.types import InputError, Prompts, Sampling
 
 LM = worlds.tiny()
@@ -40,7 +43,7 @@ def said(control, found, sentences=SENTENCES):
     padded = np.zeros((len(rest), max(map(len, rest))), np.int32)
     for i, row in enumerate(rest):
         padded[i, : len(row)] = row
-    logp = decode.score(LM, PARAMS, prompts(sentences, np.arange(len(rest))), jnp.asarray(padded), bank)
+    logp = loop.score(LM, PARAMS, prompts(sentences, np.arange(len(rest))), jnp.asarray(padded), bank)
     return np.asarray([np.asarray(logp)[i, : len(row)].mean() for i, row in enumerate(rest)])
 
 
@@ -66,7 +69,7 @@ def test_time_steps_differ_as_they_should():
     for steps in latent_steer.STEPS:
         control = latent_steer.init(LM, jax.random.key(0), steps=steps).replace(z=z)
         ask = prompts(SENTENCES, np.zeros(4, int))
-        of[steps] = decode.forward(LM, PARAMS, ask, jnp.ones((4, 3), jnp.int32), control)
+        of[steps] = loop.forward(LM, PARAMS, ask, jnp.ones((4, 3), jnp.int32), control)
     one, three = [0, 1, 3], 2
     np.testing.assert_allclose(of["first"][jnp.array(one)], of["prompt"][jnp.array(one)], atol=1e-5)
     assert float(jnp.abs(of["first"][three] - of["prompt"][three]).max()) > 1e-3
@@ -101,14 +104,14 @@ def test_an_edit_of_the_prompt_reaches_its_last_token_and_no_further(order):
     soft, ask = before("soft"), prompts(SENTENCES, np.zeros(4, int))
     chain = Chain((soft, control) if order == "behind" else (control, soft))
     text = jnp.ones((4, 3), jnp.int32)
-    gap = decode.forward(LM, PARAMS, ask, text, chain) - decode.forward(LM, PARAMS, ask, text, soft)
+    gap = loop.forward(LM, PARAMS, ask, text, chain) - loop.forward(LM, PARAMS, ask, text, soft)
     assert float(jnp.abs(gap[:, 0]).min(axis=-1).max()) > 0 and float(jnp.abs(gap[:, 1:]).max()) == 0
     # An expert that reads along is told where its own prompt ends.
     told = dexperts.experts(dexperts.member(LM, PARAMS, chain), None, 1.0)
-    wanted = decode.forward(LM, PARAMS, ask, text, chain)
-    np.testing.assert_allclose(decode.forward(LM, PARAMS, ask, text, told), wanted, atol=1e-4)
-    out = decode.generate(LM, PARAMS, ask, told, Sampling(max_new=3))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, ask, out.tokens, chain), out.logp, atol=1e-4)
+    wanted = loop.forward(LM, PARAMS, ask, text, chain)
+    np.testing.assert_allclose(loop.forward(LM, PARAMS, ask, text, told), wanted, atol=1e-4)
+    out = loop.generate(LM, PARAMS, ask, told, Sampling(max_new=3))
+    np.testing.assert_allclose(loop.score(LM, PARAMS, ask, out.tokens, chain), out.logp, atol=1e-4)
 
 
 def test_a_basis_is_orthonormal():
@@ -121,7 +124,7 @@ def test_greedy_decoding_says_what_was_recovered():
     assert found["solved"].any(), "no sentence was recovered in 300 updates"
     np.testing.assert_array_equal(found["solved"], found["score"] == 1)
     bank = control.replace(z=jnp.asarray(found["z"]), choice="vector")
-    out = decode.generate(LM, PARAMS, prompts(SENTENCES, np.arange(4)), bank, Sampling(max_new=4, greedy=True))
+    out = loop.generate(LM, PARAMS, prompts(SENTENCES, np.arange(4)), bank, Sampling(max_new=4, greedy=True))
     for i in np.flatnonzero(found["solved"]):
         row, first = SENTENCES[i]
         assert np.asarray(out.tokens)[i, : len(row) - first].tolist() == row[first:]
@@ -216,4 +219,4 @@ def test_bad_settings_are_refused(bad, message):
 def test_a_vector_of_another_model_is_refused():
     other = latent_steer.init(worlds.Bigram(), jax.random.key(0), site=(1,))
     with pytest.raises(InputError, match="learned on another model"):
-        decode.forward(LM, PARAMS, prompts(SENTENCES, np.zeros(4, int)), jnp.ones((4, 2), jnp.int32), other)
+        loop.forward(LM, PARAMS, prompts(SENTENCES, np.zeros(4, int)), jnp.ones((4, 2), jnp.int32), other)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, methods, train
+from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.decode import loop
+from ctg_jax.learn import train
 from ctg_jax.methods import dexperts, lm_steer, steer
-from ctg_jax.models.transformer import Transformer
-from ctg_jax.stage import open_lm
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny()
@@ -54,7 +56,7 @@ def test_three_tokens_by_hand():
     """After token 0 the state is (1, 0, 0); c P1 = 1 and P2 = (0, 1, -1), so it moves by 3 · .1 · (0, 1, -1), and the
     probabilities p(v | 0) by (p(v | 1) / p(v | 2))^.3. After token 1, c P1 = 0 and nothing moves."""
     control = by_hand([1, 0, 2], [0, 1, -1])
-    z = decode.forward(WORLD, worlds.table(TABLE), worlds.prompts([[0], [1]]), jnp.zeros((2, 1), jnp.int32), control)
+    z = loop.forward(WORLD, worlds.table(TABLE), worlds.prompts([[0], [1]]), jnp.zeros((2, 1), jnp.int32), control)
     wanted = TABLE[0] * (TABLE[1] / TABLE[2]) ** 0.3
     np.testing.assert_allclose(jax.nn.softmax(z[0, 0]), wanted / wanted.sum(), rtol=1e-5)
     np.testing.assert_allclose(jax.nn.softmax(z[1, 0]), TABLE[1], rtol=1e-5)
@@ -66,22 +68,22 @@ def test_it_is_a_linear_map_of_the_word_embeddings():
     e = PARAMS["embed"]["tokens"]
     moved = e @ (jnp.eye(LM.width) + 0.7 * control.epsilon * w).T
     untied = Transformer.gpt2(vocab=11, width=16, depth=2, heads=2, context=48, tied=False)
-    wanted = decode.forward(untied, {**PARAMS, "head": {"kernel": moved}}, PROMPTS, COMPLETION)
-    found = decode.forward(LM, PARAMS, PROMPTS, COMPLETION, control)
+    wanted = loop.forward(untied, {**PARAMS, "head": {"kernel": moved}}, PROMPTS, COMPLETION)
+    found = loop.forward(LM, PARAMS, PROMPTS, COMPLETION, control)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_scale_zero_is_the_base_to_the_bit():
     nothing = lm_steer.neutral(lm_steer.example(LM, jax.random.key(1)))
-    base = decode.forward(LM, PARAMS, PROMPTS, COMPLETION)
-    assert bool(jnp.all(base == decode.forward(LM, PARAMS, PROMPTS, COMPLETION, nothing)))
+    base = loop.forward(LM, PARAMS, PROMPTS, COMPLETION)
+    assert bool(jnp.all(base == loop.forward(LM, PARAMS, PROMPTS, COMPLETION, nothing)))
 
 
 def test_the_dummy_steer_acts_whatever_the_strength():
     both = by_hand([[1, 0], [0, 1], [2, 0]], [[0, 1], [1, 0], [-1, 2]], fixed=1, scale=0.0)
     dummy = by_hand([0, 1, 0], [1, 0, 2], scale=1.0)
     prompts, token = worlds.prompts([[0], [1]]), jnp.zeros((2, 1), jnp.int32)
-    z = [decode.forward(WORLD, worlds.table(TABLE), prompts, token, c) for c in (both, dummy, lm_steer.neutral(both))]
+    z = [loop.forward(WORLD, worlds.table(TABLE), prompts, token, c) for c in (both, dummy, lm_steer.neutral(both))]
     np.testing.assert_allclose(z[0], z[1], rtol=1e-6)
     np.testing.assert_allclose(jax.nn.softmax(z[2][:, 0]), TABLE[:2], rtol=1e-5)
     assert lm_steer.neutral(both).p1.shape == (3, 1)
@@ -106,7 +108,7 @@ def test_both_signs_are_learned_together():
     prompts, completion = worlds.prompts([[1], [1]]), jnp.array([good[1:], bad[1:]])
 
     def told(s):
-        return decode.score(LM, PARAMS, prompts, completion, methods.with_strength(learned, s)).sum(1)
+        return loop.score(LM, PARAMS, prompts, completion, methods.with_strength(learned, s)).sum(1)
 
     minus, base, plus = told(-1.0), told(0.0), told(1.0)
     assert plus[0] > base[0] + 1 and base[0] > minus[0]
@@ -225,16 +227,16 @@ def test_each_row_has_its_strengths_in_a_chain_with_others():
     cond = {"words": jnp.array([1.0, -2.0, 0.0]), "experts": jnp.array([0.0, 1.0, -0.5]), "push": jnp.arange(3.0)}
     batch = worlds.prompts([[1, 2, 3], [4, 5], [6]], cond=cond)
     completion = jnp.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    together = decode.forward(LM, PARAMS, batch, completion, chain)
+    together = loop.forward(LM, PARAMS, batch, completion, chain)
     for i in range(3):
         row = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-        alone = decode.forward(LM, PARAMS, row, completion[i : i + 1], chain)
+        alone = loop.forward(LM, PARAMS, row, completion[i : i + 1], chain)
         np.testing.assert_allclose(alone, together[i : i + 1], rtol=1e-4, atol=1e-4)
         # The same strengths as leaves, for all rows.
         fixed = Chain(tuple(methods.with_strength(c, float(cond[n][i])) for c, n in zip(parts, names)))
-        np.testing.assert_allclose(decode.forward(LM, PARAMS, row, completion[i : i + 1], fixed), alone, rtol=1e-4)
-    out = decode.generate(LM, PARAMS, batch, chain, Sampling(max_new=3))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, batch, out.tokens, chain), out.logp, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(loop.forward(LM, PARAMS, row, completion[i : i + 1], fixed), alone, rtol=1e-4)
+    out = loop.generate(LM, PARAMS, batch, chain, Sampling(max_new=3))
+    np.testing.assert_allclose(loop.score(LM, PARAMS, batch, out.tokens, chain), out.logp, rtol=1e-4, atol=1e-4)
 
 
 def test_fit_goes_on_where_it_was_cut_short(small, monkeypatch, tmp_path):
@@ -246,7 +248,7 @@ def test_fit_goes_on_where_it_was_cut_short(small, monkeypatch, tmp_path):
     assert control.p1.shape == (model.width, 4) and control.cond == "sign" and control.fixed == 0
     assert float(control.scale) == 1 and not (whole.path / "steps").exists()
     prompts = worlds.prompts([[1, 2], [3]], cond={"sign": jnp.array([1.0, -1.0])})
-    out = decode.forward(model, params, prompts, jnp.array([[1, 2], [3, 4]]), methods.with_strength(control, 5.0))
+    out = loop.forward(model, params, prompts, jnp.array([[1, 2], [3, 4]]), methods.with_strength(control, 5.0))
     assert bool(jnp.all(jnp.isfinite(out)))
 
     def killed(*a, **k):
@@ -284,7 +286,7 @@ def test_bad_input_is_said_in_a_sentence(small):
     control = lm_steer.example(LM, jax.random.key(0))
     with pytest.raises(InputError, match="width 8, but the model's is 16"):
         narrow = control.replace(p1=jnp.zeros((8, 2)), p2=jnp.zeros((8, 2)))
-        decode.forward(LM, PARAMS, PROMPTS, COMPLETION, narrow)
+        loop.forward(LM, PARAMS, PROMPTS, COMPLETION, narrow)
     with pytest.raises(InputError, match="site of the first steer is 3 and of the second 4"):
         lm_steer.add(control, lm_steer.example(worlds.tiny(depth=3), jax.random.key(0)))
     with pytest.raises(InputError, match="strength per row"):

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import checkpoint, flow, methods, rng, stage, strategies
+from ctg_jax import methods, rng
+from ctg_jax.decode import strategies
 from ctg_jax.methods import mdlm
 from ctg_jax.models import masked
-from ctg_jax.stage import open_lm
+from ctg_jax.run import checkpoint, stage
+from ctg_jax.run.stage import open_lm
+from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny(vocab=7)
@@ -144,7 +147,7 @@ def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, 
     assert np.any(control.guide["kernel"]) and not (again.path / "steps").exists()
     out = stage.stage(
         tmp_path / "b",
-        flow.sample,
+        sampling.sample,
         dict(n=2, max_new=3, batch=4, strengths=[1.0]),
         lm=lm,
         prompts=data,

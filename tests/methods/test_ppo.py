@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import train
+from ctg_jax.learn import train
 from ctg_jax.methods import ppo
 from ctg_jax.types import InputError
 

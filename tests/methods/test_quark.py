@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import calibrate, decode, losses, methods
+from ctg_jax import methods
+from ctg_jax.decode import loop
+from ctg_jax.learn import calibrate, losses
 from ctg_jax.methods import quark
 from ctg_jax.types import InputError
 
@@ -74,13 +76,13 @@ def test_a_row_decodes_on_its_own_token():
     control = quark.example(LM, jax.random.key(3))
     prompts = worlds.prompts([PROMPT] * 3, cond={"bin": jnp.array([0, 2, 1])})
     completion = jnp.asarray(EVERY[:3])
-    mixed = decode.score(LM, PARAMS, prompts, completion, control.replace(cond="bin"))
+    mixed = loop.score(LM, PARAMS, prompts, completion, control.replace(cond="bin"))
     by_scale = methods.with_strength(control, jnp.array([0.0, 1.0, 0.5]))
-    np.testing.assert_allclose(decode.score(LM, PARAMS, prompts, completion, by_scale), mixed, rtol=1e-6)
+    np.testing.assert_allclose(loop.score(LM, PARAMS, prompts, completion, by_scale), mixed, rtol=1e-6)
     for row, k in enumerate((0, 2, 1)):
-        alone = decode.score(LM, PARAMS, prompts, completion, methods.with_strength(control, k / 2))
+        alone = loop.score(LM, PARAMS, prompts, completion, methods.with_strength(control, k / 2))
         np.testing.assert_allclose(alone[row], mixed[row], rtol=1e-6)
-    assert not np.allclose(mixed[0], decode.score(LM, PARAMS, prompts, completion, control)[0])
+    assert not np.allclose(mixed[0], loop.score(LM, PARAMS, prompts, completion, control)[0])
 
 
 def test_unlikelihood_by_hand():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import decode, methods
+from ctg_jax import methods
 from ctg_jax.control import IDENTITY
+from ctg_jax.decode import loop
 from ctg_jax.methods import steer
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny()
@@ -95,10 +96,10 @@ def test_scale_zero_is_the_base_to_the_bit():
     nothing = steer.neutral(steer.example(LM, jax.random.key(1)))
     prompts = worlds.prompts([[1, 2, 3], [4, 5]])
     completion = jnp.array([[1, 2, 3], [4, 5, 6]])
-    base = decode.forward(LM, PARAMS, prompts, completion)
-    assert bool(jnp.all(base == decode.forward(LM, PARAMS, prompts, completion, nothing)))
+    base = loop.forward(LM, PARAMS, prompts, completion)
+    assert bool(jnp.all(base == loop.forward(LM, PARAMS, prompts, completion, nothing)))
     sampling = Sampling(max_new=4)
-    a, b = (decode.generate(LM, PARAMS, prompts, c, sampling) for c in (IDENTITY, nothing))
+    a, b = (loop.generate(LM, PARAMS, prompts, c, sampling) for c in (IDENTITY, nothing))
     assert a.tokens.tolist() == b.tokens.tolist() and a.logp.tolist() == b.logp.tolist()
 
 
@@ -129,7 +130,7 @@ def test_a_site_inside_a_block_is_left_alone_in_both_layouts():
 def test_another_width_is_refused():
     control = steer.example(worlds.tiny(depth=2), jax.random.key(0)).replace(vector=jnp.zeros((4, 8)))
     with pytest.raises(InputError, match="width 8, but the model's is 16"):
-        decode.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), control)
+        loop.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), control)
 
 
 @pytest.mark.parametrize("kind", ["mean", "pairs", "pca"])

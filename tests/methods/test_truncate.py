@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctg_jax.methods import truncate
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Prompts
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import losses, methods
+from ctg_jax import methods
+from ctg_jax.learn import losses
 from ctg_jax.methods import unlikelihood
-from ctg_jax.stage import open_lm
+from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
 BIGRAM = worlds.Bigram(vocab=3)
@@ -135,8 +136,8 @@ def test_advantages_by_hand():
 
 @pytest.fixture(scope="module")
 def texts(small, tmp_path_factory):
-    from ctg_jax import sources
-    from ctg_jax.stage import stage
+    from ctg_jax.run.stage import stage
+    from ctg_jax.stages import sources
 
     root, _, data = small
     settings = dict(source=f"jsonl:{data.path / 'data.jsonl'}", split="all", words=1)

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from ctg_jax import tree
 from ctg_jax.models import hf
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.encoder import Encoder
-from ctg_jax.models.hf_decoders import DECODERS
-from ctg_jax.models.tensors import Checkpoint
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.hf.decoders import DECODERS
+from ctg_jax.models.hf.tensors import Checkpoint
 from ctg_jax.types import InputError
 
 GPT2 = Transformer.gpt2(vocab=24, width=16, depth=2, heads=4, context=8)

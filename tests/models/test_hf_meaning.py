@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from ctg_jax import judging, rewards
+from ctg_jax import rewards
 from ctg_jax.data import train_bpe
 from ctg_jax.models import hf
-from ctg_jax.models.hf_decoders import DECODERS
-from ctg_jax.models.hf_encoders import ENCODERS
+from ctg_jax.models.hf.decoders import DECODERS
+from ctg_jax.models.hf.encoders import ENCODERS
 from ctg_jax.rewards.embed import load_text_encoder
-from ctg_jax.stage import stage, write_jsonl
+from ctg_jax.run.stage import stage, write_jsonl
+from ctg_jax.stages import judges
 from ctg_jax.types import InputError
 
 torch = pytest.importorskip("torch")
@@ -125,15 +126,15 @@ def test_a_judge_takes_names_and_refuses_what_it_cannot_measure(tmp_path):
     root, data = tmp_path / "runs", stage(tmp_path / "runs", texts)
     folder = _classifier(tmp_path / "several", problem_type="multi_label_classification")
     options = {"kind": "classifier", "encoder": str(folder)}
-    judge = stage(root, judging.fit_judge, options | {"target": "class 0"}, heldout=data)
+    judge = stage(root, judges.fit_judge, options | {"target": "class 0"}, heldout=data)
     assert judge.metrics()[0]["accuracy"] == 0.5  # both are called class 0
-    assert abs(judging.open_judge(judge)([""], ["x"])[0] - 0.9531) < 1e-4
-    own = stage(root, judging.fit_judge, options | {"problem": "regression", "threshold": 3.0, "target": 0})
-    assert judging.open_judge(own).threshold == 3.0 and abs(judging.open_judge(own)([""], ["x"])[0] - 3.0123) < 1e-6
+    assert abs(judges.open_judge(judge)([""], ["x"])[0] - 0.9531) < 1e-4
+    own = stage(root, judges.fit_judge, options | {"problem": "regression", "threshold": 3.0, "target": 0})
+    assert judges.open_judge(own).threshold == 3.0 and abs(judges.open_judge(own)([""], ["x"])[0] - 3.0123) < 1e-6
     with pytest.raises(InputError, match="gives values, which cannot be compared with labels"):
-        stage(root, judging.fit_judge, options | {"problem": "regression"}, heldout=data)
+        stage(root, judges.fit_judge, options | {"problem": "regression"}, heldout=data)
     with pytest.raises(InputError, match="settings of a 'classifier', but kind is 'bag'"):
-        stage(root, judging.fit_judge, {"kind": "bag", "threshold": 0.2}, data=data)
+        stage(root, judges.fit_judge, {"kind": "bag", "threshold": 0.2}, data=data)
 
 
 # -- sentence-transformers

@@ -9,7 +9,7 @@ import pytest
 
 from ctg_jax.data.tokenizer import load_tokenizer, pad_rows
 from ctg_jax.models import hf
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 
 
 def _torch():
@@ -205,7 +205,7 @@ def test_stories260k_tells_its_story(data_dir, tmp_path):
     assert again == lm
     jax.tree.map(np.testing.assert_array_equal, params, reread)
 
-    from ctg_jax.decode import generate
+    from ctg_jax.decode.loop import generate
     from ctg_jax.types import Prompts, Sampling
 
     prompts = Prompts(

@@ -10,7 +10,7 @@ from laws import worlds
 
 from ctg_jax import rng
 from ctg_jax.models import masked
-from ctg_jax.models.transformer import Transformer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 
 V, N, DRAWS = 3, 4, 4096

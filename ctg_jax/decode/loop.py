@@ -1,0 +1,374 @@
+"""Decoding: `generate` in one compiled program, `forward` and `score` through exactly the same hooks.
+
+A decode loop is `begin` (read the prompt), then `extend` (draw a token, read it) until every row has ended; in between
+it may pause, and go on with some of its rows (`choose`). Token t of a row is drawn with `fold_in(keys[row], t)`, so a
+row's text does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from ctg_jax import rng, tree
+from ctg_jax.control import IDENTITY, Control, edit_logits, enter
+from ctg_jax.decode.checks import check_finite, check_rows, finite
+from ctg_jax.mesh import layout
+from ctg_jax.models.lm import LM, Cache, write_prefix
+from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
+
+_STRENGTHS = ("scale", "alpha")  # leaves of a control that may have a number for each row
+
+
+@struct.dataclass
+class Decoding:
+    """Where a decode loop is: t int32 [] tokens written; z float32 [B, V] controlled logits of token t; the cache and
+    the control's state; done bool [B]; tokens int32, mask bool and logp float32, each [B, N].
+
+    Every leaf has the batch as its first axis, or size 1 there (shared by all rows), or no axis."""
+
+    t: jax.Array
+    z: jax.Array
+    cache: Cache
+    state: Any
+    done: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    logp: jax.Array
+
+
+def generate(
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    control: Control = IDENTITY,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+) -> Samples:
+    """Completions of `prompts` under `control`: one compiled program, compiled once per shape and control structure.
+
+    Strengths and other leaves of the control may change without recompiling. Pass parameters through `lm.unstack`
+    once to decode without a second copy of the weights.
+
+    Raises:
+      InputError: what `checks.check_rows` raises; logits that are not finite, once all tokens are drawn.
+    """
+    check_rows(lm, prompts, control, sampling.max_new)
+    return finite(by_rows(loop, lm, params, prompts, control, sampling))
+
+
+def by_rows(
+    write: Callable[..., Samples],
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    control: Any,
+    sampling: Sampling,
+    devices: Sequence[jax.Device] = (),
+) -> Samples:
+    """`write(lm, params, prompts, control, sampling)` with its rows split as `layout.run_rows` does. `write` is pure
+    and hashable; `generated` is that of the part that ran longest."""
+    split = not _numbers_for_rows(control, len(prompts.tokens))
+    whole = (params, control)
+    out = layout.run_rows(_part, (write, lm, sampling), whole, prompts, devices=devices, split=split)
+    return out.replace(generated=jnp.max(out.generated))
+
+
+def _part(static, whole, prompts):
+    write, lm, sampling = static
+    out = write(lm, whole[0], prompts, whole[1], sampling)
+    return out.replace(generated=jnp.broadcast_to(out.generated, out.mask.shape[:1]))
+
+
+def _numbers_for_rows(control: Any, rows: int) -> bool:
+    """Whether a strength of the control is a number for each row of the batch, so that its rows cannot be split."""
+    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
+
+
+@partial(jax.jit, static_argnames=("lm", "sampling"))
+def loop(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Samples:
+    """The decode loop as a pure function: what `generate` runs on the rows of each device."""
+    params = lm.unstack(control.weights(params))
+    d = prefill(lm, params, prompts, control, sampling)
+    d = _advance(lm, params, d, prompts.keys, control, sampling, sampling.max_new)
+    return Samples(tokens=d.tokens, mask=d.mask, logp=d.logp, generated=d.t)
+
+
+def begin(
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    control: Control = IDENTITY,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+) -> Decoding:
+    """A decode loop that has read the prompts and drawn nothing yet; `extend` goes on with it.
+
+    Raises:
+      InputError: as `generate`.
+    """
+    check_rows(lm, prompts, control, sampling.max_new)
+    return prefill(lm, _merged(lm, params, control), layout.spread(prompts), control, sampling)
+
+
+def extend(
+    lm: LM,
+    params: Params,
+    d: Decoding,
+    keys: jax.Array,
+    control: Control,
+    sampling: Sampling,
+    steps: int,
+) -> Decoding:
+    """At most `steps` more tokens of every row; as it is, where all rows have ended or `max_new` tokens are written.
+
+    `generate` is `extend` by `max_new` steps after `begin`, and any other division into steps gives the same tokens.
+    One program is compiled for each batch size and value of `steps`.
+
+    Args:
+      lm, params, control, sampling: those that `begin` was given. Where the control has leaves with a number for each
+        row and rows were chosen, its rows are the caller's to choose.
+      d: left as it is, so that two continuations may begin from it.
+      keys: typed PRNG keys [B]: those of the prompts, or others for rows that are to draw different tokens.
+      steps: at least 1.
+
+    Raises:
+      InputError: steps below 1, other numbers of rows or of new tokens than those of `d`.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}, expected at least 1.")
+    rows, new = d.tokens.shape
+    if keys.shape != (rows,) or new != sampling.max_new:
+        raise InputError(
+            f"The decoding has {rows} rows and max_new {new}, but there are keys of shape {keys.shape} and "
+            f"sampling.max_new is {sampling.max_new}: give one key for each row and the sampling of `begin`."
+        )
+    return _extend(lm, _merged(lm, params, control), d, keys, control, sampling, min(steps, new))
+
+
+def choose(tree: PyTree, index: jax.Array) -> PyTree:
+    """The rows int [B'] of a `Decoding` (or of keys, or of both together), in that order; a row may be taken several
+    times. Leaves that all rows share stay as they are.
+
+    Raises:
+      InputError: a leaf whose first axis is neither the batch nor 1.
+    """
+    rows = max((x.shape[0] for x in jax.tree.leaves(tree) if x.ndim), default=1)
+
+    def some(x):
+        if x.ndim == 0 or (x.shape[0] == 1 < rows):
+            return x
+        if x.shape[0] != rows:
+            raise InputError(f"A leaf has shape {x.shape}, expected {rows} rows, or 1, as its first axis.")
+        return x[index]
+
+    return jax.tree.map(some, tree)
+
+
+def stream(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Iterator[np.ndarray]:
+    """Yields int32 [B] tokens as they are made, `sampling.pad` for rows that have ended: `begin` and `extend` by one
+    token at a time, for notebooks and terminals (`Tokenizer.decode_stream` gives their text). The tokens are those of
+    `generate`."""
+    d = begin(lm, params, prompts, control, sampling)
+    params = _merged(lm, params, control)
+    for t in range(sampling.max_new):
+        d = _onward(lm, params, d, prompts.keys, control, sampling, 1)
+        check_finite(d.logp[:, : t + 1])
+        yield np.asarray(d.tokens[:, t])
+        if bool(jnp.all(d.done)):
+            return
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _merged(lm, params, control):
+    return lm.unstack(control.weights(params))
+
+
+def _advance(lm, params, d, keys, control, sampling, steps):
+    """`steps` tokens more of a decoding that is not finished, with the merged `params`: draws a token, then reads it,
+    unless nothing is drawn after it."""
+    end = jnp.minimum(d.t + steps, sampling.max_new)
+
+    def going(d):
+        return (d.t < end) & ~jnp.all(d.done)
+
+    def body(d):
+        return sample(read(lm, params, d, control), keys, sampling)
+
+    d = sample(d, keys, sampling)
+    if steps > 1:
+        d = lax.while_loop(going, body, d)
+    if steps == sampling.max_new:  # nothing is left to draw
+        return d
+    return lax.cond(_unfinished(d), lambda d: read(lm, params, d, control), lambda d: d, d)
+
+
+def _unfinished(d):
+    return (d.t < d.tokens.shape[1]) & ~jnp.all(d.done)
+
+
+@partial(jax.jit, static_argnames=("lm", "sampling", "steps"))
+def _extend(lm, params, d, keys, control, sampling, steps):
+    def on(d):
+        return _advance(lm, params, d, keys, control, sampling, steps)
+
+    return lax.cond(_unfinished(d), on, lambda d: d, d)
+
+
+_onward = jax.jit(_advance, static_argnames=("lm", "sampling", "steps"), donate_argnames=("d",))
+
+
+@partial(jax.jit, static_argnames=("lm", "sampling"))
+def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Decoding:
+    """Reads the prompts into a new cache; nothing is sampled yet. `params` have been through `control.weights`."""
+    batch, t = prompts.tokens.shape
+    n = sampling.max_new
+    state = control.init(prompts, t + n)
+    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
+    prefix = control.prefix(state)
+    p = 0 if prefix is None else prefix[0].shape[3]
+    cache = lm.init_cache(params, batch, p + x.shape[1] + n - 1)
+    if prefix is not None:
+        cache = write_prefix(cache, prefix)
+    out = lm.apply(params, x, mask, cache, control, state, last=1)
+    z, state = edit_logits(control, out.logits, prompts.tokens, prompts.mask, state)
+    return Decoding(
+        t=jnp.zeros((), jnp.int32),
+        z=z[:, 0],
+        cache=out.cache,
+        state=state,
+        done=jnp.zeros((batch,), bool),
+        tokens=jnp.full((batch, n), sampling.pad, jnp.int32),
+        mask=jnp.zeros((batch, n), bool),
+        logp=jnp.zeros((batch, n), jnp.float32),
+    )
+
+
+def sample(d: Decoding, keys: jax.Array, sampling: Sampling) -> Decoding:
+    """Draws token t of every row from `d.z` and writes it; rows that have ended write padding."""
+    if sampling.greedy:
+        token = jnp.argmax(d.z, axis=-1)
+    else:
+        token = rng.draw(rng.at_step(keys, d.t), d.z)
+    token = jnp.where(d.done, sampling.pad, token.astype(jnp.int32))
+    z = jnp.take_along_axis(d.z, token[:, None], axis=1)[:, 0]
+    logp = jnp.where(d.done, 0.0, z - jax.nn.logsumexp(d.z, axis=-1))
+    alive = ~d.done
+    d = d.replace(
+        t=d.t + 1,
+        tokens=lax.dynamic_update_slice(d.tokens, token[:, None], (0, d.t)),
+        mask=lax.dynamic_update_slice(d.mask, alive[:, None], (0, d.t)),
+        logp=lax.dynamic_update_slice(d.logp, logp[:, None], (0, d.t)),
+    )
+    return d.replace(done=d.done | ended(d, token, sampling))
+
+
+def ended(d: Decoding, token: jax.Array, sampling: Sampling) -> jax.Array:
+    """bool [B]: whether the token just written is an EOS or completes a stop sequence."""
+    end = is_end(token, sampling.eos)
+    for stop in sampling.stop:
+        size = len(stop)
+        if size > d.tokens.shape[1]:
+            continue
+        window = lax.dynamic_slice_in_dim(d.tokens, jnp.maximum(d.t - size, 0), size, axis=1)
+        end |= (d.t >= size) & jnp.all(window == jnp.asarray(stop, jnp.int32)[None, :], axis=1)
+    return end
+
+
+def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """bool, of the shape of `tokens`: which of them are among the ids `ends`."""
+    return jnp.isin(tokens, jnp.asarray(ends, jnp.int32))
+
+
+def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
+    """Reads the last written token of every row and computes the controlled logits of the next."""
+    token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
+    mask = lax.dynamic_slice_in_dim(d.mask, d.t - 1, 1, axis=1)
+    out = lm.apply(params, lm.embed(params, token), mask, d.cache, control, d.state)
+    z, state = edit_logits(control, out.logits, token, mask, d.state)
+    return d.replace(z=z[:, 0], cache=out.cache, state=state)
+
+
+def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY) -> jax.Array:
+    """Controlled logits float32 [B, N, V] of each token of a completion int32 [B, N], teacher-forced.
+
+    Position n saw the prompt and completion tokens before n: exactly what `generate` saw when it drew token n, so
+    what follows the end of a completion does not matter. The sequence runs through stacked layers without a cache.
+
+    Raises:
+      InputError: what `checks.check_rows` raises. Inside `jit`, where masks are not known, padding counts as well.
+    """
+    check_rows(lm, prompts, control, completion.shape[1], completion)
+    return _forward(lm, params, prompts, completion, control)
+
+
+def forward_states(
+    lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY
+) -> tuple[jax.Array, jax.Array]:
+    """What `forward` gives, and the final hidden states [B, N, D] that each of the logits was read off."""
+    check_rows(lm, prompts, control, completion.shape[1], completion)
+    return _forward_states(lm, params, prompts, completion, control)
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _forward(lm, params, prompts, completion, control):
+    return _forward_states(lm, params, prompts, completion, control)[0]
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _forward_states(lm, params, prompts, completion, control):
+    params = control.weights(params)
+    n = completion.shape[1]
+    state = control.init(prompts, prompts.tokens.shape[1] + n)
+    seen = completion[:, : n - 1]
+    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
+    ones = jnp.ones(seen.shape, bool)
+    x = jnp.concatenate([x, lm.embed(params, seen)], axis=1)
+    mask = jnp.concatenate([mask, ones], axis=1)
+    out = lm.apply(params, x, mask, control=control, state=state, last=n)
+    tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
+    z, _ = edit_logits(control, out.logits, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
+    return z, out.hidden[:, out.hidden.shape[1] - n :]
+
+
+def score(
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    completion: jax.Array,
+    control: Control = IDENTITY,
+    written: jax.Array | None = None,
+) -> jax.Array:
+    """Log-probability float32 [B, N] of each token of a completion int32 [B, N] under `control`; for a token that the
+    control removed it is `support.REMOVED`, of probability 0.
+
+    Args:
+      written: bool [B, N], which tokens of the completion are no padding (on the right); the others score 0. None: all.
+
+    Raises:
+      InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
+    """
+    check_rows(lm, prompts, control, completion.shape[1], completion, written)
+    with layout.on():
+        split = not _numbers_for_rows(control, len(prompts.tokens))
+        rows = (prompts, completion, written)
+        logp = layout.run_rows(_score_part, lm, (params, control), rows, split=split)
+    check_finite(logp)
+    return logp
+
+
+def _score_part(lm, whole, rows):
+    return _score(lm, whole[0], *rows, whole[1])
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _score(lm, params, prompts, completion, written, control):
+    z = _forward(lm, params, prompts, completion, control)
+    chosen = jnp.take_along_axis(z, completion[:, :, None], axis=2)[:, :, 0]
+    logp = chosen - jax.nn.logsumexp(z, axis=-1)
+    return logp if written is None else jnp.where(written, logp, 0.0)

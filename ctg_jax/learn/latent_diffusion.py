@@ -1,0 +1,105 @@
+"""Diffusion over the latents of texts: the denoiser, conditioned on the latent of the prefix, and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ctg_jax import rng
+from ctg_jax.learn import embeddings, losses, train
+from ctg_jax.models import diffusion, samplers
+from ctg_jax.models.denoiser import LatentNet, Trunk
+from ctg_jax.models.diffusion import LogSnrSampler
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import Artifact, Run, stage_function
+from ctg_jax.types import Sum
+
+BINS = 100  # of the log-SNR, for importance sampling
+
+
+def network(
+    latent: int, *, width: int = 256, depth: int = 6, heads: int = 4, tokens: int = 16, spread: int = 4
+) -> LatentNet:
+    """The denoiser: a `LatentNet` that reads latent and prefix, each as so many pseudo-tokens."""
+    trunk = Trunk(width=width, depth=depth, heads=heads, positions=2 * tokens)
+    return LatentNet(trunk, latent=latent, out=latent, context=latent, tokens=tokens, spread=spread)
+
+
+@stage_function("embeddings.denoiser", how=("save_every",))
+def denoise(
+    run: Run,
+    *,
+    latents: Artifact,
+    net: Mapping[str, Any] | None = None,
+    weight: str = "asymmetric",
+    drop: float = 0.1,
+    steps: int = 5000,
+    batch: int = 128,
+    rate: float = 1e-3,
+    warmup: int = 100,
+    schedule: str = "cosine",
+    ema: float = 0.999,
+    seed: int = 0,
+    save_every: int = 500,
+) -> None:
+    """Stage: trains the denoiser of standardised latents, conditioned on the prefix; its moving average is kept.
+
+    Args:
+      net: settings of `network`. weight: of the squared error of v, see `diffusion.weight`.
+      drop: share of rows whose prefix is hidden, for classifier-free guidance.
+      ema: decay of the moving average, see `ctg_jax.learn.train.averaged`.
+      steps, batch, rate, warmup, schedule: of the optimizer.
+    """
+    x = embeddings.arrays(latents)[0]
+    model = network(x.shape[1], **(net or {}))
+    key = jax.random.key(seed)
+    params = {"net": model.init(rng.stream(key, "init")), "bins": jnp.zeros(BINS)}
+    pace = train.schedule(rate, schedule, warmup=min(warmup, steps - 1), steps=steps)
+    # The bins are a moving average, which is plain gradient descent: at this rate a twentieth or so a visit.
+    tx = optax.partition(
+        {"net": train.optimizer(pace, b2=0.99), "bins": optax.sgd(3.0)}, {"net": "net", "bins": "bins"}
+    )
+    mean, deviation = moments(x)
+    state = train.loop(
+        run.path,
+        train.init_state(params, tx, rng.stream(key, "train"), ema=True),
+        train.make_step(denoiser_loss(model, weight, drop), tx, ema=ema),
+        embeddings.batches(latents, batch=batch, seed=seed),
+        steps=steps, save_every=save_every, frozen={"mean": mean, "deviation": deviation}, progress=False,
+    )  # fmt: skip
+    checkpoint.save(run.path / "state", state.ema["net"])
+    run.discard("steps")
+    run.record(net=dict(net or {}))
+
+
+def denoiser_loss(net: LatentNet, weight: str = "asymmetric", drop: float = 0.1) -> losses.LossFn:
+    """Weighted squared error of v, per dimension, at log-SNRs drawn by importance.
+
+    params = {"net": …, "bins": float32 [n] of `LogSnrSampler`}; frozen has the latents' mean and deviation [Z].
+    """
+
+    def total(params, frozen, batch, keys):
+        chooser = LogSnrSampler(params["bins"])
+        gamma, importance = chooser.draw(rng.named(keys, "gamma"))
+        x = (batch["latent"] - frozen["mean"][None]) / frozen["deviation"][None]
+        eps = samplers.noise(rng.named(keys, "noise"), x.shape[1:])
+        given = jax.vmap(lambda key: jax.random.uniform(rng.stream(key, "drop")) >= drop)(keys)
+        v = net.apply(params["net"], diffusion.noised(x, gamma, eps), gamma, batch["context"], given)
+        error = jnp.mean((v - diffusion.target("v", x, gamma, eps)) ** 2, axis=1)
+        weighted = diffusion.weight(weight, gamma) * error
+        count = jnp.float32(error.shape[0])
+        value = jnp.sum(importance * weighted)
+        own = jnp.sum(chooser.fit(gamma, weighted))
+        return Sum(value + own, count, {"error": (jnp.sum(importance * error), count), "weighted": (value, count)})
+
+    return total
+
+
+def moments(x: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """(mean, deviation) float32 [Z] of latents [n, Z]."""
+    return jnp.asarray(x.mean(0)), jnp.asarray(np.maximum(x.std(0), 1e-6))

@@ -1,0 +1,210 @@
+"""The layout of a run: on which devices its arrays lie, whatever it computes. The scripts' --mesh chooses it.
+
+Training spans the devices of all processes. All else (decoding, scoring, encoding) stays within a process, which has
+the language model on its own devices, its island, and takes rows of its own. Nothing but time, memory and the last
+digits of sums depends on a layout, so it is no part of what identifies an artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ctg_jax.mesh import processes
+from ctg_jax.mesh.plan import CONTROL, ENCODER, Plan
+from ctg_jax.types import InputError, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a run asks for.
+
+    Attributes:
+      data, tensor: sizes of the mesh axes; data -1 takes the devices that are left. tensor splits every matrix of the
+        language model, within one process.
+      sharded: weights and optimizer states are split over `data` too (fully sharded data parallel).
+      remat: compute each block of the language model again in the backward pass in place of keeping what it made.
+      mesh: whether devices were asked for at all.
+    """
+
+    data: int = -1
+    tensor: int = 1
+    sharded: bool = False
+    remat: bool = False
+    mesh: bool = True
+
+    def plan(self, devices: int, data: int, local: bool = False) -> Plan:
+        """The plan over so many devices; InputError where the axes do not fit them."""
+        if devices % self.tensor or (data != -1 and data * self.tensor > devices):
+            where = "of a process" if local else "in all"
+            raise InputError(f"--mesh: data={data}, tensor={self.tensor} do not fit the {devices} devices {where}")
+        if not local and processes.count() > 1 and data != -1 and data * self.tensor < devices:
+            raise InputError(
+                f"--mesh: data={data}, tensor={self.tensor} leave out some of the {devices} devices of "
+                f"{processes.count()} processes: use all of them (data=-1)"
+            )
+        axes = {"data": devices // self.tensor if data == -1 else data, "tensor": self.tensor}
+        rules = ENCODER + CONTROL if self.sharded else _whole(ENCODER + CONTROL)
+        return Plan(axes={k: v for k, v in axes.items() if k == "data" or v > 1}, rules=rules, local=local)
+
+
+_NONE = Layout(mesh=False)
+_current: contextvars.ContextVar[Layout] = contextvars.ContextVar("layout", default=_NONE)
+
+
+def read(text: str, remat: bool = False) -> Layout:
+    """The layout that `fsdp=4,tensor=2` or `data=8` says; "fsdp" is "data" with the weights split too.
+
+    Raises:
+      InputError: another axis, both of these, a size that is no positive number (or -1 for data and fsdp).
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(data|fsdp|tensor)=(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] in sizes or (match[1] == "tensor" and match[2] == "-1"):
+            raise InputError(f"--mesh={text}: expected data=N or fsdp=N (-1: the devices that are left), and tensor=N")
+        sizes[match[1]] = int(match[2])
+    if {"data", "fsdp"} <= set(sizes):
+        raise InputError(f"--mesh={text}: give data (weights on every device) or fsdp (weights split), not both")
+    sharded = "fsdp" in sizes
+    return Layout(sizes.get("fsdp", sizes.get("data", -1)), sizes.get("tensor", 1), sharded, remat)
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """Runs what is inside the `with` block in a layout."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def remat() -> bool:
+    """Whether blocks are computed again in the backward pass."""
+    return _current.get().remat
+
+
+def training(rows: int | None = None) -> Plan:
+    """The plan of a training loop, over the devices of all processes. Where no mesh was asked for, rows are split over
+    all devices if there are several processes, and over as many accelerators as divide the rows of a batch if not."""
+    layout = _current.get()
+    if layout.mesh:
+        return layout.plan(jax.device_count(), layout.data)
+    if processes.count() > 1:
+        return Plan(axes={"data": jax.device_count()})
+    several = rows and jax.default_backend() != "cpu"  # the devices of a CPU share its cores
+    return Plan(axes={"data": math.gcd(rows, jax.local_device_count()) if several else 1})
+
+
+def island() -> Plan | None:
+    """The plan of what stays within a process; None where no mesh was asked for."""
+    layout = _current.get()
+    if not layout.mesh:
+        return None
+    here = jax.local_device_count()
+    data = layout.data if processes.count() == 1 else -1
+    return layout.plan(here, data, local=True)
+
+
+def home() -> Sharding:
+    """Where arrays of a process lie that nothing is said about: on every device of its island, or on its first."""
+    plan = island()
+    if plan is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(plan.mesh, PartitionSpec())
+
+
+def settled(state: PyTree, plan: Plan) -> PyTree:
+    """A state that `plan` trained, where the other arrays of this process lie."""
+    here = island()
+    if processes.count() > 1:
+        state = processes.local(state)
+        return state if here is None else here.place(state)
+    return jax.device_put(state, home()) if here is None and plan.size > 1 else state
+
+
+def accelerators() -> tuple[jax.Device, ...]:
+    """The accelerators of this machine, for rows of their own. None for a CPU, whose devices share its cores, and none
+    where a mesh was asked for, over which `run_rows` splits rows itself."""
+    return () if jax.default_backend() == "cpu" or island() else tuple(jax.local_devices())
+
+
+def run_rows(
+    fn: Callable[[Any, PyTree, PyTree], PyTree],
+    static: Any,
+    whole: PyTree,
+    rows: PyTree,
+    *,
+    devices: Sequence[jax.Device] = (),
+    split: bool = True,
+) -> PyTree:
+    """`fn(static, whole, rows)`: the one way in which the rows of a batch are split over what the run has.
+
+    Several processes take equal parts where their number divides the batch, and each gets the whole result; otherwise
+    all of them compute all rows. Within a process rows are split over the mesh, where one was asked for and divides
+    them, or over as many of `devices` as divide them, each of which runs a program of its own and waits for no other.
+
+    Args:
+      fn: pure and hashable; leaves of `rows` and of the result are [B, …], and rows do not read each other.
+      static: hashable. whole: what every row reads.
+      split: False keeps the batch together, for a `whole` with numbers for each row.
+    """
+    leaves = jax.tree.leaves(rows)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return fn(static, whole, rows)
+    size = leaves[0].shape[0]
+    parts = processes.count() if split and size % processes.count() == 0 else 1
+    rows = processes.rows(rows) if parts > 1 else rows
+    used = tuple(devices[: math.gcd(size // parts, len(devices))]) if split else ()
+    if len(used) > 1:
+        out = _over_devices(fn, static, used, replicated(whole, used), rows)
+    else:
+        out = fn(static, whole, spread(rows))
+    return processes.gather(out) if parts > 1 else out
+
+
+def replicated(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+    """Values on every one of several devices; as they are for fewer than two."""
+    if len(devices) < 2:
+        return values
+    return jax.device_put(values, NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec()))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _over_devices(fn, static, devices, whole, rows):
+    """`fn` as one program over devices, in which rows never meet: no device waits for the longest row of another."""
+    mesh, data = Mesh(np.asarray(devices), ("data",)), PartitionSpec("data")
+    specs = dict(in_specs=(PartitionSpec(), data), out_specs=data)
+    return jax.shard_map(partial(fn, static), mesh=mesh, check_vma=False, **specs)(whole, rows)
+
+
+def spread(values: PyTree) -> PyTree:
+    """Leaves [B, …], their rows split over the island, where it is there and divides them; else as they are."""
+    plan = island()
+    if plan is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
+        return values
+    ways = dict(plan.axes)["data"]
+    even = all(x.shape and x.shape[0] % ways == 0 for x in jax.tree.leaves(values))
+    return jax.device_put(values, NamedSharding(plan.mesh, PartitionSpec("data") if even else PartitionSpec()))
+
+
+def on() -> contextlib.AbstractContextManager:
+    """Inside the `with` block, models say where their activations lie on the island; see `parallel.split`."""
+    plan = island()
+    return contextlib.nullcontext() if plan is None else jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
+
+
+def _whole(rules):
+    """Rules that split over `tensor` alone."""
+    return tuple((path, PartitionSpec(*(None if p == "data" else p for p in spec))) for path, spec in rules)

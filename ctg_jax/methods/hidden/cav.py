@@ -1,0 +1,383 @@
+"""Concept activation vectors: a probe in each layer, and the least change of a state that brings it to a probability.
+
+GCAV (Zhang et al. 2025, "Controlling Large Language Models Through Concept Activation Vectors"). A logistic probe per
+layer gives P(concept | h) = σ(w·h + b). While decoding, each state of each row is moved by its own amount,
+
+    minimise |ε|  subject to  σ(w·(h + ε v) + b) ≥ p0,  v = w / ‖w‖:
+    ε = (logit(p0) − w·h − b) / ‖w‖ where that is positive, else 0
+
+for a concept that is added, and with ≤ and "negative" for one that is removed. Several concepts are a `Chain` of
+controls, one after another, or `join`ed: the least change that meets all their constraints at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ctg_jax.control import Control
+from ctg_jax.controls import bricks
+from ctg_jax.methods.hidden import steer
+from ctg_jax.models.lm import LM
+from ctg_jax.rewards.probe import fit_logistic
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.types import InputError
+
+DIRECTIONS = ("add", "remove", "both")
+MOST = 6  # concepts joined; the active constraints are found by trying all sets of them
+
+
+@struct.dataclass
+class Cav(Control):
+    """h + scale · gate[site] · the least change that brings the probes of the site to their targets.
+
+    At scale 1 a target is met, between 0 and 1 a part of the way is gone, and a negative scale asks the same of the
+    opposite concepts, whose probability is 1 − P. So scale −1 of "add to 0.9" removes to 0.1.
+
+    Attributes:
+      vector, bias: the probes w float32 [L + 2, K, D] and b [L + 2, K] of K concepts at every site.
+      gate: float32 [L + 2, K], how much each site takes part; 0 leaves a concept's constraint out there.
+      p0: float32 [K], or [B, K] row by row: the probabilities to reach, between 0 and 1.
+      scale: float32 [] or, per row, [B]; 0 leaves the model's logits to the bit.
+      direction: for each concept "add" (P ≥ p0), "remove" (P ≤ p0) or "both" (P = p0).
+      everywhere: whether the whole prompt is edited too, and not its last token and what follows, as in the paper.
+      cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
+      goal: None, or the name of a float [B] or [B, K] entry of `prompts.cond` that stands for `p0`, kept within
+        1e-6 of 0 and 1.
+    """
+
+    vector: jax.Array
+    bias: jax.Array
+    gate: jax.Array
+    p0: jax.Array
+    scale: jax.Array
+    direction: tuple[str, ...] = struct.field(pytree_node=False, default=("add",))
+    everywhere: bool = struct.field(pytree_node=False, default=False)
+    cond: str | None = struct.field(pytree_node=False, default=None)
+    goal: str | None = struct.field(pytree_node=False, default=None)
+
+    def init(self, prompts, length):
+        p0 = self.p0[None] if self.p0.ndim == 1 else self.p0
+        if self.goal is not None:
+            p0 = bricks.condition(prompts, self.goal).astype(jnp.float32)
+            p0 = p0[:, None] if p0.ndim == 1 else p0
+        p0 = jnp.clip(p0, 1e-6, 1 - 1e-6)
+        first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None] - 1
+        return bricks.per_row(self.scale, prompts, self.cond), (jnp.log(p0) - jnp.log1p(-p0))[:, None], first
+
+    def began(self, state, start):
+        return *state[:2], start[:, None] - 1
+
+    def hidden(self, h, site, pos, state):
+        sites, _, width = self.vector.shape
+        if width != h.shape[-1]:
+            raise InputError(
+                f"The probes have width {width}, but the model's is {h.shape[-1]}: they were fitted on another model."
+            )
+        if isinstance(site, int):  # unrolled layers: nothing to compute inside a block
+            if site >= sites:
+                return h
+            at, gate = site, self.gate[site]
+        else:
+            at = jnp.minimum(site, sites - 1)
+            gate = jnp.where(site < sites, self.gate[at], 0.0)
+        scale, target, first = state
+        w = jnp.where((gate > 0)[:, None], self.vector[at], 0.0)
+        z = jnp.einsum("btd,kd->btk", h.astype(jnp.float32), w, precision="highest") + self.bias[at][None, None]
+        steps = multipliers(target - jnp.sign(scale) * z, w, self.direction)
+        steps = scale * gate[None, None] * steps
+        if not self.everywhere:
+            steps = jnp.where((pos >= first)[:, :, None], steps, 0.0)
+        return h + jnp.einsum("btk,kd->btd", steps, w, precision="highest").astype(h.dtype)
+
+
+def multipliers(gap: jax.Array, w: jax.Array, direction: tuple[str, ...]) -> jax.Array:
+    """The least change Σ λ_k w_k of a state that closes the gaps: λ float32 [B, T, K].
+
+    For one concept λ = gap / ‖w‖² where the constraint is violated. For more, the set of active constraints is the
+    one of all sets whose least-norm solution meets the Karush-Kuhn-Tucker conditions; there is exactly one change.
+
+    Args:
+      gap: float32 [B, T, K], how much each w_k·h must grow.
+      w: float32 [K, D]; a zero vector has no constraint.
+      direction: "add" (grow at least by it), "remove" (at most) or "both" (exactly), K of them.
+    """
+    square = jnp.sum(jnp.square(w), axis=-1)
+    inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)  # 1 / ‖w‖
+    sign = jnp.array([-1.0 if d == "remove" else 1.0 for d in direction])
+    exact = np.array([d == "both" for d in direction])
+    need = (inverse * sign)[None, None] * gap  # the distances to go along each oriented unit vector
+    if len(direction) == 1:
+        return (inverse * sign)[None, None] * (need if exact[0] else jnp.maximum(need, 0.0))
+    unit = (inverse * sign)[:, None] * w
+    eye = jnp.eye(len(direction))
+    gram = jnp.where(eye > 0, 1.0 + 1e-6, jnp.einsum("kd,jd->kj", unit, unit, precision="highest"))
+    sets = np.array([s for s in itertools.product([False, True], repeat=len(direction)) if np.all(s >= exact)])
+    system = jnp.where(sets[:, :, None] & sets[:, None, :], gram[None], eye[None])
+    forces = jnp.einsum("skj,btsj->btsk", jnp.linalg.inv(system), jnp.where(sets, need[:, :, None], 0.0),
+                        precision="highest")  # fmt: skip
+    short = need[:, :, None] - jnp.einsum("btsj,jk->btsk", forces, gram, precision="highest")
+    wrong = jnp.max(jnp.where(exact, 0.0, jnp.maximum(-forces, short)), axis=-1)
+    best = jnp.argmin(wrong, axis=-1)[:, :, None, None]
+    return (inverse * sign)[None, None] * jnp.take_along_axis(forces, best, axis=2)[:, :, 0]
+
+
+def init(
+    lm: LM,
+    key: jax.Array,
+    *,
+    p0: float | Sequence[float] = 0.9,
+    direction: str | Sequence[str] = "add",
+    everywhere: bool = False,
+    cond: str | None = None,
+    goal: str | None = None,
+) -> Cav:
+    """A neutral control: zero probes, every gate open, scale 1; of as many concepts as `direction` has entries.
+
+    Raises:
+      InputError: an unknown direction, or a p0 that is no probability between 0 and 1.
+    """
+    direction = check_directions(direction)
+    sites, k = lm.depth + 2, len(direction)
+    probes = jnp.zeros((sites, k, lm.width), jnp.float32), jnp.zeros((sites, k), jnp.float32)
+    gate, scale = jnp.ones((sites, k), jnp.float32), jnp.ones((), jnp.float32)
+    return Cav(*probes, gate, check_p0(p0, k), scale, direction, everywhere, cond, goal)
+
+
+def example(lm: LM, key: jax.Array) -> Cav:
+    """Random probes at two sites, for the laws."""
+    control = init(lm, key)
+    vector = jax.random.normal(key, control.vector.shape)
+    gate = jnp.zeros_like(control.gate).at[jnp.array([1, lm.depth])].set(1.0)
+    return control.replace(vector=vector, gate=gate)
+
+
+def neutral(control: Cav) -> Cav:
+    """Strength 0."""
+    return control.replace(scale=jnp.zeros_like(control.scale))
+
+
+def join(*controls: Cav) -> Cav:
+    """The concepts of several controls as one, which meets all constraints of a site with the least change. Its scale
+    and options are those of the first, and options must not differ.
+
+    Raises:
+      InputError: no controls, more than six concepts, other options or a model of another shape.
+    """
+    if not controls:
+        raise InputError("join was given no controls, expected at least one.")
+    first = controls[0]
+    for c in controls:
+        if (c.everywhere, c.cond, c.goal) != (first.everywhere, first.cond, first.goal):
+            raise InputError("the controls to join differ in everywhere, cond or goal: fit them with the same.")
+        if (len(c.vector), c.vector.shape[2]) != (len(first.vector), first.vector.shape[2]):
+            raise InputError(
+                f"the controls to join have probes of shapes {first.vector.shape} and {c.vector.shape}: expected those "
+                "of one model."
+            )
+    leaves = {
+        name: jnp.concatenate([getattr(c, name) for c in controls], axis=axis)
+        for name, axis in (("vector", 1), ("bias", 1), ("gate", 1), ("p0", -1))
+    }
+    return first.replace(**leaves, direction=check_directions([d for c in controls for d in c.direction]))
+
+
+def check_directions(direction: str | Sequence[str]) -> tuple[str, ...]:
+    """One direction or several as a tuple; InputError where one is unknown or they are too many."""
+    found = (direction,) if isinstance(direction, str) else tuple(direction)
+    for d in found:
+        if d not in DIRECTIONS:
+            raise InputError(f"direction is {d!r}, expected 'add', 'remove' or 'both'.")
+    if not 1 <= len(found) <= MOST:
+        raise InputError(f"there are {len(found)} concepts, expected from 1 to {MOST}: chain controls for more.")
+    return found
+
+
+def check_p0(p0: float | Sequence[float], concepts: int) -> jax.Array:
+    """float32 [K] of one probability or K; InputError where one is not between 0 and 1."""
+    values = np.asarray(p0, np.float32)
+    if not np.all((values > 0) & (values < 1)) or values.shape not in ((), (concepts,)):
+        raise InputError(
+            f"p0 is {p0}, expected a probability between 0 and 1 (both excluded), or one for each concept."
+        )
+    return jnp.asarray(np.broadcast_to(values, (concepts,)))
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    target: int = 1,
+    pool: str = "last",
+    sites: Any = "all",
+    top: int | None = None,
+    threshold: float = 0.0,
+    p0: float = 0.9,
+    direction: str = "add",
+    everywhere: bool = False,
+    scale: float = 1.0,
+    cond: str | None = None,
+    goal: str | None = None,
+    limit: int = 2000,
+    c: float = 1e-3,
+    heldout: float = 0.2,
+    batch: int = 32,
+    tokens: int = 64,
+) -> Artifact:
+    """A control for the concept "a text of label `target`", in two stages: `states`, which reads the texts once, and
+    `cav`, which fits the probes, so a sweep over p0 or layers reads nothing twice.
+
+    Args:
+      lm, data: an LM artifact, and records with `text` and `label`; labels other than `target` are the other side.
+      pool: the state of a text: that of its "last" token, as in the paper, or the "mean" over all.
+      sites: where to act, see `steer.gates`; of these the `top` with the best held-out accuracy (None: all), if it
+        is at least `threshold`.
+      p0, direction, everywhere, cond, goal, scale: see `Cav`.
+      limit: how many texts are read, half of them of each side.
+      c: of the logistic regression, the inverse of its L2 penalty. Where it is large, probes find directions that
+        separate best and that the model hardly reads: targets are met and the text stays what it was. Where it is
+        small, they turn to the difference of means, and grow less sure, so that the same p0 asks for larger steps.
+      heldout: the share of texts that the regression does not see.
+      batch, tokens: texts in a batch, and tokens read of a text.
+
+    Raises:
+      InputError: what `init` and the two stages raise.
+    """
+    reading = dict(pool=pool, target=target, limit=limit, batch=batch, tokens=tokens)
+    check_p0(p0, 1), check_directions(direction)
+    read = stage(root, states, reading, lm=lm, data=data)
+    acting = dict(p0=p0, direction=direction, everywhere=everywhere, scale=scale, cond=cond, goal=goal)
+    config = dict(sites=sites, top=top, threshold=threshold, c=c, heldout=heldout, **acting)
+    return stage(root, cav, config, lm=lm, read=read)
+
+
+@stage_function("cav.states")
+def states(
+    run: Run,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    pool: str = "last",
+    target: int = 1,
+    limit: int = 2000,
+    batch: int = 32,
+    tokens: int = 64,
+) -> None:
+    """Stage: pooled states of texts, {"with", "without"}: float32 [N, L + 2, D]; see `fit`.
+
+    Raises:
+      InputError: no record has a label, one side has no text, a state is not finite.
+    """
+    model, params, tokenizer = open_lm(lm)
+    texts = steer.sides(data.rows("data.jsonl"), target, False, str(data.path))
+
+    @jax.jit
+    def read(params, t, mask):
+        return model.apply(
+            params, model.embed(params, t), mask, tap=partial(steer.pool, mask=mask, how=pool), last=1
+        ).taps
+
+    found = {}
+    for side, rows in zip(("with", "without"), texts):
+        parts = [
+            np.asarray(read(params, t, mask)).transpose(1, 0, 2)[weight > 0]
+            for t, mask, weight in steer.batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens)
+        ]
+        found[side] = np.concatenate(parts)
+        run.log(side=side, texts=len(found[side]))
+    checkpoint.save(run.path / "state", found)
+
+
+@stage_function("cav")
+def cav(
+    run: Run,
+    *,
+    lm: Artifact,
+    read: Artifact,
+    sites: Any = "all",
+    top: int | None = None,
+    threshold: float = 0.0,
+    p0: float = 0.9,
+    direction: str = "add",
+    everywhere: bool = False,
+    scale: float = 1.0,
+    cond: str | None = None,
+    goal: str | None = None,
+    c: float = 1e-3,
+    heldout: float = 0.2,
+) -> None:
+    """Stage: the control, from what `states` read; metrics.jsonl has the accuracies of each site; see `fit`."""
+    found = read.load()
+    x, y, held = split(np.asarray(found["with"]), np.asarray(found["without"]), heldout)
+    probes = [probe(x[~held, s], y[~held], c) for s in range(x.shape[1])]
+    vector, bias = (np.stack(part) for part in zip(*probes))
+    right = (np.einsum("nsd,sd->ns", x, vector) + bias[None] > 0) == y[:, None]
+    train, test = right[~held].mean(0), right[held].mean(0)
+    gate = choose(test, steer.gates(x.shape[1] - 2, sites), top, threshold)
+    for site, (a, b) in enumerate(zip(train, test)):
+        length = float(np.linalg.norm(vector[site]))
+        run.log(site=site, train_accuracy=float(a), heldout_accuracy=float(b), chosen=bool(gate[site]), norm=length)
+    options = dict(p0=p0, direction=direction, everywhere=everywhere, cond=cond, goal=goal)
+    control = init(open_lm(lm)[0], jax.random.key(0), **options)
+    leaves = dict(vector=vector[:, None], bias=bias[:, None], gate=gate[:, None], scale=np.float32(scale))
+    checkpoint.save(run.path / "state", control.replace(**{k: jnp.asarray(v) for k, v in leaves.items()}))
+    run.record(method="cav", init=options)
+
+
+def split(with_: np.ndarray, without: np.ndarray, heldout: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(states [N, L + 2, D], whether each has the concept bool [N], whether it is held out bool [N]): of each side,
+    every text whose number is one less than a multiple of 1 / heldout."""
+    if not 0 < heldout <= 0.5:
+        raise InputError(f"heldout is {heldout}, expected a share above 0 and at most 0.5.")
+    held = []
+    for name, side in (("with", with_), ("without", without)):
+        if len(side) < 2:
+            raise InputError(
+                f"there are {len(side)} texts {name} the concept: a probe needs at least two to be tested."
+            )
+        if not np.all(np.isfinite(side)):
+            raise InputError(
+                f"a state of the texts {name} the concept is not finite: the language model is damaged or overflows."
+            )
+        step = min(round(1 / heldout), len(side))
+        held.append(np.arange(len(side)) % step == step - 1)
+    y = np.repeat([True, False], [len(with_), len(without)])
+    return np.concatenate([with_, without]), y, np.concatenate(held)
+
+
+def probe(x: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.float32]:
+    """(w float32 [D], b) of a logistic regression of y bool [N] on standardised x [N, D], for x as it is."""
+    mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    deviation = np.where(deviation > 1e-6, deviation, 1.0)
+    coef, intercept, _ = fit_logistic((x - mean) / deviation, y.astype(int), c, 0)
+    w = coef[0] / deviation
+    return w.astype(np.float32), np.float32(intercept[0] - w @ mean)
+
+
+def choose(accuracy: np.ndarray, gate: np.ndarray, top: int | None, threshold: float) -> np.ndarray:
+    """The gate float32 [L + 2] with only the `top` sites of the best accuracy [L + 2] that is at least `threshold`.
+
+    Raises:
+      InputError: no site is left.
+    """
+    if top is not None and top < 1:
+        raise InputError(f"top is {top}, expected at least 1 site, or None for all.")
+    open_ = np.flatnonzero(gate)
+    best = sorted((s for s in open_ if accuracy[s] >= threshold), key=lambda s: -accuracy[s])[:top]
+    if not best:
+        most = max(accuracy[open_], default=0.0)
+        raise InputError(
+            f"threshold is {threshold}, but the best held-out accuracy of a probe is {most:.3f}: lower it."
+        )
+    out = np.zeros_like(gate)
+    out[best] = gate[best]
+    return out

@@ -1,0 +1,336 @@
+"""Steering: add a vector to the residual stream, found from the activations of texts with and without an attribute.
+
+Difference of means of labelled texts (Subramani et al. 2022; Turner et al. 2023), mean difference of contrastive pairs
+(CAA, Rimsky et al. 2024), or the first principal component of pair differences (Zou et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ctg_jax.control import Control
+from ctg_jax.controls import bricks
+from ctg_jax.data.labels import labelled
+from ctg_jax.data.tokenizer import Tokenizer, pad_rows
+from ctg_jax.models.lengths import check_reads
+from ctg_jax.models.lm import LM
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.types import InputError, Params
+
+
+@struct.dataclass
+class Steer(Control):
+    """h + scale · gate[site] · vector[site] at sites 0 … L+1.
+
+    Attributes:
+      vector: float32 [L + 2, D], one for each site of the residual stream (see `ctg_jax.models.lm`).
+      gate: float32 [L + 2], how much each site takes part.
+      scale: float32 [] or, per row, [B]; 0 leaves the model's logits to the bit.
+      cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
+    """
+
+    vector: jax.Array
+    gate: jax.Array
+    scale: jax.Array
+    cond: str | None = struct.field(pytree_node=False, default=None)
+
+    def init(self, prompts, length):
+        return bricks.per_row(self.scale, prompts, self.cond)
+
+    def hidden(self, h, site, pos, state):
+        sites, width = self.vector.shape
+        if width != h.shape[-1]:
+            raise InputError(
+                f"The steering vector has width {width}, but the model's is {h.shape[-1]}: it was fitted on another "
+                "model."
+            )
+        if isinstance(site, int):  # unrolled layers: nothing to compute inside a block
+            if site >= sites:
+                return h
+            push = self.gate[site] * self.vector[site]
+        else:
+            at = jnp.minimum(site, sites - 1)
+            push = jnp.where(site < sites, self.gate[at], 0.0) * self.vector[at]
+        return h + (state * push[None, None, :]).astype(h.dtype)
+
+
+def init(lm: LM, key: jax.Array, *, cond: str | None = None) -> Steer:
+    """A neutral control: zero vectors, every gate open, scale 1."""
+    sites = lm.depth + 2
+    vector = jnp.zeros((sites, lm.width), jnp.float32)
+    return Steer(vector, jnp.ones((sites,), jnp.float32), jnp.ones((), jnp.float32), cond)
+
+
+def example(lm: LM, key: jax.Array) -> Steer:
+    """Random vectors at two sites, for the laws."""
+    control = init(lm, key)
+    vector = 0.5 * jax.random.normal(key, control.vector.shape)
+    gate = jnp.zeros_like(control.gate).at[jnp.array([1, lm.depth + 1])].set(1.0)
+    return control.replace(vector=vector, gate=gate)
+
+
+def neutral(control: Steer) -> Steer:
+    """Strength 0."""
+    return control.replace(scale=jnp.zeros_like(control.scale))
+
+
+@struct.dataclass
+class Moments:
+    """Float32 sums over texts of each of C labels: they add up over batches in any split.
+
+    total: [C, L + 2, D] pooled activations; count: [C]; norm: [L + 2], norms of pooled activations of all labels.
+    """
+
+    total: jax.Array
+    count: jax.Array
+    norm: jax.Array
+
+    def __add__(self, other: Moments) -> Moments:
+        return jax.tree.map(jnp.add, self, other)
+
+
+@struct.dataclass
+class Pairs:
+    """Float32 sums over pairs: count []; total [L + 2, D] of differences d; square [L + 2, D, D] of d dᵀ;
+    norm [L + 2] of the norms of the pooled activations, two for each pair."""
+
+    count: jax.Array
+    total: jax.Array
+    square: jax.Array
+    norm: jax.Array
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return jax.tree.map(jnp.add, self, other)
+
+
+def pool(h: jax.Array, mask: jax.Array, how: str) -> jax.Array:
+    """float32 [B, D] of h [B, T, D]: the state of the last real token ("last") or the mean over real ones ("mean")."""
+    h = h.astype(jnp.float32)
+    if how == "mean":
+        weight = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        return jnp.einsum("bt,btd->bd", weight.astype(jnp.float32), h)
+    if how == "last":
+        end = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return jnp.take_along_axis(h, end[:, None, None], axis=1)[:, 0]
+    raise InputError(f"pool is {how!r}, expected 'mean' or 'last'.")
+
+
+def moments(lm: LM, params: Params, tokens, mask, label, weight, *, classes: int, how: str = "mean") -> Moments:
+    """Sums over one batch of texts: tokens int [B, T], mask bool [B, T], label int [B], weight float [B] (0 = skip).
+
+    The sums are taken inside the layer loop, so a batch never holds more than one layer's activations.
+    """
+    onehot = jax.nn.one_hot(label, classes, dtype=jnp.float32) * weight[:, None]
+
+    def tap(h):
+        pooled = pool(h, mask, how)
+        return onehot.T @ pooled, jnp.sum(jnp.linalg.norm(pooled, axis=-1) * weight)
+
+    total, norm = lm.apply(params, lm.embed(params, tokens), mask, tap=tap, last=1).taps
+    return Moments(total.transpose(1, 0, 2), jnp.sum(onehot, axis=0), norm)
+
+
+def pair_moments(lm: LM, params: Params, with_, without, weight, *, how: str = "last") -> Pairs:
+    """Sums over one batch of pairs; `with_` and `without` are (tokens int [B, T], mask bool [B, T]), weight [B]."""
+
+    def pooled(tokens, mask):
+        taps = lm.apply(params, lm.embed(params, tokens), mask, tap=lambda h: pool(h, mask, how), last=1).taps
+        return taps * weight[None, :, None]  # [L + 2, B, D]
+
+    a, b = pooled(*with_), pooled(*without)
+    d = a - b
+    norm = jnp.sum(jnp.linalg.norm(a, axis=-1) + jnp.linalg.norm(b, axis=-1), axis=1)
+    return Pairs(jnp.sum(weight), jnp.sum(d, axis=1), jnp.einsum("sbd,sbe->sde", d, d), norm)
+
+
+def difference_of_means(m: Moments, target: int, rest: tuple[int, ...]) -> np.ndarray:
+    """float32 [L + 2, D]: mean of label `target` minus the mean of the texts of the labels `rest`."""
+    total, count = np.asarray(m.total, np.float64), np.asarray(m.count, np.float64)
+    for name, labels in (("target", [target]), ("rest", list(rest))):
+        if count[labels].sum() == 0:
+            raise InputError(f"{name} is {labels}, but the data hold no text with that label; counts are {count}.")
+    away = total[list(rest)].sum(0) / count[list(rest)].sum()
+    return (total[target] / count[target] - away).astype(np.float32)
+
+
+def mean_difference(p: Pairs) -> np.ndarray:
+    """float32 [L + 2, D]: the mean pair difference (CAA)."""
+    return (np.asarray(p.total, np.float64) / np.asarray(p.count, np.float64)).astype(np.float32)
+
+
+def principal_component(p: Pairs) -> np.ndarray:
+    """float32 [L + 2, D]: the first principal component (uncentred) of pair differences, as long as the mean
+    difference is along it, and with its sign."""
+    mean = mean_difference(p).astype(np.float64)
+    _, vectors = np.linalg.eigh(np.asarray(p.square, np.float64))  # ascending
+    first = vectors[:, :, -1]
+    return (first * np.sum(first * mean, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
+    """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), or of the mean length `norm` [L + 2] of the
+    stream at its site ("stream"), so that a scale means the same at every layer and for every model."""
+    if how == "none":
+        return vector
+    unit = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
+    if how == "unit":
+        return unit
+    if how == "stream":
+        return unit * norm[:, None]
+    raise InputError(f"normalise is {how!r}, expected 'none', 'unit' or 'stream'.")
+
+
+def gates(depth: int, sites: Any) -> np.ndarray:
+    """float32 [L + 2] with ones at `sites`: a list of numbers 0 … L + 1, negative ones counted from L + 1, or
+    "all" blocks (1 … L), or "middle" (the third block of five: where an attribute is usually most linear)."""
+    gate = np.zeros(depth + 2, np.float32)
+    if sites == "all":
+        sites = list(range(1, depth + 1))
+    elif sites == "middle":
+        sites = [max(1, round(0.6 * depth))]
+    for s in sites:
+        if not isinstance(s, int) or not -(depth + 2) <= s < depth + 2:
+            raise InputError(f"sites holds {s!r}, expected 'all', 'middle' or whole numbers from 0 to {depth + 1}.")
+        gate[s] = 1.0
+    return gate
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    kind: str = "mean",
+    pool: str = "mean",
+    target: int = 1,
+    sites: Any = "middle",
+    normalise: str = "none",
+    scale: float = 1.0,
+    cond: str | None = None,
+    batch: int = 32,
+    tokens: int = 64,
+) -> Artifact:
+    """A steering control towards the texts of label `target`, in two stages: `activations`, which reads the texts once,
+    and `steer`, which is instant, so a sweep over sites, normalisations or kinds reads nothing twice.
+
+    Args:
+      lm, data: an LM artifact, and records with `text` and `label`; or, for pairs, records with `positive` and
+        `negative` texts (records with labels are paired in their order, label `target` against the others).
+      kind: "mean" (difference of means), "pairs" (mean pair difference) or "pca" (first component of differences).
+      pool: which states of a text are averaged: "mean" over all tokens, or the "last" one.
+      target: the label to steer towards; all others are the other side.
+      sites: see `gates`. normalise: see `normalise`. scale: the strength at first. cond: see `Steer`.
+      batch, tokens: texts in a batch, and tokens read of a text.
+    """
+    if kind not in ("mean", "pairs", "pca"):
+        raise InputError(f"kind is {kind!r}, expected 'mean', 'pairs' or 'pca'.")
+    reading = dict(paired=kind != "mean", pool=pool, target=target, batch=batch, tokens=tokens)
+    sums = stage(root, activations, reading, lm=lm, data=data)
+    config = dict(kind=kind, sites=sites, normalise=normalise, scale=scale, cond=cond)
+    return stage(root, steer, config, lm=lm, sums=sums)
+
+
+@stage_function("steer.activations")
+def activations(
+    run: Run,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    paired: bool = False,
+    pool: str = "mean",
+    target: int = 1,
+    batch: int = 32,
+    tokens: int = 64,
+) -> None:
+    """Stage: `Moments` of two classes (1 = label `target`, 0 = the others), or `Pairs`; see `fit`.
+
+    Raises:
+      InputError: no record has a label, a record lacks its pair, or one side has no text.
+    """
+    model, params, tokenizer = open_lm(lm)
+    with_, without = sides(data.rows("data.jsonl"), target, paired, str(data.path))
+    if paired:
+        read = jax.jit(partial(pair_moments, model, how=pool))
+        both = zip(batches(model, tokenizer, with_, batch, tokens), batches(model, tokenizer, without, batch, tokens))
+        parts = (read(params, a[:2], b[:2], a[2] * b[2]) for a, b in both)
+    else:
+        read = jax.jit(partial(moments, model, classes=2, how=pool))
+        parts = (
+            read(params, t, m, np.full(len(t), label), weight)
+            for label, texts in ((1, with_), (0, without))
+            for t, m, weight in batches(model, tokenizer, texts, batch, tokens)
+        )
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    checkpoint.save(run.path / "state", total)
+    run.record(paired=paired)
+
+
+@stage_function("steer")
+def steer(
+    run: Run,
+    *,
+    lm: Artifact,
+    sums: Artifact,
+    kind: str = "mean",
+    sites: Any = "middle",
+    normalise: str = "none",
+    scale: float = 1.0,
+    cond: str | None = None,
+) -> None:
+    """Stage: the control, from what `activations` summed; see `fit`."""
+    found = sums.load()
+    if kind == "mean":
+        m = Moments(**found)
+        vector, texts = difference_of_means(m, 1, (0,)), np.sum(m.count)
+    else:
+        m = Pairs(**found)
+        vector, texts = (mean_difference if kind == "pairs" else principal_component)(m), 2 * m.count
+    norm = np.asarray(m.norm) / np.asarray(texts)
+    vector = scaled(vector, norm, normalise)
+    gate = gates(len(vector) - 2, sites)
+    control = Steer(jnp.asarray(vector), jnp.asarray(gate), jnp.asarray(scale, jnp.float32), cond)
+    checkpoint.save(run.path / "state", control)
+    for site, (length, stream) in enumerate(zip(np.linalg.norm(vector, axis=-1), norm)):
+        run.log(site=site, vector_norm=float(length), stream_norm=float(stream))
+    run.record(method="steer", init={"cond": cond})
+
+
+def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tuple[list[str], list[str]]:
+    """Texts with and without the attribute; for pairs, equally many, in the order of the records. Records without a
+    label are left out and counted in a warning."""
+    if paired and all("positive" in r and "negative" in r for r in records):
+        return [r["positive"] for r in records], [r["negative"] for r in records]
+    records = labelled(records, where)
+    with_ = [r["text"] for r in records if r["label"] == target]
+    without = [r["text"] for r in records if r["label"] != target]
+    if not with_ or not without:
+        found = sorted({r["label"] for r in records})
+        raise InputError(f"target is {target}, but the labels in {where} are {found}: texts are needed on both sides.")
+    least = min(len(with_), len(without))
+    return (with_[:least], without[:least]) if paired else (with_, without)
+
+
+def batches(lm: LM, tokenizer: Tokenizer, texts: Sequence[str], batch: int, length: int) -> Iterator[tuple]:
+    """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch), cut
+    at `length` tokens.
+
+    Raises:
+      InputError: what is left of a text is longer than the context of `lm`.
+    """
+    for start in range(0, len(texts), batch):
+        rows = [tokenizer.begun(row)[:length] for row in tokenizer.encode(texts[start : start + batch])]
+        longest = max(map(len, rows))
+        check_reads(lm, longest, f"A text has {longest} tokens")
+        rows += [[]] * (batch - len(rows))
+        tokens, mask = pad_rows(rows, length, 0, left=False)
+        yield tokens, mask, mask.any(1).astype(np.float32)

@@ -1,0 +1,195 @@
+"""Click (Zheng et al. 2023): the LM samples, a reward says which samples are bad, and each bad one is made less likely,
+as a whole, than a good one of the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import methods, rng
+from ctg_jax.learn import calibrate, experience, losses
+from ctg_jax.methods.weights import finetune
+from ctg_jax.models.lm import LM
+from ctg_jax.run import stage
+from ctg_jax.run.stage import Artifact, Run, open_lm
+from ctg_jax.stages.judges import open_judge
+from ctg_jax.types import InputError, Sum
+
+PAIRS = ("below", "above")
+
+
+init, example, neutral = finetune.delta, finetune.example, finetune.neutral
+
+
+def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
+    """Cross-entropy of the positive, nats per token, plus gamma · max(0, margin + NLL(positive) - NLL(negative)) with
+    negative log-likelihoods summed over the sequence; the mean over pairs (Zheng et al. 2023, section 2).
+
+    params is the control, frozen = {"params": those of the LM}; the batch has `completion` (the positive) and
+    `negative`, by `experience.batches(also="negative")`. The authors' code takes the cross-entropy on texts of another
+    corpus, where there is one, and over the tokens of all rows at once.
+
+    Args:
+      margin: nats by which the positive shall be likelier (the authors' code: 15, for detoxification 20).
+      gamma: weight of the hinge (the authors' code: 0.1 for sentiment, 0.3 for repetition, 0.5 for detoxification).
+    """
+
+    def nats(params, frozen, batch, keys, name, real):
+        rows = batch | {"completion": batch[name]}
+        values = losses.next_token(experience.logits(lm, frozen["params"], rows, keys, params), batch[name])
+        return jnp.where(batch[real], values, 0.0)
+
+    def total(params, frozen, batch, keys):
+        positive = nats(params, frozen, batch, keys, "completion", "written")
+        negative = nats(params, frozen, batch, keys, "negative", "negative_written")
+        gap = jnp.sum(negative, axis=1) - jnp.sum(positive, axis=1)
+        hinge = jax.nn.relu(margin - gap)
+        value = losses.row_mean(positive, batch["written"]) + gamma * hinge
+        weight = jnp.float32(len(gap))
+        metrics = {
+            "cross_entropy": losses.masked_sum(positive, batch["written"]),
+            "hinge": (jnp.sum(hinge), weight),
+            "gap": (jnp.sum(gap), weight),
+            "active": (jnp.sum(hinge > 0, dtype=jnp.float32), weight),
+        }
+        return Sum(jnp.sum(value), weight, metrics)
+
+    return total
+
+
+def pairs(
+    rewards: Sequence[float],
+    likelihood: Sequence[float],
+    prompts: Sequence[int],
+    *,
+    threshold: float,
+    pair: str = "below",
+) -> tuple[np.ndarray, np.ndarray]:
+    """(positives, negatives), indices int64 [P]: each sample whose reward is below the threshold, with the sample of
+    its prompt that is at or above it and comes next below it in likelihood; where none is below, the nearest one.
+
+    Args:
+      rewards, likelihood, prompts: [n]; likelihood is the log-probability of the whole sample.
+      pair: "below" or "above": on which side of the negative to look first. The authors' code does not hold this step,
+        so it is an option.
+
+    Raises:
+      InputError: no prompt has samples on both sides, or a reward that is not finite.
+    """
+    if pair not in PAIRS:
+        raise InputError(f"pair is {pair!r}, expected one of {', '.join(PAIRS)}.")
+    rewards, likelihood, prompts = calibrate.finite(rewards), np.asarray(likelihood, float), np.asarray(prompts)
+    good = rewards >= threshold
+    chosen = []
+    for p in np.unique(prompts):
+        positives, negatives = np.flatnonzero((prompts == p) & good), np.flatnonzero((prompts == p) & ~good)
+        if not len(positives):
+            continue
+        for n in negatives:
+            away = likelihood[n] - likelihood[positives] if pair == "below" else likelihood[positives] - likelihood[n]
+            away = np.where(away > 0, away, np.inf) if np.any(away > 0) else np.abs(away)
+            chosen.append((positives[np.argmin(away)], n))
+    if not chosen:
+        raise InputError(
+            f"no prompt has samples on both sides of the threshold {threshold:g}, and {int(good.sum())} of {len(good)} "
+            "samples are at or above it: set threshold, raise n or take another reward"
+        )
+    return tuple(np.asarray(chosen).T)
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    rewards: Sequence[Artifact],
+    rounds: int = 1,
+    explore: Mapping[str, Any] | None = None,
+    pool: str = "all",
+    threshold: float | str = "judge",
+    seed: int = 0,
+    **hp: Any,
+) -> Artifact:
+    """Rounds of explore → score → pair → learn; one, from the frozen model, is the paper's first iteration.
+
+    Args:
+      data: prompts. rewards: the first decides what is positive.
+      rounds: how often. explore: settings of `ctg_jax.stages.sampling.sample`, such as n and max_new.
+      pool: "all" pairs the samples of all rounds, "last" those of the last.
+      threshold: reward from which a sample is positive; "judge": the reward's own, "median": that of the pool.
+      seed: of samples and of training. hp: of `click`.
+    """
+    if pool not in ("all", "last"):
+        raise InputError(f"pool is {pool!r}, expected 'all' or 'last'.")
+    if rounds < 1:
+        raise InputError(f"rounds is {rounds}, expected at least 1.")
+    if not rewards:
+        raise InputError("no reward was given: expected at least one scorer")
+    limit = float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
+    control, seen = None, []
+    for r in range(rounds):
+        new = experience.explore(
+            root, lm=lm, data=data, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
+        )
+        seen = [*seen, new] if pool == "all" else [new]
+        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r), "threshold": limit}
+        control = stage.stage(root, click, settings, lm=lm, pool=seen, start_from=control)
+    return control
+
+
+@stage.stage_function("click", how=("save_every",))
+def click(
+    run: Run,
+    *,
+    lm: Artifact,
+    pool: Sequence[Artifact],
+    start_from: Artifact | None = None,
+    threshold: float | str = "median",
+    pair: str = "below",
+    margin: float = 15.0,
+    gamma: float = 0.1,
+    kind: str = "lora",
+    rank: int = 8,
+    targets: str | None = None,
+    steps: int = 200,
+    batch: int = 32,
+    rate: float | None = None,
+    warmup: int = 20,
+    schedule: str = "constant",
+    seed: int = 0,
+    save_every: int = 100,
+) -> None:
+    """Stage: one round of learning from the pairs of a pool.
+
+    Args:
+      pool: rounds of samples, by `experience.score`. start_from: the control of the round before, or None.
+      threshold: a number, or "median" of the rewards. pair: see `pairs`; likelihood is that under the frozen model.
+      margin, gamma: of the loss. kind, rank, targets: of the change of weights.
+      steps, batch (pairs), rate, warmup, schedule: of the optimizer, which starts anew in every round.
+
+    Raises:
+      InputError: no pair, and what `pairs`, `init` and training raise.
+    """
+    samples = experience.Pool.open(pool)
+    rewards = samples.column("reward")
+    if isinstance(threshold, str) and threshold != "median":
+        raise InputError(f"threshold is {threshold!r}, expected a number, 'median' or, for fit, 'judge'.")
+    limit = float(np.median(rewards)) if threshold == "median" else threshold
+    good, bad = pairs(rewards, samples.column("base"), samples.column("prompt_id"), threshold=limit, pair=pair)
+    run.record(pairs={"threshold": limit, "pairs": len(bad), "positives": int((rewards >= limit).sum())})
+    model, params, tokenizer = open_lm(lm)
+    hp = dict(kind=kind, rank=rank, targets=targets)
+    key = rng.stream(jax.random.key(seed), "init")
+    control = init(model, key, **hp) if start_from is None else methods.load(start_from, model)
+    records = samples.take(good).with_(negative=samples.column("tokens")[bad])
+    batches = experience.batches(records, tokenizer, batch=batch, seed=seed, also="negative")
+    control = finetune.learn(
+        run, control, loss(model, margin=margin, gamma=gamma), {"params": params}, batches, trained=r"changes/.*",
+        steps=steps, rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed,
+        save_every=save_every,
+    )  # fmt: skip
+    finetune.keep(run, control, "click", hp)

@@ -1,0 +1,254 @@
+"""One decoder-only transformer; GPT-2, Llama and GPT-NeoX/Pythia are values of its frozen configuration.
+
+Parameters are a plain dict. Layers are stacked, leaves [L, …], and scanned; decoding reads the unstacked layout
+(`Transformer.unstack`), because a scan over stacked weights copies each layer's weights at every token. Dense
+kernels are (out, in), contracted on their last axis, and act on (B·T, D): both are measurably faster, the first
+where decoding is bound by reading weights, the second in the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ctg_jax import tree
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.mesh.plan import split
+from ctg_jax.models.layers import ACTIVATIONS, Block, Norm, matmul, scale_frequencies
+from ctg_jax.models.lm import Cache, Out, Tap
+from ctg_jax.types import InputError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A decoder-only language model; see `ctg_jax.models.lm.LM` for the protocol it follows.
+
+    Attributes:
+      family: which Hugging Face family it is exported as ("gpt2", "llama", "gpt_neox").
+      vocab, width, depth, heads, kv_heads, head_dim, mlp_width, context: sizes V, D, L, query heads, K, H, F, and
+        the number of positions.
+      norm: "layer" or "rms", with `norm_eps`.
+      activation: a key of `ACTIVATIONS`; gated: whether the MLP multiplies by a gate (SwiGLU).
+      positions: "learned", "rotary" (the first `rotary_dim` features of a head, base `rope_theta`), or "none".
+      rope_scaling: None, or ("llama3", factor, low_freq_factor, high_freq_factor, original_context), or
+        ("linear", factor).
+      parallel: attention and MLP read the same input (GPT-NeoX).
+      bias_attn, bias_out, bias_mlp: biases of the fused qkv, attention output and MLP kernels.
+      tied: the unembedding is the embedding.
+      dtype: of activations and products ("float32", "bfloat16"); norms, softmax and logits are float32.
+      param_dtype: of initialised parameters.
+      remat: recompute each block in the backward pass.
+      causal: a token attends to itself and those before it; False: to every token of its row, as the denoiser of a
+        diffusion model does. Such a network reads whole rows, so it has no cache.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    context: int
+    family: str = "gpt2"
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    activation: str = "gelu_new"
+    gated: bool = False
+    positions: str = "learned"
+    rotary_dim: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: tuple | None = None
+    parallel: bool = False
+    bias_attn: bool = True
+    bias_out: bool = True
+    bias_mlp: bool = True
+    tied: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+    causal: bool = True
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise InputError(f"kv_heads must divide heads, found {self.kv_heads} and {self.heads}.")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
+
+    @classmethod
+    def gpt2(cls, *, vocab=50257, width=768, depth=12, heads=12, context=1024, **more) -> Transformer:
+        """GPT-2 (Radford et al. 2019); the defaults are GPT-2 small."""
+        sizes = dict(kv_heads=heads, head_dim=width // heads, mlp_width=4 * width)
+        return cls(vocab=vocab, width=width, depth=depth, heads=heads, context=context, **(sizes | more))
+
+    @classmethod
+    def llama(cls, *, vocab, width, depth, heads, kv_heads, mlp_width, context, **more) -> Transformer:
+        """Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases."""
+        shape = dict(family="llama", norm="rms", activation="silu", gated=True, positions="rotary", tied=False)
+        shape |= dict(bias_attn=False, bias_out=False, bias_mlp=False, head_dim=width // heads)
+        given = dict(vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads)
+        given |= dict(mlp_width=mlp_width, context=context)
+        merged = shape | given | more
+        return cls(**({"rotary_dim": merged["head_dim"]} | merged))
+
+    # -- parameters
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters: normals of deviation 0.02, residual outputs scaled by 1/sqrt(2L) (GPT-2)."""
+        k_embed, k_pos, k_layers, k_head = jax.random.split(key, 4)
+        dtype = jnp.dtype(self.param_dtype)
+        normal = jax.nn.initializers.normal(0.02)
+        embed = {"tokens": normal(k_embed, (self.vocab, self.width), dtype)}
+        if self.positions == "learned":
+            embed["positions"] = normal(k_pos, (self.context, self.width), dtype)
+
+        def layer(k):
+            x = jnp.zeros((1, 1, self.width), self.dtype)
+            mask = jnp.ones((1, 1, 1), bool)
+            rope = self._rope(jnp.zeros((1, 1), jnp.int32))
+            return Block(self).init(k, x, mask, rope, None, None, None)["params"]
+
+        norm = Norm(self).init(key, jnp.zeros((1, self.width), self.dtype))["params"]
+        params = {"embed": embed, "layers": jax.vmap(layer)(jax.random.split(k_layers, self.depth)), "norm": norm}
+        if not self.tied:
+            params["head"] = {"kernel": normal(k_head, (self.vocab, self.width), dtype)}
+        return params
+
+    def unstack(self, params: Params) -> Params:
+        if isinstance(params["layers"], tuple):
+            return params
+        return {**params, "layers": tree.unstack(params["layers"])}
+
+    def above(self, params: Params | None, site: int) -> tuple[Transformer, Params | None]:
+        positions = "none" if self.positions == "learned" else self.positions  # the stream holds them already
+        upper = dataclasses.replace(self, depth=self.depth - site, positions=positions)
+        return upper, params and {**params, "layers": self.unstack(params)["layers"][site:]}
+
+    def init_cache(self, params: Params, batch: int, length: int) -> Cache:
+        if not self.causal:
+            raise InputError("a network with causal=False reads whole rows and has no cache: call apply without one.")
+        shape = (batch, self.kv_heads, length, self.head_dim)
+
+        def empty():
+            return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.depth))
+
+        return Cache(
+            k=empty(),
+            v=empty(),
+            mask=jnp.zeros((batch, length), bool),
+            length=jnp.zeros((), jnp.int32),
+            offset=jnp.zeros((batch,), jnp.int32),
+        )
+
+    # -- computation
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return params["embed"]["tokens"][tokens].astype(self.dtype)
+
+    def unembed(self, params: Params, h: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of final hidden states [..., D]."""
+        kernel = params["embed"]["tokens"] if self.tied else params["head"]["kernel"]
+        return split(matmul(h, kernel, self.dtype, out=jnp.float32), "data", None, "tensor")
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        mask: jax.Array,
+        cache: Cache | None = None,
+        control: Control = IDENTITY,
+        state: Any = (),
+        tap: Tap | None = None,
+        last: int | None = None,
+    ) -> Out:
+        tap = tap or (lambda h: None)
+        pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        if cache is None:
+            t = jnp.arange(x.shape[1])
+            allowed = mask[:, None, :] & ((t[None, :, None] >= t[None, None, :]) | (not self.causal))
+            prefix = control.prefix(state)
+        else:
+            pos = pos + cache.offset[:, None]
+            cache_mask = lax.dynamic_update_slice(cache.mask, mask, (0, cache.length))
+            s, t = jnp.arange(cache_mask.shape[1]), cache.length + jnp.arange(x.shape[1])
+            allowed = cache_mask[:, None, :] & (t[None, :, None] >= s[None, None, :])
+            prefix = None  # already in the cache, see `ctg_jax.decode.loop.prefill`
+
+        if self.positions == "learned":
+            # Padding may lie past the table; its value is never attended to.
+            x = x + params["embed"]["positions"].astype(x.dtype)[jnp.minimum(pos, self.context - 1)]
+        x = control.hidden(split(x.astype(self.dtype), "data", None, None), 0, pos, state)
+        first = tap(x)
+
+        block, rope = Block(self), self._rope(pos)
+        length = None if cache is None else cache.length
+
+        def run(x, layer, site, past):
+            def between(h):
+                return control.hidden(h, self.depth + 1 + site, pos, state)
+
+            x, kv = block.apply({"params": layer}, x, allowed, rope, past, length, between)
+            x = split(x, "data", None, None)
+            return control.hidden(x, site, pos, state), kv
+
+        scanned = cache is None and isinstance(params["layers"], dict)
+        if scanned and not self.remat:
+            # Saving only what the dense layers made, and not every intermediate, is a third faster on a CPU.
+            dense = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            run = jax.checkpoint(run, policy=dense, prevent_cse=False)
+        elif self.remat:
+            run = jax.checkpoint(run, prevent_cse=not scanned, static_argnums=() if scanned else (2,))
+
+        layers = params["layers"]
+        if scanned:
+
+            def body(x, layer_site_prefix):
+                layer, site, pre = layer_site_prefix
+                x, _ = run(x, layer, site, pre)
+                return x, tap(x)
+
+            x, taps = lax.scan(body, x, (layers, jnp.arange(1, self.depth + 1), prefix))
+        else:
+            layers = layers if isinstance(layers, tuple) else tree.unstack(layers)
+            ks, vs, taps = [], [], []
+            for i, layer in enumerate(layers):
+                if cache is not None:
+                    past = (cache.k[i], cache.v[i])
+                else:
+                    past = None if prefix is None else (prefix[0][i], prefix[1][i])
+                x, (k, v) = run(x, layer, i + 1, past)
+                ks.append(k)
+                vs.append(v)
+                taps.append(tap(x))
+            if cache is not None:
+                cache = cache.replace(
+                    k=tuple(ks),
+                    v=tuple(vs),
+                    mask=cache_mask,
+                    length=cache.length + x.shape[1],
+                    offset=cache.offset + jnp.sum(mask, axis=1, dtype=jnp.int32),
+                )
+
+        x = Norm(self).apply({"params": params["norm"]}, x)
+        x = control.hidden(x, self.depth + 1, pos, state)
+        if scanned:
+            taps = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), first, taps, tap(x))
+        else:
+            taps = tree.stack([first, *taps, tap(x)])
+        seen = x if last is None else x[:, x.shape[1] - last :]
+        return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=taps)
+
+    def _rope(self, pos: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """(cos, sin), each float32 [B, T, rotary_dim / 2], or None for learned positions."""
+        if self.positions != "rotary":
+            return None
+        r = self.rotary_dim
+        freq = self.rope_theta ** (-jnp.arange(0, r, 2, dtype=jnp.float32) / r)
+        if self.rope_scaling is not None:
+            freq = scale_frequencies(freq, self.rope_scaling)
+        angle = pos[:, :, None].astype(jnp.float32) * freq[None, None, :]
+        return jnp.cos(angle), jnp.sin(angle)

@@ -1,0 +1,177 @@
+"""What identifies a call of a stage: a stable name, settings in one canonical form, contents of local files, arrays.
+
+The id of a call is a hash of
+
+    the name and the revision of the stage, as `stage_function` declares them; no module and no path;
+    the settings that differ from their defaults, so that a new setting with a default keeps what was made before;
+      1 and 1.0 are one number, and settings that only say how the work is done (`how`) are left out;
+    for a setting that names a local file or folder, the SHA-256 of what is in it in place of its path (`contents`);
+    the ids of the input artifacts, and a digest of inputs that are arrays.
+
+A default is part of what a stage does: change one only together with `revision`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import tree
+from ctg_jax.io import dumps, read_json, sha256, sha256_all
+from ctg_jax.types import InputError
+
+Content = Callable[[Any, Mapping[str, Any]], str | None]  # (value, all settings) -> what identifies what it names
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFunction:
+    """What `stage_function` declares.
+
+    Attributes:
+      name: the name of the stage in ids, spec.json and directory names. It outlives moves and renames of the function.
+      revision: raised when the same call would now give another result.
+      how: settings that cannot change the result, such as the batch size of sampling or steps between checkpoints.
+      contents: settings that name local files -> what identifies their content, or None for a value that is no local
+        file, such as a hub id, which is then identified by itself.
+    """
+
+    name: str
+    revision: int = 0
+    how: tuple[str, ...] = ()
+    contents: Mapping[str, Content] = dataclasses.field(default_factory=dict)
+
+
+def stage_function(
+    name: str, *, revision: int = 0, how: Sequence[str] = (), contents: Mapping[str, Content] | None = None
+) -> Callable[[Callable], Callable]:
+    """Declares a function `(run, *, …) -> None` as a stage; see `StageFunction` for the arguments.
+
+    Raises:
+      InputError: the name is not made of lower-case letters, digits, "_" and "."; `how` or `contents` name a parameter
+        that the function does not have.
+    """
+    declared = StageFunction(name, revision, tuple(how), dict(contents or {}))
+    if not name.replace("_", "").replace(".", "").isalnum() or name != name.lower():
+        raise InputError(f"stage name {name!r}: expected lower-case letters, digits, '_' and '.'")
+
+    def declare(fn: Callable) -> Callable:
+        for parameter in (*declared.how, *declared.contents):
+            if parameter not in inspect.signature(fn).parameters:
+                raise InputError(f"stage {name!r} declares {parameter!r}, which is no parameter of {fn.__name__}")
+        fn.stage_function = declared
+        return fn
+
+    return declare
+
+
+def declaration(fn: Callable) -> StageFunction:
+    """What a function was declared as. A function without a declaration is identified by its name, module and compiled
+    code, so that an edited one is another stage.
+
+    Raises:
+      InputError: such a function uses variables of a function around it, which nothing would identify.
+    """
+    found = getattr(fn, "stage_function", None)
+    if found is not None:
+        return found
+    if fn.__closure__:
+        names = ", ".join(fn.__code__.co_freevars)
+        raise InputError(
+            f"{fn.__name__} reads {names} of the function around it, which cannot be part of its id: pass them as "
+            "settings or inputs, or declare it with stage_function"
+        )
+    return StageFunction(f"{fn.__module__}.{fn.__qualname__}@{_code_digest(fn.__code__)}")
+
+
+def _code_digest(code: CodeType) -> str:
+    constants = [_code_digest(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
+    parts = [code.co_code.hex(), constants, code.co_names, code.co_varnames]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _constant(value: Any) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+def canonical(value: Any) -> Any:
+    """A JSON value in which equal numbers are equal: whole floats are integers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: canonical(inner) for key, inner in value.items()}
+    return [canonical(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def call_id(fn: Callable, settings: Mapping[str, Any], contents: Mapping[str, str], ids: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that identify a call.
+
+    Args:
+      settings: JSON values, with the defaults filled in. contents: of settings that name local files.
+      ids: input -> the id of an artifact, a list of ids, or None.
+    """
+    declared, parameters = declaration(fn), inspect.signature(fn).parameters
+    told = {}
+    for name, value in (dict(settings) | dict(ids)).items():
+        default = parameters[name].default
+        value = canonical(value)
+        omitted = default is not inspect.Parameter.empty and dumps(value) == dumps(canonical(default))
+        if not omitted and name not in declared.how:
+            told[name] = {"content": contents[name]} if name in contents else value
+    text = dumps([declared.name, declared.revision, told], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def contents_of(fn: Callable, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Setting -> what identifies the content of the local file that it names; InputError where that cannot be read."""
+    found = {}
+    for name, content in declaration(fn).contents.items():
+        value = settings.get(name)
+        try:
+            identity = None if value is None else content(value, settings)
+        except OSError as e:
+            raise InputError(f"{name} is {value!r}, which cannot be read ({e.strerror or e})") from None
+        if identity is not None:
+            found[name] = identity
+    return found
+
+
+def file_content(value: Any, settings: Mapping[str, Any] | None = None) -> str | None:
+    """What identifies a file; None where there is no such file."""
+    path = Path(value).expanduser()
+    return sha256(path) if path.is_file() else None
+
+
+def model_content(value: Any, settings: Mapping[str, Any] | None = None) -> str | None:
+    """What identifies a folder with a model; None where there is no such folder, for a hub id say."""
+    path = Path(value).expanduser()
+    return digest_model(path) if path.is_dir() else None
+
+
+def digest_model(folder: Path) -> str:
+    """SHA-256 over the configuration, tokenizer and weights of a model in Hugging Face layout: of the folder itself and
+    of those that its modules.json names."""
+    folder = Path(folder)
+    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    places = {folder, *(folder / m["path"] for m in modules)}
+    files = {p for place in places if place.is_dir() for p in place.iterdir()}
+    return sha256_all(folder, [p for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")])
+
+
+def array_digest(values: Any) -> str:
+    """12 hexadecimal digits of the paths, shapes, types and values of the leaves of a pytree of arrays."""
+    h = hashlib.sha256()
+    for name, x in sorted(tree.flatten(values).items()):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        x = np.asarray(x)
+        h.update(f"{name} {x.dtype} {x.shape} ".encode() + np.ascontiguousarray(x).tobytes())
+    return h.hexdigest()[:12]

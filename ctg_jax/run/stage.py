@@ -1,0 +1,296 @@
+"""`stage`: a function call memoised on disk.
+
+    root/<name>-<id>/spec.json       stage, revision, configuration with defaults, digests of local files, ids of inputs
+                     state/          what it learned or imported
+                     metrics.jsonl   one row of figures per line
+                     samples.jsonl   texts, where there are any
+                     DONE            size and SHA-256 of every file above and of these; written last
+
+An experiment is a Python function and its data flow is its arguments: a call whose directory holds DONE is not
+run again; one that was interrupted runs again in its own directory and may go on from what it finds there. What
+identifies a call is in `ctg_jax.run.identity`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ctg_jax.control import Control
+from ctg_jax.io import (
+    drop_half_written,
+    dumps,
+    locked,
+    read_json,
+    read_jsonl,
+    seal,
+    verify,
+    writable,
+    write_jsonl,
+    write_text,
+)
+from ctg_jax.mesh import processes
+from ctg_jax.run.artifact import Artifact, UnfinishedError, open_artifact, open_lm, paths_file, planned
+from ctg_jax.run.identity import array_digest, call_id, contents_of, declaration, stage_function
+from ctg_jax.run.store import Store, active
+from ctg_jax.types import InputError
+
+__all__ = [
+    "Artifact",
+    "Run",
+    "Tally",
+    "UnfinishedError",
+    "nearest",
+    "open_artifact",
+    "open_lm",
+    "plan",
+    "read_jsonl",
+    "stage",
+    "stage_function",
+    "tally",
+    "write_jsonl",
+    "write_text",
+]
+log = logging.getLogger(__name__)
+
+_tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
+
+
+class _Planned(dict):
+    """The spec of a stage that has not run: what `Run.record` will add is not known."""
+
+    def __missing__(self, key):
+        raise UnfinishedError(f"what follows depends on {key!r} of a stage that has not run yet")
+
+
+@dataclasses.dataclass
+class Tally:
+    """Directory names of the stages that were executed and of those that were found finished."""
+
+    executed: list[str] = dataclasses.field(default_factory=list)
+    reused: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def tally() -> Iterator[Tally]:
+    """Counts what `stage` does inside the `with` block."""
+    count = Tally()
+    token = _tally.set(count)
+    try:
+        yield count
+    finally:
+        _tally.reset(token)
+
+
+@contextlib.contextmanager
+def plan() -> Iterator[dict[str, dict[str, Any]]]:
+    """Inside the `with` block no stage is executed. What has run is found as ever; of the others an `Artifact` that can
+    be the input of others is given, and they are collected: directory name -> spec.
+
+    Raises:
+      UnfinishedError: inside, where what follows depends on the contents of a stage that has not run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    token = planned.set(found)
+    try:
+        yield found
+    finally:
+        planned.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a stage function is given first: the directory it writes in."""
+
+    path: Path
+
+    def log(self, **metrics: Any) -> None:
+        """Appends one row to metrics.jsonl. An attempt that was cut short leaves no rows behind, except those with
+        a `step`, which the training loop winds back itself."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(dumps(metrics) + "\n")
+
+    def record(self, **facts: Any) -> None:
+        """Adds facts to spec.json, such as `method` and `init` of a control; they are no part of the id."""
+        spec = read_json(self.path / "spec.json")
+        write_text(self.path / "spec.json", dumps({**spec, **facts}, indent=1))
+
+    def discard(self, *names: str) -> None:
+        """Names files and folders that only serve to continue an interrupted attempt, such as the checkpoints of a
+        training. They are no part of the artifact, and are removed once it is finished, not before."""
+        known = read_json(self.path / "spec.json").get("discarded", ())
+        self.record(discarded=sorted({*known, *names}))
+
+
+def stage(
+    root: str | os.PathLike, fn: Callable[..., Any], config: Mapping[str, Any] | None = None, **inputs: Any
+) -> Artifact:
+    """Runs `fn(run, **config, **inputs)` once for each distinct call and returns its artifact.
+
+    Args:
+      root: the directory of all artifacts, made where it is missing; or a `ctg_jax.run.store.Store`.
+      fn: the stage, declared with `stage_function`; its keyword parameters are the schema of the configuration.
+      config: JSON values. Defaults of `fn` are filled in.
+      **inputs: artifacts, sequences of artifacts, controls (identified by their arrays), or None.
+
+    Raises:
+      InputError: an unknown or missing key, a value that is not JSON or not finite, a local file that cannot be read, a
+        finished artifact whose files have changed, an output directory that cannot be written.
+    """
+    declared = declaration(fn)
+    filled = _fill(fn, dict(config or {}), inputs)
+    contents = contents_of(fn, filled)
+    ids = {name: _ids(fn, name, value) for name, value in sorted(inputs.items())}
+    id = call_id(fn, filled, contents, ids)
+    name = declared.name if hasattr(fn, "stage_function") else fn.__name__.strip("_")
+    path = Path(root).absolute() / f"{name}-{id}"
+    spec = {"stage": declared.name, "revision": declared.revision, "config": filled, "inputs": ids}
+    spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in declared.contents}}
+    spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
+    count, asked, store = _tally.get(), planned.get(), root if isinstance(root, Store) else None
+    if asked is None and processes.agree(int(id[:7], 16)) != int(id[:7], 16):
+        raise InputError(f"{name}: the processes were given different settings or files; give all of them the same")
+    if store is not None:
+        processes.once(lambda: store.fetch(path))
+    done = (path / "DONE").exists()
+    if done if asked is not None else processes.agree(done):
+        processes.once(lambda: _verified(path, spec["paths"], store))
+        if count is not None and path.name not in count.executed + count.reused:
+            count.reused.append(path.name)
+        return Artifact(path, id)
+    if asked is not None:
+        asked[path.name] = _Planned(spec)
+        return Artifact(path, id)
+    with contextlib.ExitStack() as held:
+        processes.once(lambda: _begin(held, path, spec, store))
+        if processes.agree((path / "DONE").exists()):  # somebody else finished it while this process waited
+            processes.once(lambda: verify(path))
+        else:
+            log.info("running %s", path.name)
+            with processes.aside(path) as mine, active(store):
+                fn(Run(mine), **filled, **inputs)
+            processes.once(lambda: _sealed(path, store))
+            if count is not None:
+                count.executed.append(path.name)
+    return Artifact(path, id)
+
+
+def _verified(path: Path, paths: Mapping[str, Any], store: Store | None) -> None:
+    verify(path)
+    if planned.get() is not None:
+        return
+    _drop_discarded(path)  # an earlier run may have ended before it could
+    artifact = Artifact(path, "")
+    if any(artifact.given(name) != value for name, value in paths.items()):
+        with writable(path):
+            paths_file(path).parent.mkdir(exist_ok=True)
+            write_text(paths_file(path), dumps(dict(paths)))
+    if store is not None:
+        store.keep(path)
+
+
+def _sealed(path: Path, store: Store | None) -> None:
+    seal(path, without=read_json(path / "spec.json").get("discarded", ()))
+    if store is not None:
+        store.keep(path)
+    _drop_discarded(path)
+
+
+def _drop_discarded(path: Path) -> None:
+    """Removes what a finished stage needed only in order to go on; nothing that DONE vouches for, nothing elsewhere."""
+    names = read_json(path / "spec.json").get("discarded", ())
+    found = [path / name for name in names if Path(name).name == name and os.path.lexists(path / name)]
+    if not found:
+        return
+    kept = {name.partition("/")[0] for name in read_json(path / "DONE")}
+    for left in [place for place in found if place.name not in kept]:
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _absolute(value: Any) -> Any:
+    """The absolute path of a setting that names something on this machine; anything else as it is."""
+    place = Path(value).expanduser() if isinstance(value, str) and value else None
+    return str(place.absolute()) if place is not None and place.exists() else value
+
+
+def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Store | None) -> None:
+    """Takes the lock and makes the directory ready, where another process has not finished the stage meanwhile."""
+    held.enter_context(writable(path))
+    held.enter_context(locked(path))
+    if (path / "DONE").exists():
+        return
+    held.push(partial(_tidy, path, not path.exists()))
+    path.mkdir(parents=True, exist_ok=True)
+    drop_half_written(path)
+    if store is not None:
+        store.fetch_steps(path)
+    write_text(path / "spec.json", dumps(spec, indent=1))
+    metrics = path / "metrics.jsonl"
+    if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint
+        whole = [line for line in metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
+        write_text(metrics, "".join(line.decode() for line in whole if _has_step(line)))
+
+
+def _tidy(path: Path, fresh: bool, kind: type | None, *_: Any) -> None:
+    """Bad input must leave nothing half-written; what an earlier attempt or a checkpoint holds is kept."""
+    if kind is not None and issubclass(kind, InputError) and fresh and not any(p.is_dir() for p in path.iterdir()):
+        shutil.rmtree(path)
+
+
+def _has_step(line: bytes) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:  # damaged while nothing guarded it yet
+        return False
+
+
+def _fill(fn, config: dict, inputs: dict) -> dict:
+    """The configuration as JSON values, with the function's defaults; unknown and missing keys are refused."""
+    parameters = dict(list(inspect.signature(fn).parameters.items())[1:])
+    for name in [*config, *inputs]:
+        if name not in parameters:
+            raise InputError(f"{fn.__name__} has no setting {name!r}{nearest(name, parameters)}")
+    for name, p in parameters.items():
+        if name not in inputs and name not in config:
+            if p.default is p.empty:
+                raise InputError(f"{fn.__name__} needs a value for {name!r} and none was given")
+            config[name] = p.default
+    filled = {}
+    for name in sorted(set(config) - set(inputs)):
+        try:
+            filled[name] = json.loads(dumps(config[name]))
+        except (TypeError, ValueError) as e:
+            raise InputError(
+                f"{fn.__name__}: {name}={config[name]!r} cannot be recorded ({e}); expected finite numbers, strings, "
+                "lists and dicts of them"
+            ) from None
+    return filled
+
+
+def nearest(name: str, known) -> str:
+    """`; did you mean 'x'?` or the list of what there is."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+
+
+def _ids(fn, name, value):
+    if value is None:
+        return None
+    if isinstance(value, Artifact):
+        return value.id
+    if isinstance(value, Control):
+        return f"arrays:{array_digest(value)}"
+    if isinstance(value, Sequence) and all(isinstance(v, Artifact) for v in value):
+        return [v.id for v in value]
+    raise InputError(f"{fn.__name__}: input {name!r} is a {type(value).__name__} where an Artifact is expected")

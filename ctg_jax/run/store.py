@@ -1,0 +1,179 @@
+"""Roots in an object store (gs://, s3://, az://), through `etils.epath`, the path library of Orbax.
+
+Stages work in a local directory. What is finished is copied to the store and fetched from there where it is missing
+here; of what is not, the last checkpoint of its training is. An object store has neither renames nor locks: a file
+counts once the object that vouches for it is there, which is written last, DONE of an artifact and manifest.json of a
+checkpoint. Two machines that run one stage at the same time write the same objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ctg_jax.io import check_inside, locked, read_json
+from ctg_jax.mesh import processes
+from ctg_jax.types import InputError
+
+_active: contextvars.ContextVar[Store | None] = contextvars.ContextVar("store", default=None)
+STEPS, MANIFEST = "steps", "manifest.json"
+
+
+class Store(os.PathLike):
+    """A root for `ctg_jax.run.stage.stage`: a place in an object store, and the local directory that is worked in.
+
+    Args:
+      url: gs://bucket/folder and the like; what `epath.Path` opens, with gcsfs, s3fs or adlfs installed.
+      local: made where it is missing; on a disk that all processes of a run share. It may be lost at any time.
+    """
+
+    def __init__(self, url: str, local: str | os.PathLike):
+        from etils import epath
+
+        self.url, self.local = url.rstrip("/"), Path(local).absolute()
+        with self._reached():
+            self.far = epath.Path(self.url)
+
+    def __fspath__(self) -> str:
+        return str(self.local)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def fetch(self, path: Path) -> None:
+        """Brings the finished artifact of a local directory here, where the store has it and this machine does not."""
+        far = self._far(path)
+        if (path / "DONE").exists():
+            return
+        with self._reached():
+            if not (far / "DONE").exists():
+                return
+            with locked(path):
+                if (path / "DONE").exists():
+                    return
+                names = check_inside(path, _named(json.loads((far / "DONE").read_text())), self.local, far / "DONE")
+                shutil.rmtree(path, ignore_errors=True)
+                for name in names:
+                    _copy(far / name, path / name)
+                _copy(far / "DONE", path / "DONE")
+
+    def keep(self, path: Path) -> None:
+        """Copies a finished artifact to the store, where it is not there."""
+        far = self._far(path)
+        with self._reached():
+            if (far / "DONE").exists():
+                return
+            names = check_inside(path, _named(read_json(path / "DONE")), self.local, path / "DONE")
+            for name in names:
+                _copy(path / name, far / name)
+            _copy(path / "DONE", far / "DONE")
+            for folder in _steps(far):  # of before it was finished; not sooner, so that a kill here loses none
+                if not any((far / name).is_relative_to(folder) for name in names):
+                    folder.rmtree()
+
+    def keep_files(self, folder: Path) -> None:
+        """Copies every file of a local directory that is no artifact, such as a report."""
+        with self._reached():
+            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                _copy(file, self._far(file))
+
+    def fetch_steps(self, path: Path) -> None:
+        """Brings the last checkpoints of an unfinished stage here, each with the metrics up to it, where they are later
+        than those on this machine."""
+        with self._reached():
+            for far in _steps(self._far(path)):
+                here = self.local / far.relative_to(self.far)
+                found = sorted(int(p.name) for p in far.iterdir() if (p / MANIFEST).exists())
+                mine = [int(p.name) for p in here.glob("[0-9]*")] if here.is_dir() else []
+                if not found or found[-1] <= max(mine, default=-1):
+                    continue
+                last = far / f"{found[-1]:08d}"
+                new = here / f".{last.name}.new"
+                named = json.loads((last / MANIFEST).read_text())["body"]["files"]
+                names = check_inside(new, named, self.local, last / MANIFEST)
+                shutil.rmtree(new, ignore_errors=True)  # what a fetch that was cut short left
+                for name in names:
+                    _copy(last / name, new / name)
+                _copy(last / MANIFEST, new / MANIFEST)
+                if (last / "metrics.jsonl").exists():
+                    _copy(last / "metrics.jsonl", here.parent / "metrics.jsonl")
+                os.replace(new, here / last.name)
+
+    def _far(self, path: Path) -> Any:
+        return self.far / path.relative_to(self.local).as_posix()
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as e:  # every backend has errors of its own
+            why = " ".join(f"{type(e).__name__}: {e}".split())
+            raise InputError(
+                f"root {self.url} cannot be reached ({why}): check address, credentials and that gcsfs, s3fs or "
+                f"adlfs is installed; what was made is in {self.local}, and the same command goes on"
+            ) from e
+
+
+@contextlib.contextmanager
+def active(store: Store | None) -> Iterator[None]:
+    """Inside the `with` block `step_saved` copies to this store."""
+    token = _active.set(store)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def step_saved(step: Path) -> None:
+    """Where the root is in a store: copies a checkpoint …/steps/N of the stage that runs there, and the metrics beside
+    it, and drops the ones before."""
+    store = _active.get()
+    step = processes.real(Path(step).absolute())
+    if store is None or not processes.first():
+        return
+    far = store._far(step)
+    with store._reached():
+        for name in read_json(step / MANIFEST)["body"]["files"]:
+            _copy(step / name, far / name)
+        metrics = step.parent.parent / "metrics.jsonl"
+        if metrics.exists():
+            _copy(metrics, far / "metrics.jsonl")
+        _copy(step / MANIFEST, far / MANIFEST)
+        for other in far.parent.iterdir():
+            if other.name != step.name:
+                other.rmtree()
+
+
+def _named(sums: dict) -> list[str]:
+    """The files that DONE vouches for, without itself."""
+    return [name for name in sums if name != "DONE"]
+
+
+def _steps(far: Any) -> Iterator[Any]:
+    """The folders `steps` below a directory of the store."""
+    if not far.exists():
+        return
+    for p in far.iterdir():
+        if p.name == STEPS:
+            yield p
+        elif p.is_dir():
+            yield from _steps(p)
+
+
+def _copy(source: Any, target: Any) -> None:
+    """Copies one file; to a local disk whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    local = isinstance(target, Path) and not str(target).startswith(("gs:", "s3:", "az:"))
+    new = target.with_name(f".{target.name}.{os.getpid()}") if local else target
+    with source.open("rb") as a, new.open("wb") as b:
+        shutil.copyfileobj(a, b, 1 << 20)
+    if local:
+        os.replace(new, target)

@@ -1,0 +1,321 @@
+"""The stages that score: `fit_judge`, `evaluate` a set of samples, `smooth` for a method over its strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ctg_jax.data.labels import labelled
+from ctg_jax.rewards.function import function_content
+from ctg_jax.run.identity import model_content
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function, write_jsonl
+from ctg_jax.types import InputError
+
+KINDS = {  # kind -> the settings that it reads, besides name and heldout
+    "oracle": ("target", "reads"),
+    "bag": ("data", "target", "reads"),
+    "probe": ("data", "target", "reads", "encoder"),
+    "classifier": ("target", "reads", "encoder", "problem", "threshold"),
+    "diversity": ("reads",),
+    "preference": ("data", "reads", "encoder"),
+    "function": ("function", "version"),
+}
+
+
+@stage_function("fit_judge", contents={"encoder": model_content, "function": function_content})
+def fit_judge(
+    run: Run,
+    *,
+    kind: str,
+    data: Artifact | None = None,
+    encoder: str | None = None,
+    heldout: Artifact | None = None,
+    name: str = "positive",
+    target: int | str = 1,
+    reads: str = "text",
+    problem: str | None = None,
+    threshold: float | None = None,
+    function: str | None = None,
+    version: str = "",
+) -> None:
+    """A scorer of texts, kept in state/ with its accuracy on held-out texts in metrics.jsonl.
+
+    Args:
+      kind: "oracle" (the grammar of the bundled reviews; exact), "bag" (bag of words), "probe" (linear probe on the
+        sentence encoder `encoder`), "classifier" (the imported sequence classifier `encoder`), "diversity" (one
+        minus the share of repeated 3-grams of words), "preference" (linear in the embeddings of `encoder`, fitted on
+        comparisons: records with text, the chosen one, and rejected), or "function" (your own, of prompt and text).
+      data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
+        warning); or comparisons.
+      function, version: "package.module:function" and what would change if its answers changed though its file did
+        not. It is given prompt and text apart, and is identified by its file, not by what that imports.
+      name: what reports call it; target: the label whose probability it gives, for a classifier also by its name in
+        config.json.
+      reads: "text" for the continuation alone, "both" for prompt and continuation.
+      problem, threshold: of a classifier whose config.json does not say what its outputs mean, or for which another
+        score than `SequenceClassifier`'s default counts as having the attribute.
+
+    Raises:
+      InputError: an unknown kind, a setting that the kind does not read (see `KINDS`), data that are missing or have no
+        labels, held-out texts for a classifier that gives values, which cannot be compared with labels, and what the
+        scorer raises.
+    """
+    from ctg_jax.rewards import BagOfWords, LinearProbe, PreferenceModel, sentence_embedder
+
+    given = dict(data=data, encoder=encoder, target=target, reads=reads, function=function, version=version)
+    _check_settings(kind, given | dict(problem=problem, threshold=threshold))
+    if kind in ("bag", "probe", "preference"):
+        if data is None:
+            raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
+        rows = data.rows("data.jsonl")
+        texts = _comparisons(rows, data) if kind == "preference" else _labelled(rows, data)
+        options = dict(name=name, reads=reads)
+        if kind == "preference":
+            judge = PreferenceModel.fit(sentence_embedder(encoder), *texts, **options)
+        elif kind == "bag":
+            judge = BagOfWords.fit(*texts, target=target, **options)
+        else:
+            judge = LinearProbe.fit(sentence_embedder(encoder), *texts, target=target, **options)
+        judge.save(run.path / "state")
+    facts = {"kind": kind, "name": name, "target": target, "reads": reads}
+    run.record(judge=facts | ({"problem": problem, "threshold": threshold} if kind == "classifier" else {}))
+    judge = _opened(Artifact(run.path, ""))
+    run.record(version=judge.version)
+    row: dict[str, Any] = {"name": name, "version": judge.version}
+    if heldout is not None:
+        if getattr(judge, "values", False):
+            raise InputError(f"heldout is given, but {encoder} gives values, which cannot be compared with labels")
+        rows = heldout.rows("data.jsonl")
+        if kind == "preference":
+            row |= {"accuracy": judge.accuracy(*_comparisons(rows, heldout)), "heldout": len(rows)}
+        else:
+            texts, labels = _labelled(rows, heldout)
+            said = judge([""] * len(texts), texts) >= judge.threshold
+            label = judge.target if kind == "classifier" else target
+            right = said == (np.asarray(labels) == label)
+            row |= {"accuracy": float(np.mean(right)), "heldout": len(texts)}
+            if getattr(judge, "own", None) is not None:
+                row |= {"own": sum(judge.own(text) for text in texts)}
+    run.log(**row)
+
+
+def _check_settings(kind: str, given: dict[str, Any]) -> None:
+    """InputError for an unknown kind, and for a setting that this kind would ignore or that it lacks."""
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    defaults = dict(data=None, encoder=None, target=1, reads="text", function=None, version="")
+    defaults |= dict(problem=None, threshold=None)
+    for name, value in given.items():
+        if name not in KINDS[kind] and value != defaults[name]:
+            shown = value.path.name if isinstance(value, Artifact) else value
+            why = f"a judge of kind {kind!r} does not read it"
+            if kind == "function" and name in ("reads", "target"):
+                why = "a function is given prompt and text apart and returns its own score, so it decides both itself"
+            raise InputError(f"{name} is {shown!r}, but {why}: leave {name} out")
+    for name in ("encoder", "function"):
+        if name in KINDS[kind] and not given[name]:
+            raise InputError(f"a judge of kind {kind!r} needs {name}, and none was given")
+
+
+def _labelled(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[int]]:
+    rows = labelled(rows, str(data.path))
+    return [r["text"] for r in rows], [r["label"] for r in rows]
+
+
+def _comparisons(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[str], list[str]]:
+    if any(not isinstance(r.get("rejected"), str) for r in rows):
+        raise InputError(f"{data.path} has records without a text under rejected: comparisons have text and rejected")
+    return [r.get("prompt", "") for r in rows], [r["text"] for r in rows], [r["rejected"] for r in rows]
+
+
+@lru_cache(maxsize=4)
+def open_judge(artifact: Artifact) -> Any:
+    """The reward that `fit_judge` made.
+
+    Raises:
+      InputError: it is another one than `fit_judge` measured, because a model or a file of code has changed since.
+    """
+    judge, was = _opened(artifact), artifact.spec["version"]
+    if judge.version != was:
+        raise InputError(
+            f"{artifact.path.name} is {was}, but what it was made from is now {judge.version}: run the command again; "
+            f"if that does not help, for a model that is named by a hub id, delete {artifact.path}"
+        )
+    return judge
+
+
+def _opened(artifact: Artifact) -> Any:
+    from ctg_jax.rewards import (
+        BagOfWords,
+        FunctionReward,
+        LinearProbe,
+        PreferenceModel,
+        SequenceClassifier,
+        diversity,
+        named,
+        reviews_oracle,
+        sentence_embedder,
+    )
+
+    spec = artifact.spec["judge"]
+    kind, options, encoder = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}, artifact.given("encoder")
+    if kind == "oracle":
+        return reviews_oracle("sentiment", **options)
+    if kind == "bag":
+        return BagOfWords.load(artifact.path / "state")
+    if kind == "probe":
+        return LinearProbe.load(artifact.path / "state", sentence_embedder(encoder))
+    if kind == "preference":
+        return PreferenceModel.load(artifact.path / "state", sentence_embedder(encoder))
+    if kind == "function":
+        fn, code = named(artifact.given("function"))
+        cache = artifact.path.parent / ".scores" / f"{code}.sqlite"
+        return FunctionReward(fn, name=spec["name"], version=artifact.given("version"), code=code, cache=cache)
+    if kind == "classifier":
+        options |= {k: spec[k] for k in ("problem", "threshold")}
+        return SequenceClassifier.load(encoder, **options)
+    if kind == "diversity":
+        return diversity(name=spec["name"], reads=spec["reads"])
+    raise InputError(f"{artifact.path} is a judge of kind {kind!r}, which is unknown")
+
+
+@stage_function("evaluate", contents={"embed": model_content})
+def evaluate(
+    run: Run,
+    *,
+    samples: Artifact,
+    judges: Sequence[Artifact] = (),
+    lm: Artifact | None = None,
+    fluency: Artifact | None = None,
+    references: Artifact | None = None,
+    lm_name: str = "base",
+    embed: str | None = None,
+    kl: bool = False,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> None:
+    """Writes the figures of one set of samples to metrics.jsonl, one row per figure with name, value, low, high, n, and
+    what every scorer said of every sample to scores.jsonl.
+
+    Args:
+      judges: what `fit_judge` made.
+      lm: the language model of the perplexity, `lm_name` in the report, unless `fluency` is another one for that.
+      embed: a sentence encoder, for relevance and similarity (see `ctg_jax.evaluation.score`); without one, relevance
+        is read off `lm`.
+      references: human texts (records with text), for mauve; needs `embed`.
+      kl: estimate the KL from `lm`, which must be the one that wrote the samples, per token: the mean of log p - log
+        p_lm over the samples, with p what they were drawn from, truncation included. Left out where that has no
+        likelihood, as under a diffusion model or best of n.
+      seed, resamples: of the bootstrap over prompts.
+
+    Raises:
+      InputError: references without an encoder; kl without the LM of the samples, or of greedy ones.
+    """
+    from ctg_jax import evaluation
+    from ctg_jax.rewards import sentence_embedder
+
+    if references is not None and embed is None:
+        raise InputError("references are compared by an encoder and none was given: set embed to a sentence encoder")
+    rows = samples.rows("samples.jsonl")
+    read_by = fluency or lm
+    reader = None if read_by is None else evaluation.LMScorer(*open_lm(read_by), name=lm_name)
+    if kl and samples.spec.get("likelihood", True):
+        _check_kl(samples, lm)
+        rows = _with_kl(rows, reader if read_by is lm else evaluation.LMScorer(*open_lm(lm)))
+    encoder = None if embed is None else sentence_embedder(embed)
+    rewards = [open_judge(j) for j in judges]
+    rows = evaluation.score(rows, rewards, fluency=reader, embed=encoder)
+    features = None
+    if references is not None:
+        features = encoder([r["text"] for r in rows]), encoder([r["text"] for r in references.rows("data.jsonl")])
+    thresholds = {r.name: r.threshold for r in rewards}
+    figures = evaluation.summary(rows, thresholds, features, seed=seed, resamples=resamples)
+    kept = ("prompt_id", "sample", "scores", "nats", "read", "relevance", "similarity", "kl")
+    write_jsonl(run.path / "scores.jsonl", [{k: _finite(row[k]) for k in kept if k in row} for row in rows])
+    oracles = [r for r in rewards if getattr(r, "own", None) is not None]
+    run.record(
+        judges={r.name: _with_accuracy(r.version, j) for r, j in zip(rewards, judges)},
+        own={r.name: sum(r.own(row["text"]) for row in rows) for r in oracles},
+        judged=len(rows),
+        perplexity=None if reader is None else f"{reader.version}: {evaluation.FIELD.perplexity}",
+        encoder=None if encoder is None else encoder.version,
+        relevance=_relevance(encoder, reader) if "relevance" in figures else None,
+    )
+    for name, figure in figures.items():
+        run.log(name=name, **figure.as_json())
+
+
+@stage_function("smooth")
+def smooth(
+    run: Run, *, figures: Sequence[Artifact], strengths: Sequence[float], seed: int = 0, resamples: int = 1000
+) -> None:
+    """Writes how smoothly one method is controlled to metrics.jsonl: <judge>/<figure> for every figure of
+    `ctg_jax.evaluation.smooth_control`, and relevance over all strengths.
+
+    Args:
+      figures: what `evaluate` made of the samples at each of the `strengths`, by the same judges.
+
+    Raises:
+      InputError: numbers that do not match, evaluations by different scorers, and what `smooth_control` raises.
+    """
+    from ctg_jax import evaluation
+
+    if len(figures) != len(strengths):
+        raise InputError(f"{len(strengths)} strengths were given for {len(figures)} evaluations: give one for each")
+    said = ("judges", "encoder", "relevance")
+    for other in figures[1:]:
+        if any(other.spec[k] != figures[0].spec[k] for k in said):
+            raise InputError(f"{other.path.name} and {figures[0].path.name} were not scored alike: use the same judges")
+    rows = [(float(s), row) for s, a in zip(strengths, figures) for row in a.rows("scores.jsonl")]
+    at, prompts = [s for s, _ in rows], [row["prompt_id"] for _, row in rows]
+    options = {"seed": seed, "resamples": resamples}
+    for judge in figures[0].spec["judges"]:
+        scores = [row["scores"][judge] for _, row in rows]
+        for name, figure in evaluation.smooth_control(at, prompts, scores, **options).items():
+            run.log(name=f"{judge}/{name}", **figure.as_json())
+    known = [row.get("relevance") for _, row in rows]
+    if any(x is not None for x in known):
+        values = [np.nan if x is None else x for x in known]
+        run.log(name="relevance", **evaluation.Bootstrap(prompts, **options).mean(values).as_json())
+    run.record(**{k: figures[0].spec[k] for k in said})
+
+
+def _check_kl(samples: Artifact, lm: Artifact | None) -> None:
+    """InputError where the KL from `lm` cannot be estimated on the samples."""
+    spec = samples.spec
+    if lm is None or spec.get("fingerprints", {}).get("lm") != lm.fingerprint:
+        raise InputError(f"kl needs the language model that wrote {samples.path.name}: give that one as lm")
+    if spec["config"].get("greedy"):
+        raise InputError(f"kl is estimated on samples and {samples.path.name} is greedy: sample, or set kl to False")
+
+
+def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
+    """The samples with "kl": their log-probability as drawn minus that under the LM alone, nats of all tokens."""
+    nats, _ = base.ids(base.tokenizer.encode_prompts([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
+    return [{**row, "kl": row["logp"] + float(x)} for row, x in zip(rows, nats)]
+
+
+def _with_accuracy(version: str, judge: Artifact) -> str:
+    """A judge's version with its accuracy on held-out texts, where that was measured. Of an oracle it says nothing on
+    texts of its own corpus, where it is right by construction, so only that on other texts is given."""
+    own = getattr(open_judge(judge), "own", None) is not None
+    text = version + ", exact on texts of its own corpus and a count of cue words on any other" * own
+    for row in judge.metrics():
+        if "accuracy" in row and not (own and row["own"] == row["heldout"]):
+            text += f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts"
+    return text
+
+
+def _relevance(encoder: Any, fluency: Any) -> str:
+    """How relevance was measured, for a report."""
+    if encoder is not None:
+        return f"cosine of the embeddings of prompt and continuation, {encoder.version}"
+    return f"nats per token by which the prompt makes the continuation likelier, {fluency.version}"
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that JSON cannot hold."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,195 @@
+"""The stages everything starts from: `load_data`, and the two that make a language model, `load_lm` and `pretrain`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ctg_jax import rng
+from ctg_jax.data import Source, load, pipeline
+from ctg_jax.data.labels import is_label
+from ctg_jax.data.sources import content
+from ctg_jax.learn import losses, train
+from ctg_jax.mesh import layout
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run.identity import digest_model, model_content
+from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
+from ctg_jax.types import InputError
+
+log = logging.getLogger(__name__)
+
+
+@stage_function("load_data", contents={"source": lambda source, settings: content(source, settings["split"])})
+def load_data(
+    run: Run,
+    *,
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    where: Mapping[str, Any] | None = None,
+    words: int | None = None,
+    balance: str | None = None,
+    skip: int = 0,
+    text: str = "text",
+    labels: Mapping[str, int] | None = None,
+) -> None:
+    """Copies records of a source into data.jsonl, so that later stages read the same ones for ever. A local file is
+    identified by its content: an edited one is another source, the same one at another path is not.
+
+    Args:
+      source: "bundled:reviews", "jsonl:PATH", "text:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
+      split: name of the split.
+      limit: keep at most so many records (of each value of `balance`, where given).
+      where: keep records whose fields have these values, e.g. {"label": 1}.
+      words: cut every text to its first so many words (prompts); shorter texts are left out.
+      balance: a field; records are kept `limit` for each of its values, in the order of the source. With "label",
+        records without one (missing or -1) are left out and counted in a warning.
+      skip: leave out so many matching records first (of each value of `balance`).
+      text: the field that holds the text, dotted where it lies inside another: "prompt", "prompt.text".
+      labels: name of a label -> its number; records with other labels are left out. Methods read numbers.
+
+    A record may say itself how much of its text is a prompt (`prompt`, as the bundled reviews do); with `words` or
+    `text` the text itself is the prompt.
+
+    Raises:
+      InputError: no record matches; a record has no text in that field.
+    """
+    rows: list[dict[str, Any]] = []
+    seen: dict[Any, int] = {}
+    unlabelled = 0
+    records = load(source, split, text=text)
+    for i in range(len(records)):
+        row = records[i]
+        if any(row.get(k) != v for k, v in (where or {}).items()):
+            continue
+        if labels is not None:
+            if str(row.get("label")) not in labels:
+                continue
+            row = {**row, "label": labels[str(row["label"])]}
+        if not isinstance(row["text"], str):
+            raise InputError(
+                f"{source} split {split!r}: record {i} has no string under {text!r}; name the field of text"
+            )
+        if words is not None or text != "text":
+            row.pop("prompt", None)
+        if words is not None:
+            parts = row["text"].split()
+            if len(parts) <= words:
+                continue
+            row = {**row, "text": " ".join(parts[:words]), "reference": row["text"]}
+        if balance == "label" and not is_label(row.get("label")):
+            unlabelled += 1
+            continue
+        group = row.get(balance) if balance else None
+        seen[group] = seen.get(group, 0) + 1
+        if seen[group] > skip and (limit is None or seen[group] <= skip + limit):
+            rows.append(row)
+        elif limit is not None and balance is None and seen[group] > skip + limit:
+            break
+    if not rows:
+        wanted = f" with {dict(where)}" if where else ""
+        raise InputError(f"{source} split {split!r} has no record{wanted}: expected at least one")
+    if unlabelled:
+        log.warning("%s split %r: %d records have no label (missing or -1) and are left out", source, split, unlabelled)
+    write_jsonl(run.path / "data.jsonl", rows)
+    run.record(records=len(rows))
+
+
+@stage_function("load_lm", contents={"source": model_content})
+def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
+    """Imports a language model from a directory in Hugging Face layout or from the hub. Nothing is copied: the
+    artifact holds the resolved path and a digest of the files, which `open_lm` compares. The same files in another
+    directory are the same language model.
+
+    Args:
+      source: the directory, or a hub id.
+      dtype: of its weights and its computation, "float32" or "bfloat16", whatever the files'. What is learned, sums of
+        losses and optimizer states are float32 in both.
+
+    Raises:
+      InputError: another dtype, no such directory, no network for a hub id, a pickled checkpoint, another family, a
+        tokenizer with more ids than the model has tokens.
+    """
+    from ctg_jax.data.ids import check_sizes
+    from ctg_jax.data.tokenizer import load_tokenizer
+    from ctg_jax.models import hf
+
+    _check_dtype(dtype)
+    path = hf.resolve(source)
+    lm, _ = hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
+    check_sizes(load_tokenizer(str(path)), lm, source)
+    run.record(lm=str(path.absolute()), fingerprint=digest_model(path))
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
+
+
+@stage_function("pretrain", how=("save_every", "log_every"))
+def pretrain(
+    run: Run,
+    *,
+    data: Artifact,
+    vocab: int = 1024,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    context: int = 128,
+    tied: bool = True,
+    dtype: str = "float32",
+    length: int = 64,
+    pack: bool = True,
+    batch: int = 32,
+    steps: int = 1000,
+    rate: float = 2e-3,
+    warmup: int = 50,
+    decay: float = 0.01,
+    seed: int = 0,
+    save_every: int = 200,
+    log_every: int = 20,
+) -> None:
+    """A GPT-2 from random weights and a byte-level BPE tokenizer, both trained on data.jsonl, in state/ in Hugging
+    Face layout.
+
+    Args:
+      vocab: size of the vocabulary. width, depth, heads, context: shape of the model; the MLP is 4 times as wide.
+      tied: whether the unembedding is the embedding, as in GPT-2. Tying draws words with the same contexts together,
+        antonyms among them, and a small model that is trained briefly then learns late what tells them apart.
+      dtype: as of `load_lm`; while it is trained, and in its files, the weights are float32.
+      length: tokens of a training row. pack: fill rows with one text after the other; False gives each text a row of
+        its own, cut at `length`, so that it is read from position 0 with no other text before it.
+      batch, steps, rate, warmup, decay: AdamW with a cosine schedule to a tenth.
+      seed: of weights and of the order of the data.
+    """
+    from ctg_jax.data.tokenizer import load_tokenizer, train_bpe
+    from ctg_jax.models import hf
+
+    _check_dtype(dtype)
+    if width % heads:
+        raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
+    records = data.rows("data.jsonl")
+    folder = run.path / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        train_bpe((r["text"] for r in records), vocab).save(folder)
+    tokenizer = load_tokenizer(str(folder))
+    lm = Transformer(
+        family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
+        head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied, dtype=dtype, remat=layout.remat(),
+    )  # fmt: skip
+    losses.check_rows(lm, length)
+    key = jax.random.key(seed)
+    tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)
+    state = train.init_state(lm.init(rng.stream(key, "init")), tx, rng.stream(key, "train"))
+    source = Source(data.id, "all", records)
+    batches = pipeline(source, tokenizer, batch=batch, length=length, seed=seed, pack=pack)
+    step = train.make_step(losses.lm_loss(lm), tx)
+    state = train.loop(run.path, state, step, batches, steps=steps, save_every=save_every, log_every=log_every)
+    (run.path / "state").mkdir(exist_ok=True)
+    tokenizer.save(run.path / "state")
+    hf.save(run.path / "state", lm, state.params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
+    run.record(lm=None, fingerprint=digest_model(run.path / "state"))
+    run.discard("tokenizer", "steps")

@@ -1,0 +1,76 @@
+"""How much of a text its latent keeps: continuations that DGLM's prompter says from the true latent, from another
+text's, or that the language model writes from none, against what people wrote."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ctg_jax import evaluation, methods
+from ctg_jax.control import IDENTITY, Chain
+from ctg_jax.learn import embeddings
+from ctg_jax.methods.logits import truncate
+from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
+from ctg_jax.stages import sampling
+from ctg_jax.studies.latents import bleu
+from ctg_jax.types import InputError
+
+LATENTS = ("own", "other", "none")
+
+
+@stage_function("dglm.reconstruct", how=("batch",))
+def reconstruct(
+    run: Run,
+    *,
+    lm: Artifact,
+    control: Artifact,
+    latents: Artifact,
+    latent: str = "own",
+    top_p: float = 0.9,
+    max_new: int = 24,
+    batch: int = 64,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> None:
+    """Stage: samples.jsonl, one continuation of each prefix, and how close it is to the true one: cosine of their
+    embeddings and corpus BLEU-4.
+
+    Args:
+      control: what `dglm.fit` made. latents: what `embeddings.encode` made of held-out texts with the same encoder.
+      latent: "own", that of the true continuation; "other", that of the next text; "none", no soft prompt.
+      top_p: of nucleus sampling. max_new: tokens.
+
+    Raises:
+      InputError: another `latent`, or latents of another encoder.
+    """
+    if latent not in LATENTS:
+        raise InputError(f"latent is {latent!r}, expected one of {', '.join(LATENTS)}")
+    if latents.spec["version"] != control.spec["version"]:
+        raise InputError(
+            f"{latents.path.name} holds latents of {latents.spec['version']}, but {control.path.name} reads those of "
+            f"{control.spec['version']}: encode the texts with that encoder"
+        )
+    opened = sampling.opened(lm)
+    proposal = methods.load(control, opened[0])
+    pieces, (x, _) = latents.rows("pieces.jsonl"), embeddings.arrays(latents)
+    mean, deviation = np.asarray(proposal.mean), np.asarray(proposal.deviation)
+    given = np.roll(x, -1, axis=0) if latent == "other" else x
+    signal = proposal.draw.signal
+    cond = {
+        "latent": (given - mean) / deviation,
+        "gamma": np.full(len(x), math.log(signal / (1 - signal)), np.float32),
+    }
+    said = Chain((IDENTITY if latent == "none" else proposal.said, truncate.init(opened[0], top_p=top_p)))
+    prompts = [p["prompt"] for p in pieces]
+    rows = [
+        row
+        for part in sampling.complete(*opened, prompts, said, max_new=max_new, batch=batch, seed=seed, cond=cond)
+        for row in part
+    ]
+    write_jsonl(run.path / "samples.jsonl", rows)
+    texts, wanted = [row["text"].strip() for row in rows], [p["continuation"] for p in pieces]
+    found = embeddings.embedder(lm, embeddings.encoder_of(control))(texts)
+    boot = evaluation.Bootstrap(range(len(rows)), seed=seed, resamples=resamples)
+    run.log(name="cosine", **boot.mean(evaluation.cosine(found, x)).as_json())
+    run.log(name="BLEU-4", **bleu(texts, wanted, resamples, seed).as_json())

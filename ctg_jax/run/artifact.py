@@ -85,7 +85,7 @@ def open_artifact(path: str | os.PathLike) -> Artifact:
 
 
 def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
-    """(lm, params, tokenizer) of an LM artifact: one that `load_lm` or `pretrain` of `ctg_jax.stages.sources` made, in the
+    """(lm, params, tokenizer) of an LM artifact, one that `stages.sources.load_lm` or `pretrain` made, in the
     dtype of its configuration, its weights where the layout of the run has them.
 
     Raises:

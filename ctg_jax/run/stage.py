@@ -155,7 +155,7 @@ def stage(
     id = call_id(fn, filled, contents, ids)
     name = declared.name if hasattr(fn, "stage_function") else fn.__name__.strip("_")
     path = Path(root).absolute() / f"{name}-{id}"
-    spec = {"stage": declared.name, "revision": declared.revision, "config": filled, "inputs": ids}
+    spec = {"stage": name, "revision": declared.revision, "config": filled, "inputs": ids}
     spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in declared.contents}}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
     count, asked, store = _tally.get(), planned.get(), root if isinstance(root, Store) else None

@@ -146,9 +146,9 @@ def test_a_hub_id_without_network(call):
     refused(call("a", model="nobody/no-such-model"), "network")
 
 
-def test_an_imported_model_that_changed(root, tmp_path):
+def test_an_imported_model_that_changed(tmp_path):
     folder = write_lm(tmp_path / "lm")
-    artifact = stage(root, sources.load_lm, {"source": str(folder)})
+    artifact = stage(tmp_path / "runs", sources.load_lm, {"source": str(folder)})
     write_lm(folder, seed=5)
     with pytest.raises(InputError, match="have changed since"):
         sampling.build(artifact)

@@ -138,7 +138,7 @@ def test_bad_strengths_are_refused():
 
 def test_methods_are_found_by_name():
     assert {"dexperts", "finetune", "steer", "truncate"} <= set(methods.names())
-    assert methods.get("steer").__name__ == "ctg_jax.methods.steer"
+    assert methods.get("steer").__name__ == "ctg_jax.methods.hidden.steer"
     with pytest.raises(InputError, match="did you mean 'dexperts'"):
         methods.get("dexpert")
     with pytest.raises(InputError, match="there is no such method"):

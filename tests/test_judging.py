@@ -42,7 +42,7 @@ def samples(root, lm):
 
 @pytest.mark.parametrize("kind", ["bag", "oracle"])
 def test_a_judge_is_fitted_once_and_read_back(root, kind):
-    rows = [{"text": f"the {w} was {a}", "label": l} for w in ("soup", "room", "show")
+    rows = [{"text": f"the {w} was {a}", "label": l} for w in ("soup", "room", "pasta")
             for a, l in (("delicious", 1), ("wonderful", 1), ("bland", 0), ("terrible", 0))]  # fmt: skip
     data = stage(root, texts, {"rows": rows})
     judge = stage(root, judges.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
@@ -63,7 +63,7 @@ def test_an_oracle_is_not_called_exact_on_texts_that_are_not_its_own(root, lm):
     said = judges._with_accuracy("v", judge)
     assert said == f"v, {ORACLE}, accuracy {judge.metrics()[0]['accuracy']:.3f} on 3 held-out texts"
     assert judge.metrics()[0]["own"] == 0 and judge.metrics()[0]["accuracy"] < 1
-    rows = [{"text": t, "prompt": "we", "prompt_id": i} for i, t in enumerate(["the soup was bland", "dull prose", ""])]
+    rows = [{"text": t, "prompt": "we", "prompt_id": i} for i, t in enumerate(["the soup was bland", "a sonata", ""])]
     result = stage(
         root, judges.evaluate, {"resamples": 10}, samples=stage(root, written, {"rows": rows}), judges=[judge]
     )

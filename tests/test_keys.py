@@ -11,6 +11,7 @@ from flax import struct
 from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.data import to_prompts, train_bpe
+from ctg_jax.decode import strategies
 from ctg_jax.evaluation import LMScorer
 from ctg_jax.methods import click, gdc, ppo, quark, unlikelihood
 from ctg_jax.models.decoder import Transformer
@@ -74,17 +75,18 @@ class OneToken:
         return ["we"] * len(rows)
 
 
-def test_prompts_65536_apart_are_sampled_apart():
-    """What `flow.complete` gives the first and the last of 65,537 prompts."""
+def test_prompts_65536_apart_are_sampled_apart(monkeypatch):
+    """What `complete` gives the first and the last of 65,537 prompts."""
     lm, seen = Transformer.gpt2(vocab=4, width=4, depth=1, heads=1, context=32), []
 
-    def write(model, params, prompts, control, sampling):
+    def run(model, params, prompts, control, settings, devices):
         seen.append(bits(prompts.keys)[0])
         one = np.ones((1, 1), np.int32)
         return Samples(one, one > 0, one * 0.0, 1)
 
+    monkeypatch.setattr(strategies, "run", run)
     for skip in (0, 65536):
-        (row,) = next(sampling.complete(lm, {}, OneToken(), ["we"] * 65537, batch=1, write=write, skip=skip))
+        (row,) = next(sampling.complete(lm, {}, OneToken(), ["we"] * 65537, batch=1, skip=skip))
         assert (row["prompt_id"], row["sample"]) == (skip, 0)
     assert seen[0] != seen[1]
     assert seen[1] == bits(rng.per_example(jax.random.key(0), np.asarray([[65536, 0]])))[0]

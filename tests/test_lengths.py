@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ctg_jax.methods.truncate import TopP
+from ctg_jax.methods.logits.truncate import TopP
 from flax import struct
 from laws import worlds
 

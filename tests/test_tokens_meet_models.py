@@ -13,7 +13,7 @@ from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.controls.bricks import SoftPrompt, coded, lora
 from ctg_jax.data import Tokenizer, load_tokenizer, train_bpe
 from ctg_jax.data.tokenizer import pad_rows
-from ctg_jax.decode import loop
+from ctg_jax.decode import loop, strategies
 from ctg_jax.methods import dexperts, latent_steer, lm_steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -58,17 +58,19 @@ def nats(lm, params, ids, given):
 # --- text and ids ----------------------------------------------------------------------------------------------------
 
 
-def test_samples_hold_the_text_that_was_drawn(llama):
+def test_samples_hold_the_text_that_was_drawn(llama, monkeypatch):
     lm, params, tokenizer = sampling.opened(llama)
     prompts, texts = ["the food", "the hour was"], [" hour loud", "great"]
     drawn = tokenizer.encode_after(prompts, texts)
     tokens, mask = pad_rows(drawn, 8, 0, left=False)
 
-    def write(lm, params, ask, control, sampling):
+    def run(lm, params, ask, control, settings, devices):
         logp = jnp.zeros(tokens.shape)
         return Samples(jnp.asarray(tokens), jnp.asarray(mask), logp, jnp.int32(8))
 
-    (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2, write=write)
+    with monkeypatch.context() as patch:
+        patch.setattr(strategies, "run", run)
+        (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2)
     assert [row["prompt"] + row["text"] for row in rows] == ["the food hour loud", "the hour wasgreat"]
     assert [row["tokens"] for row in rows] == drawn
     (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2)

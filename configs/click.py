@@ -23,7 +23,7 @@ SETTINGS = {
 def arms(arg):
     fit = SETTINGS.get(arg, dict(gamma=0.1, margin=15.0))
     if arg in ("yelp", "yelp_down"):
-        fit = fit | dict(steps=75)  # of pairs
+        fit = fit | dict(training=dict(steps=75))  # of pairs
     return dict(click=dict(method="click", strengths=(0.5, 1.0), fit=fit))
 
 

@@ -11,9 +11,11 @@ Expected: the chain moves the share of positive text further than each control d
 from configs import dexperts, lm_steer, sentiment
 
 LATENT = {
-    "bundled": dict(fit=dict(site="memory", tokens=96, updates=300, rate=0.3), count=None, data=dict(limit=150)),
+    "bundled": dict(
+        fit=dict(site="memory", tokens=96, search=dict(updates=300, rate=0.3)), count=None, data=dict(limit=150)
+    ),
     "yelp": dict(fit=dict(site="memory", tokens=32), count=950, data=dict(limit=1000)),
-    "tiny": dict(fit=dict(site="memory", tokens=63, updates=2), count=None, data=dict(limit=8, words=6)),
+    "tiny": dict(fit=dict(site="memory", tokens=63, search=dict(updates=2)), count=None, data=dict(limit=8, words=6)),
 }
 CHAIN = dict(latent=2.0, lm_steer=3.0, dexperts=1.0)
 

@@ -1,7 +1,7 @@
 """Control codes: one LM that writes either sentiment, by the code before the text.
 
 Source: Keskar et al. 2019. With two codes it is also negative-aware training (Wang et al. 2024). The penalised sampling
-of the paper is `filter=dict(repetition_penalty=1.2)`, of `ctg_jax.methods.truncate`; the arm `penalised` shows it.
+of the paper is `filter=dict(repetition_penalty=1.2)`, of `ctg_jax.controls.truncate`; the arm `penalised` shows it.
 
     python experiments/main.py --config=configs/ctrl.py[:yelp|:tiny]
 
@@ -30,6 +30,6 @@ def get_config(arg="bundled"):
 
 def sweep():
     for kind in ("lora", "full"):
-        yield {"methods.ctrl.fit.kind": kind}
+        yield {"methods.ctrl.fit.adapter.kind": kind}
     for rank in (2, 8):
-        yield {"methods.ctrl.fit.rank": rank}
+        yield {"methods.ctrl.fit.adapter.rank": rank}

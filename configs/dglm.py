@@ -19,17 +19,19 @@ from configs.sentiment import of_world
 
 SETTINGS = {
     "bundled": dict(
-        prompter=dict(net=dict(width=128, depth=2), steps=600, batch=32),
-        denoiser=dict(net=dict(width=128, depth=4, tokens=8), steps=2000, batch=64),
+        prompter=dict(net=dict(width=128, depth=2), training=dict(steps=600, batch=32)),
+        denoiser=dict(net=dict(width=128, depth=4, tokens=8), training=dict(steps=2000, batch=64)),
     ),
     "yelp": dict(
-        prompter=dict(net=dict(width=256, depth=3, tokens=8, rank=16), steps=4000, batch=32, prefix=13, new=14),
-        denoiser=dict(net=dict(width=192, depth=4, tokens=4), steps=4000, batch=64),
+        prompter=dict(
+            net=dict(width=256, depth=3, tokens=8, rank=16), prefix=13, new=14, training=dict(steps=4000, batch=32)
+        ),
+        denoiser=dict(net=dict(width=192, depth=4, tokens=4), training=dict(steps=4000, batch=64)),
     ),
     "tiny": dict(
         encode=dict(words=4, new=8),
-        prompter=dict(net=dict(width=16, depth=1, heads=2, tokens=4, length=2), steps=2, batch=4, new=8),
-        denoiser=dict(net=dict(width=16, depth=2, heads=2, tokens=4), steps=2, batch=4),
+        prompter=dict(net=dict(width=16, depth=1, heads=2, tokens=4, length=2), new=8, training=dict(steps=2, batch=4)),
+        denoiser=dict(net=dict(width=16, depth=2, heads=2, tokens=4), training=dict(steps=2, batch=4)),
         draw=dict(steps=3),
     ),
 }

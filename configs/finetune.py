@@ -26,4 +26,4 @@ def get_config(arg="bundled"):
 
 def sweep():
     for rank in (2, 8):
-        yield {"methods.finetune_positive.fit.rank": rank, "methods.finetune_negative.fit.rank": rank}
+        yield {"methods.finetune_positive.fit.adapter.rank": rank, "methods.finetune_negative.fit.adapter.rank": rank}

@@ -25,12 +25,12 @@ REVIEWS = sentiment.REVIEWS
 def tiny():
     world = sentiment.tiny()
     data = dict(source=REVIEWS, split="test", words=4, balance="label", limit=4)
-    fit = dict(site="memory", updates=12, batch=4)
+    fit = dict(site="memory", search=dict(updates=12, batch=4))
     return dict(
         lm=world["lm"],
         recovery=dict(
             data=dict(reviews=data),
-            fit={**fit, "updates": 3},
+            fit=dict(site="memory", search=dict(updates=3, batch=4)),
             grid=dict(site=["memory", "middle"], steps=["all"]),
         ),
         analysis=dict(data=data, fit=fit, options=dict(pairs=2, between=3, draws=2)),
@@ -52,7 +52,7 @@ def bundled():
         lm=world["lm"],
         recovery=dict(
             data=dict(reviews=test),
-            fit=dict(tokens=32, updates=200),
+            fit=dict(tokens=32, search=dict(updates=200)),
             grid=dict(site=["middle", "memory"], steps=["all"]),
         ),
         analysis=dict(data=train, fit=fit, options={}),
@@ -78,7 +78,7 @@ def yelp():
         lm=world["lm"],
         recovery=dict(
             data=dict(yelp={**dev, "limit": 12}),
-            fit=dict(tokens=32, updates=150, rate=0.3),
+            fit=dict(tokens=32, search=dict(updates=150, rate=0.3)),
             grid=dict(site=sites, steps=["all", "first"]),
         ),
         transfer=dict(

@@ -15,12 +15,14 @@ some minutes for Yelp.
 from configs import sentiment
 
 SETTINGS = dict(
-    bundled=dict(fit=dict(steps=300, batch=16, tokens=96, rank=64, dummy="drop"), strengths=(-3.0, -1.0, 1.0, 3.0)),
+    bundled=dict(
+        fit=dict(rank=64, dummy="drop", training=dict(steps=300, batch=16, tokens=96)), strengths=(-3.0, -1.0, 1.0, 3.0)
+    ),
     yelp=dict(
-        fit=dict(steps=300, batch=32, tokens=24, rank=64, dummy="none", schedule="linear"),
+        fit=dict(rank=64, dummy="none", training=dict(steps=300, batch=32, tokens=24, schedule="linear")),
         strengths=(-5.0, -3.0, 3.0, 5.0),
     ),
-    tiny=dict(fit=dict(steps=2, batch=4, tokens=16, rank=2, dummy="drop"), strengths=(-1.0, 1.0)),
+    tiny=dict(fit=dict(rank=2, dummy="drop", training=dict(steps=2, batch=4, tokens=16)), strengths=(-1.0, 1.0)),
 )
 
 

@@ -14,18 +14,24 @@ from ml_collections import ConfigDict
 from configs import reward, sentiment
 
 REVIEWS = sentiment.REVIEWS
-TINY = dict(width=16, depth=1, heads=2, length=64, steps=2, batch=4, draws=2, warmup=1)
+TINY = dict(width=16, depth=1, heads=2, length=64, draws=2, training=dict(steps=2, batch=4, warmup=1))
 SETTINGS = dict(
     bundled=dict(
         data=dict(source=REVIEWS, where=dict(topic=0)),
         fit=dict(
-            width=128, depth=2, length=104, batch=16, steps=1200, heldout=dict(source=REVIEWS, split="test", limit=200)
+            width=128,
+            depth=2,
+            length=104,
+            training=dict(batch=16, steps=1200),
+            heldout=dict(source=REVIEWS, split="test", limit=200),
         ),
         strengths=(0.0, 1.0, 3.0),
     ),
     tiny=dict(
         data=dict(source=REVIEWS, limit=64),
-        fit=dict(TINY, heldout=dict(source=REVIEWS, split="test", limit=4), guide=dict(steps=2, batch=4)),
+        fit=dict(
+            TINY, heldout=dict(source=REVIEWS, split="test", limit=4), guide=dict(training=dict(steps=2, batch=4))
+        ),
         strengths=(0.0, 1.0),
     ),
 )
@@ -41,7 +47,7 @@ def yelp():
     arm = dict(
         data=lm["data"],
         fit=dict(
-            width=128, depth=4, length=32, batch=64, draws=1, steps=2500,
+            width=128, depth=4, length=32, draws=1, training=dict(batch=64, steps=2500),
             heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all"),
         ),
         strengths=(0.0, 1.0, 2.0, 4.0),

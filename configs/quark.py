@@ -12,17 +12,22 @@ measures perplexity, is there (15 minutes).
 
 from configs import reward
 
-SETTINGS = dict(tokens=5, kl=0.05, entropy=0.06)
-REVIEWS = SETTINGS | dict(steps=300, entropy=0.0)
+SETTINGS = dict(tokens=5, objective=dict(kl=0.05, entropy=0.06))
+REVIEWS = dict(tokens=5, objective=dict(kl=0.05, entropy=0.0), training=dict(steps=300))
 
 
 def arms(arg):
     strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
     # Each quantile sees a fifth of the updates. The paper's entropy bonus makes this small LM of reviews ramble.
-    fit = {"bundled": SETTINGS, "tiny": SETTINGS, "repetition": REVIEWS | dict(steps=150)}.get(arg, REVIEWS)
+    fit = {"bundled": SETTINGS, "tiny": SETTINGS, "repetition": REVIEWS | dict(training=dict(steps=150))}.get(
+        arg, REVIEWS
+    )
     quark = dict(method="quark", strengths=strengths, fit=fit)
     if arg == "repetition":  # the paper shows it with and without
-        return dict(quark=quark, quark_unlikelihood=quark | dict(fit=fit | dict(unlikelihood=0.5)))
+        return dict(
+            quark=quark,
+            quark_unlikelihood=quark | dict(fit=fit | dict(objective=fit["objective"] | dict(unlikelihood=0.5))),
+        )
     return dict(quark=quark)
 
 
@@ -35,12 +40,12 @@ def sweep():
     for tokens in (2, 3, 8):
         yield {"methods.quark.fit.tokens": tokens}
     for kl in (0.0, 0.2):
-        yield {"methods.quark.fit.kl": kl}
-    yield {"methods.quark.fit.direction": "policy_reference"}
-    yield {"methods.quark.fit.entropy": 0.0}
+        yield {"methods.quark.fit.objective.kl": kl}
+    yield {"methods.quark.fit.objective.direction": "policy_reference"}
+    yield {"methods.quark.fit.objective.entropy": 0.0}
     yield {"methods.quark.fit.best_only": True}
-    yield {"methods.quark.fit.rank": 2}
-    yield {"methods.quark.fit.kind": "full"}
+    yield {"methods.quark.fit.adapter.rank": 2}
+    yield {"methods.quark.fit.adapter.kind": "full"}
     for rounds in (1, 2):
         yield {"methods.quark.fit.rounds": rounds}
     yield {"methods.quark.fit.explore.n": 2}

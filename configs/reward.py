@@ -32,8 +32,7 @@ def bundled():
             rewards=dict(sentiment=dict(kind="oracle")),
             explore=dict(n=4, max_new=40, batch=128),
             rounds=3,
-            steps=100,
-            batch=32,
+            training=dict(steps=100, batch=32),
         ),
     )
 
@@ -51,8 +50,7 @@ def tiny():
             rewards=dict(dice=dict(kind="function", function="configs.reward:dice", version="1")),
             explore=dict(n=4, max_new=6, batch=8),
             rounds=2,
-            steps=2,
-            batch=4,
+            training=dict(steps=2, batch=4),
         ),
     )
 
@@ -63,7 +61,8 @@ def yelp(label=0):
     folder = parts["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
     train = f"jsonl:{folder}/yelp/train.jsonl"
     towards = dict(kind="bag", target=1 - label, reads="both", data=dict(source=train, split="all", limit=40000))
-    other = dict(pretrain=dict(vocab=4096, width=128, depth=4, heads=4, context=64, length=48, steps=2500, rate=2e-3))
+    training = dict(tokens=48, steps=2500, rate=2e-3)
+    other = dict(pretrain=dict(vocab=4096, width=128, depth=4, heads=4, context=64, training=training))
     return parts | dict(
         prompts=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", words=4, where=dict(label=label), limit=100),
         evaluate=dict(
@@ -75,8 +74,7 @@ def yelp(label=0):
             rewards=dict(sentiment=towards | dict(heldout=parts["judges"]["positive"]["heldout"])),
             explore=dict(n=4, max_new=20, batch=200),
             rounds=5,
-            steps=150,
-            batch=32,
+            training=dict(steps=150, batch=32),
         ),
     )
 
@@ -99,8 +97,7 @@ def repetition():
             rewards=diversity,
             explore=dict(n=2, max_new=64, batch=200, filter=dict(temperature=0.3)),
             rounds=3,
-            steps=75,
-            batch=16,
+            training=dict(steps=75, batch=16),
         ),
     )
 
@@ -122,8 +119,7 @@ def toxicity():
             rewards=dict(words=dict(kind="bag", target=0, data=tweets, heldout=others)),
             explore=dict(n=4, max_new=20, batch=200),
             rounds=4,
-            steps=150,
-            batch=32,
+            training=dict(steps=150, batch=32),
         ),
     )
 
@@ -143,11 +139,13 @@ def experiment(name, title, arms):
     prompts, rewards, rounds and settings of exploring, where they have none of their own, and best of n the rewards."""
     parts = of_world(WORLDS, name)()
     learn, _ = parts.pop("learn"), parts.pop("train", None)
-    common = {key: learn[key] for key in ("rounds", "explore", "steps", "batch")}
+    common = {key: learn[key] for key in ("rounds", "explore", "training")}
     methods = {}
     for label, arm in arms.items():
         if "method" in arm:
-            arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=common | arm.get("fit", {}))
+            fit = common | arm.get("fit", {})
+            fit["training"] = common["training"] | fit["training"]
+            arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=fit)
         elif "best_of" in arm:
             arm = dict(rewards=learn["rewards"]) | arm
         methods[label] = arm

@@ -45,11 +45,8 @@ def bundled():
                 heads=4,
                 context=128,
                 tied=False,
-                length=96,
                 pack=False,
-                batch=16,
-                steps=1200,
-                rate=5e-3,
+                training=dict(tokens=96, batch=16, steps=1200, rate=5e-3),
             ),
             data=dict(source=REVIEWS, where=topic),
         ),
@@ -66,7 +63,9 @@ def tiny():
         lm=dict(
             source="",
             dtype="float32",
-            pretrain=dict(vocab=300, width=16, depth=2, heads=2, context=64, length=32, batch=4, steps=4, warmup=1),
+            pretrain=dict(
+                vocab=300, width=16, depth=2, heads=2, context=64, training=dict(tokens=32, batch=4, steps=4, warmup=1)
+            ),
             data=dict(source=REVIEWS, limit=64),
         ),
         prompts=dict(source=REVIEWS, split="test", limit=2),
@@ -104,9 +103,9 @@ WORLDS = {"bundled": bundled, "yelp": yelp, "tiny": tiny}
 
 
 TRAINING = {
-    "bundled": dict(steps=150, batch=16, tokens=96),
-    "yelp": dict(steps=400, batch=32, tokens=32),
-    "tiny": dict(steps=2, batch=4, tokens=16, rank=2, warmup=1),
+    "bundled": dict(training=dict(steps=150, batch=16, tokens=96)),
+    "yelp": dict(training=dict(steps=400, batch=32, tokens=32)),
+    "tiny": dict(adapter=dict(rank=2), training=dict(steps=2, batch=4, tokens=16, warmup=1)),
 }
 
 

@@ -26,10 +26,10 @@ ARMS = dict(
 
 def arms(arg):
     common = dict(method="unlikelihood", rewards=DIVERSITY, strengths=(1.0,))
-    found = {label: common | dict(fit=weights) for label, weights in ARMS.items()}
+    found = {label: common | dict(fit=dict(objective=weights)) for label, weights in ARMS.items()}
     if arg == "repetition":  # greedy samples, as in the paper: there the model repeats itself
         greedy = dict(n=1, max_new=64, batch=100, greedy=True)
-        found["sequence"] = common | dict(fit=ARMS["sequence"] | dict(sequence=2.0, explore=greedy))
+        found["sequence"] = common | dict(fit=dict(objective=ARMS["sequence"] | dict(sequence=2.0), explore=greedy))
     return found
 
 
@@ -39,8 +39,8 @@ def get_config(arg="bundled"):
 
 def sweep():
     for token in (0.5, 2.0):
-        yield {"methods.token.fit.token": token}
+        yield {"methods.token.fit.objective.token": token}
     for policy in (0.0, 1.0):
-        yield {"methods.implicit.fit.policy": policy}
+        yield {"methods.implicit.fit.objective.policy": policy}
     for ngram in (3, 6):
-        yield {"methods.sequence.fit.ngram": ngram}
+        yield {"methods.sequence.fit.objective.ngram": ngram}

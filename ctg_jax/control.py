@@ -102,11 +102,15 @@ class Control:
         """
         return h
 
-    def logits(self, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, State]:
+    def logits(
+        self, z: jax.Array, h: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
+    ) -> tuple[jax.Array, State]:
         """Edits next-token logits and moves the state on. Called through `edit_logits`.
 
         Args:
           z: float32 [B, M, V], the logits after the last M of the T tokens (M = 1 while decoding).
+          h: float [B, S, D], the states after the final norm of everything that was just read, learned vectors before
+            the prompt included. The last M of them are those that z was computed from (before any control edited z).
           tokens: int32 [B, T], the tokens just read (the prompt first, then one at a time).
           mask: bool [B, T].
           state: what `init` or the previous call returned.
@@ -157,10 +161,10 @@ class Chain(Control):
             h = c.hidden(h, site, pos, s)
         return h
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         after = []
         for c, s in zip(self.parts, state, strict=True):
-            z, s = edit_logits(c, z, tokens, mask, s)
+            z, s = edit_logits(c, z, h, tokens, mask, s)
             after.append(s)
         return z, tuple(after)
 
@@ -169,11 +173,11 @@ IDENTITY = Control()
 
 
 def edit_logits(
-    control: Control, z: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
+    control: Control, z: jax.Array, h: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
 ) -> tuple[jax.Array, State]:
     """`control.logits` with what holds for every control: a token that was removed stays removed, and some token is
     left (`support.settle`). Decoding, scoring and chains apply the hook through this function and in no other way."""
-    after, state = control.logits(z, tokens, mask, state)
+    after, state = control.logits(z, h, tokens, mask, state)
     return (support.settle(z, after) if overrides(control, "logits") else after), state
 
 

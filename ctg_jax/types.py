@@ -75,7 +75,7 @@ class Samples:
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Static description of a decode loop. Everything that shapes the distribution (temperature, top-p, …)
-    is a control; see `ctg_jax.methods.logits.truncate`.
+    is a control; see `ctg_jax.controls.truncate`.
 
     Attributes:
       max_new: number of new tokens N.

@@ -1,7 +1,7 @@
-"""The pages of the site that are made while it is built, so that nothing is written twice; a hook of mkdocs.
+"""A hook of mkdocs that makes pages of the site while it is built, so that nothing is written twice.
 
-The home page comes from README.md, a page for each method from its docstrings, its configuration, RESULTS.md and
-docs/results, the laws from their tests, the reference from the package, how to cite from CITATION.cff.
+The home page comes from README.md; the page of a method from its docstrings, its configuration, RESULTS.md and
+docs/results; the laws from their tests; the reference from the package; how to cite from CITATION.cff.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from markdown.extensions.toc import slugify
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ROOT / "ctg_jax" / "methods"
+METHODS = {p.stem: p for p in sorted((ROOT / "ctg_jax" / "methods").glob("*/*.py")) if p.stem != "__init__"}
 PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
 RECORD = ROOT / "docs" / "results"  # the complete record of measurements, a page for each theme
-WRITTEN = {"Design": "design.md", "A new method": "new_method.md"}  # the pages that docs/ holds
+WRITTEN = {"Design": "design.md", "A new method": "new_method.md", "Silent faults": "faults.md"}  # pages in docs/
 DIFFERS = re.compile(r"\b(papers?|authors?)\b")
 
 
 def on_config(config):
-    """The navigation: what docs/ holds and what `pages` makes."""
+    """The navigation over the pages in docs/ and those that `pages` makes."""
     made = pages()
     methods = [{Path(p).stem: p} for p in made if p.startswith("methods/") and p != "methods/index.md"]
     reference = [{Path(p).stem.removeprefix("ctg_jax."): p} for p in made if p.startswith("api/")]
@@ -50,7 +50,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Links from docs/results to RESULTS.md, which is a page of its own in the site."""
+    """Changes links from docs/results to RESULTS.md into links to its page in the site."""
     return markdown.replace("](../../RESULTS.md)", "](../results.md)")
 
 
@@ -58,7 +58,7 @@ def pages() -> dict[str, str]:
     """Path in the site -> Markdown, of every page that is made."""
     readme, results = (linked((ROOT / name).read_text("utf-8")) for name in ("README.md", "RESULTS.md"))
     measurements = {"results.md": results, **{f"results/{p.name}": p.read_text("utf-8") for p in record()}}
-    names = sorted(p.stem for p in METHODS.glob("*.py") if p.stem != "__init__")
+    names = sorted(METHODS)
     table = section(readme, "Methods").split("\nA method is one file")[0]
     for name in names:
         readme = readme.replace(f"\n| `{name}` |", f"\n| [`{name}`](methods/{name}.md) |")
@@ -85,7 +85,7 @@ def linked(text: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """What stands under a heading of the second level."""
+    """The text under a heading of the second level."""
     return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
@@ -99,8 +99,9 @@ def titled(text: str) -> str:
 
 
 def method(name: str, measurements: dict[str, str]) -> str:
-    """A page: what the module says of itself, its configuration, what was measured, known differences, reference."""
-    source = (METHODS / f"{name}.py").read_text("utf-8")
+    """The page of a method: docstring, known differences, measurements, configuration and reference."""
+    place = METHODS[name].relative_to(ROOT)
+    source = METHODS[name].read_text("utf-8")
     about = ast.get_docstring(ast.parse(source))
     parts = [f"# {name}", about]
     file = ROOT / "configs" / f"{name}.py"
@@ -108,7 +109,7 @@ def method(name: str, measurements: dict[str, str]) -> str:
     if not config:
         uses = [p for p in sorted(file.parent.glob("*.py")) if f'method="{name}"' in p.read_text("utf-8")]
         file, config = (uses[0], uses[0].read_text("utf-8")) if uses else (file, "")
-    differences = [*remarks(source, f"ctg_jax/methods/{name}.py"), *remarks(config, f"configs/{file.name}")]
+    differences = [*remarks(source, str(place)), *remarks(config, f"configs/{file.name}")]
     parts += [
         "## Known differences from the paper and the authors' code",
         "\n".join(differences) or "None is recorded.",
@@ -120,12 +121,12 @@ def method(name: str, measurements: dict[str, str]) -> str:
     options = "\n    options:\n      heading_level: 3\n      show_root_full_path: false"
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-            parts.append(f"::: ctg_jax.methods.{name}.{node.name}{options}")
+            parts.append(f"::: {'.'.join(place.with_suffix('').parts)}.{node.name}{options}")
     return "\n\n".join(parts) + "\n"
 
 
 def remarks(source: str, file: str) -> list[str]:
-    """The sentences in docstrings and comments of a file that speak of the paper or its authors, as list items."""
+    """The sentences in docstrings and comments of a file that mention the paper or its authors, as list items."""
     if not source:
         return []
     found = []
@@ -196,7 +197,7 @@ def laws() -> str:
 
 
 def modules() -> list[str]:
-    """The modules of the package that have a page of reference; methods have theirs with the rest of what they are."""
+    """The modules of the package that have a page in the reference. Methods have pages of their own."""
     files = sorted((ROOT / "ctg_jax").rglob("*.py"))
     dotted = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files]
     return [m for m in dotted if not m.startswith("ctg_jax.methods.")]

@@ -6,7 +6,7 @@
     Together    other arms in one chain                       chain: label -> strength; strengths multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
 
-`filter` (options of `ctg_jax.methods.truncate`) and `filter_first` replace those of the section `sample`.
+`filter` (options of `ctg_jax.controls.truncate`) and `filter_first` replace those of the section `sample`.
 """
 
 from __future__ import annotations

@@ -95,15 +95,15 @@ def config_of(spec: str) -> ConfigDict:
 def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one.
 
-    A section called `fit` may be given settings that the configuration leaves at the method's default; the method
-    refuses those it lacks.
+    A section called `fit` may be given settings, and sections of settings, that the configuration leaves at the
+    method's default; the method refuses those it lacks.
     """
     config = ConfigDict(config.to_dict())
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        if ".fit." in f"{section}.":
-            _check_key(config, section)
-            where = _get(config, section)
+        head, fit, inside = f"{section}.".partition(".fit.")
+        if fit:
+            where = _section(config, f"{head}.fit", inside.split(".")[:-1])
             if name not in where:
                 with where.unlocked():
                     where[name] = value
@@ -220,6 +220,18 @@ def _get(config: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
+
+
+def _section(config: ConfigDict, start: str, names: Sequence[str]) -> ConfigDict:
+    """A section of a configuration below `start`, which exists; made where it is missing."""
+    _check_key(config, start)
+    where = _get(config, start)
+    for name in names:
+        if name not in where:
+            with where.unlocked():
+                where[name] = ConfigDict()
+        where = where[name]
+    return where
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctg_jax import methods
-from ctg_jax.learn import experience
+from ctg_jax.learn import experience, rounds
+from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.run.stage import Artifact, nearest, plan, stage
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.studies import latents
@@ -98,10 +99,10 @@ def inputs(root: str, config: ConfigDict) -> list[str]:
 
 def sampled_rounds(root: str, lm: Artifact, arm: Arm, measure: dict[str, Any]) -> Artifact | None:
     """The rounds of a method that learned from rewards; None for others."""
-    if not isinstance(arm, Fitted) or not arm.rewards or not (pools := experience.history(fitted(root, lm, arm))):
+    if not isinstance(arm, Fitted) or not arm.rewards or not (pools := rounds.history(fitted(root, lm, arm))):
         return None
     options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
-    return stage(root, experience.rounds, options, pools=pools)
+    return stage(root, rounds.summary, options, pools=pools)
 
 
 def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifact | None:
@@ -133,7 +134,7 @@ def language_model(root: str, settings: dict[str, Any]) -> Artifact:
     if "pretrain" not in settings:
         raise InputError("the section lm has neither source nor pretrain: give lm.source a directory or a hub id")
     return stage(
-        root, sources.pretrain, {**settings["pretrain"], **dtype}, data=stage(root, sources.load_data, settings["data"])
+        root, pretrain, {**settings["pretrain"], **dtype}, data=stage(root, sources.load_data, settings["data"])
     )
 
 

@@ -31,6 +31,7 @@ import optax
 from ctg_jax import methods, tree
 from ctg_jax.decode import loop
 from ctg_jax.learn import latent_diffusion, losses, slot_search, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh import layout
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.methods import dglm
@@ -134,7 +135,7 @@ def learning(lm: Transformer, plan: Plan, control, rows: int, length: int, laten
     """What a device holds while the control is trained on `rows` rows of its own; `latent` is the width of the latents
     that DGLM's prompter says."""
     key, (_, tensor) = jax.random.key(0), plan_sizes(plan)
-    state = jax.eval_shape(lambda c, k: train.init_state(c, train.optimizer(1e-3), k), control, key)
+    state = jax.eval_shape(lambda c, k: train.init_state(c, optimizer(1e-3), k), control, key)
     params = jax.eval_shape(lm.init, key)
     one, two = (residuals(lm, params, control, n * max(rows, 1), length, latent) for n in (1, 2))
     held = changed(lm, plan, control)
@@ -164,7 +165,7 @@ def denoising(plan: Plan, init: dict, rows: int) -> dict[str, int]:
     key, latent = jax.random.key(0), init["latent"]
     net = latent_diffusion.network(latent, **init.get("denoiser", {}))
     params = jax.eval_shape(lambda k: {"net": net.init(k), "bins": jnp.zeros(latent_diffusion.BINS)}, key)
-    make = lambda p, k: train.init_state(p, train.optimizer(1e-3), k, ema=True)  # noqa: E731
+    make = lambda p, k: train.init_state(p, optimizer(1e-3), k, ema=True)  # noqa: E731
     state = jax.eval_shape(make, params, key)
 
     def backward(params, rows):
@@ -334,7 +335,9 @@ def of_config(args) -> list[tuple]:
     found = []
     for label, (method, fit) in arms.items():
         own = fit.get("prompter", {}) if method == "dglm" else fit
-        batch = args.batch or own.get("batch") or stage_default(method, "batch") or 32
+        section = "search" if method == "latent_steer" else "training"
+        default = getattr(stage_default(method, section), "batch", None)
+        batch = args.batch or own.get(section, own).get("batch") or default or 32
         given = dict(batch=batch, prompt=args.prompt)
         given |= dict(new=args.new or sample.get("max_new", 20), rows=args.rows or sample.get("batch", 64))
         found.append((args.lm or args.config, lm, label, method, init_of(method, fit, lm), mesh, given))
@@ -357,7 +360,8 @@ def init_of(method: str, fit: dict, lm: Transformer) -> dict:
         return found | ({"draw": fit["draw"]} if "draw" in fit else {})
     known = set(inspect.signature(methods.get(method).init).parameters)
     known |= {"kind", "rank", "targets"} if method == "dexperts" else set()
-    return {key: value for key, value in fit.items() if key in known and value is not None}
+    settings = fit | fit.get("adapter", {})
+    return {key: value for key, value in settings.items() if key in known and value is not None}
 
 
 def stage_default(method: str, name: str):

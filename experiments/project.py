@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from ctg_jax import tree
-from ctg_jax.controls import bricks
+from ctg_jax.controls.delta import KERNELS
 from ctg_jax.mesh.plan import CONTROL, DECODER, REPLICATED, Plan
 from experiments import plan as planner
 from experiments import traffic
@@ -75,7 +75,7 @@ def training(lm, chip, chips, layout):
     mesh = Plan(axes={"data": chips // tensor, "tensor": tensor}, rules=rules(layout))
     params = jax.eval_shape(lm.init, jax.random.key(0))
     # Of split weights the gradients of kernels are added up, then cut; of whole ones those of the change.
-    change = dict(kind="lora") if layout == "data" else dict(kind="full", targets=bricks.KERNELS)
+    change = dict(kind="lora") if layout == "data" else dict(kind="full", targets=KERNELS)
     control = planner.control_of(lm, "finetune", change)
     asked = traffic.asked(lm, mesh, params, control, ROWS * chips, LENGTH)
     over_data = (asked["gradients"] + asked["weights"] + asked["lookup"]) / (chip.data * 1e9)

@@ -116,7 +116,7 @@ def test_no_module_keeps_state(file):
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict | ast.List | ast.Set):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            filled = isinstance(node.value, ast.Dict) and node.value.keys or getattr(node.value, "elts", None)
+            filled = (isinstance(node.value, ast.Dict) and node.value.keys) or getattr(node.value, "elts", None)
             assert filled or getattr(target, "id", "") == "__all__", f"line {node.lineno}: it begins empty"
 
 

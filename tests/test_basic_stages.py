@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.run.stage import open_lm, stage, tally
 from ctg_jax.stages import sources
 from ctg_jax.types import InputError
@@ -50,14 +51,9 @@ def test_pretraining_lowers_the_loss_and_gives_an_lm(tmp_path, corpus):
         depth=2,
         heads=2,
         context=32,
-        length=16,
-        batch=4,
-        steps=40,
-        warmup=4,
-        log_every=1,
-        rate=1e-2,
+        training=dict(tokens=16, batch=4, steps=40, warmup=4, log_every=1, rate=1e-2),
     )
-    lm = stage(tmp_path, sources.pretrain, config, data=data)
+    lm = stage(tmp_path, pretrain, config, data=data)
     losses = [row["loss"] for row in lm.metrics()]
     assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
     model, params, tokenizer = open_lm(lm)
@@ -69,17 +65,18 @@ def test_pretraining_lowers_the_loss_and_gives_an_lm(tmp_path, corpus):
     np.testing.assert_array_less(nll.mean(), losses[0])
     assert sorted(p.name for p in lm.path.iterdir()) == ["DONE", "metrics.jsonl", "spec.json", "state"]
     with tally() as count:
-        assert stage(tmp_path, sources.pretrain, config, data=data) == lm
+        assert stage(tmp_path, pretrain, config, data=data) == lm
     assert not count.executed
 
 
 def test_an_untied_lm_of_texts_in_rows_of_their_own(tmp_path, corpus):
     data = stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"})
-    shape = dict(vocab=280, width=16, depth=1, heads=2, context=32, length=16, batch=4, steps=2, warmup=1, log_every=1)
-    lm = stage(tmp_path, sources.pretrain, dict(shape, tied=False, pack=False), data=data)
+    training = dict(tokens=16, batch=4, steps=2, warmup=1, log_every=1)
+    shape = dict(vocab=280, width=16, depth=1, heads=2, context=32, training=training)
+    lm = stage(tmp_path, pretrain, dict(shape, tied=False, pack=False), data=data)
     model, params, _ = open_lm(lm)
     assert not model.tied and params["head"]["kernel"].shape == params["embed"]["tokens"].shape
-    packed = stage(tmp_path, sources.pretrain, shape, data=data)
+    packed = stage(tmp_path, pretrain, shape, data=data)
     assert open_lm(packed)[0].tied
     tokens = [[row["weight"] for row in artifact.metrics()] for artifact in (packed, lm)]
     assert max(tokens[0]) == 4 * 15 and max(tokens[1]) < 4 * 15  # full rows of 16 where packed
@@ -88,7 +85,7 @@ def test_an_untied_lm_of_texts_in_rows_of_their_own(tmp_path, corpus):
 def test_a_width_that_heads_do_not_divide(tmp_path, corpus):
     data = stage(tmp_path, sources.load_data, {"source": corpus, "split": "all"})
     with pytest.raises(InputError, match="width is 10"):
-        stage(tmp_path, sources.pretrain, dict(width=10, heads=4), data=data)
+        stage(tmp_path, pretrain, dict(width=10, heads=4), data=data)
 
 
 def test_an_artifact_that_is_no_lm(tmp_path, corpus):

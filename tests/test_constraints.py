@@ -8,11 +8,11 @@ from flax import struct
 from laws import worlds
 
 from ctg_jax.control import Chain, Control
-from ctg_jax.controls import constraints
+from ctg_jax.controls import constraints, truncate
 from ctg_jax.controls.constraints import Ban, Force, MinLength, marks
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses
-from ctg_jax.methods import dexperts, truncate
+from ctg_jax.methods import dexperts
 from ctg_jax.support import REMOVED, remove, removed, settle
 from ctg_jax.types import InputError, Sampling
 
@@ -73,7 +73,7 @@ def test_a_rule_that_would_leave_nothing_leaves_the_least_bad_token(rule):
     z, read = jnp.array([[[9.0, 1.0, 3.0, 2.0]]]), jnp.array([[1, 2, 3]])
     prompts = worlds.prompts([[1, 2, 3]])
     chain = Chain((Ban(banned), rule))
-    found, _ = chain.logits(z, read, read > 0, chain.init(prompts, 8))
+    found, _ = chain.logits(z, None, read, read > 0, chain.init(prompts, 8))
     left = np.flatnonzero(~np.asarray(removed(found[0, 0]))).tolist()
     assert left == [2] or (isinstance(rule, truncate.Typical) and len(left) == 1 and left != [0])
 
@@ -145,7 +145,7 @@ def test_a_constant_that_a_rule_of_ones_own_leaves_nothing_for_stops_with_a_sent
     class Only(Control):
         id: int = struct.field(pytree_node=False, default=7)
 
-        def logits(self, z, tokens, mask, state):
+        def logits(self, z, h, tokens, mask, state):
             return remove(z, (jnp.arange(z.shape[-1]) != self.id)[None, None]), state
 
     with pytest.raises(InputError, match="removed every token that Ban, Force or MinLength allows"):

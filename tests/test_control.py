@@ -7,14 +7,14 @@ import pkgutil
 import jax
 import jax.numpy as jnp
 import pytest
-from ctg_jax.methods.steer import Steer
 from flax import struct
 
 import ctg_jax
 from ctg_jax import methods
 from ctg_jax.control import IDENTITY, Chain, Control, overrides
-from ctg_jax.controls.bricks import SoftPrompt
-from ctg_jax.methods import truncate
+from ctg_jax.controls import truncate
+from ctg_jax.controls.vectors import SoftPrompt
+from ctg_jax.methods.hidden.steer import Steer
 from ctg_jax.types import InputError
 
 
@@ -28,7 +28,7 @@ class Affine(Control):
     def init(self, prompts, length):
         return 0
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         return self.a * z + self.b, state + 1
 
     def hidden(self, h, site, pos, state):
@@ -45,7 +45,7 @@ class Affine(Control):
 def test_parts_act_from_left_to_right():
     chain = Chain((Affine(2, 1), Affine(3, 5)))
     state = chain.init(None, 0)
-    z, state = chain.logits(jnp.ones((1, 1, 2)), None, None, state)
+    z, state = chain.logits(jnp.ones((1, 1, 2)), None, None, None, state)
     assert z.tolist() == [[[(2 * 1 + 1) * 3 + 5] * 2]] and state == (1, 1)
     assert chain.hidden(1.0, 0, None, state) == 14 and chain.weights(1.0) == 14
     k, _ = chain.prefix(state)
@@ -99,7 +99,7 @@ def test_a_class_that_is_defined_again_is_another_class():
     def define(token):
         @struct.dataclass
         class Push(Control):
-            def logits(self, z, tokens, mask, state):
+            def logits(self, z, h, tokens, mask, state):
                 return z.at[..., token].add(9.0), state
 
         return Push()

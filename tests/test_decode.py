@@ -7,8 +7,8 @@ import pytest
 from flax import struct
 
 from ctg_jax import IDENTITY, Control, Prompts, Sampling, forward, generate, rng, score
+from ctg_jax.controls import truncate
 from ctg_jax.decode import loop
-from ctg_jax.methods import truncate
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 
@@ -84,7 +84,7 @@ def test_stop_sequence_ends_a_row_after_its_last_token():
 def test_stream_yields_what_generate_returns():
     params, p = weights(LLAMA), prompts()
     sampling = Sampling(max_new=6, eos=(4, 7), pad=1)
-    control = truncate.init(LLAMA, top_p=0.8, repetition_penalty=1.3)
+    control = truncate.rules(LLAMA, top_p=0.8, repetition_penalty=1.3)
     s = generate(LLAMA, params, p, control, sampling)
     streamed = np.stack(list(loop.stream(LLAMA, params, p, control, sampling)), axis=1)
     np.testing.assert_array_equal(streamed, s.tokens[:, : int(s.generated)])

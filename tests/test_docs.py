@@ -1,7 +1,9 @@
-"""The site: a page for every method, and a strict build (the long tests)."""
+"""The documents name tests that exist, every method has a page, and the site builds strictly (a slow test)."""
 
+import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +28,7 @@ def pages():
 def test_every_method_has_a_page_made_of_its_own_words(pages, name):
     page, module = pages[f"methods/{name}.md"], methods.get(name)
     assert module.__doc__.strip().splitlines()[0] in page
-    assert f"::: ctg_jax.methods.{name}." in page and f"({name}.md)" in pages["methods/index.md"]
+    assert f"::: {module.__name__}." in page and f"({name}.md)" in pages["methods/index.md"]
     config = HERE / "configs" / f"{name}.py"
     assert not config.exists() or config.read_text().strip() in page
 
@@ -42,6 +44,28 @@ def test_what_was_measured_and_what_differs_is_found(pages):
 def test_the_laws_and_how_to_cite(pages):
     assert "## A row alone is the row in its batch" in pages["laws.md"]
     assert "@software{ctg_jax," in pages["cite.md"] and "{2026}" in pages["cite.md"]
+
+
+def named_tests(text):
+    """(file, test) of every `file::test` in a text; a `::test` without a file is in the file before it."""
+    file = None
+    for found, test in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", text):
+        file = found or file
+        yield file, test
+
+
+def test_every_fault_has_tests_that_exist():
+    text = (HERE / "docs" / "faults.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 29))
+    assert all("tests/" in row.split("|")[-2] for row in rows)
+    known = {}
+    for file, test in named_tests(text):
+        if file not in known:
+            tree = ast.parse((HERE / file).read_text("utf-8"))
+            known[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in known[file], f"docs/faults.md names {file}::{test}, which does not exist"
+    assert len(known) > 20
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ class Bend(Control):
 
     bias: jax.Array
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         return z + self.bias[None, None], state
 
 

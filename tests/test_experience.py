@@ -7,6 +7,8 @@ import pytest
 
 from ctg_jax import evaluation
 from ctg_jax.learn import experience
+from ctg_jax.learn.pool import Pool, log_probabilities
+from ctg_jax.learn.rounds import adapted, history, summary
 from ctg_jax.methods import quark
 from ctg_jax.rewards import TextReward
 from ctg_jax.run.stage import open_lm, stage, write_jsonl
@@ -16,7 +18,8 @@ from tests.experiments.tiny_lm import write_lm
 
 TEXTS = ["the food", "the room was", "we"]
 EXPLORE = dict(n=4, max_new=5, batch=6)
-ROUNDS = dict(rounds=2, explore=EXPLORE, tokens=3, rank=2, steps=4, batch=4, warmup=1, save_every=2)
+TRAINING = dict(steps=4, batch=4, warmup=1, save_every=2)
+ROUNDS = dict(rounds=2, explore=EXPLORE, tokens=3, adapter=dict(rank=2), training=TRAINING)
 
 
 def texts(run, *, rows):
@@ -58,7 +61,7 @@ def world(root, folder):
 def test_the_pool_holds_samples_scores_and_log_probabilities(tmp_path, folder, counting):
     given = world(tmp_path, folder)
     scored = experience.explore(tmp_path, **given, **EXPLORE)
-    pool = experience.Pool.open([scored])
+    pool = Pool.open([scored])
     assert len(pool) == 12
     assert pool[5]["prompt"] == TEXTS[1]
     assert pool[5]["sample"] == 1
@@ -66,11 +69,11 @@ def test_the_pool_holds_samples_scores_and_log_probabilities(tmp_path, folder, c
     np.testing.assert_allclose(pool.column("reward"), wanted, rtol=1e-6)
     np.testing.assert_allclose(pool.column("base"), pool.column("logp"), atol=1e-4)  # the base drew them
     assert scored.metrics()[0]["kl_per_token"] == pytest.approx(0, abs=1e-5)
-    both = experience.Pool.open([scored, scored]).with_(bin=np.arange(24)).take(np.array([20, 3]))
+    both = Pool.open([scored, scored]).with_(bin=np.arange(24)).take(np.array([20, 3]))
     assert [r["bin"] for r in both] == [20, 3]
     assert both[0]["text"] == pool[8]["text"]
     lm, params, tokenizer = open_lm(given["lm"])
-    again = experience.log_probabilities(lm, params, pool, tokenizer, batch=5)
+    again = log_probabilities(lm, params, pool, tokenizer, batch=5)
     np.testing.assert_allclose(again, pool.column("base"), atol=1e-4)
 
 
@@ -93,7 +96,7 @@ def test_no_text_is_scored_twice(tmp_path, folder, counting):
     assert len(counting.asked) - 2 == len(distinct) < 12
     assert counting.asked[:before] == list(dict.fromkeys(counting.asked))[:before]
     assert not (scored.path / "scores.partial").exists()
-    pool = experience.Pool.open([scored])
+    pool = Pool.open([scored])
     wanted = [TextReward.__call__(counting, [r["prompt"]], [r["text"]])[0] for r in pool]
     np.testing.assert_allclose(pool.column("reward"), wanted, rtol=1e-6)
 
@@ -175,13 +178,13 @@ def test_the_kl_coefficient_follows_the_samples(tmp_path):
 
     for kl, wanted in ((0.1, 0.05), (0.9, 0.06), (0.0, 0.04), (0.1125, 0.05625)):
         pool = stage(tmp_path, said, {"kl": kl})
-        assert experience.adapted(0.05, pool, 0.1) == pytest.approx(wanted)
+        assert adapted(0.05, pool, 0.1) == pytest.approx(wanted)
 
 
 def test_the_best_of_n(tmp_path, folder, counting):
     given = world(tmp_path, folder)
     scored = experience.explore(tmp_path, **given, **EXPLORE)
-    pool = experience.Pool.open([scored])
+    pool = Pool.open([scored])
     found = stage(tmp_path, experience.best, {"n": 2}, scored=scored).rows("samples.jsonl")
     assert [(r["prompt_id"], r["sample"]) for r in found] == [(i, j) for i in range(3) for j in range(2)]
     for r in found:
@@ -211,14 +214,14 @@ def test_bad_rewards_are_said_in_a_sentence(tmp_path, folder, monkeypatch):
 
 def test_the_rounds_of_a_control_are_found_and_measured(uncut):
     control, _ = uncut
-    pools = experience.history(control)
+    pools = history(control)
     assert [p.spec["config"]["round"] for p in pools] == [0, 1]
-    found = stage(control.path.parent, experience.rounds, {"resamples": 20}, pools=pools).metrics()
+    found = stage(control.path.parent, summary, {"resamples": 20}, pools=pools).metrics()
     assert [(r["round"], r["name"]) for r in found][:4] == [
         (0, "reward"), (0, "KL to base"), (0, "perplexity"), (0, "dist-2"),
     ]  # fmt: skip
     figures = {(r["round"], r["name"]): r["value"] for r in found}
-    pool = experience.Pool.open(pools[1:])
+    pool = Pool.open(pools[1:])
     assert figures[1, "reward"] == pytest.approx(pool.column("reward").mean())
     tokens = sum(len(t) for t in pool.column("tokens"))
     assert figures[1, "perplexity"] == pytest.approx(np.exp(-pool.column("base").sum() / tokens))

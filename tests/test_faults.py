@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 from ctg_jax.learn import experience, train
+from ctg_jax.learn.optimizer import optimizer
+from ctg_jax.learn.pool import POOL
 from ctg_jax.run import checkpoint
 from ctg_jax.run import stage as S
 from ctg_jax.run.stage import stage
@@ -62,7 +64,7 @@ class Batches:
         self.at = state["next"]
 
 
-TX = train.optimizer(0.1)
+TX = optimizer(0.1)
 
 
 def learn(path, steps=8):
@@ -111,7 +113,7 @@ def every_kind(run, *, n=3):
     S.write_jsonl(run.path / "samples.jsonl", [{"text": "good", "tokens": [1, 2]}] * n)
     checkpoint.save(run.path / "state", {"a": jnp.arange(300.0)}, {"note": "x"})
     table = {"prompt_id": list(range(n)), "reward": [0.5] * n, "text": ["so good"] * n}
-    pq.write_table(pa.table(table), run.path / experience.POOL)
+    pq.write_table(pa.table(table), run.path / POOL)
     run.record(method="none")
 
 
@@ -124,7 +126,7 @@ def test_any_damaged_file_of_an_artifact_is_named_and_never_read(tmp_path, damag
     good = stage(tmp_path / "good", every_kind)
     files = [p.relative_to(good.path) for p in sorted(good.path.rglob("*")) if p.is_file() and p.stat().st_size]
     kinds = {p.name for p in files}
-    assert {"spec.json", "DONE", "metrics.jsonl", "samples.jsonl", "manifest.json", experience.POOL} <= kinds
+    assert {"spec.json", "DONE", "metrics.jsonl", "samples.jsonl", "manifest.json", POOL} <= kinds
     for i, file in enumerate(files):
         root = tmp_path / str(i)
         shutil.copytree(tmp_path / "good", root)

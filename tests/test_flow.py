@@ -137,7 +137,8 @@ def test_perplexity_of_human_text_under_a_control(root, lm):
     rows = [{"text": "the food", "reference": "the food was good"}, {"text": "we", "reference": "we like the room"}]
     data = stage(root, texts, {"rows": rows})
     whole = stage(root, texts, {"rows": [{"text": r["reference"]} for r in rows]})
-    control = finetune.fit(root, lm=lm, data=whole, steps=20, batch=2, tokens=16, rank=2, rate=1e-2)
+    training = dict(steps=20, batch=2, tokens=16, rate=1e-2)
+    control = finetune.fit(root, lm=lm, data=whole, adapter=dict(rank=2), training=training)
     model, params, tokenizer = open_lm(lm)
     end = [tokenizer.eos]
     values = []

@@ -1,5 +1,6 @@
 """What identifies a call of a stage: a name that outlives moves, numbers, defaults, how the work is done."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -12,8 +13,11 @@ import pytest
 
 import ctg_jax
 from ctg_jax.learn import experience
+from ctg_jax.learn.fitting import Training
+from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.methods import finetune, quark, steer
-from ctg_jax.run.identity import canonical, declaration
+from ctg_jax.run.identity import canonical, declaration, is_section
+from ctg_jax.run.identity import how as changes_nothing
 from ctg_jax.run.stage import Artifact, plan, stage, stage_function, tally
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
@@ -113,11 +117,19 @@ def package_stages():
     return found
 
 
+def identifying_default(default):
+    """A default as JSON; of a section, without the fields that only say how the work is done."""
+    if not is_section(default):
+        return default
+    fields = [f for f in dataclasses.fields(default) if not f.metadata.get("how")]
+    return {f.name: getattr(default, f.name) for f in fields}
+
+
 def described(fn):
     """What the ids of a stage rest on and cannot see: its revision and the defaults that it leaves out."""
     declared, parameters = declaration(fn), list(inspect.signature(fn).parameters.values())[1:]
     counted = [p for p in parameters if p.default is not p.empty and p.name not in declared.how]
-    defaults = {p.name: json.loads(json.dumps(p.default)) for p in counted}
+    defaults = {p.name: json.loads(json.dumps(identifying_default(p.default))) for p in counted}
     return {"revision": declared.revision, "defaults": defaults}
 
 
@@ -147,25 +159,66 @@ def test_a_changed_default_goes_with_a_new_revision():
 
 
 def test_batch_sizes_of_training_count_and_those_of_sampling_and_scoring_do_not():
-    how = {declaration(fn).name: (set(declaration(fn).how), set(inspect.signature(fn).parameters))
-           for fn in package_stages().values()}  # fmt: skip
-    for name, (left_out, parameters) in how.items():
-        assert left_out <= {"batch", "save_every", "log_every"}, name
-        assert {"save_every", "log_every"} & parameters <= left_out, name
-        if "rate" in parameters:  # it trains
-            assert "batch" not in left_out, name
-    assert all("batch" in how[name][0] for name in ("sample", "score", "human_perplexity", "mdlm.bound"))
+    left_out = {declaration(fn).name: set(declaration(fn).how) for fn in package_stages().values()}
+    assert set().union(*left_out.values()) == {"batch"}
+    assert all("batch" in left_out[name] for name in ("sample", "score", "human_perplexity", "mdlm.bound"))
+    fields = {f.name: f.metadata.get("how", False) for f in dataclasses.fields(Training)}
+    assert {name for name, how in fields.items() if how} == {"save_every", "log_every", "tensorboard"}
+    for fn in package_stages().values():
+        parameters = inspect.signature(fn).parameters
+        assert not {"steps", "save_every", "log_every"} & parameters.keys() or "site" in parameters, fn.__name__
+        assert "training" not in parameters or isinstance(parameters["training"].default, Training), fn.__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    width: int = 8
+    rate: float | None = None
+    chunk: int = changes_nothing(4)
+
+
+@stage_function("shaped")
+def shaped(run, *, shape=Shape(width=16), value=1):
+    run.log(width=shape.width, chunk=shape.chunk)
+
+
+def test_a_section_is_a_record_whose_defaults_and_ways_of_working_do_not_count(tmp_path):
+    same = {}, {"shape": {}}, {"shape": {"width": 16.0}}, {"shape": {"chunk": 2, "rate": None}}, {"shape": Shape(16)}
+    assert len(set(ids(tmp_path, *same, fn=shaped))) == 1
+    differ = {"shape": {"width": 8}}, {"shape": {"rate": 1}}, {"shape": {"width": 8, "rate": 1.0}}, {"value": 2}
+    assert len({*ids(tmp_path, *differ, fn=shaped), *ids(tmp_path, {}, fn=shaped)}) == 5
+    made = stage(tmp_path, shaped, {"shape": {"chunk": 2}})
+    assert made.metrics() == [{"width": 16, "chunk": 2}]  # the stage reads the record
+    assert made.spec["config"]["shape"] == {"width": 16, "rate": None, "chunk": 2}
+    with pytest.raises(InputError, match="shape of shaped has no setting 'widht'; did you mean 'width'"):
+        stage(tmp_path, shaped, {"shape": {"widht": 3}})
+    with pytest.raises(InputError, match="shape of shaped is 3, expected a dictionary of settings"):
+        stage(tmp_path, shaped, {"shape": 3})
+
+
+def test_a_new_field_of_a_section_keeps_what_was_made(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Later(Shape):
+        depth: int = 2
+
+    @stage_function("shaped")
+    def later(run, *, shape=Later(width=16), value=1):
+        run.log(width=shape.width)
+
+    for config in ({}, {"shape": {"width": 8}}):
+        assert ids(tmp_path, config, fn=shaped) == ids(tmp_path, config, fn=later)
+    assert ids(tmp_path, {"shape": {"depth": 3}}, fn=later) != ids(tmp_path, {}, fn=later)
 
 
 TEN = [
     "load_data-b67dd0697c52",
     "load_lm-ec46378452a1",
-    "pretrain-5d2bc78b6562",
+    "pretrain-935af8f7de7d",
     "fit_judge-f8c9ddf328ba",
     "fit_judge-75e788d8a253",
     "sample-e97c08c545d7",
     "score-f313ed1710b0",
-    "finetune-cd13df15a88e",
+    "finetune-d592980aabb6",
     "quark-6508b1f7e74b",
     "steer-4ceffe099d6a",
 ]
@@ -184,13 +237,13 @@ def test_ten_ids(tmp_path, monkeypatch):
     calls = [
         (sources.load_data, {"source": "jsonl:rows.jsonl", "split": "all", "limit": 10}, {}),
         (sources.load_lm, {"source": "lm", "dtype": "bfloat16"}, {}),
-        (sources.pretrain, {"width": 64, "steps": 200, "save_every": 7}, {"data": data}),
+        (pretrain, {"width": 64, "training": {"steps": 200, "save_every": 7}}, {"data": data}),
         (judges.fit_judge, {"kind": "bag", "name": "positive"}, {"data": data}),
         (judges.fit_judge, {"kind": "function", "function": "mine_for_ids:score", "version": "1"}, {}),
         (sampling.sample, {"n": 4, "filter": {"top_p": 0.9}}, dict(lm=lm, prompts=data, controls=[pool])),
         (experience.score, {"round": 1}, dict(lm=lm, samples=samples, rewards=[reward])),
-        (finetune.finetune, {"rank": 4, "where": {"label": 1}}, dict(lm=lm, data=data)),
-        (quark.quark, {"tokens": 5, "kl": 0.05}, dict(lm=lm, pool=[pool], start_from=None)),
+        (finetune.finetune, {"adapter": {"rank": 4}, "where": {"label": 1}}, dict(lm=lm, data=data)),
+        (quark.quark, {"tokens": 5, "objective": {"kl": 0.05}}, dict(lm=lm, pool=[pool], start_from=None)),
         (steer.steer, {"sites": [4, 5]}, dict(lm=lm, sums=data)),
     ]  # fmt: skip
     with plan() as planned:

@@ -24,7 +24,7 @@ def distance(z, rows, frozen):
 
 def find(slots=4, devices=1, aims=AIMS, steps=60, iterations=7, tolerance=0.05, **more):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    run = slot_search.compile_advance(mesh, objective=distance, tx=TX, steps=steps, iterations=iterations)
+    run = jax.jit(slot_search.over_mesh(mesh, objective=distance, tx=TX, steps=steps, iterations=iterations))
     start = np.zeros(aims.shape, np.float32)
     return slot_search.solve(run, start, {"aim": aims}, np.float32(tolerance), TX, slots, mesh, least=2, **more)
 
@@ -59,7 +59,7 @@ def test_an_unsolved_row_keeps_its_best_not_its_last():
     wild = optax.chain(optax.scale_by_adam(), optax.scale(-50.0))
     mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
     wild = optax.with_extra_args_support(wild)
-    run = slot_search.compile_advance(mesh, objective=distance, tx=wild, steps=3, iterations=5)
+    run = jax.jit(slot_search.over_mesh(mesh, objective=distance, tx=wild, steps=3, iterations=5))
     aims = np.full((2, D), 0.5, np.float32)
     found = slot_search.solve(run, np.zeros((2, D), np.float32), {"aim": aims}, np.float32(0), wild, 2, mesh)
     np.testing.assert_array_equal(found["z"], 0.0)

@@ -66,12 +66,24 @@ def test_ids_that_would_wrap_are_refused(bpe, ids, message):
 class OneToken:
     """A tokenizer for which every text is token 1."""
 
-    adds_bos, bos, eos, pad = False, None, 0, 0
+    adds_bos, bos, eos, pad, start, vocab, ends = False, None, 0, 0, 0, 4, (0,)
 
     def encode(self, texts):
         return [[1]] * len(texts)
 
-    def decode(self, rows):
+    def encode_prompts(self, texts):
+        return self.encode(texts)
+
+    def known(self, vocab):
+        return np.ones(vocab, bool)
+
+    def begun(self, ids):
+        return list(ids)
+
+    def before_end(self, ids):
+        return list(ids)
+
+    def decode_after(self, prompts, rows):
         return ["we"] * len(rows)
 
 
@@ -99,7 +111,7 @@ class Noisy(Control):
     def init(self, prompts, length):
         return jax.vmap(lambda key: jax.random.normal(key, (1, 4)))(prompts.keys)
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         return z + state, state
 
 
@@ -138,7 +150,7 @@ def test_rounds_of_several_seeds_share_nothing(tmp_path, method, hp):
     rounds = 1 if method is gdc else 3  # its second round depends on how the first went
     with plan() as planned:
         lm = stage(tmp_path, sources.load_lm, {"source": "some"})
-        given = dict(lm=lm, data=stage(tmp_path, sources.load_data, {"source": "some", "split": "all"}))
+        given = dict(lm=lm, data=stage(tmp_path, sources.load_data, {"source": "bundled:reviews", "split": "test"}))
         reward = stage(tmp_path, judges.fit_judge, {"kind": "diversity", "name": "some"})
         for seed in range(3):
             try:

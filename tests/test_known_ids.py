@@ -8,10 +8,10 @@ from laws import worlds
 
 from ctg_jax import evaluation
 from ctg_jax.control import IDENTITY
-from ctg_jax.controls import constraints
+from ctg_jax.controls import constraints, truncate
 from ctg_jax.data.tokenizer import train_bpe
 from ctg_jax.decode import strategies
-from ctg_jax.methods import diffusion_lm, mdlm, truncate
+from ctg_jax.methods import diffusion_lm, mdlm
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Sampling
 
@@ -35,7 +35,7 @@ def test_completions_hold_tokens_only_and_their_probability_is_that_of_the_score
     ]
     assert max(max(row["tokens"], default=0) for row in rows) < TOKENIZER.vocab
     scorer = evaluation.LMScorer(LM, PARAMS, TOKENIZER, batch=64, control=control)
-    nats, _ = scorer.ids(scorer.heads(["the soup"] * len(rows)), [row["tokens"] for row in rows])
+    nats, _ = scorer.ids(TOKENIZER.encode_prompts(["the soup"] * len(rows)), [row["tokens"] for row in rows])
     np.testing.assert_allclose(-nats, [row["logp"] for row in rows], atol=1e-3)
 
 

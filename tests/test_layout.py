@@ -8,6 +8,7 @@ import pytest
 from ctg_jax import tree
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh import layout
 from ctg_jax.methods import finetune
 from ctg_jax.run.stage import open_lm, stage
@@ -98,7 +99,7 @@ def learn(lm, folder):
     """A change of all weights after three steps on one batch of eight rows."""
     model, params, _ = open_lm(lm)
     control = finetune.init(model, jax.random.key(0), kind="full")
-    tx = train.optimizer(1e-2, trained="changes/.*")
+    tx = optimizer(1e-2, trained="changes/.*")
     state = train.init_state(control, tx, jax.random.key(2))
     tokens = np.random.default_rng(1).integers(0, 50, (8, 6)).astype(np.int32)
     batch = dict(tokens=tokens, mask=np.ones((8, 6), bool), ids=np.arange(8))

@@ -13,6 +13,7 @@ from ctg_jax import rng, tree
 from ctg_jax.control import IDENTITY
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import DECODER, Plan
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run import checkpoint
@@ -25,7 +26,7 @@ FSDP = Plan("jit", {"data": 4, "tensor": 2}, DECODER)
 PMAP = Plan("pmap", {"data": 8})
 # A key's bias has a gradient of exactly zero (softmax does not see it); with eps=1e-8 Adam would turn its rounding
 # noise of 1e-9 into steps of 1e-6 to 1e-5 that mean nothing and that differ between layouts.
-TX = train.optimizer(1e-2, decay=0.01, eps=1e-6)
+TX = optimizer(1e-2, decay=0.01, eps=1e-6)
 
 
 def batches(n=4):

@@ -6,21 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ctg_jax.methods.logits.truncate import TopP
 from flax import struct
 from laws import worlds
 
 from ctg_jax import IDENTITY, Control, Sampling, generate
 from ctg_jax.control import Chain
-from ctg_jax.controls import bricks
-from ctg_jax.controls.bricks import SoftPrompt, coded, soft_prompt
+from ctg_jax.controls.codes import coded
+from ctg_jax.controls.truncate import TopP
+from ctg_jax.controls.vectors import SoftPrompt, joined, soft_prompt
 from ctg_jax.decode import loop
 from ctg_jax.evaluation import LMScorer, kl_to_base
-from ctg_jax.learn import experience, losses
-from ctg_jax.methods import dexperts, dglm, finetune, latent_steer, mdlm, steer
+from ctg_jax.learn import activations, losses
+from ctg_jax.learn.pool import logits
+from ctg_jax.learn.pretrain import pretrain
+from ctg_jax.learn.vector_search import Search
+from ctg_jax.methods import dexperts, dglm, finetune, latent_steer, mdlm
 from ctg_jax.models import lengths, masked
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.stages import sampling, sources
+from ctg_jax.stages import sampling
 from ctg_jax.types import InputError
 
 LM = Transformer.gpt2(vocab=20, width=16, depth=1, heads=2, context=16)
@@ -95,7 +98,7 @@ def test_a_control_that_does_not_tell_what_it_adds_is_refused():
     @struct.dataclass
     class Silent(Control):
         def prompt(self, x, mask, state):
-            return bricks.joined(x, mask, jnp.zeros((len(x), 2, x.shape[2])))
+            return joined(x, mask, jnp.zeros((len(x), 2, x.shape[2])))
 
     with pytest.raises(InputError, match=r"Silent\.prompt adds 2 tokens and its `added` tells 0"):
         generate(LM, PARAMS, ask(), Silent(), Sampling(max_new=2))
@@ -130,10 +133,10 @@ def test_training_refuses_rows_that_are_too_long():
     jax.eval_shape(learn, SOFT, frozen, batch(9), keys)
     own = worlds.written(ROW, np.ones((2, 9), np.int32))
     with pytest.raises(InputError, match="of which controls take 8"):
-        jax.eval_shape(lambda c: experience.logits(LM, PARAMS, own, keys, c), SOFT)
+        jax.eval_shape(lambda c: logits(LM, PARAMS, own, keys, c), SOFT)
     with pytest.raises(InputError, match="the model's context is 16"):
         sentences = [([1] * 18, 1)]
-        latent_steer.search(LM, PARAMS, latent_steer.init(LM, keys[0]), sentences, np.zeros((1, 16), np.float32))
+        latent_steer.find(LM, PARAMS, latent_steer.init(LM, keys[0]), sentences, np.zeros((1, 16)), Search())
 
 
 def test_networks_without_a_cache_refuse_longer_rows():
@@ -166,8 +169,8 @@ def test_pipelines_count_what_controls_add():
     (rows,) = sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=5)
     assert [len(r["tokens"]) for r in rows] == [5, 5]
     with pytest.raises(InputError, match="A text has 17 tokens, but the model's context is 16"):
-        next(steer.batches(LM, Letters(), ["a", "a" * 17], 2, 64))
-    tokens, _, _ = next(steer.batches(LM, Letters(), ["a", "a" * 16], 2, 64))
+        next(activations.batches(LM, Letters(), ["a", "a" * 17], 2, 64))
+    tokens, _, _ = next(activations.batches(LM, Letters(), ["a", "a" * 16], 2, 64))
     assert tokens.shape == (2, 64)
 
 
@@ -191,5 +194,5 @@ def test_pretraining_refuses_rows_longer_than_its_context(tmp_path):
 
     data = stage(tmp_path, texts)
     with pytest.raises(InputError, match="rows of training have 64 tokens, but the model's context is 32"):
-        settings = dict(vocab=260, width=8, depth=1, heads=1, context=32, length=64, steps=1, batch=2)
-        stage(tmp_path, sources.pretrain, settings, data=data)
+        settings = dict(vocab=260, width=8, depth=1, heads=1, context=32, training=dict(tokens=64, steps=1, batch=2))
+        stage(tmp_path, pretrain, settings, data=data)

@@ -23,7 +23,7 @@ Z = jnp.array([[-LOG2, -LOG4, -LOG4], [0.0, 0.0, 0.0], [5.0 - LOG4, 5.0 - LOG4, 
 class Push(Control):
     bias: jax.Array
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         return z + self.bias[None, None, :], state
 
 

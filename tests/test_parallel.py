@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from ctg_jax import tree
 from ctg_jax.learn import latent_diffusion, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import CONTROL, DECODER, ENCODER, REPLICATED, Plan
 from ctg_jax.methods import diffusion_lm, finetune, mdlm, ppo
 from ctg_jax.models.decoder import Transformer
@@ -25,7 +26,7 @@ def shapes(lm):
 
 def test_decoder_rules_split_kernels_both_ways_and_serve_moments_too():
     plan = Plan("jit", {"data": 4, "tensor": 2}, DECODER)
-    make = lambda key: train.init_state(GPT2.init(key), train.optimizer(1e-3), key)  # noqa: E731
+    make = lambda key: train.init_state(GPT2.init(key), optimizer(1e-3), key)  # noqa: E731
     specs = tree.flatten(plan.specs(jax.eval_shape(make, jax.random.key(0))))
     kernels = {p: s for p, s in specs.items() if p.endswith("layers/attn/qkv/kernel")}
     assert len(kernels) == 3 and set(kernels.values()) == {P(None, "tensor", "data")}
@@ -81,7 +82,7 @@ def test_every_leaf_that_a_network_of_diffusion_or_a_value_head_trains_has_a_rul
         trained = jax.eval_shape(make, key)
         plan.specs(trained)
         trained = getattr(trained, "params", trained)
-        state = jax.eval_shape(lambda p, k: train.init_state(p, train.optimizer(1e-3), k), trained, key)
+        state = jax.eval_shape(lambda p, k: train.init_state(p, optimizer(1e-3), k), trained, key)
         assert plan.bytes_per_device(state) < Plan().bytes_per_device(state) / 2, name
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from ctg_jax import methods
 from ctg_jax.learn import experience
+from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.methods import finetune, steer
 from ctg_jax.rewards import FunctionReward
 from ctg_jax.run import checkpoint
@@ -309,13 +310,14 @@ def killed(monkeypatch):
 
 def test_training_is_not_repeated_after_a_kill_while_sealing(given, killed, monkeypatch):
     root, lm, data = given
-    settings = dict(rank=1, steps=3, batch=2, warmup=1, save_every=1, tokens=8)
-    shape = dict(vocab=270, width=16, depth=1, heads=2, context=16, length=8, batch=2, steps=3, warmup=1)
+    training = dict(steps=3, batch=2, warmup=1, tokens=8)
+    settings = dict(adapter=dict(rank=1), training=dict(training, save_every=1))
+    shape = dict(vocab=270, width=16, depth=1, heads=2, context=16, training=training)
     saved, real = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda path, *a, **k: saved.append(path.name) or real(path, *a, **k))
     for call in (
         lambda: stage(root, finetune.finetune, settings, lm=lm, data=data),
-        lambda: stage(root, sources.pretrain, shape, data=data),
+        lambda: stage(root, pretrain, shape, data=data),
     ):
         saved.clear()
         done = killed(call)
@@ -342,7 +344,7 @@ def test_nothing_is_sampled_or_scored_again_after_a_kill_while_sealing(given, ki
 
 def test_leftovers_of_a_kill_after_sealing_are_removed_and_nothing_else(given, tmp_path):
     _, lm, data = given
-    settings = dict(rank=1, steps=1, batch=2, warmup=0, tokens=8)
+    settings = dict(adapter=dict(rank=1), training=dict(steps=1, batch=2, warmup=0, tokens=8))
     done = stage(tmp_path, finetune.finetune, settings, lm=lm, data=data)
     (tmp_path / "outside").mkdir()
     (done.path / "steps").symlink_to(tmp_path / "outside")

@@ -10,6 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import stage, tally
 from ctg_jax.run.store import Store
@@ -102,10 +103,10 @@ def loss(params, frozen, batch, keys):
 
 
 def learn(run):
-    state = train.init_state({"w": jnp.zeros(3)}, train.optimizer(0.1), jax.random.key(0))
+    state = train.init_state({"w": jnp.zeros(3)}, optimizer(0.1), jax.random.key(0))
     rows = ({"x": np.full((2, 3), i, np.float32), "ids": np.arange(2)} for i in range(100))
     state = train.loop(
-        run.path, state, train.make_step(loss, train.optimizer(0.1)), rows, steps=9, save_every=2, progress=False
+        run.path, state, train.make_step(loss, optimizer(0.1)), rows, steps=9, save_every=2, progress=False
     )
     checkpoint.save(run.path / "state", state.params)
 

@@ -10,9 +10,10 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.controls import truncate
 from ctg_jax.decode import loop, strategies
 from ctg_jax.mesh import layout
-from ctg_jax.methods import diffusion_lm, mdlm, truncate
+from ctg_jax.methods import diffusion_lm, mdlm
 from ctg_jax.types import InputError, Samples, Sampling
 
 LM = worlds.tiny()
@@ -45,7 +46,7 @@ def test_a_control_names_its_strategy():
             strategies.of(chain)
 
 
-@pytest.mark.parametrize("make", [lambda: truncate.init(LM, top_p=0.9), masked, words], ids=["plain", "mdlm", "words"])
+@pytest.mark.parametrize("make", [lambda: truncate.rules(LM, top_p=0.9), masked, words], ids=["plain", "mdlm", "words"])
 def test_rows_are_the_same_however_they_are_split(make, params):
     """On four devices and on two with a mesh; today's way in a program that splits rows must not read them on the
     host."""

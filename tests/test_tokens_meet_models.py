@@ -10,7 +10,9 @@ from tokenizers import Tokenizer as Core
 
 from ctg_jax import evaluation
 from ctg_jax.control import IDENTITY, Chain
-from ctg_jax.controls.bricks import SoftPrompt, coded, lora
+from ctg_jax.controls.codes import coded
+from ctg_jax.controls.delta import lora
+from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.data import Tokenizer, load_tokenizer, train_bpe
 from ctg_jax.data.tokenizer import pad_rows
 from ctg_jax.decode import loop, strategies

@@ -12,6 +12,7 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer, schedule
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.run import checkpoint
 from ctg_jax.types import InputError, Sum
@@ -58,7 +59,7 @@ class Batches:
         self.at = state["next"]
 
 
-TX = train.optimizer(0.1, clip=None)
+TX = optimizer(0.1, clip=None)
 
 
 def fresh(tx=TX, **options):
@@ -247,27 +248,27 @@ def test_bad_batches_and_states_are_said():
 
 
 def test_schedules_by_hand():
-    rate = train.schedule(1.0, "linear", warmup=2, steps=6, final=0.5)
+    rate = schedule(1.0, "linear", warmup=2, steps=6, final=0.5)
     np.testing.assert_allclose([rate(i) for i in range(8)], [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.5], rtol=1e-6)
-    rate = train.schedule(2.0, "cosine", steps=4)
+    rate = schedule(2.0, "cosine", steps=4)
     np.testing.assert_allclose([rate(i) for i in (0, 2, 4, 9)], [2, 1, 0, 0], atol=1e-6)
-    rate = train.schedule(0.3, warmup=3)
+    rate = schedule(0.3, warmup=3)
     np.testing.assert_allclose([rate(i) for i in (0, 1, 3, 99)], [0, 0.1, 0.3, 0.3], rtol=1e-6)
     with pytest.raises(InputError, match="expected 'constant', 'linear' or 'cosine'"):
-        train.schedule(1.0, "cosin")
+        schedule(1.0, "cosin")
     with pytest.raises(InputError, match="needs steps above warmup=5, found steps=None"):
-        train.schedule(1.0, "linear", warmup=5)
+        schedule(1.0, "linear", warmup=5)
 
 
 def test_optimizer_clips_decays_and_freezes_by_path():
     params = {"up": {"kernel": jnp.ones(4)}, "norm": {"scale": jnp.ones(4)}, "bias": jnp.ones(4)}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    tx = train.optimizer(0.1, decay=0.5)
+    tx = optimizer(0.1, decay=0.5)
     updates, _ = tx.update(zeros, tx.init(params), params)
     np.testing.assert_allclose(updates["up"]["kernel"], np.full(4, -0.05), rtol=1e-6)
     assert not updates["norm"]["scale"].any() and not updates["bias"].any()
 
-    tx = train.optimizer(0.1, trained=r"up/.*", decay=0.5)
+    tx = optimizer(0.1, trained=r"up/.*", decay=0.5)
     ones = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
     state = tx.init(params)
     updates, _ = tx.update(ones, state, params)

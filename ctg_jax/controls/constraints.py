@@ -26,7 +26,7 @@ class Ban(Control):
 
     banned: Any
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         return require(z, self.allowed(jnp.zeros(1, jnp.int32), z.shape[-1])), state
 
     def allowed(self, at: jax.Array, vocab: int) -> jax.Array:
@@ -37,7 +37,7 @@ class Ban(Control):
         """The numbers of the new tokens before which `allowed` changes."""
         return []
 
-    def check(self, vocab: int) -> None:
+    def check_vocabulary(self, vocab: int) -> None:
         """InputError where the constants do not fit a vocabulary of this size."""
         _fits("banned", self.banned, vocab)
 
@@ -52,7 +52,7 @@ class Force(Control):
     def init(self, prompts, length):
         return jnp.zeros((), jnp.int32)  # number of the next new token
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         m, v = z.shape[1:]
         return require(z, self.allowed(state + jnp.arange(m), v)), state + m
 
@@ -68,7 +68,7 @@ class Force(Control):
         forced = np.flatnonzero(np.any(np.atleast_2d(self.forced) >= 0, axis=0)).tolist()
         return [*forced, *(n + 1 for n in forced)]
 
-    def check(self, vocab):
+    def check_vocabulary(self, vocab):
         """See `Ban`."""
         if not np.size(self.forced):
             raise InputError("Force: forced is empty, expected a token id (or -1 for none) for each new token.")
@@ -86,7 +86,7 @@ class MinLength(Control):
     def init(self, prompts, length):
         return jnp.zeros((), jnp.int32)
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         m, v = z.shape[1:]
         return require(z, self.allowed(state + jnp.arange(m), v)), state + m
 
@@ -99,7 +99,7 @@ class MinLength(Control):
         """See `Ban`."""
         return np.unique(np.ceil(np.maximum(self.n, 0))).astype(int).tolist()
 
-    def check(self, vocab):
+    def check_vocabulary(self, vocab):
         """See `Ban`."""
         _fits("eos", self.eos, vocab)
 
@@ -136,7 +136,7 @@ def check(control: Control, vocab: int, new: int) -> None:
         return
     rules = jax.device_get(rules)
     for rule in rules:
-        rule.check(vocab)
+        rule.check_vocabulary(vocab)
     at = sorted({0, *(n for rule in rules for n in rule.steps() if n < new)})
     allowed = np.ones((1, 1, vocab), bool)
     for rule in rules:

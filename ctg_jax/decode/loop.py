@@ -236,7 +236,7 @@ def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling
     if prefix is not None:
         cache = write_prefix(cache, prefix)
     out = lm.apply(params, x, mask, cache, control, state, last=1)
-    z, state = edit_logits(control, out.logits, prompts.tokens, prompts.mask, state)
+    z, state = edit_logits(control, out.logits, out.hidden, prompts.tokens, prompts.mask, state)
     return Decoding(
         t=jnp.zeros((), jnp.int32),
         z=z[:, 0],
@@ -290,7 +290,7 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
     mask = lax.dynamic_slice_in_dim(d.mask, d.t - 1, 1, axis=1)
     out = lm.apply(params, lm.embed(params, token), mask, d.cache, control, d.state)
-    z, state = edit_logits(control, out.logits, token, mask, d.state)
+    z, state = edit_logits(control, out.logits, out.hidden, token, mask, d.state)
     return d.replace(z=z[:, 0], cache=out.cache, state=state)
 
 
@@ -332,7 +332,7 @@ def _forward_states(lm, params, prompts, completion, control):
     mask = jnp.concatenate([mask, ones], axis=1)
     out = lm.apply(params, x, mask, control=control, state=state, last=n)
     tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
-    z, _ = edit_logits(control, out.logits, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
+    z, _ = edit_logits(control, out.logits, out.hidden, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
     return z, out.hidden[:, out.hidden.shape[1] - n :]
 
 

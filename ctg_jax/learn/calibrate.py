@@ -1,4 +1,4 @@
-"""Where a reward stands among the rewards of a base: ranks, quantile bins, the best of n.
+"""The rank of a reward among the rewards of a base: ranks, quantile bins, the best of n.
 
 Quark's quantile tokens (Lu et al. 2022) and the calibrated reward of InfAlign (Balashankar et al. 2024) are the same
 number, the rank of a reward under samples of the base, once cut into bins and once transformed.

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from ctg_jax import rng
-from ctg_jax.learn import embeddings, losses, train
+from ctg_jax.learn import embeddings, fitting, losses
+from ctg_jax.learn.fitting import Training
 from ctg_jax.models import diffusion, samplers
 from ctg_jax.models.denoiser import LatentNet, Trunk
 from ctg_jax.models.diffusion import LogSnrSampler
@@ -30,7 +31,7 @@ def network(
     return LatentNet(trunk, latent=latent, out=latent, context=latent, tokens=tokens, spread=spread)
 
 
-@stage_function("embeddings.denoiser", how=("save_every",))
+@stage_function("embeddings.denoiser")
 def denoise(
     run: Run,
     *,
@@ -38,14 +39,9 @@ def denoise(
     net: Mapping[str, Any] | None = None,
     weight: str = "asymmetric",
     drop: float = 0.1,
-    steps: int = 5000,
-    batch: int = 128,
-    rate: float = 1e-3,
-    warmup: int = 100,
-    schedule: str = "cosine",
     ema: float = 0.999,
+    training: Training = Training(steps=5000, batch=128, rate=1e-3, warmup=100, schedule="cosine", save_every=500),
     seed: int = 0,
-    save_every: int = 500,
 ) -> None:
     """Stage: trains the denoiser of standardised latents, conditioned on the prefix; its moving average is kept.
 
@@ -53,26 +49,22 @@ def denoise(
       net: settings of `network`. weight: of the squared error of v, see `diffusion.weight`.
       drop: share of rows whose prefix is hidden, for classifier-free guidance.
       ema: decay of the moving average, see `ctg_jax.learn.train.averaged`.
-      steps, batch, rate, warmup, schedule: of the optimizer.
+      training: how it is trained. seed: of initial values, batches and noise.
     """
     x = embeddings.arrays(latents)[0]
     model = network(x.shape[1], **(net or {}))
     key = jax.random.key(seed)
     params = {"net": model.init(rng.stream(key, "init")), "bins": jnp.zeros(BINS)}
-    pace = train.schedule(rate, schedule, warmup=min(warmup, steps - 1), steps=steps)
     # The bins are a moving average, which is plain gradient descent: at this rate a twentieth or so a visit.
-    tx = optax.partition(
-        {"net": train.optimizer(pace, b2=0.99), "bins": optax.sgd(3.0)}, {"net": "net", "bins": "bins"}
-    )
+    net_tx = training.optimizer(b2=0.99)
+    tx = optax.partition({"net": net_tx, "bins": optax.sgd(3.0)}, {"net": "net", "bins": "bins"})
     mean, deviation = moments(x)
-    state = train.loop(
-        run.path,
-        train.init_state(params, tx, rng.stream(key, "train"), ema=True),
-        train.make_step(denoiser_loss(model, weight, drop), tx, ema=ema),
-        embeddings.batches(latents, batch=batch, seed=seed),
-        steps=steps, save_every=save_every, frozen={"mean": mean, "deviation": deviation}, progress=False,
+    batches = embeddings.batches(latents, batch=training.batch, seed=seed)
+    averages = fitting.train(
+        run, params, denoiser_loss(model, weight, drop), {"mean": mean, "deviation": deviation}, batches, training,
+        seed=seed, tx=tx, ema=ema,
     )  # fmt: skip
-    checkpoint.save(run.path / "state", state.ema["net"])
+    checkpoint.save(run.path / "state", averages["net"])
     run.discard("steps")
     run.record(net=dict(net or {}))
 

@@ -24,7 +24,7 @@ LossFn = Callable[[PyTree, PyTree, dict[str, Any], jax.Array], Sum]
 
 @jax.custom_jvp
 def logsumexp(z: jax.Array) -> jax.Array:
-    """log Σ exp z float32 [...] of z [..., V]. Its derivative computes the softmax anew, in one pass with what is done
+    """log Σ exp z float32 [...] of z [..., V]. Its derivative recomputes the softmax in one pass with what is done
     to it, where `jax.nn.logsumexp` reads back an array of the size of z."""
     z = z.astype(jnp.float32)
     top = jnp.max(z, axis=-1)
@@ -78,11 +78,11 @@ def unlikelihood(logits: jax.Array, negative: jax.Array, allowed: jax.Array) -> 
     return jnp.sum(jnp.where(allowed, rest, 0.0), axis=-1)
 
 
-def said_before(tokens: jax.Array, mask: jax.Array, new: int) -> jax.Array:
+def earlier_tokens(tokens: jax.Array, mask: jax.Array, new: int) -> jax.Array:
     """bool [B, N, S]: the candidates of token-level unlikelihood, for the last N = `new` of the tokens [B, S].
 
     Candidate s of position n is an earlier token of the row that is not the target itself, counted once however often
-    it was said (Welleck et al. 2020, eq. 5).
+    it occurred (Welleck et al. 2020, eq. 5).
     """
     at = jnp.arange(tokens.shape[1])
     same = (tokens[:, :, None] == tokens[:, None, :]) & mask[:, :, None] & mask[:, None, :]

@@ -8,7 +8,7 @@ an optimizer of its own; what it becomes does not depend on its neighbours, on t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctg_jax.mesh import processes
-from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.types import PyTree
 
@@ -53,7 +52,7 @@ class Found:
 
 
 @struct.dataclass
-class Search:
+class SearchState:
     """Everything that a search is at one moment; next int32 [1]: the first row that no slot has taken."""
 
     slots: Slots
@@ -61,17 +60,17 @@ class Search:
     next: jax.Array
 
 
-def begin(start: jax.Array, tx: optax.GradientTransformation, slots: int) -> Search:
+def begin(start: jax.Array, tx: optax.GradientTransformation, slots: int) -> SearchState:
     """A search at its start; start float32 [N + 1, d], of which the last row only fills empty slots."""
     n, d = start.shape[0] - 1, start.shape[1]
     row = jnp.minimum(jnp.arange(slots, dtype=jnp.int32), n)
     zeros = jnp.zeros(n + 1, jnp.float32)
     nothing = Found(jnp.zeros((n + 1, d)), zeros, zeros, zeros.astype(jnp.int32), zeros.astype(bool))
-    return Search(_fresh(row, start[row], tx), nothing, jnp.full((1,), min(slots, n), jnp.int32))
+    return SearchState(_fresh(row, start[row], tx), nothing, jnp.full((1,), min(slots, n), jnp.int32))
 
 
 def advance(
-    search: Search,
+    search: SearchState,
     start: jax.Array,
     rows: PyTree,
     frozen: PyTree,
@@ -80,7 +79,7 @@ def advance(
     tx: optax.GradientTransformationExtraArgs,
     steps: int,
     iterations: int,
-) -> Search:
+) -> SearchState:
     """At most `iterations` updates of every slot; ends early when no row is left.
 
     Args:
@@ -117,27 +116,28 @@ def advance(
         moved = Slots(row, s.z + update, opt, s.step + 1, best)
         slots = jax.tree.map(lambda new, old: _where(done, new, old), _fresh(row, start[row], tx), moved)
         left = jnp.minimum(search.next + jnp.sum(done, dtype=jnp.int32), n)
-        return Search(slots, found, left), i + 1
+        return SearchState(slots, found, left), i + 1
 
     return jax.lax.while_loop(more, body, (search, jnp.zeros((), jnp.int32)))[0]
 
 
-def compile_advance(mesh: Mesh, **options: Any) -> Callable[[Search, jax.Array, PyTree, PyTree], Search]:
-    """`advance` as one program over a mesh with the axis "data". Each device searches rows of its own: leaves are split
-    along their first axis (N + 1 rows and so many slots for each device), and no device ever waits for another.
+def over_mesh(mesh: Mesh, **options: Any) -> Callable[[SearchState, jax.Array, PyTree, PyTree], SearchState]:
+    """`advance` over a mesh with the axis "data", to be compiled.
+
+    Each device searches rows of its own: leaves are split along their first axis (N + 1 rows and all the slots of a
+    device for each), and no device ever waits for another.
     """
 
     def run(search, start, rows, frozen):
         return advance(search, start, rows, frozen, **options)
 
     if mesh.size == 1:
-        return jax.jit(run)
+        return run
     each, all_ = PartitionSpec("data"), PartitionSpec()
-    split = jax.shard_map(run, mesh=mesh, in_specs=(each, each, each, all_), out_specs=each, check_vma=False)
-    return jax.jit(split)
+    return jax.shard_map(run, mesh=mesh, in_specs=(each, each, each, all_), out_specs=each, check_vma=False)
 
 
-def shrink(search: Search, slots: int, devices: int = 1) -> Search:
+def shrink(search: SearchState, slots: int, devices: int = 1) -> SearchState:
     """The same search in fewer slots on each device: those at work come first. Reads the rows back to the host."""
     row = processes.read(search.slots.row).reshape(devices, -1)
     if row.shape[1] == slots:
@@ -149,7 +149,7 @@ def shrink(search: Search, slots: int, devices: int = 1) -> Search:
 
 
 def solve(
-    run: Callable[[Search, jax.Array, PyTree, PyTree], Search],
+    run: Callable[[SearchState, jax.Array, PyTree, PyTree], SearchState],
     start: np.ndarray,
     rows: PyTree,
     frozen: PyTree,
@@ -162,7 +162,7 @@ def solve(
     save_every: float = 60.0,
     progress: Callable[[int], None] = lambda finished: None,
 ) -> dict[str, np.ndarray]:
-    """z [N, d], loss, score, steps and solved [N] of N rows, found by `run` (`compile_advance`).
+    """z [N, d], loss, score, steps and solved [N] of N rows, found by `run` (`over_mesh`, compiled).
 
     Slots are reduced while three quarters of them stand empty, down to `least`, so that the last stubborn rows do not
     cost a whole batch. Several processes search together, on the devices of all of them.
@@ -208,24 +208,6 @@ def solve(
             saved = time.monotonic()
     found = search.found
     return {k: processes.read(getattr(found, k))[place] for k in ("z", "loss", "score", "steps", "solved")}
-
-
-def chunks(width: int, inputs: Sequence[int], memory: float) -> Iterator[tuple[int, np.ndarray]]:
-    """(length, indices) of sequences of at most `length` inputs, a multiple of 8, whose hidden states [length, width]
-    fit in half of `memory` GiB."""
-    sizes = np.asarray([-(-n // 8) * 8 for n in inputs], int)
-    for length in np.unique(sizes):
-        index = np.flatnonzero(sizes == length)
-        most = max(1, int(memory * 2**29 / (length * width * 4)))
-        for a in range(0, len(index), most):
-            yield int(length), index[a : a + most]
-
-
-def fitting(lm: LM, length: int, memory: float) -> int:
-    """How many sequences of `length` inputs may be at work at once in `memory` GiB: a power of 2 from 8 to 256. A row
-    holds logits with their gradient and exponentials, and about 24 activations of the width for each block."""
-    bytes_per_row = 4 * length * (3 * lm.vocab + lm.depth * 24 * lm.width)
-    return int(2 ** np.clip(np.floor(np.log2(memory * 2**30 / bytes_per_row)), 3, 8))
 
 
 def _fresh(row: jax.Array, z: jax.Array, tx: optax.GradientTransformation) -> Slots:

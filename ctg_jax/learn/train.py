@@ -1,4 +1,4 @@
-"""Training: one step for every layout, an optimizer factory, and a loop that resumes to the bit.
+"""Training: one step for every layout, and a loop that resumes exactly where it was interrupted.
 
 Losses return sums, so gradients of any split of a batch (devices, accumulation) add up exactly, whatever the masks;
 the mean of per-device means does not. Randomness is addressed by (key, step, example id), never by layout.
@@ -7,7 +7,6 @@ the mean of per-device means does not. Randomness is addressed by (key, step, ex
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,61 +175,6 @@ def make_step(
     return Step(loss, tx, axis, accumulate, ema)
 
 
-def schedule(
-    rate: float, kind: str = "constant", *, warmup: int = 0, steps: int | None = None, final: float = 0.0
-) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to `rate`, then "constant", "linear" or "cosine" to `final * rate`.
-
-    Raises:
-      InputError: an unknown kind; a decaying one without `steps`, the number of steps in all, above `warmup`.
-    """
-    if kind not in ("constant", "linear", "cosine"):
-        raise InputError(f"schedule is {kind!r}, expected 'constant', 'linear' or 'cosine'")
-    if kind != "constant" and (steps is None or steps <= warmup):
-        raise InputError(f"schedule {kind!r} needs steps above warmup={warmup}, found steps={steps}")
-    if kind == "constant":
-        after = optax.constant_schedule(rate)
-    elif kind == "linear":
-        after = optax.linear_schedule(rate, final * rate, steps - warmup)
-    else:
-        after = optax.cosine_decay_schedule(rate, steps - warmup, final)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
-
-
-def optimizer(
-    rate: float | optax.Schedule = 1e-3,
-    *,
-    clip: float | None = 1.0,
-    decay: float = 0.0,
-    decayed: str = r"(?!.*(norm|bias)).*",
-    trained: str = ".*",
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
-
-    Args:
-      rate: a learning rate or a `schedule`.
-      clip: largest norm of the gradient of all trained leaves together, or None.
-      decay: decoupled weight decay, on leaves whose path matches `decayed`.
-      decayed: regular expression for whole paths; norms and biases are left out by default.
-      trained: regular expression for whole paths; other leaves keep their values and need no moments.
-      b1, b2, eps: of Adam.
-    """
-    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
-    tx = adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
-    if trained == ".*":
-        return tx
-    return optax.partition({True: tx, False: optax.set_to_zero()}, lambda p: _matching(p, trained))
-
-
-def _matching(params: PyTree, pattern: str) -> PyTree:
-    return tree.map_with_path(lambda path, x: re.fullmatch(pattern, path) is not None, params)
-
-
 def loop(
     run_dir: str | Path,
     state: TrainState,
@@ -248,8 +192,8 @@ def loop(
 ) -> TrainState:
     """Trains until `state.step == steps`, from the last whole checkpoint in `run_dir` where there is one.
 
-    A run that was killed at any moment and started again ends with the same parameters, to the bit, and the same
-    `metrics.jsonl`, each step once. Files: `run_dir/steps/<step>/` (checkpoints), `run_dir/metrics.jsonl`, and
+    A run that was killed at any moment and started again ends with exactly the same parameters, and the same
+    `metrics.jsonl` with each step once. Files: `run_dir/steps/<step>/` (checkpoints), `run_dir/metrics.jsonl`, and
     `run_dir/tensorboard/` where asked for.
 
     Args:

@@ -4,7 +4,8 @@ The id of a call is a hash of
 
     the name and the revision of the stage, as `stage_function` declares them; no module and no path;
     the settings that differ from their defaults, so that a new setting with a default keeps what was made before;
-      1 and 1.0 are one number, and settings that only say how the work is done (`how`) are left out;
+      1 and 1.0 are one number, and settings that only say how the work is done (`how`) are left out. The same holds
+      for each setting inside a section, which is a setting whose default is a record (see `is_section`);
     for a setting that names a local file or folder, the SHA-256 of what is in it in place of its path (`contents`);
     the ids of the input artifacts, and a digest of inputs that are arrays.
 
@@ -14,9 +15,10 @@ A default is part of what a stage does: change one only together with `revision`
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -73,6 +75,58 @@ def stage_function(
     return declare
 
 
+def how(default: Any) -> Any:
+    """A field of a record that cannot change the result, such as the steps between checkpoints: no part of any id."""
+    return dataclasses.field(default=default, metadata={"how": True})
+
+
+def is_section(default: Any) -> bool:
+    """Whether the default of a setting is a record, a frozen dataclass. Configurations and spec.json then hold a
+    dictionary of its fields, of which those that are left out keep their defaults; the stage is given the record."""
+    return dataclasses.is_dataclass(default) and not isinstance(default, type)
+
+
+def section(default: Any, given: Any, where: str) -> Any:
+    """The record `default` with the fields that a dictionary or a record of its class gives; None: as it is.
+
+    Args:
+      where: what it is called in messages.
+
+    Raises:
+      InputError: `given` is no dictionary, or has a key that is no field.
+    """
+    if isinstance(given, type(default)):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"{where} is {given!r}, expected a dictionary of settings")
+    known = [f.name for f in dataclasses.fields(default)]
+    for key in given or {}:
+        if key not in known:
+            raise InputError(f"{where} has no setting {key!r}{nearest(key, known)}")
+    return dataclasses.replace(default, **(given or {}))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what there is."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+
+
+def identifying(default: Any, value: Any) -> Any:
+    """The part of a JSON value that identifies a call, in canonical form; of a section, the fields that differ from
+    their defaults and are not declared with `how`. It comes in a list; None where nothing is left."""
+    value = canonical(value)
+    if not is_section(default):
+        return None if default is not inspect.Parameter.empty and _same(value, default) else [value]
+    fields = [f for f in dataclasses.fields(default) if not f.metadata.get("how")]
+    told = {f.name: value[f.name] for f in fields if not _same(value[f.name], getattr(default, f.name))}
+    return [told] if told else None
+
+
+def _same(value: Any, default: Any) -> bool:
+    return dumps(value) == dumps(canonical(default))
+
+
 def declaration(fn: Callable) -> StageFunction:
     """What a function was declared as. A function without a declaration is identified by its name, module and compiled
     code, so that an edited one is another stage.
@@ -121,11 +175,9 @@ def call_id(fn: Callable, settings: Mapping[str, Any], contents: Mapping[str, st
     declared, parameters = declaration(fn), inspect.signature(fn).parameters
     told = {}
     for name, value in (dict(settings) | dict(ids)).items():
-        default = parameters[name].default
-        value = canonical(value)
-        omitted = default is not inspect.Parameter.empty and dumps(value) == dumps(canonical(default))
-        if not omitted and name not in declared.how:
-            told[name] = {"content": contents[name]} if name in contents else value
+        found = identifying(parameters[name].default, value)
+        if found is not None and name not in declared.how:
+            told[name] = {"content": contents[name]} if name in contents else found[0]
     text = dumps([declared.name, declared.revision, told], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

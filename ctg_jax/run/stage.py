@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import inspect
 import json
 import logging
@@ -42,7 +41,16 @@ from ctg_jax.io import (
 )
 from ctg_jax.mesh import processes
 from ctg_jax.run.artifact import Artifact, UnfinishedError, open_artifact, open_lm, paths_file, planned
-from ctg_jax.run.identity import array_digest, call_id, contents_of, declaration, stage_function
+from ctg_jax.run.identity import (
+    array_digest,
+    call_id,
+    contents_of,
+    declaration,
+    is_section,
+    nearest,
+    section,
+    stage_function,
+)
 from ctg_jax.run.store import Store, active
 from ctg_jax.types import InputError
 
@@ -179,7 +187,7 @@ def stage(
         else:
             log.info("running %s", path.name)
             with processes.aside(path) as mine, active(store):
-                fn(Run(mine), **filled, **inputs)
+                fn(Run(mine), **_sections(fn, filled), **inputs)
             processes.once(lambda: _sealed(path, store))
             if count is not None:
                 count.executed.append(path.name)
@@ -266,6 +274,9 @@ def _fill(fn, config: dict, inputs: dict) -> dict:
             if p.default is p.empty:
                 raise InputError(f"{fn.__name__} needs a value for {name!r} and none was given")
             config[name] = p.default
+        if is_section(p.default) and name in config:
+            record = section(p.default, config[name], f"{name} of {fn.__name__}")
+            config[name] = dataclasses.asdict(record)
     filled = {}
     for name in sorted(set(config) - set(inputs)):
         try:
@@ -278,10 +289,10 @@ def _fill(fn, config: dict, inputs: dict) -> dict:
     return filled
 
 
-def nearest(name: str, known) -> str:
-    """`; did you mean 'x'?` or the list of what there is."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+def _sections(fn, filled: dict) -> dict:
+    """The settings with each section as the record that the function reads."""
+    defaults = {name: p.default for name, p in inspect.signature(fn).parameters.items() if is_section(p.default)}
+    return filled | {name: type(default)(**filled[name]) for name, default in defaults.items()}
 
 
 def _ids(fn, name, value):

@@ -16,10 +16,9 @@ import numpy as np
 
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
-from ctg_jax.controls import constraints
+from ctg_jax.controls import constraints, truncate
 from ctg_jax.decode import strategies
 from ctg_jax.mesh import layout
-from ctg_jax.methods.logits import truncate
 from ctg_jax.models.lengths import check_reads, room
 from ctg_jax.run.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
 from ctg_jax.types import InputError, Sampling
@@ -43,7 +42,7 @@ def build(
     filter_first: bool = False,
 ) -> Control:
     """The chain that decodes: control artifacts in their order at their strengths (None: as fitted), and the options of
-    `methods.truncate` after them, or before them with `filter_first` (the order of the DExperts paper). `eos` of
+    `controls.truncate` after them, or before them with `filter_first` (the order of the DExperts paper). `eos` of
     `filter` is by default every id that ends a text of this LM.
 
     Raises:
@@ -60,7 +59,7 @@ def build(
         if strength is not None:
             control = methods.with_strength(control, strength)
         parts.append(control)
-    filters = (truncate.init(model, **{"eos": opened(lm)[2].ends, **filter}),) if filter else ()
+    filters = (truncate.rules(model, **{"eos": opened(lm)[2].ends, **filter}),) if filter else ()
     chain = (*filters, *parts) if filter_first else (*parts, *filters)
     control = chain[0] if len(chain) == 1 else Chain(chain)
     strategies.of(control)

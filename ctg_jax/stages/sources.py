@@ -1,4 +1,4 @@
-"""The stages everything starts from: `load_data`, and the two that make a language model, `load_lm` and `pretrain`."""
+"""The stages that experiments start from: `load_data`, and `load_lm`, which imports a language model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from ctg_jax import rng
-from ctg_jax.data import Source, load, pipeline
+from ctg_jax.data import load
 from ctg_jax.data.labels import is_label
 from ctg_jax.data.sources import content
-from ctg_jax.learn import losses, train
-from ctg_jax.mesh import layout
-from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.identity import digest_model, model_content
-from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
+from ctg_jax.run.stage import Run, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -117,79 +111,14 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
     from ctg_jax.data.tokenizer import load_tokenizer
     from ctg_jax.models import hf
 
-    _check_dtype(dtype)
+    check_dtype(dtype)
     path = hf.resolve(source)
     lm, _ = hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
     check_sizes(load_tokenizer(str(path)), lm, source)
     run.record(lm=str(path.absolute()), fingerprint=digest_model(path))
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """InputError unless the dtype is one that weights may have."""
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
-
-
-@stage_function("pretrain", how=("save_every", "log_every"))
-def pretrain(
-    run: Run,
-    *,
-    data: Artifact,
-    vocab: int = 1024,
-    width: int = 128,
-    depth: int = 4,
-    heads: int = 4,
-    context: int = 128,
-    tied: bool = True,
-    dtype: str = "float32",
-    length: int = 64,
-    pack: bool = True,
-    batch: int = 32,
-    steps: int = 1000,
-    rate: float = 2e-3,
-    warmup: int = 50,
-    decay: float = 0.01,
-    seed: int = 0,
-    save_every: int = 200,
-    log_every: int = 20,
-) -> None:
-    """A GPT-2 from random weights and a byte-level BPE tokenizer, both trained on data.jsonl, in state/ in Hugging
-    Face layout.
-
-    Args:
-      vocab: size of the vocabulary. width, depth, heads, context: shape of the model; the MLP is 4 times as wide.
-      tied: whether the unembedding is the embedding, as in GPT-2. Tying draws words with the same contexts together,
-        antonyms among them, and a small model that is trained briefly then learns late what tells them apart.
-      dtype: as of `load_lm`; while it is trained, and in its files, the weights are float32.
-      length: tokens of a training row. pack: fill rows with one text after the other; False gives each text a row of
-        its own, cut at `length`, so that it is read from position 0 with no other text before it.
-      batch, steps, rate, warmup, decay: AdamW with a cosine schedule to a tenth.
-      seed: of weights and of the order of the data.
-    """
-    from ctg_jax.data.tokenizer import load_tokenizer, train_bpe
-    from ctg_jax.models import hf
-
-    _check_dtype(dtype)
-    if width % heads:
-        raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
-    records = data.rows("data.jsonl")
-    folder = run.path / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        train_bpe((r["text"] for r in records), vocab).save(folder)
-    tokenizer = load_tokenizer(str(folder))
-    lm = Transformer(
-        family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
-        head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied, dtype=dtype, remat=layout.remat(),
-    )  # fmt: skip
-    losses.check_rows(lm, length)
-    key = jax.random.key(seed)
-    tx = train.optimizer(train.schedule(rate, "cosine", warmup=warmup, steps=steps, final=0.1), decay=decay)
-    state = train.init_state(lm.init(rng.stream(key, "init")), tx, rng.stream(key, "train"))
-    source = Source(data.id, "all", records)
-    batches = pipeline(source, tokenizer, batch=batch, length=length, seed=seed, pack=pack)
-    step = train.make_step(losses.lm_loss(lm), tx)
-    state = train.loop(run.path, state, step, batches, steps=steps, save_every=save_every, log_every=log_every)
-    (run.path / "state").mkdir(exist_ok=True)
-    tokenizer.save(run.path / "state")
-    hf.save(run.path / "state", lm, state.params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
-    run.record(lm=None, fingerprint=digest_model(run.path / "state"))
-    run.discard("tokenizer", "steps")

@@ -208,7 +208,7 @@ def similarity(
     pairs: what `sentences_of_pairs` left; vectors: those of its records.
     """
     from ctg_jax.data.tokenizer import pad_rows
-    from ctg_jax.methods.hidden.steer import pool
+    from ctg_jax.learn.activations import pool
     from ctg_jax.rewards import sentence_embedder
 
     control, _, index = _bank(lm, vectors)

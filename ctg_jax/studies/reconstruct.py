@@ -9,8 +9,8 @@ import numpy as np
 
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain
+from ctg_jax.controls import truncate
 from ctg_jax.learn import embeddings
-from ctg_jax.methods.logits import truncate
 from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.stages import sampling
 from ctg_jax.studies.latents import bleu
@@ -61,7 +61,7 @@ def reconstruct(
         "latent": (given - mean) / deviation,
         "gamma": np.full(len(x), math.log(signal / (1 - signal)), np.float32),
     }
-    said = Chain((IDENTITY if latent == "none" else proposal.said, truncate.init(opened[0], top_p=top_p)))
+    said = Chain((IDENTITY if latent == "none" else proposal.said, truncate.rules(opened[0], top_p=top_p)))
     prompts = [p["prompt"] for p in pieces]
     rows = [
         row

@@ -24,6 +24,7 @@ from ctg_jax import tree
 from ctg_jax.control import IDENTITY
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import Prompts, Sampling
 
@@ -57,7 +58,7 @@ def compiled(f, *args, **static):
 
 
 def train_step(lm, params, batch=8, length=64):
-    tx = train.optimizer(1e-3)
+    tx = optimizer(1e-3)
     state = jax.eval_shape(lambda p: train.init_state(p, tx, jax.random.key(0)), params)
     step = jax.jit(train.make_step(losses.lm_loss(lm), tx), donate_argnums=0)
     rows = {"tokens": jnp.zeros((batch, length), jnp.int32), "mask": jnp.ones((batch, length), bool)}

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import Chain, Prompts, Sampling, generate, rng, tree
+from ctg_jax.controls import truncate
 from ctg_jax.decode import loop
-from ctg_jax.methods import dexperts, steer, truncate
+from ctg_jax.methods import dexperts, steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
 
@@ -55,7 +56,7 @@ def timed(f):
 
 def controls(lm, params, key):
     """name -> control. Strengths are leaves, so none of them recompiles when it changes."""
-    top_p = truncate.init(lm, top_p=0.9)
+    top_p = truncate.rules(lm, top_p=0.9)
     push = steer.init(lm, key)
     push = push.replace(vector=jax.random.normal(key, push.vector.shape), scale=jnp.float32(0.1))
     noise = jax.tree.map(lambda x: x * 1.01, params)

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from ctg_jax.data.tokenizer import load_tokenizer
+from ctg_jax.learn.vector_search import Search
 from ctg_jax.methods import latent_steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -128,8 +129,8 @@ def main():
         given = [(rows[i % len(rows)], 1) for i in range(n)]
         start = np.zeros((n, lm.width), np.float32)
         # Adam at a constant rate, as in the loop beside it.
-        options = dict(rate=args.rate, updates=args.updates, patience=10**6, batch=min(args.batch, n))
-        return latent_steer.search(lm, params, control, given, start, devices=jax.devices()[:1], **options)
+        how = Search(rate=args.rate, updates=args.updates, patience=10**6, batch=min(args.batch, n))
+        return latent_steer.find(lm, params, control, given, start, how, devices=jax.devices()[:1])
 
     n, found = args.compare, []
     compiled, _ = timed(lambda: ours(n))

@@ -29,7 +29,9 @@ import numpy as np
 
 from ctg_jax.data import load, train_bpe
 from ctg_jax.decode import strategies
-from ctg_jax.learn import calibrate, experience, train
+from ctg_jax.learn import calibrate, train
+from ctg_jax.learn.optimizer import optimizer
+from ctg_jax.learn.pool import batches as pool_batches
 from ctg_jax.methods import quark
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -83,9 +85,9 @@ def ours(lm, params, tokenizer, texts, judge, args):
     """A function that runs a round and gives (state, seconds of explore, score, learn, those inside programs); and the
     state to begin with. The embedder of the judge is `Timed`."""
     control = quark.start(quark.init(lm, jax.random.key(0), tokens=K, kind="full"), params, jax.random.key(1))
-    tx = train.optimizer(RATE, trained=r"delta/changes/.*|codes")
+    tx = optimizer(RATE, trained=r"delta/changes/.*|codes")
     state = train.init_state(control, tx, jax.random.key(2))
-    step = jax.jit(train.make_step(quark.loss(lm, kl=KL, entropy=ENTROPY), tx), donate_argnums=0)
+    step = jax.jit(train.make_step(quark.loss(lm, quark.Objective(kl=KL, entropy=ENTROPY)), tx), donate_argnums=0)
     flat = jax.jit(lm.unstack)(params)
     busy = judge.embedder.busy = Busy()
     strategies.run = busy(strategies.run)
@@ -100,7 +102,7 @@ def ours(lm, params, tokenizer, texts, judge, args):
         clock.append((time.process_time(), busy.seconds))
         bins = calibrate.bins(scores, K)
         pool = [{**r, "bin": int(b)} for r, b in zip(rows, bins)]
-        batches = experience.batches(pool, tokenizer, batch=args.batch, seed=0, fields=("bin",))
+        batches = pool_batches(pool, tokenizer, batch=args.batch, seed=0, fields=("bin",))
         run = busy(step)
         # All batches first: their threads, which read ahead, would otherwise work while the step is timed.
         for batch in [next(batches) for _ in range(args.steps)]:

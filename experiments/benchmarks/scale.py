@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+from ctg_jax.learn.optimizer import optimizer
+
 HERE = Path(__file__).resolve().parents[2]
 LENGTH, PROMPT, NEW = 64, 16, 32
 
@@ -77,7 +79,7 @@ def train_step(layout, rows):
     from ctg_jax.methods import finetune
     from experiments import traffic
 
-    n, lm, tx = jax.device_count(), model(), train.optimizer(1e-4)
+    n, lm, tx = jax.device_count(), model(), optimizer(1e-4)
     axes = {"data": 1, "tensor": n} if layout == "tensor" else {"data": n}
     plan = Plan(axes=axes, rules=REPLICATED if layout == "data" else DECODER + CONTROL)
     tokens = np.random.default_rng(0).integers(0, lm.vocab, (rows, LENGTH + 1), np.int32)

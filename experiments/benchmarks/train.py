@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -65,7 +66,7 @@ class Ours:
     """The library's own step, as `train.loop` compiles it."""
 
     def __init__(self, lm, params, batch):
-        tx = train.optimizer(RATE, decay=DECAY, decayed=".*")
+        tx = optimizer(RATE, decay=DECAY, decayed=".*")
         self.loss = losses.lm_loss(lm)
         plan = Plan()
         self.state = plan.place(train.init_state(params, tx, jax.random.key(0)))

@@ -125,7 +125,7 @@ from configs.sentiment import experiment
 def get_config():
     config = experiment("tiny", "Long", dict(top_p=dict()))
     with config.unlocked():
-        config.lm.pretrain.update(steps=80, save_every=10, log_every=1)
+        config.lm.pretrain.training.update(steps=80, save_every=10, log_every=1)
     return config
 """
 

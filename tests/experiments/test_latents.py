@@ -10,6 +10,7 @@ import pytest
 
 from ctg_jax import methods
 from ctg_jax.decode import loop
+from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.methods import latent_steer
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
@@ -46,13 +47,15 @@ def world(tmp_path_factory):
     (root / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (root / "pairs.csv").write_text("".join(f"good {a},bad {b},{i}\n" for i, (a, b) in enumerate(zip("abcd", "bbce"))))
     data = stage(root, sources.load_data, dict(source=f"jsonl:{root / 'texts.jsonl'}", split="all"))
-    shape = dict(vocab=270, width=16, depth=1, heads=2, context=64, length=16, batch=4, steps=2, warmup=1)
-    return root, stage(root, sources.pretrain, shape, data=data), data, root / "pairs.csv"
+    shape = dict(
+        vocab=270, width=16, depth=1, heads=2, context=64, training=dict(tokens=16, batch=4, steps=2, warmup=1)
+    )
+    return root, stage(root, pretrain, shape, data=data), data, root / "pairs.csv"
 
 
 def test_transfer_moves_by_the_difference_of_the_means(world):
     root, lm, data, _ = world
-    vectors = latent_steer.fit(root, lm=lm, data=data, site="final", updates=150, rate=0.3, end=False)
+    vectors = latent_steer.fit(root, lm=lm, data=data, site="final", end=False, search=dict(updates=150, rate=0.3))
     assert all(r["recovered"] for r in vectors.metrics()), "a state after the last norm says any one letter"
     z = np.asarray(vectors.load()["z"])
     np.testing.assert_allclose(

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from ctg_jax import methods
 from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import CONTROL, DECODER, Plan
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
@@ -20,7 +21,7 @@ ROWS, LENGTH = 16, 9  # read: the last token is only a target
 
 def step_of(plan, method, **init):
     """(collectives of a compiled step, what theory asks for)"""
-    tx, key = train.optimizer(1e-3), jax.random.key(0)
+    tx, key = optimizer(1e-3), jax.random.key(0)
     params = jax.eval_shape(LM.init, key)
     control = jax.eval_shape(lambda k: methods.get(method).init(LM, k, **init), key)
     state = jax.eval_shape(lambda c, k: train.init_state(c, tx, k), control, key)

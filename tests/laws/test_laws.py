@@ -16,12 +16,15 @@ from laws import worlds
 
 from ctg_jax import methods, tree
 from ctg_jax.control import IDENTITY, Chain, Control, edit_logits
-from ctg_jax.controls.bricks import SoftPrompt, coded, soft_prompt
+from ctg_jax.controls import constraints, truncate
+from ctg_jax.controls.codes import coded
+from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop
 from ctg_jax.learn import train
 from ctg_jax.learn.losses import control_loss
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import CONTROL, DECODER, Plan
-from ctg_jax.methods import dexperts, finetune, steer, truncate
+from ctg_jax.methods import dexperts, finetune, steer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run import checkpoint
 from ctg_jax.support import removed
@@ -117,7 +120,7 @@ class Push(Control):
     a: jax.Array
     b: jax.Array
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         return self.a * z + self.b[None, None], state
 
 
@@ -125,14 +128,14 @@ def harsh(control, forbidden) -> Chain:
     """The control among rules that between them would leave nothing: `forbidden` and all but three tokens are removed
     before it, it and two pushes that favour what is gone come after, and then rules that remove most of the rest."""
     push = Push(jnp.float32(1e-6), jnp.where(forbidden, 1e6, 0.0))
-    before = (truncate.Ban(forbidden), truncate.TopK(3))
+    before = (constraints.Ban(forbidden), truncate.TopK(3))
     after = (push, truncate.Temperature(20.0), push, truncate.RepetitionPenalty(1.5, vocab=LM.vocab))
     last = (truncate.NoRepeatNgram(1), truncate.TopP(1e-6), truncate.MinP(1.0), truncate.Typical(1e-6))
     return Chain((*before, control, *after, *last))
 
 
 def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
-    forbidden = jnp.asarray(truncate.marks([0, 2, 4, 6, 10], LM.vocab))
+    forbidden = jnp.asarray(constraints.marks([0, 2, 4, 6, 10], LM.vocab))
     chain = harsh(control, forbidden)
     out = loop.generate(LM, PARAMS, PROMPTS, chain, SAMPLING)
     assert not bool(jnp.any(forbidden[out.tokens]))
@@ -141,7 +144,7 @@ def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
     def hook(control, z):  # the logits that the three likeliest allowed tokens have before the control, and those after
         start = Chain(harsh(control, forbidden).parts[:2])
         every = harsh(control, forbidden)
-        read = PROMPTS.tokens, PROMPTS.mask
+        read = None, PROMPTS.tokens, PROMPTS.mask
         found = edit_logits(start, z, *read, start.init(PROMPTS, 9))[0]
         return found, edit_logits(every, z, *read, every.init(PROMPTS, 9))[0]
 
@@ -242,7 +245,7 @@ def test_a_vmapped_sweep_is_a_loop(control, samples):
 
 
 def test_gradients_reach_only_the_control(control):
-    step = train.make_step(control_loss(LM), train.optimizer(1e-2))
+    step = train.make_step(control_loss(LM), optimizer(1e-2))
     state = train.init_state(control, step.tx, jax.random.key(0))
     batch = {"tokens": PROMPTS.tokens[1:6:4, :3], "mask": jnp.ones((2, 3), bool), "ids": jnp.arange(2)}
     frozen = {"params": PARAMS}
@@ -314,7 +317,7 @@ def test_large_models_fit_on_paper(name, shape, depth):
     batch = jax.eval_shape(lambda: worlds.prompts([[1, 2, 3, 4]] * 8))
     out = jax.eval_shape(lambda p, b, c: loop.loop(lm, p, b, c, SAMPLING), params, batch, control)
     assert out.tokens.shape == (8, 4)
-    step = train.make_step(control_loss(lm), train.optimizer(1e-3))
+    step = train.make_step(control_loss(lm), optimizer(1e-3))
     state = jax.eval_shape(lambda c, k: train.init_state(c, step.tx, k), control, key)
     texts = {
         "tokens": jax.ShapeDtypeStruct((8, 16), jnp.int32),

@@ -13,6 +13,7 @@ from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Chain, Control, enter
 from ctg_jax.decode import loop
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer, schedule
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import Cache, Out
 from ctg_jax.types import Prompts
@@ -148,7 +149,7 @@ def written(prompt: list[int], completions: np.ndarray, **fields) -> dict:
 
 def trained(loss, control, frozen, batches: list, *, rate: float = 1e-2, trained: str = ".*"):
     """The control after one Adam update on each of the batches, at a rate that falls to 0, and the last metrics."""
-    tx = train.optimizer(train.schedule(rate, "linear", steps=len(batches)), trained=trained)
+    tx = optimizer(schedule(rate, "linear", steps=len(batches)), trained=trained)
     state, step = train.init_state(control, tx, jax.random.key(0)), jax.jit(train.make_step(loss, tx))
     metrics = {}
     for batch in batches:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.run.stage import stage
 from ctg_jax.stages import sources
 
@@ -18,5 +19,7 @@ def small(tmp_path_factory):
     rows = [{"text": t, "label": i} for pair in zip(BAD, GOOD) for i, t in enumerate(pair)]
     (root / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     data = stage(root, sources.load_data, dict(source=f"jsonl:{root / 'texts.jsonl'}", split="all"))
-    shape = dict(vocab=270, width=16, depth=1, heads=2, context=64, length=16, batch=4, steps=2, warmup=1)
-    return root, stage(root, sources.pretrain, shape, data=data), data
+    shape = dict(
+        vocab=270, width=16, depth=1, heads=2, context=64, training=dict(tokens=16, batch=4, steps=2, warmup=1)
+    )
+    return root, stage(root, pretrain, shape, data=data), data

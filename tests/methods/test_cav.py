@@ -11,6 +11,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.control import Chain
 from ctg_jax.decode import loop
+from ctg_jax.learn import probes
 from ctg_jax.methods import cav
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError, Sampling
@@ -163,22 +164,22 @@ def test_probes_and_layers_by_accuracy():
     x = rng.normal(size=(400, 4, 5)).astype(np.float32) * [1, 100, 0.01, 1, 0] + 7
     x[:, 1, 1] += np.where(y, 400, -400)
     x[:, 2, 1] += np.where(y, 100, -100)
-    z = [x[:, s] @ w + b for s, (w, b) in enumerate(cav.probe(x[:, s], y, 1.0) for s in range(4))]
+    z = [x[:, s] @ w + b for s, (w, b) in enumerate(probes.probe(x[:, s], y, 1.0) for s in range(4))]
     accuracy = np.mean((np.array(z) > 0) == y[None], axis=1)
     assert accuracy[1] == 1 and 0.75 < accuracy[2] < 0.95 and accuracy[0] < 0.65
     gate = np.array([0, 1, 1, 0], np.float32)
-    assert cav.choose(accuracy, gate, 1, 0.0).tolist() == [0, 1, 0, 0]
-    assert cav.choose(accuracy, gate, None, 0.7).tolist() == [0, 1, 1, 0]
-    assert cav.choose(accuracy, np.ones(4, np.float32), None, 0.7).tolist() == [0, 1, 1, 0]
+    assert probes.choose(accuracy, gate, 1, 0.0).tolist() == [0, 1, 0, 0]
+    assert probes.choose(accuracy, gate, None, 0.7).tolist() == [0, 1, 1, 0]
+    assert probes.choose(accuracy, np.ones(4, np.float32), None, 0.7).tolist() == [0, 1, 1, 0]
     with pytest.raises(InputError, match=r"of a probe is 1\.000"):
-        cav.choose(accuracy, gate, None, 1.1)
+        probes.choose(accuracy, gate, None, 1.1)
     with pytest.raises(InputError, match="top is 0"):
-        cav.choose(accuracy, gate, 0, 0.0)
+        probes.choose(accuracy, gate, 0, 0.0)
 
 
 def test_what_is_held_out():
     sides = np.zeros((10, 3, 2)), np.ones((3, 3, 2))
-    x, y, held = cav.split(*sides, 0.2)
+    x, y, held = probes.split(*sides, 0.2)
     assert x.shape == (13, 3, 2) and y.sum() == 10
     assert np.flatnonzero(held).tolist() == [4, 9, 12]
 
@@ -211,11 +212,11 @@ def test_bad_input(small):
     with pytest.raises(InputError, match=r"target is 7, but the labels .* are \[0, 1\]"):
         cav.fit(root, lm=lm, data=data, target=7)
     with pytest.raises(InputError, match=r"heldout is 0\.9"):
-        cav.split(np.zeros((4, 3, 2)), np.ones((4, 3, 2)), 0.9)
+        probes.split(np.zeros((4, 3, 2)), np.ones((4, 3, 2)), 0.9)
     with pytest.raises(InputError, match="there are 1 texts without the concept"):
-        cav.split(np.zeros((4, 3, 2)), np.ones((1, 3, 2)), 0.2)
+        probes.split(np.zeros((4, 3, 2)), np.ones((1, 3, 2)), 0.2)
     with pytest.raises(InputError, match="texts without the concept is not finite"):
-        cav.split(np.zeros((4, 3, 2)), np.full((4, 3, 2), np.nan), 0.2)
+        probes.split(np.zeros((4, 3, 2)), np.full((4, 3, 2), np.nan), 0.2)
     narrow = cav.example(worlds.Bigram(), jax.random.key(0))
     with pytest.raises(InputError, match="width 3, but the model's is 16"):
         loop.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), narrow)

@@ -8,6 +8,7 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.learn import experience
+from ctg_jax.learn.pool import Pool, batches
 from ctg_jax.methods import click
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import judges
@@ -102,16 +103,24 @@ def test_fit_explores_pairs_and_learns(small, judge):
     root, lm, data = small
     explore = dict(n=4, max_new=5, batch=16)
     artifact = click.fit(
-        root, lm=lm, data=data, rewards=[judge], rounds=2, explore=explore, threshold="median", steps=2, batch=4, rank=2
+        root,
+        lm=lm,
+        data=data,
+        rewards=[judge],
+        rounds=2,
+        explore=explore,
+        threshold="median",
+        training=dict(steps=2, batch=4),
+        adapter=dict(rank=2),
     )
     spec = artifact.spec
     assert spec["pairs"]["pairs"] > 0 and len(spec["inputs"]["pool"]) == 2
     model, _, tokenizer = open_lm(lm)
     assert any(float(jnp.max(jnp.abs(c["b"]))) > 0 for c in methods.load(artifact, model).changes.values())
     root_pool = [experience.explore(root, lm=lm, data=data, rewards=[judge], **explore)]  # the first round, reused
-    samples = experience.Pool.open(root_pool)
+    samples = Pool.open(root_pool)
     rows = samples.take(np.array([0, 1])).with_(negative=samples.column("tokens")[[2, 3]])
-    one = next(experience.batches(rows, tokenizer, batch=2, seed=0, also="negative"))
+    one = next(batches(rows, tokenizer, batch=2, seed=0, also="negative"))
     for i, r in enumerate(one["ids"]):
         assert one["completion"][i][one["written"][i]].tolist() == samples[int(r)]["tokens"]
         assert one["negative"][i][one["negative_written"][i]].tolist() == samples[int(r) + 2]["tokens"]

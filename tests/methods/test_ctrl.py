@@ -66,7 +66,9 @@ def test_the_loss_reads_the_code_of_each_row():
 @pytest.mark.parametrize("cond", [None, "code"])
 def test_fit_leaves_a_control_that_loads(small, cond):
     root, lm, data = small
-    artifact = ctrl.fit(root, lm=lm, data=data, steps=3, batch=4, tokens=12, rank=2, cond=cond)
+    artifact = ctrl.fit(
+        root, lm=lm, data=data, adapter=dict(rank=2), training=dict(steps=3, batch=4, tokens=12), cond=cond
+    )
     model, _, _ = open_lm(lm)
     control = methods.load(artifact, model)
     assert control.codes.shape == (2, model.width) and control.cond == cond

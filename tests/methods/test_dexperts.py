@@ -8,9 +8,10 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.control import Chain
-from ctg_jax.controls import bricks
+from ctg_jax.controls import truncate
+from ctg_jax.controls.delta import full
 from ctg_jax.decode import loop
-from ctg_jax.methods import dexperts, truncate
+from ctg_jax.methods import dexperts
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
@@ -120,7 +121,7 @@ def test_an_instruction_as_the_expert():
 def test_a_delta_is_merged_once():
     lm = worlds.tiny(vocab=5)
     params = worlds.lively(lm)
-    change = bricks.full(params, r"layers/mlp/up/kernel")
+    change = full(params, r"layers/mlp/up/kernel")
     change = change.replace(changes=jax.tree.map(lambda x: x + 0.1, change.changes))
     member = dexperts.member(lm, params, change)
     wanted = params["layers"]["mlp"]["up"]["kernel"][1] + 0.1
@@ -141,7 +142,8 @@ def test_bad_input_is_said_in_a_sentence(small):
 
 def test_fit(small):
     root, lm, data = small
-    fitted = dexperts.fit(root, lm=lm, data=data, alpha=1.5, rank=2, steps=3, batch=4, tokens=16, warmup=1)
+    hp = dict(adapter=dict(rank=2), training=dict(steps=3, batch=4, tokens=16, warmup=1))
+    fitted = dexperts.fit(root, lm=lm, data=data, alpha=1.5, **hp)
     model, params, _ = open_lm(lm)
     control = methods.load(fitted, model)
     assert float(control.alpha) == 1.5

@@ -12,6 +12,7 @@ from laws import worlds
 
 from ctg_jax import methods, rng
 from ctg_jax.learn import embeddings, latent_diffusion, train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import dglm
 from ctg_jax.models.diffusion import Schedule
 from ctg_jax.run.stage import Artifact, stage
@@ -125,7 +126,7 @@ def test_the_prompter_says_what_only_the_latent_knows():
         "completion": jnp.arange(8)[:, None], "written": jnp.ones((8, 1), bool), "latent": latent,
     }  # fmt: skip
     frozen = {"params": PARAMS, "mean": jnp.full(8, 1 / 8), "deviation": jnp.full(8, 0.33)}
-    tx = train.optimizer(5e-3, trained="prompter/.*")
+    tx = optimizer(5e-3, trained="prompter/.*")
     step = train.make_step(dglm.said_loss(LM), tx)
     state = train.init_state(control, tx, jax.random.key(1))
     run = lambda s, _: (step(s, frozen, batch)[0], None)  # noqa: E731
@@ -155,8 +156,8 @@ def test_the_sizes_of_the_paper_have_shapes():
 
 TINY = dict(
     encode=dict(new=4),
-    prompter=dict(net=NET | dict(length=2, rank=2), steps=2, batch=4, new=4),
-    denoiser=dict(net=NET, steps=2, batch=4),
+    prompter=dict(net=NET | dict(length=2, rank=2), new=4, training=dict(steps=2, batch=4)),
+    denoiser=dict(net=NET, training=dict(steps=2, batch=4)),
     draw=dict(steps=2),
 )
 

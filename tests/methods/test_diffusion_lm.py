@@ -280,8 +280,8 @@ def test_the_loss_is_the_sum_of_its_three_parts():
     assert 0 < float(rounding.mean()) < 1
 
 
-FIT = dict(dim=4, width=8, heads=2, depth=1, length=24, steps=5, batch=4, warmup=1, save_every=2)
-GUIDE = dict(fields={"label": 2}, steps=2, batch=4, reader_width=8, reader_depth=1)
+FIT = dict(dim=4, width=8, heads=2, depth=1, length=24, training=dict(steps=5, batch=4, warmup=1, save_every=2))
+GUIDE = dict(fields={"label": 2}, reader_width=8, reader_depth=1, training=dict(steps=2, batch=4))
 
 
 def test_fit_leaves_a_model_that_loads_and_writes(small):

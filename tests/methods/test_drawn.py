@@ -8,9 +8,12 @@ import pytest
 from laws import worlds
 
 from ctg_jax.control import Chain
+from ctg_jax.controls import truncate
 from ctg_jax.decode import loop
-from ctg_jax.learn import experience
-from ctg_jax.methods import gdc, ppo, quark, truncate, unlikelihood
+from ctg_jax.learn import experience, fitting
+from ctg_jax.learn.pool import Pool, drawing_filter
+from ctg_jax.learn.rounds import history
+from ctg_jax.methods import gdc, ppo, quark, unlikelihood
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import judges, sources
 from ctg_jax.types import InputError
@@ -26,7 +29,7 @@ SOFT = dict(temperature=0.5)
 
 def frozen(options, **more):
     """What a loss is given; the filter is left out where it is None."""
-    filter = {} if options is None else {"filter": truncate.init(LM, **options)}
+    filter = {} if options is None else {"filter": truncate.rules(LM, **options)}
     return {"params": PARAMS, **filter, **more}
 
 
@@ -48,7 +51,7 @@ def expected_gradient(objective, params, given, q, **fields):
 def test_a_constant_reward_moves_ppo_nowhere(name):
     policy = ppo.init(LM, jax.random.key(0), kind="full")
     state = {"policy": policy, "value": ppo.head(LM.width)}
-    q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.init(LM, **FILTERS[name]))
+    q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.rules(LM, **FILTERS[name]))
     ones = np.ones(len(EVERY), np.float32)
 
     def norm(options, beta):
@@ -66,8 +69,8 @@ def test_a_constant_reward_moves_ppo_nowhere(name):
 def test_a_constant_advantage_moves_the_policy_gradient_nowhere(name):
     """What unlikelihood weighs by advantages: the likelihood of the own continuation per token."""
     control = unlikelihood.init(LM, jax.random.key(0), kind="full")
-    objective = unlikelihood.loss(LM, likelihood=0.0, token=0.0, policy=1.0)
-    q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.init(LM, **FILTERS[name]))
+    objective = unlikelihood.loss(LM, unlikelihood.Objective(likelihood=0.0, token=0.0, policy=1.0))
+    q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.rules(LM, **FILTERS[name]))
     ones = np.ones(len(EVERY), np.float32)
 
     def norm(options, p):
@@ -82,7 +85,7 @@ def test_a_constant_advantage_moves_the_policy_gradient_nowhere(name):
 def test_gdc_without_a_wish_stays_where_it_is():
     """The target is the base: weights p / q make samples of a temperature samples of the base."""
     control = gdc.init(LM, jax.random.key(0), kind="full")
-    q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.init(LM, **SOFT))
+    q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.rules(LM, **SOFT))
 
     def norm(weight):
         return expected_gradient(gdc.loss(LM), control, {"params": PARAMS}, q, weight=jnp.float32(weight))
@@ -98,14 +101,16 @@ def dice(small):
 
 
 EXPLORE = dict(n=4, max_new=4, batch=16)
+SHORT = dict(adapter=dict(rank=2), training=dict(steps=1, batch=4))
+LOUD = dict(adapter=dict(rank=2), training=dict(steps=3, batch=8, rate=0.05))
 
 
 def test_multipliers_of_gdc_are_those_of_the_base_whatever_drew_its_samples(small, dice):
     root, lm, data = small
     explore = dict(**EXPLORE, filter=SOFT)
     common = dict(lm=lm, data=data, rewards=[dice], explore=explore)
-    control = gdc.fit(root, **common, rounds=1, moments={"dice": 0.6}, steps=1, batch=4, rank=2)
-    pool = experience.Pool.open(experience.history(control))
+    control = gdc.fit(root, **common, rounds=1, moments={"dice": 0.6}, **SHORT)
+    pool = Pool.open(history(control))
     phi = pool.column("reward_dice") >= 0.5
     weights = np.exp(pool.column("base") - pool.column("logp"))
     share = weights @ phi / weights.sum()
@@ -115,26 +120,26 @@ def test_multipliers_of_gdc_are_those_of_the_base_whatever_drew_its_samples(smal
 
 
 @pytest.mark.parametrize(
-    "method, hp", [(ppo, {}), (unlikelihood, {"policy": 1.0, "token": 0.0})], ids=["ppo", "policy"]
+    "method, hp", [(ppo, {}), (unlikelihood, {"objective": {"policy": 1.0, "token": 0.0}})], ids=["ppo", "policy"]
 )
 def test_the_probability_before_learning_is_that_of_what_drew(small, dice, method, hp, monkeypatch):
     """The second round: under the first policy and the temperature, `old` or `drawn` is the `logp` of the sampler."""
     root, lm, data = small
     seen = {}
-    learn = method.finetune.learn
+    train = fitting.train
 
-    def spied(run, control, objective, given, batches, **options):
+    def spied(run, control, objective, given, batches, *more, **options):
         seen.update(control=control, filter=given["filter"], batch=next(batches))
-        return learn(run, control, objective, given, batches, **options)
+        return train(run, control, objective, given, batches, *more, **options)
 
-    monkeypatch.setattr(method.finetune, "learn", spied)
+    monkeypatch.setattr(fitting, "train", spied)
     common = dict(lm=lm, data=data, rewards=[dice], explore=dict(**EXPLORE, filter=SOFT))
     # The texts of the fixture have no prompts, which the human term of unlikelihood needs.
     if method is unlikelihood:
         words = dict(source=f"jsonl:{data.path / 'data.jsonl'}", split="all", words=1)
         common["data"] = stage(root, sources.load_data, words)
-    control = method.fit(root, **common, rounds=2, steps=3, batch=8, rank=2, rate=0.05, **hp)
-    pool = experience.Pool.open(experience.history(control)[-1:])
+    control = method.fit(root, **common, rounds=2, **LOUD, **hp)
+    pool = Pool.open(history(control)[-1:])
     assert np.abs(pool.column("logp") - pool.column("base")).max() > 0.1
     batch, policy = seen["batch"], seen["control"]
     wanted = pool.column("logp")[batch["ids"]]
@@ -179,7 +184,7 @@ def test_pools_are_refused_by_the_stages_that_learn_from_them(small, dice):
         stage(root, gdc.gdc, {"moments": {"dice": 1}}, lm=lm, **given)
     soft = experience.explore(root, **explored, filter=SOFT)
     with pytest.raises(InputError, match="the pools were drawn under the filters"):
-        experience.drawing_filter([nucleus, soft], open_lm(lm)[0])
+        drawing_filter([nucleus, soft], open_lm(lm)[0])
 
 
 def test_the_best_of_n_have_no_probability(small, dice):

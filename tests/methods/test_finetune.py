@@ -7,9 +7,11 @@ import pytest
 from laws import worlds
 
 from ctg_jax import methods, tree
-from ctg_jax.controls import bricks
+from ctg_jax.controls.delta import Delta
+from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import finetune
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
@@ -24,7 +26,7 @@ def test_lora_by_hand():
     """W + 2 · b a, with b = (1, 2) and a = (3, 4, 5) in one layer of a 2 x 3 matrix."""
     params = {"layers": {"w": {"kernel": jnp.zeros((1, 2, 3))}}}
     change = {"a": jnp.array([[[3.0, 4.0, 5.0]]]), "b": jnp.array([[[1.0], [2.0]]])}
-    control = bricks.Delta({"layers/w/kernel": change}, jnp.float32(2))
+    control = Delta({"layers/w/kernel": change}, jnp.float32(2))
     wanted = [[6, 8, 10], [12, 16, 20]]
     assert control.weights(params)["layers"]["w"]["kernel"][0].tolist() == wanted
     apart = {"layers": tree.unstack(params["layers"])}
@@ -79,7 +81,7 @@ def test_another_model_is_refused():
 @pytest.mark.parametrize("after", [False, True])
 def test_a_soft_prompt_of_embeddings_is_the_tokens(after):
     vectors = LM.embed(PARAMS, jnp.array([7, 8]))
-    prompt = bricks.SoftPrompt(vectors, after=after)
+    prompt = SoftPrompt(vectors, after=after)
     rows = [[1, 2, 3], [4, 5]]
     hard = worlds.prompts([r + [7, 8] if after else [7, 8] + r for r in rows])
     wanted = loop.forward(LM, PARAMS, hard, COMPLETION)
@@ -88,18 +90,18 @@ def test_a_soft_prompt_of_embeddings_is_the_tokens(after):
 
 
 def test_each_row_may_have_its_own_soft_prompt():
-    vectors = bricks.soft_prompt(jax.random.key(0), 2, LM.width, choices=3, deviation=1.0)
+    vectors = soft_prompt(jax.random.key(0), 2, LM.width, choices=3, deviation=1.0)
     rows = worlds.prompts([[1, 2], [1, 2]], cond={"label": jnp.array([2, 0])})
-    found = loop.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors, "label"))
+    found = loop.forward(LM, PARAMS, rows, COMPLETION, SoftPrompt(vectors, "label"))
     for row, label in enumerate((2, 0)):
-        alone = loop.forward(LM, PARAMS, rows, COMPLETION, bricks.SoftPrompt(vectors[label]))
+        alone = loop.forward(LM, PARAMS, rows, COMPLETION, SoftPrompt(vectors[label]))
         np.testing.assert_allclose(found[row], alone[row], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "prompt"])
 def test_training_lowers_the_loss_and_leaves_the_strength(kind):
     control = finetune.init(LM, jax.random.key(0), kind=kind, rank=4, length=4)
-    tx = train.optimizer(3e-2, trained=r"changes/.*|vectors")
+    tx = optimizer(3e-2, trained=r"changes/.*|vectors")
     step = jax.jit(train.make_step(finetune.loss(LM), tx))
     state, frozen = train.init_state(control, tx, jax.random.key(1)), {"params": PARAMS}
     tokens = jnp.tile(jnp.array([[1, 2, 3, 4, 5, 6]]), (4, 1))
@@ -113,11 +115,13 @@ def test_training_lowers_the_loss_and_leaves_the_strength(kind):
         assert float(state.params.scale) == 1
 
 
-@pytest.mark.parametrize("hp", [dict(kind="lora", rank=2), dict(kind="prompt", length=2, choices=2)])
+@pytest.mark.parametrize(
+    "hp", [dict(adapter=dict(kind="lora", rank=2)), dict(adapter=dict(kind="prompt"), length=2, choices=2)]
+)
 def test_fit(small, hp):
     root, lm, data = small
-    where = None if hp["kind"] == "prompt" else {"label": 1}
-    settings = dict(steps=3, batch=4, tokens=16, warmup=1, where=where, **hp)
+    where = None if "length" in hp else {"label": 1}
+    settings = dict(training=dict(steps=3, batch=4, tokens=16, warmup=1), where=where, **hp)
     fitted = finetune.fit(root, lm=lm, data=data, **settings)
     model, params, _ = open_lm(lm)
     control = methods.load(fitted, model)
@@ -128,11 +132,29 @@ def test_fit(small, hp):
     assert bool(jnp.all(jnp.isfinite(out))) and float(jnp.abs(out - base).max()) > 1e-6
 
 
+def test_accumulation_and_event_files_can_be_configured(small):
+    root, lm, data = small
+    training = dict(steps=3, batch=4, tokens=16, warmup=1)
+    common = dict(lm=lm, data=data, adapter=dict(rank=2))
+    whole = finetune.fit(root, **common, training=training | dict(log_every=3, tensorboard=True, save_every=0))
+    assert len(whole.metrics()) == 1 and list((whole.path / "tensorboard").iterdir())
+    assert finetune.fit(root, **common, training=training) == whole  # the same control, whatever is logged and saved
+    parts = finetune.fit(root, **common, training=training | dict(accumulate=2))
+    assert parts != whole and parts.spec["config"]["training"]["accumulate"] == 2
+    model = open_lm(lm)[0]
+    for a, b in zip(*(jax.tree.leaves(methods.load(made, model)) for made in (whole, parts))):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_bad_settings_are_refused(small):
     root, lm, data = small
     with pytest.raises(InputError, match="matches no record"):
         finetune.fit(root, lm=lm, data=data, where={"label": 9})
-    with pytest.raises(InputError, match="did you mean 'rank'"):
-        finetune.fit(root, lm=lm, data=data, ranks=3)
+    with pytest.raises(InputError, match="finetune has no setting 'adaptor'; did you mean 'adapter'"):
+        finetune.fit(root, lm=lm, data=data, adaptor=dict(rank=3))
+    with pytest.raises(InputError, match="adapter of finetune has no setting 'ranks'; did you mean 'rank'"):
+        finetune.fit(root, lm=lm, data=data, adapter=dict(ranks=3))
+    with pytest.raises(InputError, match="training of finetune is 5, expected a dictionary of settings"):
+        finetune.fit(root, lm=lm, data=data, training=5)
     with pytest.raises(InputError, match="steps is 0"):
-        finetune.fit(root, lm=lm, data=data, steps=0)
+        finetune.fit(root, lm=lm, data=data, training=dict(steps=0))

@@ -8,6 +8,7 @@ from laws import worlds
 from scipy.optimize import brentq
 
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer, schedule
 from ctg_jax.methods import gdc
 from ctg_jax.types import InputError
 
@@ -52,7 +53,7 @@ def test_it_reaches_the_target(moment):
     lam, wanted = exact(moment)
     assert worlds.divergence(wanted, BASE) > 0.2  # where it starts
     rounds, updates, n = 30, 10, 2048
-    tx = train.optimizer(train.schedule(1e-2, "linear", steps=rounds * updates), trained="changes/.*")
+    tx = optimizer(schedule(1e-2, "linear", steps=rounds * updates), trained="changes/.*")
     learner = train.init_state(gdc.init(LM, jax.random.key(0), kind="full"), tx, jax.random.key(1))
     step = jax.jit(train.make_step(gdc.loss(LM), tx))
     proposal, draw, moved = BASE, np.random.default_rng(3), 0

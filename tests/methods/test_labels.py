@@ -103,9 +103,11 @@ def test_lm_steer_and_classes(counted):
 def test_training_on_records_of_which_some_have_no_label(small, method, counted):
     root, lm, _ = small
     data, clean = (stage(root, records, {"rows": r}) for r in (rows(), rows(0)))
-    settings = dict(batch=4, tokens=12)
-    prompts = dict(steps=2, kind="prompt", choices=2, length=2)
-    settings |= {ctrl: dict(steps=2, rank=2), finetune: prompts, cav: {}}[method]
+    sizes = dict(batch=4, tokens=12)
+    training = dict(sizes, steps=2)
+    prompts = dict(adapter=dict(kind="prompt"), choices=2, length=2, training=training)
+    codes = dict(adapter=dict(rank=2), training=training)
+    settings = {ctrl: codes, finetune: prompts, cav: sizes}[method]
     found = method.fit(root, lm=lm, data=data, **settings).load()
     counted(4, 16)
     jax.tree.map(np.testing.assert_array_equal, found, method.fit(root, lm=lm, data=clean, **settings).load())
@@ -118,16 +120,16 @@ def test_training_on_records_of_which_some_have_no_label(small, method, counted)
 def test_classifiers_of_diffusion_models(small, counted):
     root, lm, _ = small
     data = stage(root, records, {"rows": rows()})
-    shape = dict(width=8, depth=1, heads=2, length=8, steps=1, batch=2)
+    shape = dict(width=8, depth=1, heads=2, length=8, training=dict(steps=1, batch=2))
     network = stage(root, mdlm.mdlm, shape, lm=lm, data=data)
-    found = stage(root, mdlm.classifier, dict(steps=1, batch=2), lm=lm, data=data, network=network)
+    found = stage(root, mdlm.classifier, dict(training=dict(steps=1, batch=2)), lm=lm, data=data, network=network)
     counted(4, 16)
     assert found.spec["init"]["classes"] == 2
     none = stage(root, records, {"rows": [{"text": "a day", "label": -1}] * 3})
-    found = stage(root, mdlm.classifier, dict(steps=1, batch=2), lm=lm, data=none, network=network)
+    found = stage(root, mdlm.classifier, dict(training=dict(steps=1, batch=2)), lm=lm, data=none, network=network)
     assert found.spec["init"]["classes"] == 0
     words = stage(root, diffusion_lm.diffusion_lm, {**shape, "dim": 4}, lm=lm, data=data)
-    hp = dict(fields={"label": 2}, reader_width=8, reader_depth=1, steps=1, batch=2)
+    hp = dict(fields={"label": 2}, reader_width=8, reader_depth=1, training=dict(steps=1, batch=2))
     stage(root, diffusion_lm.classifier, hp, lm=lm, data=data, network=words)
     counted(4, 16)
 

@@ -10,8 +10,10 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.control import Chain
-from ctg_jax.controls import bricks
+from ctg_jax.controls.codes import coded
+from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.decode import loop
+from ctg_jax.learn.vector_search import Search
 from ctg_jax.methods import dexperts, finetune, latent_steer
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
@@ -26,9 +28,9 @@ SITES = ["embeddings", f"attention:{LM.depth}", "final", "blocks", "memory"]
 
 def learn(site, sentences=SENTENCES, *, hp=None, devices=1, **options):
     control = latent_steer.init(LM, jax.random.key(3), site=site, **(hp or {}))
-    z0 = latent_steer.starts(jax.random.key(1), np.arange(len(sentences)), control.z.shape[-1], "normal")
-    options = dict(updates=3, batch=4, devices=jax.devices()[:devices]) | options
-    return control, latent_steer.search(LM, PARAMS, control, sentences, z0, **options)
+    z0 = Search("normal").starts(jax.random.key(1), np.arange(len(sentences)), control.z.shape[-1])
+    how = Search(**dict(updates=3, batch=4) | options)
+    return control, latent_steer.find(LM, PARAMS, control, sentences, z0, how, devices=jax.devices()[:devices])
 
 
 def prompts(sentences, rows, length=None):
@@ -78,8 +80,8 @@ def test_time_steps_differ_as_they_should():
 
 def before(kind):
     if kind == "soft":
-        return bricks.SoftPrompt(jax.random.normal(jax.random.key(1), (3, LM.width)))
-    return bricks.coded(jax.random.key(1), finetune.example(LM, jax.random.key(2)), LM.width, 2)
+        return SoftPrompt(jax.random.normal(jax.random.key(1), (3, LM.width)))
+    return coded(jax.random.key(1), finetune.example(LM, jax.random.key(2)), LM.width, 2)
 
 
 @pytest.mark.parametrize("kind", ["soft", "coded"])
@@ -133,9 +135,9 @@ def test_greedy_decoding_says_what_was_recovered():
 def test_a_row_does_not_know_its_neighbours_or_its_device():
     _, whole = learn("attention:1", updates=8)
     _, split = learn("attention:1", updates=8, devices=8)
-    z0 = latent_steer.starts(jax.random.key(1), np.arange(4), LM.width, "normal")
+    z0 = Search("normal").starts(jax.random.key(1), np.arange(4), LM.width)
     control = latent_steer.init(LM, jax.random.key(3), site="attention:1")
-    one = latent_steer.search(LM, PARAMS, control, SENTENCES[2:3], z0[2:3], updates=8, devices=jax.devices()[:1])
+    one = latent_steer.find(LM, PARAMS, control, SENTENCES[2:3], z0[2:3], Search(updates=8), devices=jax.devices()[:1])
     for name in whole:
         np.testing.assert_allclose(whole[name], split[name], rtol=1e-4, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(whole[name][2:3], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -173,7 +175,7 @@ def test_the_blocks_above_a_site_are_a_model_of_their_own():
 
 def test_fit_end_to_end(small, tmp_path):
     _, lm, data = small
-    config = dict(updates=4, batch=4, dim=7, steps="all", tokens=20)
+    config = dict(dim=7, steps="all", tokens=20, search=dict(updates=4, batch=4))
     found = latent_steer.fit(tmp_path, lm=lm, data=data, **config)
     model = open_lm(lm)[0]
     control = methods.load(found, model)
@@ -194,11 +196,11 @@ def test_long_sentences_are_left_out_or_refused(small, tmp_path):
         file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         return stage(tmp_path, sources.load_data, dict(source=f"jsonl:{file}", split="all"))
 
-    found = latent_steer.fit(tmp_path, lm=lm, data=data("nice fun", "so " * 30), updates=1, tokens=12)
+    found = latent_steer.fit(tmp_path, lm=lm, data=data("nice fun", "so " * 30), tokens=12, search=dict(updates=1))
     first, second = found.metrics()
     assert "loss" in first and second["left_out"]
     with pytest.raises(InputError, match=r"sentence 2 .* has \d+ tokens, but the model's context is 64"):
-        latent_steer.fit(tmp_path, lm=lm, data=data("nice", "so " * 100), updates=1)
+        latent_steer.fit(tmp_path, lm=lm, data=data("nice", "so " * 100), search=dict(updates=1))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from ctg_jax import methods
 from ctg_jax.control import Chain
 from ctg_jax.decode import loop
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import dexperts, lm_steer, steer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import open_lm
@@ -96,7 +97,7 @@ def batch_of(rows, values):
 
 def test_both_signs_are_learned_together():
     control = lm_steer.init(LM, jax.random.key(0), rank=8, fixed=8, cond="value")
-    tx = train.optimizer(1e-1, trained="p1|p2")
+    tx = optimizer(1e-1, trained="p1|p2")
     step = jax.jit(train.make_step(lm_steer.loss(LM), tx))
     state, frozen = train.init_state(control, tx, jax.random.key(1)), {"params": PARAMS}
     good, bad = [1, 2, 3, 4, 5], [1, 6, 7, 8, 9]
@@ -241,7 +242,7 @@ def test_each_row_has_its_strengths_in_a_chain_with_others():
 
 def test_fit_goes_on_where_it_was_cut_short(small, monkeypatch, tmp_path):
     _, lm, data = small
-    settings = dict(rank=4, steps=4, batch=4, tokens=16, save_every=2, cond="sign")
+    settings = dict(rank=4, cond="sign", training=dict(steps=4, batch=4, tokens=16, save_every=2))
     whole = lm_steer.fit(tmp_path / "a", lm=lm, data=data, **settings)
     model, params, _ = open_lm(lm)
     control = methods.load(whole, model)
@@ -266,7 +267,7 @@ def test_fit_goes_on_where_it_was_cut_short(small, monkeypatch, tmp_path):
 
 def test_the_dummy_may_be_kept(small):
     root, lm, data = small
-    fitted = lm_steer.fit(root, lm=lm, data=data, dummy="keep", rank=4, steps=1, batch=4, tokens=16)
+    fitted = lm_steer.fit(root, lm=lm, data=data, dummy="keep", rank=4, training=dict(steps=1, batch=4, tokens=16))
     control = methods.load(fitted, open_lm(lm)[0])
     assert control.p1.shape == (16, 8) and control.fixed == 4
 

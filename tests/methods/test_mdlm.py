@@ -21,7 +21,7 @@ LM = worlds.tiny(vocab=7)
 SHAPE = dict(width=16, depth=1, heads=2, length=12, eos=0)
 ROWS = [[1, 2, 3], [4], [5, 6], [1, 1, 1, 1]]
 SAMPLING = Sampling(max_new=6, eos=(0,), pad=0)
-FIT = dict(width=16, depth=1, heads=2, length=16, steps=4, batch=4, draws=2, warmup=1, save_every=2)
+FIT = dict(width=16, depth=1, heads=2, length=16, draws=2, training=dict(steps=4, batch=4, warmup=1, save_every=2))
 
 
 def lively(seed=1, **more):
@@ -122,7 +122,7 @@ def test_completions_end_at_the_first_end_token():
 def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, monkeypatch, tmp_path):
     _, lm, data = small
     texts = dict(source=str(data.spec["config"]["source"]), split="all")
-    more = dict(heldout=texts, guide=dict(steps=4, batch=4, save_every=2, rate=0.1))
+    more = dict(heldout=texts, guide=dict(training=dict(steps=4, batch=4, save_every=2, rate=0.1)))
     whole = mdlm.fit(tmp_path / "a", lm=lm, data=data, **FIT, **more)
 
     def killed(*a, **k):
@@ -187,6 +187,6 @@ def test_bad_input(small, tmp_path):
         strategies.run(LM, {}, prompts, methods.with_strength(control, 1.0), SAMPLING)
     with pytest.raises(InputError, match="control has 7 tokens and the model 11"):
         strategies.run(worlds.tiny(), {}, prompts, control, SAMPLING)
-    network = stage.stage(tmp_path, mdlm.mdlm, FIT | dict(steps=1), lm=lm, data=data)
+    network = stage.stage(tmp_path, mdlm.mdlm, FIT | dict(training=dict(FIT["training"], steps=1)), lm=lm, data=data)
     with pytest.raises(InputError, match="expected two or more of 0 to"):
         stage.stage(tmp_path, mdlm.classifier, dict(classes=1), lm=lm, data=data, network=network)

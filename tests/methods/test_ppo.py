@@ -7,6 +7,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax.learn import train
+from ctg_jax.learn.optimizer import optimizer, schedule
 from ctg_jax.methods import ppo
 from ctg_jax.types import InputError
 
@@ -24,7 +25,7 @@ def test_it_reaches_the_tilted_base():
     wanted /= wanted.sum()
     state = {"policy": ppo.init(LM, jax.random.key(0), kind="full"), "value": ppo.head(LM.width)}
     rounds, updates = 60, 6
-    tx = train.optimizer(train.schedule(1e-2, "linear", steps=rounds * updates), trained=r"policy/changes/.*|value/.*")
+    tx = optimizer(schedule(1e-2, "linear", steps=rounds * updates), trained=r"policy/changes/.*|value/.*")
     learner = train.init_state(state, tx, jax.random.key(1))
     step = jax.jit(train.make_step(ppo.loss(LM), tx))
     draw = np.random.default_rng(3)
@@ -69,7 +70,7 @@ def test_the_objective_by_hand():
     frozen = {"params": params, "old": old, "beta": jnp.float32(1.0)}
     for reward, gain in ((2.0, 1.2 * 2.0), (-2.0, 1.5 * -2.0)):
         batch = worlds.written([0], np.array([[0]]), reward=jnp.array([reward]))
-        out = ppo.loss(lm, value=0.5)(now, frozen, batch, keys)
+        out = ppo.loss(lm, ppo.Objective(value=0.5))(now, frozen, batch, keys)
         assert float(out.total) == pytest.approx(-gain + 0.5 * 0.5 * (0.25 - reward) ** 2, rel=1e-6)
         assert float(out.metrics["clipped"][0]) == 1
 

@@ -39,7 +39,11 @@ def test_every_token_reaches_its_quantile():
     parts = [worlds.written(PROMPT, EVERY[draws[i]], bin=bins[i]) for i in np.array_split(order, 16)]
     control = quark.init(LM, jax.random.key(0), tokens=K, kind="full")
     control, _ = worlds.trained(
-        quark.loss(LM, kl=0.0, entropy=0.0), control, {"params": PARAMS}, parts * 25, trained=r"delta/changes/.*|codes"
+        quark.loss(LM, quark.Objective(kl=0.0, entropy=0.0)),
+        control,
+        {"params": PARAMS},
+        parts * 25,
+        trained=r"delta/changes/.*|codes",
     )
     for k, wanted in enumerate(slices(base)):
         at = methods.with_strength(control, k / (K - 1))
@@ -60,7 +64,7 @@ def test_the_loss_by_hand():
     keys = jax.random.split(jax.random.key(0), 1)
 
     def total(**hp):
-        out = quark.loss(lm, **hp)(control, {"params": params}, batch, keys)
+        out = quark.loss(lm, quark.Objective(**hp))(control, {"params": params}, batch, keys)
         return float(out.total / out.weight)
 
     cross, entropy = np.log(2), np.log(2)
@@ -89,7 +93,7 @@ def test_unlikelihood_by_hand():
     """Tokens 2 3 2 | 3: the candidates for the last are 2 (once) and not 3, the target: -log(1 - p(2))."""
     tokens, mask = jnp.array([[2, 3, 2, 3]]), jnp.ones((1, 4), bool)
     z = jnp.log(jnp.array([[[0.1, 0.2, 0.4, 0.3]]]))
-    value = losses.unlikelihood(z, tokens, losses.said_before(tokens, mask, 1))
+    value = losses.unlikelihood(z, tokens, losses.earlier_tokens(tokens, mask, 1))
     assert float(value[0, 0]) == pytest.approx(-np.log(0.6), rel=1e-6)
 
 
@@ -101,7 +105,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="reward 1 is nan"):
         calibrate.bins([1.0, np.nan, 3.0], 2)
     with pytest.raises(InputError, match="direction is 'both', expected one of"):
-        quark.loss(LM, direction="both")
+        quark.loss(LM, quark.Objective(direction="both"))
     with pytest.raises(InputError, match="1 control codes"):
         quark.init(LM, jax.random.key(0), tokens=1)
     with pytest.raises(InputError, match="kind is 'prompt'"):

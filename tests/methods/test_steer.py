@@ -9,6 +9,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.control import IDENTITY
 from ctg_jax.decode import loop
+from ctg_jax.learn import activations
 from ctg_jax.methods import steer
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError, Sampling
@@ -30,13 +31,13 @@ def table():
 def test_difference_of_means_by_hand(table):
     """In the bigram world a state is the one-hot of its token, at every site. Text 0 1 has label 1, text 2 label 0."""
     tokens, mask = jnp.array([[0, 1], [2, 0]]), jnp.array([[True, True], [True, False]])
-    m = steer.moments(WORLD, table, tokens, mask, jnp.array([1, 0]), jnp.ones(2), classes=2)
+    m = activations.moments(WORLD, table, tokens, mask, jnp.array([1, 0]), jnp.ones(2), classes=2)
     np.testing.assert_allclose(m.total[1, 0], [0.5, 0.5, 0.0])
     np.testing.assert_allclose(m.total[0, 0], [0.0, 0.0, 1.0])
     np.testing.assert_allclose(m.norm, [1 + 0.5**0.5] * 3, rtol=1e-6)
     found = steer.difference_of_means(m, 1, (0,))
     np.testing.assert_allclose(found, [[0.5, 0.5, -1.0]] * 3)
-    last = steer.moments(WORLD, table, tokens, mask, jnp.array([1, 0]), jnp.ones(2), classes=2, how="last")
+    last = activations.moments(WORLD, table, tokens, mask, jnp.array([1, 0]), jnp.ones(2), classes=2, how="last")
     np.testing.assert_allclose(steer.difference_of_means(last, 1, (0,)), [[0.0, 1.0, -1.0]] * 3)
 
 
@@ -44,7 +45,7 @@ def test_sums_do_not_depend_on_the_split_or_on_padding():
     tokens = jax.random.randint(jax.random.key(0), (6, 5), 0, LM.vocab)
     mask = jnp.arange(5)[None, :] < jnp.array([5, 3, 4, 1, 2, 5])[:, None]
     label, weight = jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([1.0, 1, 1, 1, 1, 0])
-    read = jax.jit(lambda *x: steer.moments(LM, PARAMS, *x, classes=2))
+    read = jax.jit(lambda *x: activations.moments(LM, PARAMS, *x, classes=2))
     whole = read(tokens, mask, label, weight)
     parts = [read(*(x[i : i + 2] for x in (tokens, mask, label, weight))) for i in (0, 2, 4)]
     summed = parts[0] + parts[1] + parts[2]
@@ -58,7 +59,7 @@ def test_pairs_by_hand():
     """Differences (2, 0) and (1, 1): mean (1.5, .5); second moments [[5, 1], [1, 1]], of which the first eigenvector is
     (2 + sqrt 5, 1) up to its length."""
     d = vector([2, 0], [1, 1])
-    p = steer.Pairs(np.float32(2), d.sum(0)[None], np.einsum("bd,be->de", d, d)[None], np.ones(1, np.float32))
+    p = activations.Pairs(np.float32(2), d.sum(0)[None], np.einsum("bd,be->de", d, d)[None], np.ones(1, np.float32))
     np.testing.assert_allclose(steer.mean_difference(p), [[1.5, 0.5]])
     first = np.array([2 + 5**0.5, 1])
     first /= np.linalg.norm(first)
@@ -68,7 +69,7 @@ def test_pairs_by_hand():
 def test_pair_moments_are_those_of_the_states(table):
     yes, no = jnp.array([[0], [1]]), jnp.array([[2], [2]])
     ones = jnp.ones((2, 1), bool)
-    p = steer.pair_moments(WORLD, table, (yes, ones), (no, ones), jnp.array([1.0, 0.0]))
+    p = activations.pair_moments(WORLD, table, (yes, ones), (no, ones), jnp.array([1.0, 0.0]))
     assert float(p.count) == 1
     np.testing.assert_allclose(p.total[1], [1.0, 0.0, -1.0])
     np.testing.assert_allclose(p.square[1], np.outer([1, 0, -1], [1, 0, -1]))
@@ -85,11 +86,11 @@ def test_normalisation():
 
 
 def test_gates():
-    assert steer.gates(3, "all").tolist() == [0, 1, 1, 1, 0]
-    assert steer.gates(3, [0, -1]).tolist() == [1, 0, 0, 0, 1]
-    assert steer.gates(12, "middle").tolist().index(1.0) == 7
+    assert activations.gates(3, "all").tolist() == [0, 1, 1, 1, 0]
+    assert activations.gates(3, [0, -1]).tolist() == [1, 0, 0, 0, 1]
+    assert activations.gates(12, "middle").tolist().index(1.0) == 7
     with pytest.raises(InputError, match="sites holds 9"):
-        steer.gates(3, [9])
+        activations.gates(3, [9])
 
 
 def test_scale_zero_is_the_base_to_the_bit():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax.methods import truncate
+from ctg_jax.controls import constraints, truncate
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Prompts
@@ -19,7 +19,7 @@ def kept(control, q=Q, tokens=((0,),), state=None):
     mask = jnp.ones(tokens.shape, bool)
     prompts = Prompts(tokens, mask, jax.random.split(jax.random.key(0), tokens.shape[0]))
     state = control.init(prompts, tokens.shape[1] + 4) if state is None else state
-    z, _ = control.logits(z, tokens, mask, state)
+    z, _ = control.logits(z, None, tokens, mask, state)
     return (~np.asarray(removed(z[0, 0]))).tolist()
 
 
@@ -38,10 +38,10 @@ def kept(control, q=Q, tokens=((0,),), state=None):
         (truncate.Typical(0.3), [0, 1, 0, 0]),
         (truncate.Typical(0.45), [0, 1, 1, 0]),
         (truncate.Typical(0.6), [1, 1, 1, 0]),
-        (truncate.Ban(np.array([1, 0, 0, 1], bool)), [0, 1, 1, 0]),
-        (truncate.Force(np.array([2, -1])), [0, 0, 1, 0]),
-        (truncate.MinLength(np.array([0, 0, 0, 1], bool), 1), [1, 1, 1, 0]),
-        (truncate.MinLength(np.array([0, 0, 0, 1], bool), 0), [1, 1, 1, 1]),
+        (constraints.Ban(np.array([1, 0, 0, 1], bool)), [0, 1, 1, 0]),
+        (constraints.Force(np.array([2, -1])), [0, 0, 1, 0]),
+        (constraints.MinLength(np.array([0, 0, 0, 1], bool), 1), [1, 1, 1, 0]),
+        (constraints.MinLength(np.array([0, 0, 0, 1], bool), 0), [1, 1, 1, 1]),
     ],
 )
 def test_hand_numbers(control, expected):
@@ -62,7 +62,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     control = truncate.RepetitionPenalty(2.0, vocab=4)
     z = jnp.array([[[2.0, -2.0, 4.0, -4.0]]])
     tokens, mask = jnp.array([[0, 1, 2]]), jnp.array([[True, True, False]])
-    out, seen = control.logits(z, tokens, mask, jnp.zeros((1, 4), bool))
+    out, seen = control.logits(z, None, tokens, mask, jnp.zeros((1, 4), bool))
     assert out[0, 0].tolist() == [1.0, -4.0, 4.0, -4.0]
     assert seen[0].tolist() == [True, True, False, False]
 
@@ -72,19 +72,19 @@ def test_many_positions_at_once_equal_one_at_a_time(name):
     made = {
         "RepetitionPenalty": truncate.RepetitionPenalty(1.7, vocab=5),
         "NoRepeatNgram": truncate.NoRepeatNgram(2),
-        "Force": truncate.Force(np.array([-1, 3, -1, 1])),
-        "MinLength": truncate.MinLength(np.array([0, 0, 0, 0, 1], bool), 2),
+        "Force": constraints.Force(np.array([-1, 3, -1, 1])),
+        "MinLength": constraints.MinLength(np.array([0, 0, 0, 0, 1], bool), 2),
     }[name]
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 5, (3, 8)), jnp.int32)
     mask = jnp.arange(8)[None] >= jnp.array([0, 2, 1])[:, None]
     z = jnp.asarray(rng.normal(size=(3, 5, 5)), jnp.float32)
     prompts = Prompts(tokens[:, :4], mask[:, :4], jax.random.split(jax.random.key(0), 3))
-    whole, _ = made.logits(z, tokens, mask, made.init(prompts, 9))
+    whole, _ = made.logits(z, None, tokens, mask, made.init(prompts, 9))
     state, one = made.init(prompts, 9), []
     for i in range(5):
         new = slice(0, 4) if i == 0 else slice(3 + i, 4 + i)
-        out, state = made.logits(z[:, i : i + 1], tokens[:, new], mask[:, new], state)
+        out, state = made.logits(z[:, i : i + 1], None, tokens[:, new], mask[:, new], state)
         one.append(out)
     np.testing.assert_array_equal(whole, jnp.concatenate(one, axis=1))
 
@@ -93,7 +93,7 @@ def test_nucleus_is_exact_on_a_large_flat_vocabulary():
     q = jax.nn.softmax(
         jax.random.normal(jax.random.key(0), (4, 1, 50257)) * jnp.array([0.01, 0.5, 2, 8])[:, None, None]
     )
-    keep = ~np.asarray(removed(truncate.TopP(0.9).logits(jnp.log(q), None, None, None)[0]))
+    keep = ~np.asarray(removed(truncate.TopP(0.9).logits(jnp.log(q), None, None, None, None)[0]))
     for row, k in zip(np.asarray(jax.nn.softmax(jnp.log(q)), np.float64)[:, 0], keep[:, 0]):
         order = np.sort(row)[::-1]
         need = np.searchsorted(np.cumsum(order), 0.9) + 1
@@ -103,19 +103,19 @@ def test_nucleus_is_exact_on_a_large_flat_vocabulary():
 
 def test_strength_may_differ_by_row_and_be_swept():
     z = jnp.broadcast_to(jnp.log(jnp.asarray(Q))[None, None], (2, 1, 4))
-    out, _ = truncate.TopP(jnp.array([0.3, 0.65])).logits(z, None, None, None)
+    out, _ = truncate.TopP(jnp.array([0.3, 0.65])).logits(z, None, None, None, None)
     assert (~np.asarray(removed(out[:, 0]))).tolist() == [[True, False, False, False], [True, True, False, False]]
-    sweep = jax.vmap(lambda t: truncate.Temperature(t).logits(z, None, None, None)[0])(jnp.array([1.0, 2.0]))
+    sweep = jax.vmap(lambda t: truncate.Temperature(t).logits(z, None, None, None, None)[0])(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(sweep[1], z / 2)
 
 
 def test_bad_options_are_one_sentence():
     lm = Transformer.gpt2(vocab=4, width=4, depth=1, heads=1, context=8)
     with pytest.raises(InputError, match=r"top_p is 1.5"):
-        truncate.init(lm, top_p=1.5)
+        truncate.rules(lm, top_p=1.5)
     with pytest.raises(InputError, match="temperature is nan"):
-        truncate.init(lm, temperature=float("nan"))
+        truncate.rules(lm, temperature=float("nan"))
     with pytest.raises(InputError, match="min_length needs eos"):
-        truncate.init(lm, min_length=3)
-    chain = truncate.init(lm, top_p=0.9, repetition_penalty=1.2, temperature=0.7)
+        truncate.rules(lm, min_length=3)
+    chain = truncate.rules(lm, top_p=0.9, repetition_penalty=1.2, temperature=0.7)
     assert [type(c).__name__ for c in chain.parts] == ["RepetitionPenalty", "Temperature", "TopP"]

@@ -1,4 +1,4 @@
-"""`truncate.init` against the processors that `transformers` makes of the same options, for all pairs of options.
+"""`truncate.rules` against the processors that `transformers` makes of the same options, for all pairs of options.
 
 Both are compared as distributions. Ties differ by design: where tokens have equal logits, top-p keeps all or none of
 them here, and `transformers` those that its sort put first (top-k, min-p and typical keep ties in both). So the rows
@@ -14,7 +14,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax.control import edit_logits
-from ctg_jax.methods import truncate
+from ctg_jax.controls import truncate
 from ctg_jax.support import removed
 from ctg_jax.types import Prompts
 
@@ -55,10 +55,10 @@ def theirs(model, options, z, read):
 def ours(options, z, read):
     if "min_length" in options:
         options = options | {"eos": (EOS,)}
-    control = truncate.init(LM, **options)
+    control = truncate.rules(LM, **options)
     tokens, mask = jnp.asarray(read, jnp.int32), jnp.ones(read.shape, bool)
     prompts = Prompts(tokens, mask, jax.random.split(jax.random.key(0), len(read)))
-    found, _ = edit_logits(control, jnp.asarray(z)[:, None], tokens, mask, control.init(prompts, 16))
+    found, _ = edit_logits(control, jnp.asarray(z)[:, None], None, tokens, mask, control.init(prompts, 16))
     return np.asarray(jax.nn.softmax(found[:, 0], axis=-1))
 
 
@@ -91,7 +91,7 @@ def test_tied_tokens_are_kept_together_where_transformers_keeps_some(model):
 
 
 def test_what_an_option_removes_is_removed_and_not_only_unlikely():
-    control = truncate.init(LM, banned=(3,), top_k=2)
+    control = truncate.rules(LM, banned=(3,), top_k=2)
     z = jnp.arange(V, dtype=jnp.float32)[None, None]
-    found, _ = edit_logits(control, z, None, None, control.init(None, 16))
+    found, _ = edit_logits(control, z, None, None, None, control.init(None, 16))
     assert np.flatnonzero(~np.asarray(removed(found[0, 0]))).tolist() == [10, 11]

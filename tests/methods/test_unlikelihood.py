@@ -10,6 +10,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.learn import losses
 from ctg_jax.methods import unlikelihood
+from ctg_jax.methods.weights.unlikelihood import Objective
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
@@ -73,7 +74,7 @@ def test_the_gradient_by_hand(term):
     control = unlikelihood.init(BIGRAM, jax.random.key(0), kind="full")
     keys = jax.random.split(jax.random.key(0), 2)
     others = dict.fromkeys(("likelihood", "token", "sequence", "policy"), 0.0)
-    objective = unlikelihood.loss(BIGRAM, **others | {term: 0.7}, ngram=2)
+    objective = unlikelihood.loss(BIGRAM, Objective(**others | {term: 0.7}, ngram=2))
 
     def mean(control):
         out = objective(control, {"params": worlds.table(TABLE)}, batch(), keys)
@@ -97,7 +98,9 @@ def test_a_mix_is_the_weighted_sum():
     control = unlikelihood.init(BIGRAM, jax.random.key(0), kind="full")
     weights = dict(likelihood=0.5, token=0.3, sequence=0.2, policy=0.4)
     keys = jax.random.split(jax.random.key(0), 2)
-    out = unlikelihood.loss(BIGRAM, **weights, ngram=2)(control, {"params": worlds.table(TABLE)}, batch(), keys)
+    out = unlikelihood.loss(BIGRAM, Objective(**weights, ngram=2))(
+        control, {"params": worlds.table(TABLE)}, batch(), keys
+    )
     wanted = sum(w * by_hand(term, i)[0] for term, w in weights.items() for i in range(2))
     assert float(out.total) == pytest.approx(wanted, rel=1e-5) and float(out.weight) == 2
     for term in weights:
@@ -117,7 +120,7 @@ def test_sequence_level_training_ends_a_loop():
     """A bigram model that says 1 after 1: trained on its own loops, the probability of going on falls below a third."""
     table = np.array([[0.1, 0.8, 0.1], [0.05, 0.9, 0.05], [0.3, 0.4, 0.3]])
     rows = worlds.written([0], np.ones((4, 8), np.int32))
-    objective = unlikelihood.loss(BIGRAM, likelihood=0.0, token=0.0, sequence=1.0, ngram=2)
+    objective = unlikelihood.loss(BIGRAM, Objective(likelihood=0.0, token=0.0, sequence=1.0, ngram=2))
     control = unlikelihood.init(BIGRAM, jax.random.key(0), kind="full")
     control, _ = worlds.trained(
         objective, control, {"params": worlds.table(table)}, [rows] * 60, rate=0.1, trained="changes/.*"
@@ -149,7 +152,14 @@ def test_fit_leaves_a_control_that_loads(small, texts, weights):
     root, lm, _ = small
     explore = dict(n=2, max_new=5, batch=8)
     artifact = unlikelihood.fit(
-        root, lm=lm, data=texts, rounds=2, explore=explore, steps=2, batch=4, rank=2, ngram=2, **weights
+        root,
+        lm=lm,
+        data=texts,
+        rounds=2,
+        explore=explore,
+        training=dict(steps=2, batch=4),
+        adapter=dict(rank=2),
+        objective=dict(ngram=2, **weights),
     )
     assert len(artifact.spec["inputs"]["pool"]) == ("policy" in weights)
     control = methods.load(artifact, open_lm(lm)[0])
@@ -159,11 +169,11 @@ def test_fit_leaves_a_control_that_loads(small, texts, weights):
 def test_bad_input(small):
     root, lm, data = small
     with pytest.raises(InputError, match="expected none below 0 and at least one above it"):
-        unlikelihood.loss(BIGRAM, likelihood=0.0, token=0.0)
+        unlikelihood.loss(BIGRAM, Objective(likelihood=0.0, token=0.0))
     with pytest.raises(InputError, match="expected none below 0 and at least one above it"):
-        unlikelihood.loss(BIGRAM, token=-1.0)
+        unlikelihood.loss(BIGRAM, Objective(token=-1.0))
     with pytest.raises(InputError, match="ngram is 0"):
-        unlikelihood.loss(BIGRAM, ngram=0)
+        unlikelihood.loss(BIGRAM, Objective(ngram=0))
     with pytest.raises(InputError, match="record 0 of the data has no text behind its prompt"):
         unlikelihood.fit(root, lm=lm, data=data)
     with pytest.raises(InputError, match="rounds is 0"):

@@ -21,11 +21,13 @@ from flax import struct
 
 from ctg_jax import rng
 from ctg_jax.control import Control
-from ctg_jax.controls import bricks
-from ctg_jax.controls.bricks import Delta
+from ctg_jax.controls.conditions import condition
+from ctg_jax.controls.delta import Delta
+from ctg_jax.controls.vectors import joined
 from ctg_jax.data.completions import completions
-from ctg_jax.learn import embeddings, experience, latent_diffusion, losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import embeddings, fitting, latent_diffusion, losses
+from ctg_jax.learn.fitting import Training
+from ctg_jax.learn.pool import logits
 from ctg_jax.models import diffusion, samplers
 from ctg_jax.models.denoiser import LatentNet, Trunk
 from ctg_jax.models.diffusion import Schedule
@@ -76,14 +78,14 @@ class Said(Control):
         return params if self.delta is None else self.delta.weights(params)
 
     def init(self, prompts, length):
-        latent, gamma = bricks.condition(prompts, "latent"), bricks.condition(prompts, "gamma")
+        latent, gamma = condition(prompts, "latent"), condition(prompts, "gamma")
         return self.speak(latent, gamma, rng.named(prompts.keys, "said"))
 
     def added(self):
         return self.net.prompt
 
     def prompt(self, x, mask, state):
-        return bricks.joined(x, mask, state, after=True)
+        return joined(x, mask, state, after=True)
 
     def speak(self, latent: jax.Array, gamma: jax.Array, keys: jax.Array) -> jax.Array:
         """Soft tokens float32 [B, P, D] of latents [B, Z] that are noised to γ [B] first."""
@@ -141,7 +143,7 @@ class Proposal(Control):
         keys = rng.named(prompts.keys, "latent")
         estimate = self._clean(None)
         if self.reads is not None:
-            context = bricks.condition(prompts, self.reads)
+            context = condition(prompts, self.reads)
             if context.shape[1] != self.net.context:
                 raise InputError(
                     f"prompts.cond[{self.reads!r}] has width {context.shape[1]}, but the denoiser reads embeddings of "
@@ -151,7 +153,7 @@ class Proposal(Control):
         if self.probes.shape[0]:
             weights = jnp.broadcast_to(self.weights_of[None], (keys.shape[0], self.probes.shape[0]))
             if self.cond is not None:
-                weights = weights * bricks.condition(prompts, self.cond)
+                weights = weights * condition(prompts, self.cond)
             energy = samplers.averaged(
                 lambda x, gamma: self.energy(x, weights), rng.named(keys, "average"), self.draw.average, _deviation
             )
@@ -231,7 +233,7 @@ def said(
     language model."""
     trunk = Trunk(width=width, depth=depth, heads=heads, positions=tokens + length)
     net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, tokens=tokens, spread=spread)
-    delta = None if kind == "frozen" else finetune.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
+    delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
     return Said(net.init(rng.stream(key, "prompter")), delta, net)
 
 
@@ -293,41 +295,35 @@ def fit(
     return stage(root, propose, {"weights": wanted, **hp}, lm=lm, latents=latents, **parts)
 
 
-@stage_function("dglm.prompter", how=("save_every",))
+@stage_function("dglm.prompter")
 def speak(
     run: Run,
     *,
     lm: Artifact,
     latents: Artifact,
     net: Mapping[str, Any] | None = None,
-    steps: int = 2000,
-    batch: int = 32,
     new: int = 32,
     prefix: int = 48,
-    rate: float = 1e-3,
-    warmup: int = 100,
-    schedule: str = "cosine",
+    training: Training = Training(steps=2000, rate=1e-3, warmup=100, schedule="cosine", save_every=200),
     seed: int = 0,
-    save_every: int = 200,
 ) -> None:
     """Stage: trains how latents are said: the next-token loss of each continuation after its prefix and the soft prompt
     of its own latent, noised as `PROMPTER_NOISE` says at a time drawn evenly.
 
     Args:
       net: settings of `said`. new, prefix: tokens of a continuation and of a prefix at most; longer ones are cut, or
-        left out. steps, batch, rate, warmup, schedule: of the optimizer.
+        left out. training: how it is trained. seed: of initial values, batches and noise.
     """
     model, params, tokenizer = open_lm(lm)
     x = embeddings.arrays(latents)[0]
     control = said(model, rng.stream(jax.random.key(seed), "init"), x.shape[1], **(net or {}))
-    options = dict(batch=batch, prompt=prefix, new=new, seed=seed, fields=("latent",))
+    options = dict(batch=training.batch, prompt=prefix, new=new, seed=seed, fields=("latent",))
     batches = completions(embeddings.pieces(latents, tokenizer, prefix), tokenizer, **options)
     mean, deviation = latent_diffusion.moments(x)
     frozen = {"params": params, "mean": mean, "deviation": deviation}
-    control = finetune.learn(
-        run, control, said_loss(model), frozen, batches, trained=r"prompter/.*|delta/changes/.*", steps=steps,
-        rate=rate, warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
-    )  # fmt: skip
+    control = fitting.train(
+        run, control, said_loss(model), frozen, batches, training, trained=r"prompter/.*|delta/changes/.*", seed=seed
+    )
     checkpoint.save(run.path / "state", control)
     run.discard("steps")
     run.record(net=dict(net or {}), latent=int(x.shape[1]))
@@ -340,7 +336,7 @@ def said_loss(lm: LM) -> losses.LossFn:
         t = jax.vmap(lambda key: jax.random.uniform(rng.stream(key, "time")))(keys)
         latent = (batch["latent"] - frozen["mean"][None]) / frozen["deviation"][None]
         cond = {"latent": latent, "gamma": PROMPTER_NOISE.log_snr(t)}
-        z = experience.logits(lm, frozen["params"], batch, keys, params, cond)
+        z = logits(lm, frozen["params"], batch, keys, params, cond)
         ce, weight = losses.masked_sum(losses.next_token(z, batch["completion"]), batch["written"])
         return Sum(ce, weight, {"cross_entropy": (ce, weight)})
 

@@ -32,8 +32,8 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.decode import strategies
-from ctg_jax.learn import losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Training, keep, matching
 from ctg_jax.models import samplers, word_diffusion
 from ctg_jax.models.denoiser import Trunk
 from ctg_jax.models.lm import LM
@@ -296,7 +296,7 @@ def fit(
     return stage.stage(root, aimed, aim or {}, lm=lm, network=control)
 
 
-@stage.stage_function("diffusion_lm", how=("save_every",))
+@stage.stage_function("diffusion_lm")
 def diffusion_lm(
     run: Run,
     *,
@@ -309,40 +309,34 @@ def diffusion_lm(
     heads: int = 4,
     length: int = 48,
     read: float = 1.0,
-    steps: int = 2000,
-    batch: int = 32,
-    rate: float = 1e-3,
-    warmup: int = 50,
-    pace: str = "linear",
-    decay: float = 0.0,
+    training: Training = Training(steps=2000, rate=1e-3, warmup=50, schedule="linear", save_every=200),
     seed: int = 0,
-    save_every: int = 200,
 ) -> None:
     """Stage: the word vectors and the network, trained on the texts of records that match `where`.
 
     Args:
       lm: gives the tokenizer and the size of the vocabulary.
       dim, width, depth, heads, length: see `init`; longer texts are cut. read: see `loss`.
-      steps, batch, rate, warmup, pace, decay: of the optimizer; `pace` is its `train.schedule`.
+      training: how it is trained. seed: of initial values, of the order of texts, and of the noise.
 
     Raises:
       InputError: no record matches, a tokenizer without an end token, and what `init` and training raise.
     """
-    records = finetune.matching(data, where)
+    records = matching(data, where)
     model, _, tokenizer = open_lm(lm)
     if tokenizer.eos is None:
         raise InputError(f"the tokenizer of {lm.path.name} has no end token, with which rows are filled: use another.")
     hp = dict(dim=dim, width=width, depth=depth, heads=heads, length=length, eos=tokenizer.eos)
     control = init(model, rng.stream(jax.random.key(seed), "init"), **hp)
-    batches = pipeline(Source(str(data.path), str(where), records), tokenizer, batch=batch, length=length, seed=seed)
-    params = finetune.learn(
-        run, control.params, loss(control.net, control.eos, read=read), {}, batches, trained=".*", steps=steps,
-        rate=rate, warmup=warmup, schedule=pace, decay=decay, seed=seed, save_every=save_every,
-    )  # fmt: skip
-    finetune.keep(run, control.replace(params=params, tags=jnp.asarray(tag_table(tokenizer))), "diffusion_lm", hp)
+    batches = pipeline(
+        Source(str(data.path), str(where), records), tokenizer, batch=training.batch, length=length, seed=seed
+    )
+    objective = loss(control.net, control.eos, read=read)
+    params = fitting.train(run, control.params, objective, {}, batches, training, seed=seed)
+    keep(run, control.replace(params=params, tags=jnp.asarray(tag_table(tokenizer))), "diffusion_lm", hp)
 
 
-@stage.stage_function("diffusion_lm.classifier", how=("save_every",))
+@stage.stage_function("diffusion_lm.classifier")
 def classifier(
     run: Run,
     *,
@@ -353,22 +347,20 @@ def classifier(
     where: Mapping[str, Any] | None = None,
     reader_width: int = 64,
     reader_depth: int = 2,
-    steps: int = 500,
-    batch: int = 32,
-    rate: float = 1e-3,
+    training: Training = Training(steps=500, rate=1e-3, schedule="linear"),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: the model of `network` with a classifier of its noisy word vectors.
 
     Args:
       fields: fields of the records -> their classes, counted from 0; records without one are left out, with a warning.
-      where, reader_width, reader_depth, steps, batch, rate: as for `diffusion_lm` and `init`.
+      where, reader_width, reader_depth: as for `diffusion_lm` and `init`.
+      training: how the classifier is trained. seed: of its initial values and training.
 
     Raises:
       InputError: a value that is no class, a class without a record, and what `init` and training raise.
     """
-    records = finetune.matching(data, where)
+    records = matching(data, where)
     for name, classes in fields.items():
         records = labelled(records, f"{name} of {data.path}", name, classes)
     for name, classes in fields.items():
@@ -379,12 +371,10 @@ def classifier(
     hp = network.spec["init"] | dict(fields=dict(fields), reader_width=reader_width, reader_depth=reader_depth)
     control = init(model, rng.stream(jax.random.key(seed), "guide"), **hp).replace(params=old.params, tags=old.tags)
     source = Source(str(data.path), str(where), records)
-    batches = pipeline(source, tokenizer, batch=batch, length=old.length, seed=seed, fields=tuple(fields))
-    guide = finetune.learn(
-        run, control.guide, guide_loss(control.reader, control.fields, control.eos), {"raw": old.params["raw"]},
-        batches, trained=".*", steps=steps, rate=rate, seed=seed, save_every=save_every,
-    )  # fmt: skip
-    finetune.keep(run, control.replace(guide=guide), "diffusion_lm", hp)
+    batches = pipeline(source, tokenizer, batch=training.batch, length=old.length, seed=seed, fields=tuple(fields))
+    objective, frozen = guide_loss(control.reader, control.fields, control.eos), {"raw": old.params["raw"]}
+    guide = fitting.train(run, control.guide, objective, frozen, batches, training, seed=seed)
+    keep(run, control.replace(guide=guide), "diffusion_lm", hp)
 
 
 @stage.stage_function("diffusion_lm.aim")
@@ -407,4 +397,4 @@ def aimed(
     how = dict(calls=calls, sampler=sampler, clamp=clamp, updates=updates, rate=rate, coef=coef, floor=floor)
     hp = network.spec["init"] | dict(target=dict(target or {}), **how)
     control, old = init(model, jax.random.key(0), **hp), methods.load(network, model)
-    finetune.keep(run, control.replace(params=old.params, guide=old.guide, tags=old.tags), "diffusion_lm", hp)
+    keep(run, control.replace(params=old.params, guide=old.guide, tags=old.tags), "diffusion_lm", hp)

@@ -26,8 +26,8 @@ from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.decode import loop, strategies
-from ctg_jax.learn import losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Training, keep, matching
 from ctg_jax.models import masked
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import LM
@@ -257,7 +257,7 @@ def fit(
     return stage.stage(root, classifier, guide or {}, lm=lm, data=data, network=network)
 
 
-@stage.stage_function("mdlm", how=("save_every",))
+@stage.stage_function("mdlm")
 def mdlm(
     run: Run,
     *,
@@ -270,14 +270,8 @@ def mdlm(
     length: int = 32,
     schedule: str = "cosine",
     draws: int = 4,
-    steps: int = 2000,
-    batch: int = 32,
-    rate: float = 2e-3,
-    warmup: int = 50,
-    pace: str = "cosine",
-    decay: float = 0.01,
+    training: Training = Training(steps=2000, rate=2e-3, warmup=50, schedule="cosine", decay=0.01, save_every=200),
     seed: int = 0,
-    save_every: int = 200,
 ) -> None:
     """Stage: the network, trained on the texts of records that match `where`.
 
@@ -285,27 +279,27 @@ def mdlm(
       lm: gives the tokenizer and the size of the vocabulary.
       width, depth, heads, length: see `init`; longer texts are cut.
       schedule, draws: of the bound that is minimised, see `masked.nelbo`.
-      steps, batch, rate, warmup, pace, decay: of the optimizer; `pace` is its `train.schedule`.
+      training: how it is trained. seed: of initial values, of the order of texts, and of the noise.
 
     Raises:
       InputError: no record matches, a tokenizer without an end token, and what `init` and training raise.
     """
-    records = finetune.matching(data, where)
+    records = matching(data, where)
     model, _, tokenizer = open_lm(lm)
     if tokenizer.eos is None:
         raise InputError(f"the tokenizer of {lm.path.name} has no end token, with which rows are filled: use another.")
     key = jax.random.key(seed)
     hp = dict(width=width, depth=depth, heads=heads, length=length, eos=tokenizer.eos)
     control = init(model, rng.stream(key, "init"), **hp)
-    batches = pipeline(Source(str(data.path), str(where), records), tokenizer, batch=batch, length=length, seed=seed)
-    params = finetune.learn(
-        run, control.params, loss(control.net, control.eos, schedule=schedule, draws=draws), {}, batches, trained=".*",
-        steps=steps, rate=rate, warmup=warmup, schedule=pace, decay=decay, seed=seed, save_every=save_every,
-    )  # fmt: skip
-    finetune.keep(run, control.replace(params=params), "mdlm", hp)
+    batches = pipeline(
+        Source(str(data.path), str(where), records), tokenizer, batch=training.batch, length=length, seed=seed
+    )
+    objective = loss(control.net, control.eos, schedule=schedule, draws=draws)
+    params = fitting.train(run, control.params, objective, {}, batches, training, seed=seed)
+    keep(run, control.replace(params=params), "mdlm", hp)
 
 
-@stage.stage_function("mdlm.classifier", how=("save_every",))
+@stage.stage_function("mdlm.classifier")
 def classifier(
     run: Run,
     *,
@@ -318,11 +312,8 @@ def classifier(
     block: int = 0,
     schedule: str = "loglinear",
     final: str = "draw",
-    steps: int = 300,
-    batch: int = 64,
-    rate: float = 1e-2,
+    training: Training = Training(steps=300, batch=64, rate=1e-2, schedule="linear"),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: a trained network with how it samples, and with a classifier of partly masked rows where records have a
     `label`.
@@ -332,12 +323,12 @@ def classifier(
       classes: labels are 0 to classes - 1; None: as many as there are; 0: no classifier. Records without a label are
         left out and counted in a warning.
       target, reveal, block, schedule, final: see `init`.
-      steps, batch, rate: of the optimizer.
+      training: how the classifier is trained. seed: of its training.
 
     Raises:
       InputError: a label that is no class, fewer than two of them, and what `init` and training raise.
     """
-    records = finetune.matching(data, None)
+    records = matching(data, None)
     model, _, tokenizer = open_lm(lm)
     old = methods.load(network, model)
     if classes or (classes is None and any(is_label(r.get("label")) for r in records)):
@@ -355,13 +346,11 @@ def classifier(
     if classes:
         source = Source(str(data.path), "all", records)
         length = control.net.context
-        batches = pipeline(source, tokenizer, batch=batch, length=length, seed=seed, fields=("label",))
-        learned = finetune.learn(
-            run, control.guide, guide_loss(control.net, control.eos), {"params": old.params}, batches, trained=".*",
-            steps=steps, rate=rate, seed=seed, save_every=save_every,
-        )  # fmt: skip
+        batches = pipeline(source, tokenizer, batch=training.batch, length=length, seed=seed, fields=("label",))
+        objective, frozen = guide_loss(control.net, control.eos), {"params": old.params}
+        learned = fitting.train(run, control.guide, objective, frozen, batches, training, seed=seed)
         control = control.replace(guide=learned)
-    finetune.keep(run, control, "mdlm", hp)
+    keep(run, control, "mdlm", hp)
 
 
 @stage.stage_function("mdlm.bound", how=("batch",))
@@ -380,7 +369,7 @@ def bound(
     tokens_only = constraints.only(tokenizer.known(model.vocab), IDENTITY)
     diffusion = methods.load(control, model)
     net, fill = diffusion.net, diffusion.eos
-    source = Source(str(data.path), "all", finetune.matching(data, None))
+    source = Source(str(data.path), "all", matching(data, None))
     settings = dict(batch=batch, length=net.context, seed=seed, epochs=1, shuffle=False, drop_last=False)
     estimate = jax.jit(
         lambda tokens, keys: masked.nelbo(

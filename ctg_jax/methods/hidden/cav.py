@@ -23,10 +23,12 @@ import numpy as np
 from flax import struct
 
 from ctg_jax.control import Control
-from ctg_jax.controls import bricks
-from ctg_jax.methods.hidden import steer
+from ctg_jax.controls.conditions import condition, per_row
+from ctg_jax.learn import activations
+from ctg_jax.learn.activations import batches, gates, sides
+from ctg_jax.learn.fitting import divided
+from ctg_jax.learn.probes import choose, probe, split
 from ctg_jax.models.lm import LM
-from ctg_jax.rewards.probe import fit_logistic
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
@@ -46,11 +48,11 @@ class Cav(Control):
       vector, bias: the probes w float32 [L + 2, K, D] and b [L + 2, K] of K concepts at every site.
       gate: float32 [L + 2, K], how much each site takes part; 0 leaves a concept's constraint out there.
       p0: float32 [K], or [B, K] row by row: the probabilities to reach, between 0 and 1.
-      scale: float32 [] or, per row, [B]; 0 leaves the model's logits to the bit.
+      scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
       direction: for each concept "add" (P ≥ p0), "remove" (P ≤ p0) or "both" (P = p0).
       everywhere: whether the whole prompt is edited too, and not its last token and what follows, as in the paper.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
-      goal: None, or the name of a float [B] or [B, K] entry of `prompts.cond` that stands for `p0`, kept within
+      goal: None, or the name of a float [B] or [B, K] entry of `prompts.cond` that replaces `p0`, kept within
         1e-6 of 0 and 1.
     """
 
@@ -67,11 +69,11 @@ class Cav(Control):
     def init(self, prompts, length):
         p0 = self.p0[None] if self.p0.ndim == 1 else self.p0
         if self.goal is not None:
-            p0 = bricks.condition(prompts, self.goal).astype(jnp.float32)
+            p0 = condition(prompts, self.goal).astype(jnp.float32)
             p0 = p0[:, None] if p0.ndim == 1 else p0
         p0 = jnp.clip(p0, 1e-6, 1 - 1e-6)
         first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None] - 1
-        return bricks.per_row(self.scale, prompts, self.cond), (jnp.log(p0) - jnp.log1p(-p0))[:, None], first
+        return per_row(self.scale, prompts, self.cond), (jnp.log(p0) - jnp.log1p(-p0))[:, None], first
 
     def began(self, state, start):
         return *state[:2], start[:, None] - 1
@@ -211,53 +213,21 @@ def check_p0(p0: float | Sequence[float], concepts: int) -> jax.Array:
     return jnp.asarray(np.broadcast_to(values, (concepts,)))
 
 
-def fit(
-    root,
-    *,
-    lm: Artifact,
-    data: Artifact,
-    target: int = 1,
-    pool: str = "last",
-    sites: Any = "all",
-    top: int | None = None,
-    threshold: float = 0.0,
-    p0: float = 0.9,
-    direction: str = "add",
-    everywhere: bool = False,
-    scale: float = 1.0,
-    cond: str | None = None,
-    goal: str | None = None,
-    limit: int = 2000,
-    c: float = 1e-3,
-    heldout: float = 0.2,
-    batch: int = 32,
-    tokens: int = 64,
-) -> Artifact:
-    """A control for the concept "a text of label `target`", in two stages: `states`, which reads the texts once, and
-    `cav`, which fits the probes, so a sweep over p0 or layers reads nothing twice.
+def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
+    """A control for the concept "a text of label `target`", in three stages: `states`, which reads the texts once,
+    `probes`, and `cav`, which is instant, so a sweep over p0 or layers reads and fits nothing twice.
 
     Args:
       lm, data: an LM artifact, and records with `text` and `label`; labels other than `target` are the other side.
-      pool: the state of a text: that of its "last" token, as in the paper, or the "mean" over all.
-      sites: where to act, see `steer.gates`; of these the `top` with the best held-out accuracy (None: all), if it
-        is at least `threshold`.
-      p0, direction, everywhere, cond, goal, scale: see `Cav`.
-      limit: how many texts are read, half of them of each side.
-      c: of the logistic regression, the inverse of its L2 penalty. Where it is large, probes find directions that
-        separate best and that the model hardly reads: targets are met and the text stays what it was. Where it is
-        small, they turn to the difference of means, and grow less sure, so that the same p0 asks for larger steps.
-      heldout: the share of texts that the regression does not see.
-      batch, tokens: texts in a batch, and tokens read of a text.
+      settings: of the three stages.
 
     Raises:
-      InputError: what `init` and the two stages raise.
+      InputError: a setting that no stage has, and what `init` and the stages raise.
     """
-    reading = dict(pool=pool, target=target, limit=limit, batch=batch, tokens=tokens)
-    check_p0(p0, 1), check_directions(direction)
+    reading, probing, acting = divided(settings, states, probes, cav)
+    check_p0(acting.get("p0", 0.9), 1), check_directions(acting.get("direction", "add"))
     read = stage(root, states, reading, lm=lm, data=data)
-    acting = dict(p0=p0, direction=direction, everywhere=everywhere, scale=scale, cond=cond, goal=goal)
-    config = dict(sites=sites, top=top, threshold=threshold, c=c, heldout=heldout, **acting)
-    return stage(root, cav, config, lm=lm, read=read)
+    return stage(root, cav, acting, lm=lm, probed=stage(root, probes, probing, read=read))
 
 
 @stage_function("cav.states")
@@ -272,29 +242,59 @@ def states(
     batch: int = 32,
     tokens: int = 64,
 ) -> None:
-    """Stage: pooled states of texts, {"with", "without"}: float32 [N, L + 2, D]; see `fit`.
+    """Stage: pooled states of texts, {"with", "without"}: float32 [N, L + 2, D].
+
+    Args:
+      pool: the state of a text: that of its "last" token, as in the paper, or the "mean" over all.
+      target: the label of the texts with the concept.
+      limit: how many texts are read, half of them of each side.
+      batch, tokens: texts in a batch, and tokens read of a text.
 
     Raises:
       InputError: no record has a label, one side has no text, a state is not finite.
     """
     model, params, tokenizer = open_lm(lm)
-    texts = steer.sides(data.rows("data.jsonl"), target, False, str(data.path))
+    texts = sides(data.rows("data.jsonl"), target, False, str(data.path))
 
     @jax.jit
     def read(params, t, mask):
         return model.apply(
-            params, model.embed(params, t), mask, tap=partial(steer.pool, mask=mask, how=pool), last=1
+            params, model.embed(params, t), mask, tap=partial(activations.pool, mask=mask, how=pool), last=1
         ).taps
 
     found = {}
     for side, rows in zip(("with", "without"), texts):
         parts = [
             np.asarray(read(params, t, mask)).transpose(1, 0, 2)[weight > 0]
-            for t, mask, weight in steer.batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens)
+            for t, mask, weight in batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens)
         ]
         found[side] = np.concatenate(parts)
         run.log(side=side, texts=len(found[side]))
     checkpoint.save(run.path / "state", found)
+
+
+@stage_function("cav.probes")
+def probes(run: Run, *, read: Artifact, c: float = 1e-3, heldout: float = 0.2) -> None:
+    """Stage: a probe for each site, vector float32 [L + 2, D] and bias [L + 2]; metrics.jsonl has the share of texts
+    that each sorts correctly, of those it was fitted on (`train_accuracy`) and of the others (`heldout_accuracy`).
+
+    Args:
+      read: of the stage `states`.
+      c: of the logistic regression, the inverse of its L2 penalty. Where it is large, probes find directions that
+        separate best and that the model hardly reads: targets are met and the text stays what it was. Where it is
+        small, they turn to the difference of means, and grow less sure, so that the same p0 asks for larger steps.
+      heldout: the share of texts that the regression does not see.
+
+    Raises:
+      InputError: what `split` raises.
+    """
+    found = read.load()
+    x, y, held = split(np.asarray(found["with"]), np.asarray(found["without"]), heldout)
+    vector, bias = (np.stack(part) for part in zip(*(probe(x[~held, s], y[~held], c) for s in range(x.shape[1]))))
+    right = (np.einsum("nsd,sd->ns", x, vector) + bias[None] > 0) == y[:, None]
+    checkpoint.save(run.path / "state", {"vector": vector, "bias": bias})
+    for site, (a, b) in enumerate(zip(right[~held].mean(0), right[held].mean(0))):
+        run.log(site=site, train_accuracy=float(a), heldout_accuracy=float(b), norm=float(np.linalg.norm(vector[site])))
 
 
 @stage_function("cav")
@@ -302,7 +302,7 @@ def cav(
     run: Run,
     *,
     lm: Artifact,
-    read: Artifact,
+    probed: Artifact,
     sites: Any = "all",
     top: int | None = None,
     threshold: float = 0.0,
@@ -312,72 +312,27 @@ def cav(
     scale: float = 1.0,
     cond: str | None = None,
     goal: str | None = None,
-    c: float = 1e-3,
-    heldout: float = 0.2,
 ) -> None:
-    """Stage: the control, from what `states` read; metrics.jsonl has the accuracies of each site; see `fit`."""
-    found = read.load()
-    x, y, held = split(np.asarray(found["with"]), np.asarray(found["without"]), heldout)
-    probes = [probe(x[~held, s], y[~held], c) for s in range(x.shape[1])]
-    vector, bias = (np.stack(part) for part in zip(*probes))
-    right = (np.einsum("nsd,sd->ns", x, vector) + bias[None] > 0) == y[:, None]
-    train, test = right[~held].mean(0), right[held].mean(0)
-    gate = choose(test, steer.gates(x.shape[1] - 2, sites), top, threshold)
-    for site, (a, b) in enumerate(zip(train, test)):
-        length = float(np.linalg.norm(vector[site]))
-        run.log(site=site, train_accuracy=float(a), heldout_accuracy=float(b), chosen=bool(gate[site]), norm=length)
+    """Stage: the control; metrics.jsonl has the rows of its probes and whether each site is `chosen`.
+
+    Args:
+      probed: of the stage `probes`.
+      sites: where to act, see `ctg_jax.learn.activations.gates`; of these the `top` with the best held-out accuracy
+        (None: all), if it is at least `threshold`.
+      p0, direction, everywhere, scale, cond, goal: see `Cav`.
+
+    Raises:
+      InputError: no site is left, and what `init` raises.
+    """
+    found = {name: np.asarray(x) for name, x in probed.load().items()}
+    vector, bias = found["vector"], found["bias"]
+    rows = probed.metrics()
+    accuracy = np.asarray([row["heldout_accuracy"] for row in rows])
+    gate = choose(accuracy, gates(len(vector) - 2, sites), top, threshold)
+    for row in rows:
+        run.log(**row, chosen=bool(gate[row["site"]]))
     options = dict(p0=p0, direction=direction, everywhere=everywhere, cond=cond, goal=goal)
     control = init(open_lm(lm)[0], jax.random.key(0), **options)
     leaves = dict(vector=vector[:, None], bias=bias[:, None], gate=gate[:, None], scale=np.float32(scale))
     checkpoint.save(run.path / "state", control.replace(**{k: jnp.asarray(v) for k, v in leaves.items()}))
     run.record(method="cav", init=options)
-
-
-def split(with_: np.ndarray, without: np.ndarray, heldout: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(states [N, L + 2, D], whether each has the concept bool [N], whether it is held out bool [N]): of each side,
-    every text whose number is one less than a multiple of 1 / heldout."""
-    if not 0 < heldout <= 0.5:
-        raise InputError(f"heldout is {heldout}, expected a share above 0 and at most 0.5.")
-    held = []
-    for name, side in (("with", with_), ("without", without)):
-        if len(side) < 2:
-            raise InputError(
-                f"there are {len(side)} texts {name} the concept: a probe needs at least two to be tested."
-            )
-        if not np.all(np.isfinite(side)):
-            raise InputError(
-                f"a state of the texts {name} the concept is not finite: the language model is damaged or overflows."
-            )
-        step = min(round(1 / heldout), len(side))
-        held.append(np.arange(len(side)) % step == step - 1)
-    y = np.repeat([True, False], [len(with_), len(without)])
-    return np.concatenate([with_, without]), y, np.concatenate(held)
-
-
-def probe(x: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.float32]:
-    """(w float32 [D], b) of a logistic regression of y bool [N] on standardised x [N, D], for x as it is."""
-    mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-    deviation = np.where(deviation > 1e-6, deviation, 1.0)
-    coef, intercept, _ = fit_logistic((x - mean) / deviation, y.astype(int), c, 0)
-    w = coef[0] / deviation
-    return w.astype(np.float32), np.float32(intercept[0] - w @ mean)
-
-
-def choose(accuracy: np.ndarray, gate: np.ndarray, top: int | None, threshold: float) -> np.ndarray:
-    """The gate float32 [L + 2] with only the `top` sites of the best accuracy [L + 2] that is at least `threshold`.
-
-    Raises:
-      InputError: no site is left.
-    """
-    if top is not None and top < 1:
-        raise InputError(f"top is {top}, expected at least 1 site, or None for all.")
-    open_ = np.flatnonzero(gate)
-    best = sorted((s for s in open_ if accuracy[s] >= threshold), key=lambda s: -accuracy[s])[:top]
-    if not best:
-        most = max(accuracy[open_], default=0.0)
-        raise InputError(
-            f"threshold is {threshold}, but the best held-out accuracy of a probe is {most:.3f}: lower it."
-        )
-    out = np.zeros_like(gate)
-    out[best] = gate[best]
-    return out

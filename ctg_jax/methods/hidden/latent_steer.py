@@ -1,31 +1,31 @@
-"""Latent steering vectors: for each sentence a z that makes the frozen LM, with z added to its hidden states, say it.
+"""Latent steering vectors: for each sentence a z that makes the frozen LM, with z added to its hidden states, write it.
 
 Subramani, Suresh & Peters 2022 ("Extracting Latent Steering Vectors from Pretrained Language Models"). The same search
 serves its predecessors: a z that is projected to the width of the model or mixed from parts by attention (Subramani,
-Bowman & Cho 2019, a recurrent LM there), and one that stands in the attention's memory (Subramani & Suresh 2020).
+Bowman & Cho 2019, a recurrent LM there), and one that is put in the attention's memory (Subramani & Suresh 2020).
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctg_jax import rng
 from ctg_jax.control import Control
-from ctg_jax.controls import bricks
+from ctg_jax.controls.conditions import check_choice, gathered, per_row
 from ctg_jax.data.tokenizer import pad_rows
 from ctg_jax.learn import slot_search
+from ctg_jax.learn.activations import sites
+from ctg_jax.learn.vector_search import Search, solve_by_length
 from ctg_jax.mesh import processes
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
@@ -34,7 +34,6 @@ from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
 
 STEPS = ("all", "first", "prompt")
-STARTS = ("zero", "normal", "uniform")
 _ITERATIONS = 16  # updates between two looks of the host at the search
 
 
@@ -66,13 +65,13 @@ class LatentSteer(Control):
         if self.choice is None:
             z = jnp.broadcast_to(self.z[None], (prompts.tokens.shape[0], *self.z.shape))
         else:
-            z = bricks.gathered(self.z, prompts, self.choice)
+            z = gathered(self.z, prompts, self.choice)
         size = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-        return self.spread(z, size), bricks.per_row(self.scale, prompts, None)[:, 0]
+        return self.spread(z, size), per_row(self.scale, prompts, None)[:, 0]
 
     def check(self, prompts):
         if self.choice is not None:
-            bricks.check_choice(prompts, self.choice, self.z.shape[0], "vector")
+            check_choice(prompts, self.choice, self.z.shape[0], "vector")
 
     def spread(self, z: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(float32 [B, parts, D], or [B, width of the memory]; int32 [B] each, where the prompt begins and ends) of z
@@ -111,31 +110,6 @@ class LatentSteer(Control):
         if not isinstance(site, int):
             push = jnp.where(jnp.isin(site, jnp.asarray(self.sites)), push, 0.0)
         return h + (scale[:, :, None] * push).astype(h.dtype)
-
-
-def sites(depth: int, site: str | int | Sequence) -> tuple[int, ...]:
-    """Sites by name: "embeddings", "attention:l" and "block:l" (after the attention and after the MLP of block l =
-    1 … L), "blocks" (after every block), "middle" (block ⌈L/2⌉), "final" (after the last norm), a number as in
-    `ctg_jax.models.lm`, or several of them. "memory" has none.
-
-    Raises:
-      InputError: a name or number that is none of these.
-    """
-    if isinstance(site, (list, tuple)):
-        return tuple(sorted({s for part in site for s in sites(depth, part)}))
-    named = {"embeddings": (0,), "blocks": tuple(range(1, depth + 1)), "middle": (math.ceil(depth / 2),)}
-    named |= {"final": (depth + 1,), "memory": ()}
-    if site in named:
-        return named[site]
-    kind, _, block = str(site).partition(":")
-    if kind in ("attention", "block") and block.isdigit() and 1 <= int(block) <= depth:
-        return (int(block) + (depth + 1) * (kind == "attention"),)
-    if isinstance(site, int) and 0 <= site <= 2 * depth + 1:
-        return (site,)
-    raise InputError(
-        f"site is {site!r}, expected one of {', '.join(named)}, 'attention:l' or 'block:l' with l from 1 to {depth}, "
-        f"or a number from 0 to {2 * depth + 1}."
-    )
 
 
 def init(
@@ -207,8 +181,8 @@ def split(control: LatentSteer, depth: int) -> tuple[int, LatentSteer]:
 
 
 def objective(lm: LM, control: LatentSteer) -> slot_search.Objective:
-    """Mean negative log-likelihood of each row's own tokens, in nats; the share of them that is the most likely token;
-    and whether all are, in which case greedy decoding says them. The rows hold stream [B, T, D] at the lowest site,
+    """Mean negative log-likelihood of the own tokens of each row, in nats; the share of them that are the most likely;
+    and whether all are, in which case greedy decoding writes them. The rows hold stream [B, T, D] at the lowest site,
     mask and counted bool [B, T], target int [B, T], start int [B]; frozen is (params of `lm`, basis)."""
 
     def f(z, rows, frozen):
@@ -242,15 +216,9 @@ def latent_steer(
     dim: int | None = None,
     parts: int = 1,
     slots: int = 1,
-    start: str = "zero",
-    rate: float = 0.1,
-    decay: float = 0.9,
-    patience: int = 20,
-    updates: int = 500,
     tokens: int | None = None,
     end: bool = True,
-    batch: int | None = None,
-    memory: float = 1.0,
+    search: Search = Search(),
     seed: int = 0,
 ) -> None:
     """Stage: a `LatentSteer` with a bank z [N, d], of which row i belongs to record i of the data and is chosen by
@@ -258,15 +226,13 @@ def latent_steer(
     the most likely ones (`right`) and whether all are (`recovered`).
 
     Args:
-      data: records with `text`, and `prompt` where the text is said after one.
+      data: records with `text`, and `prompt` where the text follows one.
       site, steps, dim, parts, slots: see `init`.
-      start: z at first: "zero", "normal" (variance 2 / (d + 1): Glorot & Bengio 2010) or "uniform" (of the same).
-      rate, decay, patience: of Adam, its factor whenever the loss has not fallen for so many updates.
-      updates: at most so many for a sentence; it stops earlier when it is recovered.
       tokens: sentences with more are left out (their z stays zero, their record says so); by default one that does not
         fit into the model's context is an error.
       end: whether the end-of-text token is learned too, so that decoding ends by itself.
-      batch: sentences at work at once; by default as many as fit into `memory`, in GiB.
+      search: how each vector is searched.
+      seed: of the basis and of the vectors at first.
 
     Raises:
       InputError: an empty or overlong sentence, and what `init` raises.
@@ -280,10 +246,9 @@ def latent_steer(
     kept = [i for i, (row, first) in enumerate(sentences) if len(row) - first <= limit and len(row) <= model.context]
     hp = dict(site=site, steps=steps, dim=dim, parts=parts, slots=slots)
     control = init(model, jax.random.key(seed), **hp)
-    z0 = starts(jax.random.key(seed), np.arange(len(records)), control.z.shape[-1], start)
-    found = search(model, params, control, [sentences[i] for i in kept], z0[np.asarray(kept, int)],
-                   rate=rate, decay=decay, patience=patience, updates=updates, batch=batch, memory=memory,
-                   keep=run.path / "partial")  # fmt: skip
+    z0 = search.starts(jax.random.key(seed), np.arange(len(records)), control.z.shape[-1])
+    kept_sentences, begun = [sentences[i] for i in kept], z0[np.asarray(kept, int)]
+    found = find(model, params, control, kept_sentences, begun, search, keep=run.path / "partial")
     run.discard("partial")
     bank = np.zeros((len(records), control.z.shape[-1]), np.float32)
     bank[kept] = found["z"]
@@ -309,30 +274,14 @@ def _sentence(tokenizer, record: dict, i: int, end: bool) -> tuple[list[int], in
     return before + text + ([tokenizer.eos] if end and tokenizer.eos is not None else []), len(before)
 
 
-def starts(key: jax.Array, ids: np.ndarray, dim: int, how: str) -> np.ndarray:
-    """Where each z begins, float32 [N, d]: a function of the key and the example's id alone; see `latent_steer`."""
-    if how not in STARTS:
-        raise InputError(f"start is {how!r}, expected one of {', '.join(STARTS)}.")
-    if how == "zero" or not len(ids):
-        return np.zeros((len(ids), dim), np.float32)
-    draw = jax.random.normal if how == "normal" else lambda k, shape: jax.random.uniform(k, shape, minval=-1) * 3**0.5
-    keys = rng.per_example(rng.stream(key, "start"), ids)
-    return np.asarray(jax.vmap(lambda k: draw(k, (dim,)))(keys)) * (2 / (dim + 1)) ** 0.5
-
-
-def search(
+def find(
     model: LM,
     params: Params,
     control: LatentSteer,
     sentences: Sequence[tuple[Sequence[int], int]],
     z0: np.ndarray,
+    how: Search,
     *,
-    rate: float = 0.1,
-    decay: float = 0.9,
-    patience: int = 20,
-    updates: int = 500,
-    batch: int | None = None,
-    memory: float = 1.0,
     devices: Sequence[jax.Device] | None = None,
     keep: Path | None = None,
     save_every: float = 60.0,
@@ -344,65 +293,48 @@ def search(
 
     Args:
       sentences: (tokens, how many of them are the prompt). z0: float32 [N, d].
-      devices: all by default. keep: a directory; a search that was cut short goes on from there, in mid-chunk.
-      the others: see `latent_steer`.
-    """
-    from tqdm import tqdm
+      how: the search. devices: all by default.
+      keep: a directory in which an interrupted search is continued, with a checkpoint every `save_every` seconds.
 
+    Raises:
+      InputError: a sentence that does not fit into the model's context.
+    """
     mesh = Mesh(np.asarray(list(devices or jax.devices())), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     shape = control.replace(z=None, scale=None, basis=None, choice=None)
-    tx, run, lower = _programs(model, shape, mesh, rate, decay, patience, updates)
     params = processes.everywhere(model.unstack(params), everywhere)
     above, upper = model.above(params, split(shape, model.depth)[0])
     frozen = (upper, None if control.basis is None else processes.everywhere(control.basis, everywhere))
-
     longest = max((len(row) for row, _ in sentences), default=1)
     check_reads(model, longest - 1, f"The longest sentence has {longest} tokens")  # the last is a target only
-    n, d = z0.shape
-    out = {"z": np.zeros((n, d), np.float32), "loss": np.zeros(n, np.float32), "score": np.zeros(n, np.float32)}
-    out |= {"steps": np.zeros(n, np.int32), "solved": np.zeros(n, bool)}
-    done = 0
-    with tqdm(total=n, desc="latent vectors", unit="sentence", disable=None, leave=False) as bar:
-        for length, index in slot_search.chunks(above.width, [len(row) - 1 for row, _ in sentences], memory):
-            finished = None if keep is None else keep / f"chunk-{length}-{index[0]}"
-            if finished is not None and (finished / checkpoint.MANIFEST).exists():
-                part = checkpoint.load(finished)
-            else:
-                tokens, mask = pad_rows([sentences[i][0] for i in index], length + 1, 0, left=False)
-                first = np.asarray([sentences[i][1] for i in index], np.int32)
-                counted = mask[:, 1:] & (np.arange(length)[None] >= first[:, None] - 1)
-                slots = batch or slot_search.fitting(above, length, memory)
-                stream = [lower(params, tokens[a : a + slots, :-1], mask[a : a + slots, 1:])
-                          for a in range(0, len(index), slots)]  # fmt: skip
-                rows = dict(stream=np.concatenate(stream), mask=mask[:, 1:], counted=counted, target=tokens[:, 1:],
-                            start=first)  # fmt: skip
-                part = slot_search.solve(
-                    run, z0[index], rows, frozen, tx, slots, mesh,
-                    keep=None if keep is None else keep / "search", save_every=save_every,
-                    progress=lambda m, done=done: bar.update(done + m - bar.n),
-                )  # fmt: skip
-                if finished is not None:
-                    checkpoint.save(finished, part)
-                    shutil.rmtree(keep / "search", ignore_errors=True)
-            for name, values in out.items():
-                values[index] = part[name]
-            done += len(index)
-            bar.update(done - bar.n)
-    return out
+
+    def rows_of(length, index, slots):
+        tokens, mask = pad_rows([sentences[i][0] for i in index], length + 1, 0, left=False)
+        first = np.asarray([sentences[i][1] for i in index], np.int32)
+        counted = mask[:, 1:] & (np.arange(length)[None] >= first[:, None] - 1)
+        parts = [slice(a, a + slots) for a in range(0, len(index), slots)]
+        stream = [_lower(model, shape, params, tokens[part, :-1], mask[part, 1:]) for part in parts]
+        return dict(stream=np.concatenate(stream), mask=mask[:, 1:], counted=counted, target=tokens[:, 1:], start=first)
+
+    run, inputs = partial(_advance, model, shape, mesh, how), [len(row) - 1 for row, _ in sentences]
+    return solve_by_length(run, z0, inputs, rows_of, frozen, how, above, mesh, keep=keep, save_every=save_every)
 
 
-@lru_cache(maxsize=32)
-def _programs(model: LM, shape: LatentSteer, mesh: Mesh, rate: float, decay: float, patience: int, updates: int):
-    """(optimizer, `invert.advance` for the blocks above the lowest site, the stream there); kept, so that searches of
-    the same kind compile once. `shape` is a control without arrays."""
+# Models, shapes (controls without arrays), meshes and searches are compared by value, so searches of one kind compile
+# once.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _advance(model: LM, shape: LatentSteer, mesh: Mesh, how: Search, search, start, rows, frozen):
+    """`slot_search.advance` for the blocks above the lowest site."""
     k, moved = split(shape, model.depth)
-    tx = optax.chain(
-        optax.scale_by_adam(),
-        optax.contrib.reduce_on_plateau(factor=decay, patience=patience, min_scale=1e-2),
-        optax.scale(-rate),
-    )
-    find = objective(model.above(None, k)[0], moved)
-    run = slot_search.compile_advance(mesh, objective=find, tx=tx, steps=updates, iterations=_ITERATIONS)
-    lower = jax.jit(lambda p, t, m: model.apply(p, model.embed(p, t), m, tap=lambda h: h, last=1).taps[k])
-    return tx, run, lower
+    run = slot_search.over_mesh(
+        mesh, objective=objective(model.above(None, k)[0], moved), tx=how.optimizer(), steps=how.updates,
+        iterations=_ITERATIONS,
+    )  # fmt: skip
+    return run(search, start, rows, frozen)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _lower(model: LM, shape: LatentSteer, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The residual stream [B, T, D] at the lowest site."""
+    k, _ = split(shape, model.depth)
+    return model.apply(params, model.embed(params, tokens), mask, tap=lambda h: h, last=1).taps[k]

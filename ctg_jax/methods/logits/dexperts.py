@@ -19,7 +19,9 @@ from flax import struct
 
 from ctg_jax import methods
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
-from ctg_jax.controls import bricks
+from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.delta import Delta
+from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.methods.weights import finetune
 from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.run import checkpoint
@@ -68,7 +70,7 @@ class Member:
             x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
             seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
         out = self.lm.apply(self.params, x, seen, m.cache, self.control, state, last=last)
-        z, state = edit_logits(self.control, out.logits, tokens, mask, state)
+        z, state = edit_logits(self.control, out.logits, out.hidden, tokens, mask, state)
         return z, Memory(out.cache, state, True)
 
 
@@ -96,7 +98,7 @@ class Experts(Control):
     def init(self, prompts, length):
         members = {"expert": self.expert, "anti": self.anti}
         memory = {k: m.init(prompts, length) for k, m in members.items() if m is not None}
-        return bricks.per_row(self.alpha, prompts, self.cond), memory
+        return per_row(self.alpha, prompts, self.cond), memory
 
     def readers(self):
         found: tuple[tuple[str, int, int], ...] = ()
@@ -105,7 +107,7 @@ class Experts(Control):
                 found += ((name, m.lm.context, m.control.added()), *m.control.readers())
         return found
 
-    def logits(self, z, tokens, mask, state):
+    def logits(self, z, h, tokens, mask, state):
         strength, memory = state
         sides, after = {"expert": z, "anti": z}, {}
         for name, m in memory.items():
@@ -134,7 +136,7 @@ class LastTokens(Control):
 def member(lm: LM, params: Params, control: Control = IDENTITY) -> Member:
     """A `Member` of `lm` under any control; a control that only changes weights is merged here and then gone."""
     merged = lm.unstack(control.weights(params))
-    return Member(merged, IDENTITY if isinstance(control, bricks.Delta) else control, lm=lm)
+    return Member(merged, IDENTITY if isinstance(control, Delta) else control, lm=lm)
 
 
 def experts(expert: Member, anti: Member | None, alpha: float = 2.0, cond: str | None = None) -> Experts:
@@ -159,7 +161,7 @@ def prompted(lm: LM, params: Params, tokens: list[int], alpha: float = 1.0, *, a
     if not len(tokens):
         raise InputError("tokens is empty, expected the token ids of an instruction.")
     ids = jnp.asarray(tokens, jnp.int32)[None, :]
-    told = member(lm, params, bricks.SoftPrompt(lm.embed(params, ids)[0].astype(jnp.float32)))
+    told = member(lm, params, SoftPrompt(lm.embed(params, ids)[0].astype(jnp.float32)))
     return Experts(None if against else told, told if against else None, strength("alpha", alpha))
 
 
@@ -197,7 +199,7 @@ def fit(
     anti: Mapping[str, Any] | None = None,
     alpha: float = 2.0,
     cond: str | None = None,
-    **training: Any,
+    **settings: Any,
 ) -> Artifact:
     """Two fine-tuning stages on the same model, and their combination.
 
@@ -205,15 +207,15 @@ def fit(
       lm, data: an LM artifact, and records with `text` and a field to choose by.
       expert, anti: `where` of each side; by default {"label": 1} and {"label": 0}.
       alpha: the strength at first. cond: see `Experts`.
-      **training: the other settings of `finetune`, the same for both.
+      settings: the other settings of `finetune`, the same for both.
 
     Raises:
       InputError: kind is "prompt" (experts are merged into weights), or what `finetune` raises.
     """
-    if training.get("kind") == "prompt":
+    if settings.get("adapter", {}).get("kind") == "prompt":
         raise InputError("kind is 'prompt', but experts are merged into the weights: use 'lora' or 'full'.")
     chosen = (expert or {"label": 1}, anti or {"label": 0})
-    tuned = [finetune.fit(root, lm=lm, data=data, **{**training, "where": dict(where)}) for where in chosen]
+    tuned = [finetune.fit(root, lm=lm, data=data, **{**settings, "where": dict(where)}) for where in chosen]
     return stage(root, dexperts, dict(alpha=alpha, cond=cond), lm=lm, expert=tuned[0], anti=tuned[1])
 
 

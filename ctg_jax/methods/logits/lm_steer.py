@@ -19,14 +19,14 @@ from flax import struct
 
 from ctg_jax import rng
 from ctg_jax.control import Control
-from ctg_jax.controls import bricks
+from ctg_jax.controls.conditions import per_row
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.decode import loop
-from ctg_jax.learn import losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Training
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params, Prompts
@@ -40,7 +40,7 @@ class LMSteer(Control):
 
     Attributes:
       p1, p2: float32 [D, R].
-      scale: float32 [] or, per row, [B]; 0 leaves the model's logits to the bit.
+      scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
       site: L + 1 of the model; the layer scan never reaches it, so it comes as an `int`.
       epsilon: what the step of a learned map of norm 1 is.
       fixed: the last so many columns of p1 and p2 are the dummy steer of the authors' code: they act at strength 1
@@ -57,7 +57,7 @@ class LMSteer(Control):
     cond: str | None = struct.field(pytree_node=False, default=None)
 
     def init(self, prompts, length):
-        strength = bricks.per_row(self.scale, prompts, self.cond)
+        strength = per_row(self.scale, prompts, self.cond)
         if not self.fixed:
             return strength
         steered = jnp.repeat(strength, self.p1.shape[1] - self.fixed, axis=2)
@@ -133,12 +133,12 @@ def loss(lm: LM, *, l2: float = 0.0) -> losses.LossFn:
     return signed
 
 
-def fit(root, *, lm: Artifact, data: Artifact, **hp: Any) -> Artifact:
-    """Trains an LM-Steer on the records of `data`; hyper-parameters are those of `lm_steer`."""
-    return stage(root, lm_steer, hp, lm=lm, data=data)
+def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
+    """Trains an LM-Steer on the records of `data`; the settings are those of the stage `lm_steer`."""
+    return stage(root, lm_steer, settings, lm=lm, data=data)
 
 
-@stage_function("lm_steer", how=("save_every",))
+@stage_function("lm_steer")
 def lm_steer(
     run: Run,
     *,
@@ -151,14 +151,8 @@ def lm_steer(
     dummy: str = "drop",
     l2: float = 1e-6,
     cond: str | None = None,
-    steps: int = 1000,
-    batch: int = 32,
-    tokens: int = 64,
-    rate: float = 1e-2,
-    warmup: int = 0,
-    schedule: str = "constant",
+    training: Training = Training(steps=1000, rate=1e-2, warmup=0, save_every=200),
     seed: int = 0,
-    save_every: int = 200,
 ) -> None:
     """Stage: trains one map at all its strengths together: each text is read at the value of its label.
 
@@ -169,10 +163,11 @@ def lm_steer(
       rank, epsilon, deviation, cond: see `init`.
       dummy: a second map at strength 1 learns what all texts have in common: "drop" it after training, so that
         strength 0 is the model itself; "keep" it, as the authors do; or "none".
-      l2: weight of ‖P1‖² + ‖P2‖². steps, batch, tokens, rate, warmup, schedule, seed, save_every: see `finetune`.
+      l2: weight of ‖P1‖² + ‖P2‖². training: how it is trained.
+      seed: of initial values and of the order of texts.
 
     Raises:
-      InputError: a label without a value, texts of one value only, an unknown `dummy`, or what `finetune.learn` raises.
+      InputError: a label without a value, texts of one value only, an unknown `dummy`, or what training raises.
     """
     if dummy not in ("none", "drop", "keep"):
         raise InputError(f"dummy is {dummy!r}, expected 'none', 'drop' or 'keep'.")
@@ -181,15 +176,14 @@ def lm_steer(
     fixed = 0 if dummy == "none" else min(rank, model.width)
     hp = dict(rank=rank, epsilon=epsilon, deviation=deviation)
     control = init(model, rng.stream(jax.random.key(seed), "init"), **hp, fixed=fixed, cond="value")
-    batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=("value",))
-    control = finetune.learn(
-        run, control, loss(model, l2=l2), {"params": params}, batches, trained="p1|p2", steps=steps, rate=rate,
-        warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
-    )  # fmt: skip
+    batches = pipeline(source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=("value",))
+    control = fitting.train(
+        run, control, loss(model, l2=l2), {"params": params}, batches, training, trained="p1|p2", seed=seed
+    )
     control = control.replace(cond=cond)
     if dummy != "keep":
         control = neutral(control).replace(scale=control.scale)
-    finetune.keep(run, control, "lm_steer", {**hp, "fixed": control.fixed, "cond": cond})
+    fitting.keep(run, control, "lm_steer", {**hp, "fixed": control.fixed, "cond": cond})
 
 
 def valued(records: Sequence[dict], values: Sequence[float], where: str) -> list[dict]:

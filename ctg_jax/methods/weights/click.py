@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import methods, rng
-from ctg_jax.learn import calibrate, experience, losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import calibrate, fitting, losses
+from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.pool import Pool, batches, logits
+from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
-from ctg_jax.run import stage
-from ctg_jax.run.stage import Artifact, Run, open_lm
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
 
 PAIRS = ("below", "above")
 
 
-init, example, neutral = finetune.delta, finetune.example, finetune.neutral
+init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
 
 def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
@@ -30,7 +31,7 @@ def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
     negative log-likelihoods summed over the sequence; the mean over pairs (Zheng et al. 2023, section 2).
 
     params is the control, frozen = {"params": those of the LM}; the batch has `completion` (the positive) and
-    `negative`, by `experience.batches(also="negative")`. The authors' code takes the cross-entropy on texts of another
+    `negative`, by `batches(also="negative")`. The authors' code takes the cross-entropy on texts of another
     corpus, where there is one, and over the tokens of all rows at once.
 
     Args:
@@ -40,7 +41,7 @@ def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
 
     def nats(params, frozen, batch, keys, name, real):
         rows = batch | {"completion": batch[name]}
-        values = losses.next_token(experience.logits(lm, frozen["params"], rows, keys, params), batch[name])
+        values = losses.next_token(logits(lm, frozen["params"], rows, keys, params), batch[name])
         return jnp.where(batch[real], values, 0.0)
 
     def total(params, frozen, batch, keys):
@@ -112,36 +113,31 @@ def fit(
     pool: str = "all",
     threshold: float | str = "judge",
     seed: int = 0,
-    **hp: Any,
+    **settings: Any,
 ) -> Artifact:
     """Rounds of explore → score → pair → learn; one, from the frozen model, is the paper's first iteration.
 
     Args:
-      data: prompts. rewards: the first decides what is positive.
-      rounds: how often. explore: settings of `ctg_jax.stages.sampling.sample`, such as n and max_new.
+      lm: the language model. data: prompts. rewards: the first decides what is positive.
+      rounds: how many. explore: settings of `ctg_jax.stages.sampling.sample`, such as n and max_new.
       pool: "all" pairs the samples of all rounds, "last" those of the last.
       threshold: reward from which a sample is positive; "judge": the reward's own, "median": that of the pool.
-      seed: of samples and of training. hp: of `click`.
+      seed: of samples and of training. settings: of the stage `click`.
+
+    Raises:
+      InputError: no reward, another `pool`, rounds below 1, and what the stages raise.
     """
-    if pool not in ("all", "last"):
-        raise InputError(f"pool is {pool!r}, expected 'all' or 'last'.")
-    if rounds < 1:
-        raise InputError(f"rounds is {rounds}, expected at least 1.")
     if not rewards:
         raise InputError("no reward was given: expected at least one scorer")
     limit = float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
-    control, seen = None, []
-    for r in range(rounds):
-        new = experience.explore(
-            root, lm=lm, data=data, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
-        )
-        seen = [*seen, new] if pool == "all" else [new]
-        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r), "threshold": limit}
-        control = stage.stage(root, click, settings, lm=lm, pool=seen, start_from=control)
-    return control
+    given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, seed=seed)
+    for turn in explored(root, rounds, **given):
+        own = settings | {"seed": turn.seed, "threshold": limit}
+        turn.proposal = stage(root, click, own, lm=lm, pool=turn.pools, start_from=turn.proposal)
+    return turn.proposal
 
 
-@stage.stage_function("click", how=("save_every",))
+@stage_function("click")
 def click(
     run: Run,
     *,
@@ -152,29 +148,23 @@ def click(
     pair: str = "below",
     margin: float = 15.0,
     gamma: float = 0.1,
-    kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    steps: int = 200,
-    batch: int = 32,
-    rate: float | None = None,
-    warmup: int = 20,
-    schedule: str = "constant",
+    adapter: Adapter = Adapter(),
+    training: Training = Training(),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: one round of learning from the pairs of a pool.
 
     Args:
       pool: rounds of samples, by `experience.score`. start_from: the control of the round before, or None.
       threshold: a number, or "median" of the rewards. pair: see `pairs`; likelihood is that under the frozen model.
-      margin, gamma: of the loss. kind, rank, targets: of the change of weights.
-      steps, batch (pairs), rate, warmup, schedule: of the optimizer, which starts anew in every round.
+      margin, gamma: of the loss. adapter: the change of weights.
+      training: how it is trained, with pairs as rows; each round has a new optimizer.
+      seed: of initial values, batches and training.
 
     Raises:
       InputError: no pair, and what `pairs`, `init` and training raise.
     """
-    samples = experience.Pool.open(pool)
+    samples = Pool.open(pool)
     rewards = samples.column("reward")
     if isinstance(threshold, str) and threshold != "median":
         raise InputError(f"threshold is {threshold!r}, expected a number, 'median' or, for fit, 'judge'.")
@@ -182,14 +172,12 @@ def click(
     good, bad = pairs(rewards, samples.column("base"), samples.column("prompt_id"), threshold=limit, pair=pair)
     run.record(pairs={"threshold": limit, "pairs": len(bad), "positives": int((rewards >= limit).sum())})
     model, params, tokenizer = open_lm(lm)
-    hp = dict(kind=kind, rank=rank, targets=targets)
     key = rng.stream(jax.random.key(seed), "init")
-    control = init(model, key, **hp) if start_from is None else methods.load(start_from, model)
+    control = init(model, key, **vars(adapter)) if start_from is None else methods.load(start_from, model)
     records = samples.take(good).with_(negative=samples.column("tokens")[bad])
-    batches = experience.batches(records, tokenizer, batch=batch, seed=seed, also="negative")
-    control = finetune.learn(
-        run, control, loss(model, margin=margin, gamma=gamma), {"params": params}, batches, trained=r"changes/.*",
-        steps=steps, rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed,
-        save_every=save_every,
+    rows = batches(records, tokenizer, batch=training.batch, seed=seed, also="negative")
+    control = fitting.train(
+        run, control, loss(model, margin=margin, gamma=gamma), {"params": params}, rows, training.at(adapter.rate),
+        trained=r"changes/.*", seed=seed,
     )  # fmt: skip
-    finetune.keep(run, control, "click", hp)
+    fitting.keep(run, control, "click", vars(adapter))

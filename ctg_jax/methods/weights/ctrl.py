@@ -14,16 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax import rng
-from ctg_jax.controls import bricks
-from ctg_jax.controls.bricks import Coded
+from ctg_jax.controls.codes import Coded, coded
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
-from ctg_jax.learn import losses
-from ctg_jax.methods.weights import finetune, quark
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.models.lm import LM
-from ctg_jax.run import stage
-from ctg_jax.run.stage import Artifact, Run, open_lm
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
 
@@ -41,17 +39,17 @@ def init(
 
     Args:
       codes: K, control codes.
-      kind, rank, targets: "lora" or "full", and of what; see `finetune.delta`.
+      kind, rank, targets: of the change of weights, see `ctg_jax.learn.fitting.Adapter`.
       cond: an int entry of `prompts.cond` that names the code of each row; None: the strength does, from the first code
         (0) to the last (1).
     """
-    delta = finetune.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
-    return bricks.coded(rng.stream(key, "codes"), delta, lm.width, codes).replace(cond=cond)
+    delta = fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
+    return coded(rng.stream(key, "codes"), delta, lm.width, codes).replace(cond=cond)
 
 
 def example(lm: LM, key: jax.Array) -> Coded:
     """Two loud codes and a LoRA, decoding on the first, for the laws."""
-    control = bricks.coded(key, finetune.example(lm, key), lm.width, 2, deviation=1.0)
+    control = coded(key, fitting.example_delta(lm, key), lm.width, 2, deviation=1.0)
     return control.replace(scale=jnp.float32(0.0))
 
 
@@ -73,12 +71,12 @@ def loss(lm: LM) -> losses.LossFn:
     return total
 
 
-def fit(root, *, lm: Artifact, data: Artifact, **hp: Any) -> Artifact:
-    """Trains the codes on the labelled records of `data`; hyper-parameters are those of `ctrl`."""
-    return stage.stage(root, ctrl, hp, lm=lm, data=data)
+def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
+    """Trains the codes on the labelled records of `data`; the settings are those of the stage `ctrl`."""
+    return stage(root, ctrl, settings, lm=lm, data=data)
 
 
-@stage.stage_function("ctrl", how=("save_every",))
+@stage_function("ctrl")
 def ctrl(
     run: Run,
     *,
@@ -87,18 +85,9 @@ def ctrl(
     where: Mapping[str, Any] | None = None,
     codes: int = 2,
     cond: str | None = None,
-    kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    steps: int = 300,
-    batch: int = 16,
-    tokens: int = 64,
-    rate: float | None = None,
-    warmup: int = 20,
-    schedule: str = "linear",
-    decay: float = 0.0,
+    adapter: Adapter = Adapter(),
+    training: Training = Training(steps=300, batch=16, schedule="linear"),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: next-token training on texts, each behind the code of its label.
 
@@ -106,29 +95,27 @@ def ctrl(
       lm, data: an LM artifact and a data artifact whose records have a `label` from 0 to codes - 1; those without one
         are left out and counted in a warning.
       where: keep records whose fields have these values.
-      codes, cond, kind, rank, targets: see `init`.
-      steps, batch, tokens: updates, texts in a batch, tokens of a text (longer ones are cut).
-      rate, warmup, schedule, decay: of the optimizer; rate None: one that suits the kind.
+      codes, cond: see `init`.
+      adapter: the change of weights. training: how it is trained.
       seed: of initial values and of the order of texts.
 
     Raises:
       InputError: a label that names no code, a code without a text, and what `init` and training raise.
     """
-    records = finetune.matching(data, where)
+    records = fitting.matching(data, where)
     records = labelled(records, str(data.path), classes=codes)
     check_codes(records, codes)
     model, params, tokenizer = open_lm(lm)
     key = jax.random.key(seed)
-    hp = dict(codes=codes, kind=kind, rank=rank, targets=targets, cond=cond)
-    control = quark.start(init(model, rng.stream(key, "init"), **hp), params, rng.stream(key, "codes"))
+    made = vars(adapter) | dict(codes=codes, cond=cond)
+    control = fitting.like_words(init(model, rng.stream(key, "init"), **made), params, rng.stream(key, "codes"))
     source = Source(str(data.path), str(where), records)
-    batches = pipeline(source, tokenizer, batch=batch, length=tokens, seed=seed, fields=("label",))
-    control = finetune.learn(
-        run, control, loss(model), {"params": params}, batches, trained=r"delta/changes/.*|codes", steps=steps,
-        rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, decay=decay, seed=seed,
-        save_every=save_every,
+    batches = pipeline(source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=("label",))
+    control = fitting.train(
+        run, control, loss(model), {"params": params}, batches, training.at(adapter.rate),
+        trained=r"delta/changes/.*|codes", seed=seed,
     )  # fmt: skip
-    finetune.keep(run, control, "ctrl", hp)
+    fitting.keep(run, control, "ctrl", made)
 
 
 def check_codes(records: list[dict[str, Any]], codes: int) -> None:

@@ -12,14 +12,16 @@ import numpy as np
 
 from ctg_jax import methods, rng
 from ctg_jax.control import Chain
-from ctg_jax.learn import experience, losses
-from ctg_jax.methods.weights import finetune, ppo
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, drawing_filter, log_probabilities, logits
+from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
 
-init, example, neutral = ppo.init, ppo.example, ppo.neutral
+init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
 
 def loss(lm: LM) -> losses.LossFn:
@@ -27,7 +29,7 @@ def loss(lm: LM) -> losses.LossFn:
     al. 2019; Khalifa et al. 2021, algorithm 1). The batch has `weight` float32 [B]; frozen = {"params"}."""
 
     def total(params, frozen, batch, keys):
-        z = experience.logits(lm, frozen["params"], batch, keys, params)
+        z = logits(lm, frozen["params"], batch, keys, params)
         nll = jnp.sum(jnp.where(batch["written"], losses.next_token(z, batch["completion"]), 0.0), axis=1)
         rows = jnp.any(batch["written"], axis=1)
         value, count = losses.masked_sum(batch["weight"] * nll, rows)
@@ -91,7 +93,7 @@ def importance(log_p: np.ndarray, log_q: np.ndarray, groups: np.ndarray | None =
     return np.divide(ratio, mean[groups], out=np.zeros_like(ratio), where=mean[groups] > 0)
 
 
-def energies(pool: experience.Pool, names: Sequence[str], moments: Sequence[float], thresholds, lam=()) -> np.ndarray:
+def energies(pool: Pool, names: Sequence[str], moments: Sequence[float], thresholds, lam=()) -> np.ndarray:
     """log P(x) float64 [n]: log a(x) + log b(x) + λ · φ(x), up to Z. A feature is 1 where its reward reaches the
     threshold; a moment of 1 is pointwise (b), others are distributional (λ in their order)."""
     log_p = pool.column("base").astype(np.float64)
@@ -112,36 +114,30 @@ def fit(
     rounds: int = 4,
     explore: Mapping[str, Any] | None = None,
     seed: int = 0,
-    **hp: Any,
+    **settings: Any,
 ) -> Artifact:
     """Rounds of explore → score → learn. Samples are drawn by the proposal, which becomes the policy after each round
     that brought the policy closer to the target than the proposal is.
 
     Args:
       moments: name of a reward -> share of texts that shall reach its threshold; 1 for all of them.
-      data, rewards, rounds, explore, seed, hp: see `quark.fit`; hp are those of `gdc`. Of the filters those that leave
-        every token a probability may be there (`experience.POSITIVE`): a text that cannot be drawn has no weight.
+      lm, data, rewards, rounds, explore, seed: see `quark.fit`. settings: of the stage `gdc`. Of the filters those that
+        leave every token a probability may be there (`POSITIVE`): a text that cannot be drawn has no weight.
 
     Raises:
       InputError: moments of rewards that are not there, rounds below 1, greedy samples, or another filter.
     """
-    if rounds < 1:
-        raise InputError(f"rounds is {rounds}, expected at least 1.")
-    experience.check_drawn(explore or {}, "gdc", experience.POSITIVE)
-    policy = proposal = base = None
-    for r in range(rounds):
-        pool = experience.explore(
-            root, lm=lm, data=data, rewards=rewards, control=proposal, round=r, seed=seed, **(explore or {})
-        )
-        base = base or pool
-        given = {"pool": pool, "base": base, "rewards": list(rewards), "start_from": policy}
-        settings = {**hp, "moments": dict(moments), "seed": rng.derived_seed(seed, "learn", r)}
-        policy = stage(root, gdc, settings, lm=lm, **given)
-        proposal = policy if policy.spec["closer"] else proposal
+    check_drawn(explore or {}, "gdc", POSITIVE)
+    policy = None
+    for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, seed=seed):
+        given = {"pool": turn.pools[0], "base": turn.seen[0], "rewards": list(rewards), "start_from": policy}
+        own = settings | {"moments": dict(moments), "seed": turn.seed}
+        policy = stage(root, gdc, own, lm=lm, **given)
+        turn.proposal = policy if policy.spec["closer"] else turn.proposal
     return policy
 
 
-@stage_function("gdc", how=("save_every",))
+@stage_function("gdc")
 def gdc(
     run: Run,
     *,
@@ -153,16 +149,9 @@ def gdc(
     start_from: Artifact | None = None,
     per_prompt: bool = True,
     limit: float | None = None,
-    kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    steps: int = 100,
-    batch: int = 32,
-    rate: float | None = None,
-    warmup: int = 0,
-    schedule: str = "constant",
+    adapter: Adapter = Adapter(),
+    training: Training = Training(steps=100, warmup=0),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: λ from samples of the base, weights of the proposal's samples, one round of learning, and whether the
     policy is now closer to the target than the proposal (`closer` in spec.json).
@@ -170,16 +159,18 @@ def gdc(
     Args:
       pool: samples of the proposal, scored. base: samples of the frozen model, scored. start_from: the policy so far.
       moments: see `fit`.
-      per_prompt: Z of each prompt apart, so that every prompt counts the same (Korbak et al. 2022); False: one Z.
+      per_prompt: whether each prompt has a Z of its own, so that every prompt counts the same (Korbak et al. 2022);
+        False: one Z.
       limit: largest weight, or None.
-      kind, rank, targets: of the change of weights. steps, batch, rate, warmup, schedule: of the optimizer.
+      adapter: the change of weights. training: how it is trained.
+      seed: of initial values, batches and training.
 
     Raises:
       InputError: an unknown reward, no sample of the pool has the features, samples that `fit` would not draw, and what
         `multipliers` raises.
     """
     for drawn in (pool, base):
-        experience.check_drawn(drawn.spec["drawn"], "gdc", experience.POSITIVE)
+        check_drawn(drawn.spec["drawn"], "gdc", POSITIVE)
     model, params, tokenizer = open_lm(lm)
     judges = [open_judge(a) for a in rewards]
     thresholds = {j.name: j.threshold for j in judges}
@@ -189,7 +180,7 @@ def gdc(
         if not 0 < moment <= 1:
             raise InputError(f"the moment of {name!r} is {moment}, expected above 0 and at most 1")
     asked = (list(moments), list(moments.values()), [thresholds[n] for n in moments])
-    origin, samples = experience.Pool.open([base]), experience.Pool.open([pool])
+    origin, samples = Pool.open([base]), Pool.open([pool])
     soft = [(n, m) for n, m in moments.items() if m < 1]
     lam = np.zeros(0)
     if soft:
@@ -207,19 +198,17 @@ def gdc(
     used = np.flatnonzero(weight)
     scale = len(used) / len(weight)  # rows of weight 0 are left out: the others stand for all
     chosen = samples.with_(weight=(weight * scale).astype(np.float32)).take(used)
-    hp = dict(kind=kind, rank=rank, targets=targets)
-    policy = init(model, rng.stream(jax.random.key(seed), "init"), **hp)
+    policy = init(model, rng.stream(jax.random.key(seed), "init"), **vars(adapter))
     policy = policy if start_from is None else methods.load(start_from, model)
-    batches = experience.batches(chosen, tokenizer, batch=batch, seed=seed, fields=("weight",))
-    policy = finetune.learn(
-        run, policy, loss(model), {"params": params}, batches, trained="changes/.*", steps=steps,
-        rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
-    )  # fmt: skip
+    rows = batches(chosen, tokenizer, batch=training.batch, seed=seed, fields=("weight",))
+    policy = fitting.train(
+        run, policy, loss(model), {"params": params}, rows, training.at(adapter.rate), trained="changes/.*", seed=seed
+    )
     # The next proposal is the policy under the filter.
-    new = Chain((policy, experience.drawing_filter([pool], model)))
-    log_pi = experience.log_probabilities(model, params, chosen, tokenizer, new, batch=batch)
+    new = Chain((policy, drawing_filter([pool], model)))
+    log_pi = log_probabilities(model, params, chosen, tokenizer, new, batch=training.batch)
     share = weight[used] / weight.sum()
     gap = float(share @ (log_q[used] - log_pi))  # KL(p ‖ π) - KL(p ‖ q)
     run.record(closer=gap < 0, gap=gap, lam=dict(zip([n for n, _ in soft], lam.tolist())))
     run.log(kl_gap=gap, effective=float(weight.sum() ** 2 / np.square(weight).sum()), used=len(used))
-    finetune.keep(run, policy, "gdc", hp)
+    fitting.keep(run, policy, "gdc", vars(adapter))

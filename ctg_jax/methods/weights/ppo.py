@@ -7,6 +7,7 @@ probabilities that did not draw the samples is not an importance weight, and its
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,14 +20,16 @@ from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.decode import loop
 from ctg_jax.learn import calibrate as calibration
-from ctg_jax.learn import experience, losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.pool import FIXED, Pool, batches, check_drawn, drawing_filter, logits
+from ctg_jax.learn.rounds import adapted, explored
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Prompts, Sum
 
-init, example, neutral = finetune.delta, finetune.example, finetune.neutral
+init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
 
 def head(width: int) -> dict[str, jax.Array]:
@@ -63,16 +66,33 @@ def token_rewards(reward: jax.Array, old: jax.Array, base: jax.Array, mask: jax.
     return jnp.where(mask, -beta * (old - base), 0.0) + jnp.where(end, reward[:, None], 0.0)
 
 
-def loss(
-    lm: LM, *, clip: float = 0.2, gamma: float = 1.0, lam: float = 0.95, value: float = 0.5, entropy: float = 0.0
-) -> losses.LossFn:
-    """The clipped objective (Schulman et al. 2017, eq. 7) per token, `value` times half the squared error of the
-    values, minus `entropy` · entropy.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What `loss` is made of: the section `objective`.
+
+    Attributes:
+      clip: how far a ratio of probabilities counts on either side of 1.
+      gamma, lam: of the advantages, see `advantages`.
+      value: weight of half the squared error of the values.
+      entropy: weight of the entropy, which is subtracted.
+    """
+
+    clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    value: float = 0.5
+    entropy: float = 0.0
+
+
+def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
+    """The clipped objective (Schulman et al. 2017, eq. 7) per token, with the terms of `objective`.
 
     params = {"policy": Delta, "value": `head`}; frozen = {"params": those of the LM, "old": params at the start of the
     round, "beta": float32 [], "filter": the control that the samples were drawn under after the policy, optional}; the
     batch has `reward` float32 [B].
     """
+
+    clip, gamma, lam, value, entropy = dataclasses.astuple(objective)
 
     def read(params, frozen, batch, keys):
         prompts = Prompts(batch["tokens"], batch["mask"], keys)
@@ -83,20 +103,20 @@ def loss(
     def total(params, frozen, batch, keys):
         mask = batch["written"]
         old, before, _ = jax.tree.map(lax.stop_gradient, read(frozen["old"], frozen, batch, keys))
-        z0 = experience.logits(lm, frozen["params"], batch, keys, frozen.get("filter", IDENTITY))
+        z0 = logits(lm, frozen["params"], batch, keys, frozen.get("filter", IDENTITY))
         base = lax.stop_gradient(-losses.next_token(z0, batch["completion"]))
         rewards = token_rewards(batch["reward"], old, base, mask, frozen["beta"])
         advantage = advantages(rewards, before, mask, gamma=gamma, lam=lam)
         logp, now, z = read(params, frozen, batch, keys)
         ratio = jnp.exp(jnp.where(mask, logp - old, 0.0))
         gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
-        objective, weight = losses.masked_sum(-gain, mask)
+        total, weight = losses.masked_sum(-gain, mask)
         error, _ = losses.masked_sum(0.5 * jnp.square(now - (advantage + before)), mask)
         free, _ = losses.masked_sum(losses.entropy(z), mask)
         far, _ = losses.masked_sum(old - base, mask)
         clipped, _ = losses.masked_sum(jnp.abs(ratio - 1) > clip, mask)
         metrics = {"value_error": error, "entropy": free, "kl": far, "clipped": clipped}
-        return Sum(objective + value * error - entropy * free, weight, {k: (v, weight) for k, v in metrics.items()})
+        return Sum(total + value * error - entropy * free, weight, {k: (v, weight) for k, v in metrics.items()})
 
     return total
 
@@ -113,43 +133,37 @@ def fit(
     target_kl: float | None = None,
     calibrate: int | None = None,
     seed: int = 0,
-    **hp: Any,
+    **settings: Any,
 ) -> Artifact:
     """Rounds of explore → score → learn, each from the samples of the policy as it is.
 
     Args:
-      data: prompts. rewards: the first is learned from.
-      beta: β, the KL penalty per nat. target_kl: nats per token that β aims at, see
-        `experience.adapted`; None leaves it fixed.
+      lm: the language model. data: prompts. rewards: the first is learned from.
+      beta: β, the KL penalty per nat. target_kl: nats per token that β aims at, see `rounds.adapted`; None leaves it
+        fixed.
       calibrate: None, the reward as it is; n, its rank among the base's samples of the same prompt, transformed for
         decoding by the best of n (0: the rank itself). The base's samples are those of the first round.
-      rounds, explore, seed, hp: see `quark.fit`; hp are those of `ppo`. Of the filters those that do not look at
-        probabilities may be there (`experience.FIXED`): tokens that top-p removes for the base, and not for the policy,
-        are infinitely far from it.
+      rounds, explore, seed: see `quark.fit`. settings: of the stage `ppo`. Of the filters those that do not look at
+        probabilities may be there (`pool.FIXED`): tokens that top-p removes for the base, and not for the policy, are
+        infinitely far from it.
 
     Raises:
       InputError: rounds below 1, greedy samples, or another filter.
     """
-    if rounds < 1:
-        raise InputError(f"rounds is {rounds}, expected at least 1.")
-    experience.check_drawn(explore or {}, "ppo", experience.FIXED)
+    check_drawn(explore or {}, "ppo", FIXED)
     if target_kl is not None:
-        experience.check_drawn(explore or {}, "target_kl")
-    policy, first = None, None
-    for r in range(rounds):
-        pool = experience.explore(
-            root, lm=lm, data=data, rewards=rewards, control=policy, round=r, seed=seed, **(explore or {})
-        )
-        first = first or pool
-        if target_kl is not None and r:
-            beta = experience.adapted(beta, pool, target_kl)
-        settings = {**hp, "beta": beta, "seed": rng.derived_seed(seed, "learn", r), "calibrate_for": calibrate}
-        given = {"pool": pool, "base": None if calibrate is None else first, "start_from": policy}
-        policy = stage(root, ppo, settings, lm=lm, **given)
-    return policy
+        check_drawn(explore or {}, "target_kl")
+    for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, seed=seed):
+        if target_kl is not None and turn.number:
+            beta = adapted(beta, turn.seen[-1], target_kl)
+        own = settings | {"beta": beta, "seed": turn.seed, "calibrate_for": calibrate}
+        base = None if calibrate is None else turn.seen[0]
+        given = {"pool": turn.pools[0], "base": base, "start_from": turn.proposal}
+        turn.proposal = stage(root, ppo, own, lm=lm, **given)
+    return turn.proposal
 
 
-@stage_function("ppo", how=("save_every",))
+@stage_function("ppo")
 def ppo(
     run: Run,
     *,
@@ -160,21 +174,10 @@ def ppo(
     beta: float = 0.05,
     calibrate_for: int | None = None,
     normalise: bool = False,
-    kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    clip: float = 0.2,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    value: float = 0.5,
-    entropy: float = 0.0,
-    steps: int = 100,
-    batch: int = 32,
-    rate: float | None = None,
-    warmup: int = 0,
-    schedule: str = "constant",
+    adapter: Adapter = Adapter(),
+    objective: Objective = Objective(),
+    training: Training = Training(steps=100, warmup=0),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: one round of PPO on samples of the policy it starts from.
 
@@ -182,24 +185,25 @@ def ppo(
       pool: what `experience.score` made of those samples. base: samples of the base, for calibration.
       start_from: the policy that drew the samples; None: the frozen model.
       beta, calibrate_for: see `fit`. normalise: rewards minus their mean, over their deviation, in this pool.
-      kind, rank, targets: of the change of weights. clip, gamma, lam, value, entropy: of the loss.
-      steps, batch, rate, warmup, schedule: of the optimizer; steps · batch over the pool's size is the epochs.
+      adapter: the change of weights. objective: of the loss.
+      training: how it is trained; steps · batch over the pool's size is the number of epochs.
+      seed: of initial values, batches and training.
 
     Raises:
       InputError: all rewards are equal where they are normalised, samples that `fit` would not draw, and what training
         raises.
     """
-    experience.check_drawn(pool.spec["drawn"], "ppo", experience.FIXED)
+    check_drawn(pool.spec["drawn"], "ppo", FIXED)
     model, params, tokenizer = open_lm(lm)
-    hp = dict(kind=kind, rank=rank, targets=targets)
-    state = {"policy": init(model, rng.stream(jax.random.key(seed), "init"), **hp), "value": head(model.width)}
+    made = vars(adapter)
+    state = {"policy": init(model, rng.stream(jax.random.key(seed), "init"), **made), "value": head(model.width)}
     if start_from is not None:
         value_head = checkpoint.load(start_from.path / "value", head(model.width))
         state = {"policy": methods.load(start_from, model), "value": value_head}
-    samples = experience.Pool.open([pool])
+    samples = Pool.open([pool])
     reward = calibration.finite(samples.column("reward"))
     if base is not None:
-        origin = experience.Pool.open([base])
+        origin = Pool.open([base])
         pairs = (samples.column("prompt_id"), origin.column("reward"), origin.column("prompt_id"))
         reward = calibration.transformed(calibration.rank_within(reward, *pairs), calibrate_for or 0)
     if normalise:
@@ -209,13 +213,12 @@ def ppo(
             )
         reward = (reward - reward.mean()) / reward.std()
     samples = samples.with_(reward=reward.astype(np.float32))
-    batches = experience.batches(samples, tokenizer, batch=batch, seed=seed, fields=("reward",))
-    objective = loss(model, clip=clip, gamma=gamma, lam=lam, value=value, entropy=entropy)
+    rows = batches(samples, tokenizer, batch=training.batch, seed=seed, fields=("reward",))
     frozen = {"params": params, "old": state, "beta": jnp.float32(beta)}
-    frozen["filter"] = experience.drawing_filter([pool], model)
-    state = finetune.learn(
-        run, state, objective, frozen, batches, trained=r"policy/changes/.*|value/.*", steps=steps,
-        rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
+    frozen["filter"] = drawing_filter([pool], model)
+    state = fitting.train(
+        run, state, loss(model, objective), frozen, rows, training.at(adapter.rate),
+        trained=r"policy/changes/.*|value/.*", seed=seed,
     )  # fmt: skip
     checkpoint.save(run.path / "value", state["value"])
-    finetune.keep(run, state["policy"], "ppo", hp)
+    fitting.keep(run, state["policy"], "ppo", made)

@@ -3,6 +3,7 @@ decode on the token of the best one."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax import methods, rng
-from ctg_jax.controls import bricks
-from ctg_jax.controls.bricks import Coded
-from ctg_jax.learn import calibrate, experience, losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.controls.codes import Coded, coded
+from ctg_jax.learn import calibrate, fitting, losses
+from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.pool import Pool, batches, check_drawn, logits, repeats
+from ctg_jax.learn.rounds import adapted, explored
 from ctg_jax.models.lm import LM
-from ctg_jax.run import stage
-from ctg_jax.run.stage import Artifact, Run, open_lm
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
 DIRECTIONS = ("reference_policy", "policy_reference")
@@ -29,15 +30,15 @@ def init(
 
     Args:
       tokens: K, reward tokens.
-      kind, rank, targets: "lora" or "full", and of what; see `finetune.delta`.
+      kind, rank, targets: of the change of weights, see `ctg_jax.learn.fitting.Adapter`.
     """
-    delta = finetune.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
-    return bricks.coded(rng.stream(key, "codes"), delta, lm.width, tokens)
+    delta = fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank, targets=targets)
+    return coded(rng.stream(key, "codes"), delta, lm.width, tokens)
 
 
 def example(lm: LM, key: jax.Array) -> Coded:
     """Three loud tokens and a LoRA, decoding on the second token, for the laws."""
-    control = bricks.coded(key, finetune.example(lm, key), lm.width, 3, deviation=1.0)
+    control = coded(key, fitting.example_delta(lm, key), lm.width, 3, deviation=1.0)
     return control.replace(scale=jnp.float32(0.5))
 
 
@@ -46,33 +47,39 @@ def neutral(control: Coded) -> None:
     return None
 
 
-def start(control: Coded, params: Any, key: jax.Array) -> Coded:
-    """The control with reward tokens drawn from the statistics of the embeddings: their mean and their deviation in
-    each dimension."""
-    words = params["embed"]["tokens"].astype(jnp.float32)
-    noise = jax.random.normal(key, control.codes.shape)
-    return control.replace(codes=jnp.mean(words, axis=0)[None] + jnp.std(words, axis=0)[None] * noise)
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Weights of `loss`: the section `objective`.
+
+    Attributes:
+      kl: of the KL divergence between policy and frozen model over the whole vocabulary.
+      direction: "reference_policy" is KL(frozen ‖ policy), the paper's; "policy_reference" the other, the code's.
+      entropy: of the entropy, which is subtracted.
+      unlikelihood: of the token-level unlikelihood of earlier tokens of prompt and response (Welleck et al. 2020).
+    """
+
+    kl: float = 0.05
+    direction: str = "reference_policy"
+    entropy: float = 0.06
+    unlikelihood: float = 0.0
 
 
-def loss(
-    lm: LM, *, kl: float = 0.05, direction: str = "reference_policy", entropy: float = 0.06, unlikelihood: float = 0.0
-) -> losses.LossFn:
-    """Per response token: cross-entropy on the reward token `batch["bin"]`, plus `kl` · KL to the frozen model over the
-    whole vocabulary, minus `entropy` · entropy (Lu et al. 2022), plus `unlikelihood` times the
-    token-level unlikelihood of what the response has said before (Welleck et al. 2020).
+def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
+    """Per token of the response: cross-entropy on the reward token `batch["bin"]`, plus the terms of `objective`.
 
     params is the control, frozen = {"params": those of the LM, "kl": float32 [] that multiplies `kl`, optional}.
 
-    Args:
-      direction: "reference_policy" is KL(frozen ‖ policy), the paper's; "policy_reference" the other, the code's.
+    Raises:
+      InputError: an unknown direction.
     """
+    kl, direction, entropy, unlikelihood = dataclasses.astuple(objective)
     if direction not in DIRECTIONS:
         raise InputError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}.")
 
     def total(params, frozen, batch, keys):
         control = params.replace(cond="bin")
-        z = experience.logits(lm, frozen["params"], batch, keys, control, {"bin": batch["bin"]})
-        base = jax.lax.stop_gradient(experience.logits(lm, frozen["params"], batch, keys))
+        z = logits(lm, frozen["params"], batch, keys, control, {"bin": batch["bin"]})
+        base = jax.lax.stop_gradient(logits(lm, frozen["params"], batch, keys))
         pair = (base, z) if direction == "reference_policy" else (z, base)
         ce, weight = losses.masked_sum(losses.next_token(z, batch["completion"]), batch["written"])
         far, _ = losses.masked_sum(losses.kl(*pair), batch["written"])
@@ -80,7 +87,7 @@ def loss(
         value = ce + frozen.get("kl", 1.0) * kl * far - entropy * free
         metrics = {"cross_entropy": (ce, weight), "kl": (far, weight), "entropy": (free, weight)}
         if unlikelihood:
-            said, _ = losses.masked_sum(losses.unlikelihood(z, *experience.repeats(batch)), batch["written"])
+            said, _ = losses.masked_sum(losses.unlikelihood(z, *repeats(batch)), batch["written"])
             value, metrics = value + unlikelihood * said, metrics | {"unlikelihood": (said, weight)}
         return Sum(value, weight, metrics)
 
@@ -98,44 +105,35 @@ def fit(
     pool: str = "all",
     target_kl: float | None = None,
     seed: int = 0,
-    **hp: Any,
+    **settings: Any,
 ) -> Artifact:
     """Rounds of explore → score → learn; the first explores with the frozen model, the others on the best token.
 
     Args:
-      data: prompts. rewards: the first is learned from.
-      rounds: how often.
+      lm: the language model. data: prompts. rewards: the first is learned from.
+      rounds: how many.
       explore: settings of `ctg_jax.stages.sampling.sample`, such as n (samples of a prompt) and max_new.
       pool: "all" sorts the samples of all rounds again, "last" those of the last.
-      target_kl: nats per token that the KL coefficient aims at, see `experience.adapted`; None leaves it fixed.
-      seed: of samples and of training. hp: of `quark`.
+      target_kl: nats per token that the KL coefficient aims at, see `rounds.adapted`; None leaves it fixed.
+      seed: of samples and of training. settings: of the stage `quark`.
 
     Raises:
       InputError: another `pool`, rounds below 1, or a `target_kl` with greedy samples or a filter.
     """
-    if pool not in ("all", "last"):
-        raise InputError(f"pool is {pool!r}, expected 'all' or 'last'.")
-    if rounds < 1:
-        raise InputError(f"rounds is {rounds}, expected at least 1.")
     if target_kl is not None:
-        experience.check_drawn(explore or {}, "target_kl")
-    control, seen, factor = None, [], 1.0
-    for r in range(rounds):
-        seen.append(
-            experience.explore(
-                root, lm=lm, data=data, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
-            )
-        )
-        if target_kl is not None and r:
-            factor = experience.adapted(factor, seen[-1], target_kl)
-        given = {"pool": seen if pool == "all" else seen[-1:], "start_from": control}
-        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r)}
-        settings |= {} if target_kl is None else {"kl_factor": factor}
-        control = stage.stage(root, quark, settings, lm=lm, **given)
-    return control
+        check_drawn(explore or {}, "target_kl")
+    given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, seed=seed)
+    factor = 1.0
+    for turn in explored(root, rounds, **given):
+        own = settings | {"seed": turn.seed}
+        if target_kl is not None:
+            factor = adapted(factor, turn.seen[-1], target_kl) if turn.number else factor
+            own["kl_factor"] = factor
+        turn.proposal = stage(root, quark, own, lm=lm, pool=turn.pools, start_from=turn.proposal)
+    return turn.proposal
 
 
-@stage.stage_function("quark", how=("save_every",))
+@stage_function("quark")
 def quark(
     run: Run,
     *,
@@ -145,53 +143,41 @@ def quark(
     tokens: int = 5,
     best_only: bool = False,
     strata: bool = False,
-    kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    kl: float = 0.05,
+    adapter: Adapter = Adapter(),
+    objective: Objective = Objective(),
     kl_factor: float = 1.0,
-    direction: str = "reference_policy",
-    entropy: float = 0.06,
-    unlikelihood: float = 0.0,
-    steps: int = 200,
-    batch: int = 32,
-    rate: float | None = None,
-    warmup: int = 20,
-    schedule: str = "constant",
+    training: Training = Training(),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
-    """Stage: one round of learning on a pool that is sorted anew.
+    """Stage: one round of learning on a pool that is sorted by its rewards.
 
     Args:
       pool: rounds of samples, by `experience.score`. start_from: the control of the round before, or None.
       tokens: K, quantiles and reward tokens. best_only: learn from the best quantile alone (an ablation).
-      strata: batches hold every quantile in equal parts; else samples are drawn uniformly.
-      kind, rank, targets: of the change of weights.
-      kl, kl_factor, direction, entropy, unlikelihood: of the loss; kl is multiplied by kl_factor.
-      steps, batch, rate, warmup, schedule: of the optimizer, which starts anew in every round.
+      strata: whether batches hold every quantile in equal parts; otherwise samples are drawn uniformly.
+      adapter: the change of weights. objective: of the loss; its kl is multiplied by kl_factor.
+      training: how it is trained; each round has a new optimizer.
+      seed: of initial values, batches and training.
 
     Raises:
       InputError: fewer samples than quantiles, all rewards equal, and what `init`, `loss` and training raise.
     """
     model, params, tokenizer = open_lm(lm)
     key = jax.random.key(seed)
-    hp = dict(tokens=tokens, kind=kind, rank=rank, targets=targets)
+    made = vars(adapter) | {"tokens": tokens}
     if start_from is None:
-        control = start(init(model, rng.stream(key, "init"), **hp), params, rng.stream(key, "tokens"))
+        control = init(model, rng.stream(key, "init"), **made)
+        control = fitting.like_words(control, params, rng.stream(key, "tokens"))
     else:
         control = methods.load(start_from, model)
-    samples = experience.Pool.open(pool)
+    samples = Pool.open(pool)
     samples = samples.with_(bin=calibrate.bins(samples.column("reward"), tokens))
     if best_only:
         samples = samples.take((samples.column("bin") == tokens - 1).nonzero()[0])
-    batches = experience.batches(
-        samples, tokenizer, batch=batch, seed=seed, fields=("bin",), strata="bin" if strata else None
-    )
-    objective = loss(model, kl=kl, direction=direction, entropy=entropy, unlikelihood=unlikelihood)
+    options = dict(batch=training.batch, seed=seed, fields=("bin",), strata="bin" if strata else None)
     frozen = {"params": params, "kl": jnp.float32(kl_factor)}
-    control = finetune.learn(
-        run, control, objective, frozen, batches, trained=r"delta/changes/.*|codes", steps=steps,
-        rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
+    control = fitting.train(
+        run, control, loss(model, objective), frozen, batches(samples, tokenizer, **options),
+        training.at(adapter.rate), trained=r"delta/changes/.*|codes", seed=seed,
     )  # fmt: skip
-    finetune.keep(run, control, "quark", hp)
+    fitting.keep(run, control, "quark", made)

@@ -7,6 +7,7 @@ prompt. The samples are those of the round, not of the update as in the papers: 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,30 +18,41 @@ import numpy as np
 from ctg_jax import methods, rng
 from ctg_jax.control import Chain
 from ctg_jax.data.completions import continuations
-from ctg_jax.learn import calibrate, experience, losses
-from ctg_jax.methods.weights import finetune
+from ctg_jax.learn import calibrate, fitting, losses
+from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.pool import Pool, batches, check_drawn, drawing_filter, log_probabilities, logits, repeats
+from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
-from ctg_jax.run import stage
-from ctg_jax.run.stage import Artifact, Run, open_lm
+from ctg_jax.run.identity import section
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages import judges
 from ctg_jax.types import InputError, Sum
 
-init, example, neutral = finetune.delta, finetune.example, finetune.neutral
+init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
 
-def loss(
-    lm: LM,
-    *,
-    likelihood: float = 1.0,
-    token: float = 1.0,
-    sequence: float = 0.0,
-    policy: float = 0.0,
-    ngram: int = 4,
-) -> losses.LossFn:
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Weights of the terms of `loss`, and the length of its n-grams: the section `objective`."""
+
+    likelihood: float = 1.0
+    token: float = 1.0
+    sequence: float = 0.0
+    policy: float = 0.0
+    ngram: int = 4
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a term learns from the model's own samples."""
+        return bool(self.sequence or self.policy)
+
+
+def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
     """The mean over rows of a weighted sum of four terms, each the mean over the tokens of its continuation:
 
     likelihood   -log p of the human continuation
-    token        -Σ log(1 - p(c)) over all c said before in prompt or human continuation (Welleck et al. 2020, eq. 4-5)
+    token        -Σ log(1 - p(c)) over all earlier tokens c of prompt and human continuation (Welleck et al. 2020, eq.
+                 4-5)
     sequence     -log(1 - p) of the own tokens that are part of an n-gram that the continuation held before, the prompt
                  not counted (eq. 7-8)
     policy       -advantage · log p of the own continuation (REINFORCE). `w`, by which a sample is less likely per token
@@ -53,6 +65,7 @@ def loss(
     Raises:
       InputError: a negative weight, no positive one, or n-grams below one token.
     """
+    likelihood, token, sequence, policy, ngram = dataclasses.astuple(objective)
     weights = dict(likelihood=likelihood, token=token, sequence=sequence, policy=policy)
     if min(weights.values()) < 0 or not any(weights.values()):
         raise InputError(f"the weights are {weights}: expected none below 0 and at least one above it.")
@@ -63,20 +76,20 @@ def loss(
         terms = {}
         if likelihood or token:
             human = batch | {"completion": batch["human"], "written": batch["human_written"]}
-            z = experience.logits(lm, frozen["params"], human, keys, params)
+            z = logits(lm, frozen["params"], human, keys, params)
             terms["likelihood"] = losses.row_mean(losses.next_token(z, human["completion"]), human["written"])
             if token:
-                said = losses.unlikelihood(z, *experience.repeats(human))
+                said = losses.unlikelihood(z, *repeats(human))
                 terms["token"] = losses.row_mean(said, human["written"])
         if sequence or policy:
             own, real = batch["completion"], batch["written"]
             if sequence:
-                z = experience.logits(lm, frozen["params"], batch, keys, params)
+                z = logits(lm, frozen["params"], batch, keys, params)
                 itself = jnp.eye(own.shape[1], dtype=bool)[None] & losses.repeated(own, real, ngram)[:, :, None]
                 terms["sequence"] = losses.row_mean(losses.unlikelihood(z, own, itself), real)
             if policy:
                 drawing = Chain((params, frozen["filter"])) if "filter" in frozen else params
-                z = experience.logits(lm, frozen["params"], batch, keys, drawing)
+                z = logits(lm, frozen["params"], batch, keys, drawing)
                 logp = -losses.row_mean(losses.next_token(z, own), real)
                 drawn = batch["drawn"] / jnp.maximum(jnp.sum(real, axis=1), 1)
                 w = jax.lax.stop_gradient(jnp.minimum(jnp.exp(logp - drawn), 1.0))
@@ -107,39 +120,33 @@ def fit(
     rounds: int = 1,
     explore: Mapping[str, Any] | None = None,
     seed: int = 0,
-    **hp: Any,
+    **settings: Any,
 ) -> Artifact:
     """Rounds of explore → score → learn; nothing is sampled where neither `sequence` nor `policy` has a weight.
 
     Args:
-      data: texts and their prompts, see `ctg_jax.data.completions.continuations`.
+      lm: the language model. data: texts and their prompts, see `ctg_jax.data.completions.continuations`.
       rewards: the policy learns from the first; without any, it is the diversity of 3-grams.
-      rounds: how often. explore: settings of `ctg_jax.stages.sampling.sample`.
-      seed: of samples and of training. hp: of `unlikelihood`.
+      rounds: how many. explore: settings of `ctg_jax.stages.sampling.sample`.
+      seed: of samples and of training. settings: of the stage `unlikelihood`.
 
     Raises:
       InputError: rounds below 1, or a policy gradient of greedy samples.
     """
-    if rounds < 1:
-        raise InputError(f"rounds is {rounds}, expected at least 1.")
-    own = bool(hp.get("sequence") or hp.get("policy"))
-    if hp.get("policy"):
-        experience.check_drawn(explore or {}, "policy", None)
-    if own and not rewards:
-        rewards = [stage.stage(root, judges.fit_judge, {"kind": "diversity", "name": "diversity"})]
-    control = None
-    for r in range(rounds):
-        given = dict(lm=lm, data=data)
-        if own:
-            new = experience.explore(
-                root, **given, rewards=rewards, control=control, round=r, seed=seed, **(explore or {})
-            )
-        settings = {**hp, "seed": rng.derived_seed(seed, "learn", r)}
-        control = stage.stage(root, unlikelihood, settings, **given, pool=[new] if own else [], start_from=control)
-    return control
+    objective = section(Objective(), settings.get("objective"), "objective of unlikelihood")
+    if objective.policy:
+        check_drawn(explore or {}, "policy", None)
+    if objective.sampled and not rewards:
+        rewards = [stage(root, judges.fit_judge, {"kind": "diversity", "name": "diversity"})]
+    given = dict(lm=lm, data=data)
+    more = dict(rewards=rewards, explore=explore, sampled=objective.sampled, seed=seed)
+    for turn in explored(root, rounds, **given, **more):
+        own = settings | {"seed": turn.seed}
+        turn.proposal = stage(root, unlikelihood, own, **given, pool=turn.pools, start_from=turn.proposal)
+    return turn.proposal
 
 
-@stage.stage_function("unlikelihood", how=("save_every",))
+@stage_function("unlikelihood")
 def unlikelihood(
     run: Run,
     *,
@@ -147,67 +154,54 @@ def unlikelihood(
     data: Artifact,
     pool: Sequence[Artifact] = (),
     start_from: Artifact | None = None,
-    likelihood: float = 1.0,
-    token: float = 1.0,
-    sequence: float = 0.0,
-    policy: float = 0.0,
-    ngram: int = 4,
+    objective: Objective = Objective(),
     length: int = 64,
-    kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    steps: int = 200,
-    batch: int = 32,
-    rate: float | None = None,
-    warmup: int = 20,
-    schedule: str = "constant",
+    adapter: Adapter = Adapter(),
+    training: Training = Training(),
     seed: int = 0,
-    save_every: int = 100,
 ) -> None:
     """Stage: one round of learning from texts and, where a term needs them, own samples of their prompts.
 
     Args:
       data: see `fit`. pool: the samples of the round, by `experience.score`. start_from: as for `quark`.
-      likelihood, token, sequence, policy, ngram: of the loss. length: tokens of a human continuation.
-      kind, rank, targets: of the change of weights. steps, batch, rate, warmup, schedule: of the optimizer.
+      objective: of the loss. length: tokens of a human continuation.
+      adapter: the change of weights. training: how it is trained.
+      seed: of initial values, batches and training.
 
     Raises:
       InputError: no samples for a term that needs them, greedy ones for the policy, and what `loss`, `continuations`
         and training raise.
     """
     model, params, tokenizer = open_lm(lm)
-    hp = dict(kind=kind, rank=rank, targets=targets)
-    weights = dict(likelihood=likelihood, token=token, sequence=sequence, policy=policy)
-    objective = loss(model, **weights, ngram=ngram)
+    value = loss(model, objective)
     key = rng.stream(jax.random.key(seed), "init")
-    control = init(model, key, **hp) if start_from is None else methods.load(start_from, model)
+    control = init(model, key, **vars(adapter)) if start_from is None else methods.load(start_from, model)
     frozen = {"params": params}
     records = data.rows("data.jsonl")
     human = continuations(records, tokenizer, length)
-    if sequence or policy:
+    if objective.sampled:
         if not pool:
             raise InputError("sequence and policy learn from the model's own samples, and the pool is empty.")
-        samples = experience.Pool.open(pool)
+        samples = Pool.open(pool)
         at = samples.column("prompt_id")
         tails = np.empty(len(at), object)
         tails[:] = [human[i] for i in at]
         samples = samples.with_(human=tails)
-        if policy:
+        if objective.policy:
             for part in pool:
-                experience.check_drawn(part.spec["drawn"], "policy", None)
-            frozen["filter"] = experience.drawing_filter(pool, model)
+                check_drawn(part.spec["drawn"], "policy", None)
+            frozen["filter"] = drawing_filter(pool, model)
             drawing = Chain((control, frozen["filter"]))
-            drawn = experience.log_probabilities(model, params, samples, tokenizer, drawing, batch=batch)
+            drawn = log_probabilities(model, params, samples, tokenizer, drawing, batch=training.batch)
             samples = samples.with_(advantage=advantages(samples.column("reward"), at), drawn=drawn)
     else:
         samples = [
             {"text": r["text"], "prompt": r.get("prompt", r["text"]), "tokens": t, "human": t}
             for r, t in zip(records, human)
         ]
-    fields = ("advantage", "drawn") if policy else ()
-    batches = experience.batches(samples, tokenizer, batch=batch, seed=seed, fields=fields, also="human")
-    control = finetune.learn(
-        run, control, objective, frozen, batches, trained=r"changes/.*", steps=steps,
-        rate=rate or finetune.RATES[kind], warmup=warmup, schedule=schedule, seed=seed, save_every=save_every,
-    )  # fmt: skip
-    finetune.keep(run, control, "unlikelihood", hp)
+    fields = ("advantage", "drawn") if objective.policy else ()
+    rows = batches(samples, tokenizer, batch=training.batch, seed=seed, fields=fields, also="human")
+    control = fitting.train(
+        run, control, value, frozen, rows, training.at(adapter.rate), trained=r"changes/.*", seed=seed
+    )
+    fitting.keep(run, control, "unlikelihood", vars(adapter))

@@ -202,7 +202,7 @@ def _warn_of_rules(folder: Path) -> None:
         listed = ", ".join(f"{k} {v}" for k, v in rules.items())
         warnings.warn(
             f"{file} recommends {listed}. This is not applied: the distribution is the model's own until a control "
-            "(ctg_jax.methods.logits.truncate, or `filter` of a configuration) changes it.",
+            "(ctg_jax.controls.truncate, or `filter` of a configuration) changes it.",
             stacklevel=3,
         )
 

@@ -1,0 +1,103 @@
+"""`Delta`, a change of a model's weights: dense (fine-tuning) or of low rank (LoRA)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ctg_jax import rng, tree
+from ctg_jax.control import Control
+from ctg_jax.types import InputError, Params
+
+# The matrices of every block: what LoRA changes by default.
+KERNELS = r"layers/.*/kernel"
+
+
+EVERYTHING = r".*"
+
+
+@struct.dataclass
+class Delta(Control):
+    """A change of selected parameters: W + scale · ΔW, with ΔW dense or of low rank.
+
+    Attributes:
+      changes: path of a parameter in the stacked layout -> {"full": its shape} or {"a": [..., r, in],
+        "b": [..., out, r]}, of which ΔW = b a (LoRA, Hu et al. 2021, eq. 3, with alpha / r left to `scale`).
+      scale: float32 []; 0 is the frozen model, 1 the fitted one. Weights are shared by all rows, so it is not per row.
+    """
+
+    changes: dict[str, dict[str, jax.Array]]
+    scale: jax.Array
+
+    def weights(self, params: Params) -> Params:
+        stacked = isinstance(params["layers"], dict)
+        named = dict(self.changes)
+        if not stacked:  # the layout for decoding: layers/attn/… [L, …] becomes layers/i/attn/…
+            for path in [p for p in named if p.startswith("layers/")]:
+                rest = path.removeprefix("layers/")
+                for i, change in enumerate(tree.unstack(named.pop(path))):
+                    named[f"layers/{i}/{rest}"] = change
+
+        def moved(path, p):
+            change = named.pop(path, None)
+            if change is None:
+                return p
+            delta = change["full"] if "full" in change else change["b"] @ change["a"]
+            if delta.shape != p.shape:
+                raise InputError(
+                    f"The control changes {path} by an array of shape {delta.shape}, but this model's has {p.shape}: "
+                    "it was fitted on another model."
+                )
+            return (p.astype(jnp.float32) + self.scale * delta).astype(p.dtype)
+
+        out = tree.map_with_path(moved, params)
+        if named:
+            raise InputError(
+                f"The control changes {sorted(named)[0]}, which this model lacks: it was fitted on another model."
+            )
+        return out
+
+
+def chosen(params: Any, pattern: str, least: int) -> dict[str, Any]:
+    """The parameters whose path matches, with at least `least` axes in one layer; InputError if there is none."""
+    try:
+        found = tree.select(params, pattern)
+    except re.error as e:
+        raise InputError(f"targets is {pattern!r}, which is no regular expression ({e}).") from None
+    found = {p: x for p, x in found.items() if len(x.shape) - p.startswith("layers/") >= least}
+    if not found:
+        paths = ", ".join(tree.flatten(params))
+        raise InputError(f"targets is {pattern!r}, which matches no matrix of the model; its parameters are {paths}.")
+    return found
+
+
+def lora(key: jax.Array, params: Any, rank: int, targets: str = KERNELS) -> Delta:
+    """A neutral low-rank `Delta` on the matrices whose whole path matches `targets`.
+
+    Args:
+      key: for `a`, normal with variance 1 / in; `b` is zero.
+      params: arrays or `ShapeDtypeStruct`s in the stacked layout.
+      rank: r, at least 1.
+      targets: a regular expression over paths such as `layers/attn/qkv/kernel`.
+
+    Raises:
+      InputError: a rank below 1, or a pattern that matches nothing.
+    """
+    if rank < 1:
+        raise InputError(f"rank is {rank}, expected at least 1.")
+    changes = {}
+    for path, w in chosen(params, targets, least=2).items():
+        *lead, out, into = w.shape
+        a = jax.random.normal(rng.stream(key, path), (*lead, rank, into), jnp.float32) / into**0.5
+        changes[path] = {"a": a, "b": jnp.zeros((*lead, out, rank), jnp.float32)}
+    return Delta(changes, jnp.ones((), jnp.float32))
+
+
+def full(params: Any, targets: str = EVERYTHING) -> Delta:
+    """A neutral dense `Delta` (zeros) on every parameter whose whole path matches `targets`."""
+    found = chosen(params, targets, least=0)
+    return Delta({p: {"full": jnp.zeros(w.shape, jnp.float32)} for p, w in found.items()}, jnp.ones((), jnp.float32))

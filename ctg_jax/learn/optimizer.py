@@ -1,0 +1,65 @@
+"""The optimizer, AdamW, and schedules of its learning rate."""
+
+from __future__ import annotations
+
+import re
+
+import optax
+
+from ctg_jax import tree
+from ctg_jax.types import InputError, PyTree
+
+
+def schedule(
+    rate: float, kind: str = "constant", *, warmup: int = 0, steps: int | None = None, final: float = 0.0
+) -> optax.Schedule:
+    """Learning rate by step: linear warm-up to `rate`, then "constant", "linear" or "cosine" to `final * rate`.
+
+    Raises:
+      InputError: an unknown kind; a decaying one without `steps`, the number of steps in all, above `warmup`.
+    """
+    if kind not in ("constant", "linear", "cosine"):
+        raise InputError(f"schedule is {kind!r}, expected 'constant', 'linear' or 'cosine'")
+    if kind != "constant" and (steps is None or steps <= warmup):
+        raise InputError(f"schedule {kind!r} needs steps above warmup={warmup}, found steps={steps}")
+    if kind == "constant":
+        after = optax.constant_schedule(rate)
+    elif kind == "linear":
+        after = optax.linear_schedule(rate, final * rate, steps - warmup)
+    else:
+        after = optax.cosine_decay_schedule(rate, steps - warmup, final)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+
+
+def optimizer(
+    rate: float | optax.Schedule = 1e-3,
+    *,
+    clip: float | None = 1.0,
+    decay: float = 0.0,
+    decayed: str = r"(?!.*(norm|bias)).*",
+    trained: str = ".*",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
+
+    Args:
+      rate: a learning rate or a `schedule`.
+      clip: largest norm of the gradient of all trained leaves together, or None.
+      decay: decoupled weight decay, on leaves whose path matches `decayed`.
+      decayed: regular expression for whole paths; norms and biases are left out by default.
+      trained: regular expression for whole paths; other leaves keep their values and need no moments.
+      b1, b2, eps: of Adam.
+    """
+    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
+    tx = adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
+    if trained == ".*":
+        return tx
+    return optax.partition({True: tx, False: optax.set_to_zero()}, lambda p: _matching(p, trained))
+
+
+def _matching(params: PyTree, pattern: str) -> PyTree:
+    return tree.map_with_path(lambda path, x: re.fullmatch(pattern, path) is not None, params)

@@ -1,0 +1,156 @@
+"""The pool of a method that learns from samples: records on disk, batches of them, and what their log-probabilities may
+be taken for.
+
+A pool is the sequence of what `ctg_jax.learn.experience.score` wrote, a Parquet file for each round: a new round adds
+a file and copies none. Only batches reach a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import rng
+from ctg_jax.control import IDENTITY, Chain, Control
+from ctg_jax.controls import constraints, truncate
+from ctg_jax.data import Source
+from ctg_jax.data.completions import Completions, completions
+from ctg_jax.data.pipeline import Batches
+from ctg_jax.data.tokenizer import Tokenizer
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses
+from ctg_jax.models.lm import LM
+from ctg_jax.run.stage import Artifact
+from ctg_jax.types import InputError, Params, Prompts
+
+POOL = "pool.parquet"
+
+# Filters that leave every token a probability, and with them those that remove tokens whatever their probabilities are.
+POSITIVE = ("temperature", "repetition_penalty")
+FIXED = (*POSITIVE, "banned", "min_length", "eos", "no_repeat_ngram")
+
+
+def check_drawn(drawn: Mapping[str, Any], what: str, allowed: Collection[str] | None = ()) -> None:
+    """InputError where samples that were drawn in this way are not what a method may take them for.
+
+    Args:
+      drawn: `greedy` and `filter`, as in the settings of `explore` and in what `score` records.
+      what: the method or setting that reads their log-probabilities.
+      allowed: options of the filter that it takes into account; None: all of them.
+    """
+    if drawn.get("greedy"):
+        raise InputError(f"{what} needs samples with a probability, but explore has greedy=True: set it to False")
+    wrong = [] if allowed is None else [k for k, v in (drawn.get("filter") or {}).items() if v and k not in allowed]
+    if wrong:
+        usable = f"only {', '.join(allowed)} may be there" if allowed else "no filter may be there"
+        raise InputError(
+            f"{what} needs the probability of every text, but explore has a filter with {', '.join(wrong)}: {usable}"
+        )
+
+
+def drawing_filter(pools: Sequence[Artifact], lm: LM) -> Chain:
+    """The filter that the samples of these pools were drawn under: the same control that follows the policy in
+    `ctg_jax.stages.sampling.build`, so that log-probabilities under policy and filter are those of what drew them.
+
+    Raises:
+      InputError: the pools were drawn under different filters.
+    """
+    first, *others = (pool.spec["drawn"]["filter"] for pool in pools)
+    if any(other != first for other in others):
+        raise InputError(f"the pools were drawn under the filters {[first, *others]}: expected one for all of them")
+    return jax.tree.map(jnp.asarray, truncate.rules(lm, **first))
+
+
+class Pool(Sequence):
+    """The samples of several rounds as records, read from disk; `column` gives one field of all of them, and `with_`
+    the same records with one more field."""
+
+    def __init__(self, table: Any, more: Mapping[str, np.ndarray] | None = None):
+        self._table, self._more = table, dict(more or {})
+
+    @classmethod
+    def open(cls, rounds: Sequence[Artifact]) -> Pool:
+        """The pool of the artifacts that `score` made."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        return cls(pa.concat_tables([pq.read_table(a.path / POOL, memory_map=True) for a in rounds]).combine_chunks())
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        (row,) = self._table.slice(i, 1).to_pylist()
+        return row | {name: values[i] for name, values in self._more.items()}
+
+    def column(self, name: str) -> np.ndarray:
+        """[n], one field of every record."""
+        return self._more[name] if name in self._more else self._table[name].to_numpy()
+
+    def with_(self, **columns: np.ndarray) -> Pool:
+        """The same records with more fields, each [n]."""
+        return Pool(self._table, {**self._more, **columns})
+
+    def take(self, indices: np.ndarray) -> Pool:
+        """Some of the records."""
+        return Pool(self._table.take(np.asarray(indices)), {k: v[indices] for k, v in self._more.items()})
+
+
+def batches(
+    pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fields=(), strata=None, also: str | None = None
+) -> Batches:
+    """Batches of a pool's prompts and completions, as long as the longest of each; see `ctg_jax.data.completions`."""
+    prompt, new = _lengths(pool, tokenizer)
+    if also is not None:
+        new = max(new, _lengths(pool, tokenizer, also)[1])
+    options = dict(batch=batch, prompt=prompt, new=new, seed=seed, fields=fields, strata=strata, also=also)
+    return completions(Source("the pool", "all", pool), tokenizer, **options)
+
+
+def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest completion."""
+    prompts = pool.column("prompt") if isinstance(pool, Pool) else [r["prompt"] for r in pool]
+    tokens = pool.column(field) if isinstance(pool, Pool) else [r[field] for r in pool]
+    longest = max(map(len, tokenizer.encode_prompts(list(dict.fromkeys(prompts)))))
+    return longest, max(map(len, tokens))
+
+
+def logits(
+    lm: LM, params: Params, batch: Mapping[str, Any], keys: jax.Array, control: Control = IDENTITY, cond: Any = None
+) -> jax.Array:
+    """Controlled logits float32 [B, N, V] of the completions of a batch, through exactly the hooks of `generate`."""
+    prompts = Prompts(batch["tokens"], batch["mask"], keys, cond)
+    return loop.forward(lm, params, prompts, batch["completion"], control)
+
+
+def repeats(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """(tokens int [B, T + N], candidates bool [B, N, T + N]) for `losses.unlikelihood`: what prompt and completion have
+    held before each token of the completion."""
+    tokens = jnp.concatenate([batch["tokens"], batch["completion"]], axis=1)
+    mask = jnp.concatenate([batch["mask"], batch["written"]], axis=1)
+    return tokens, losses.earlier_tokens(tokens, mask, batch["completion"].shape[1])
+
+
+def log_probabilities(
+    lm: LM, params: Params, pool: Pool, tokenizer: Tokenizer, control: Control = IDENTITY, *, batch: int = 32
+) -> np.ndarray:
+    """log-probability float64 [n] of each completion of a pool under a control, in its order."""
+    rows = Completions(Source("the pool", "all", pool), tokenizer, *_lengths(pool, tokenizer))
+    control = constraints.only(tokenizer.known(lm.vocab), control)
+    out = np.zeros(len(pool))
+    for at in range(0, len(pool), batch):
+        some = [rows[min(i, len(pool) - 1)] for i in range(at, at + batch)]
+        b = {name: np.stack([r[name] for r in some]) for name in some[0]}
+        keys = rng.per_example(jax.random.key(0), jnp.asarray(b["ids"]))
+        prompts = Prompts(jnp.asarray(b["tokens"]), jnp.asarray(b["mask"]), keys)
+        completion, written = jnp.asarray(b["completion"]), jnp.asarray(b["written"])
+        logp = loop.score(lm, params, prompts, completion, control, written)
+        found = np.asarray(logp, np.float64).sum(1)
+        out[at : at + batch] = found[: len(out) - at]
+    return out

@@ -1,0 +1,62 @@
+"""Sections of settings in configurations: every world gives fields that exist, and the command line reaches them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from ctg_jax import methods
+from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.vector_search import Search
+from experiments import cli
+
+CONFIGS = sorted(
+    p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem not in ("sentiment", "reward")
+)
+WORLDS = ("bundled", "yelp", "yelp_down", "repetition", "toxicity", "tiny", "best", "domains", "said")
+RECORDS = {"training": Training, "adapter": Adapter, "search": Search}
+
+
+def sections(settings, method=None):
+    """(method, name, keys) of every section in a configuration, wherever it is."""
+    method = settings.get("method", method)
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            if name in (*RECORDS, "objective"):
+                yield method, name, set(value)
+            yield from sections(value, method)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_world_gives_fields_that_there_are(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("CTG_DATA_DIR", str(tmp_path))
+    module, found = cli.module_of(str(file)), 0
+    for world in WORLDS:
+        try:
+            config = module.get_config(world)
+        except (KeyError, ValueError):
+            continue  # not every configuration has every world
+        for changes in [{}, *(module.sweep() if hasattr(module, "sweep") and world == "bundled" else ())]:
+            try:
+                changed = cli.override(config, changes).to_dict()
+            except ValueError:
+                continue  # a sweep of another world
+            for method, name, keys in sections(changed):
+                record = methods.get(method).Objective if name == "objective" else RECORDS[name]
+                assert keys <= {f.name for f in dataclasses.fields(record)}, (world, method, name)
+                found += 1
+    assert found or file.stem in ("cav", "steer", "lm_steer", "truncate")
+
+
+def test_the_command_line_reaches_a_field():
+    argv = [f"--config={Path('configs/quark.py').absolute()}:tiny", "--config.methods.quark.fit.training.steps=5"]
+    config = cli.chosen(cli.parse(argv, lambda values: cli.config_flag(values, argv), "usage")[0])
+    assert config.methods.quark.fit.training.steps == 5 and config.methods.quark.fit.training.batch == 4
+
+
+def test_a_sweep_may_give_a_section_that_the_configuration_leaves_out():
+    config = ConfigDict({"methods": {"a": {"method": "quark", "fit": {"tokens": 3}}}})
+    changed = cli.override(config, {"methods.a.fit.adapter.rank": 2, "methods.a.fit.adapter.kind": "full"})
+    assert changed.methods.a.fit.to_dict() == {"tokens": 3, "adapter": {"rank": 2, "kind": "full"}}
+    assert "adapter" not in config.methods.a.fit

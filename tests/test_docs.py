@@ -37,7 +37,7 @@ def test_what_was_measured_and_what_differs_is_found(pages):
     quark = pages["methods/quark.md"]
     assert "| quark | highest | 0.686" in quark and "results.md#can-a-model-be-conditioned-on-its-reward" in quark
     assert "results/rewards.md#quark-a-real-lm-on-negative-prompts" in quark  # the complete record
-    assert "the paper's" in quark and "`loss`" in quark
+    assert "the paper's" in quark and "`Objective`" in quark
     assert "| quark" not in pages["methods/gdc.md"]
 
 

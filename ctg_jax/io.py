@@ -1,32 +1,40 @@
-"""Files: locks, writing whole or not at all, JSON and JSON lines, digests, and what a bad disk says."""
+"""Files: locks, atomic writes, JSON and JSON lines, digests, and errors of the disk as bad input.
+
+The rest of the package reads and writes JSON, replaces files and computes SHA-256 through this module only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import logging
+import lzma
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
 _BAD_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO}
 _SETTLED = 2_000_000_000  # nanoseconds after which a change of a file is sure to show in its times
+PACKED = {".xz": lzma.open, ".gz": gzip.open}
+_DAMAGED = "the artifact is damaged; delete it and run again"
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time for a path, by a file in `.locks` beside it. The kernel drops the lock with its holder, so
-    a killed one blocks nobody; times of files play no part, so clocks may differ."""
+    """Lets one process at a time work on a path, through a file in `.locks` beside it. The kernel releases the lock of
+    a process that ends, so a killed one blocks nobody; file times are not used, so clocks may differ."""
     folder = path.parent / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / path.name, "w") as f:
@@ -40,7 +48,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Says a full or unwritable output directory, the parent of `path`, as bad input."""
+    """Reports a full or unwritable output directory, the parent of `path`, as an InputError."""
     try:
         yield
     except OSError as e:
@@ -52,12 +60,14 @@ def writable(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which replaces `path` when the `with` block ends without an error. Readers see the old
+    contents or the new ones, never a part, and the new ones have reached the disk."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(new, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(new, "wb") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, path)
@@ -65,26 +75,27 @@ def write_text(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically."""
+    with atomic(Path(path)) as f:
+        f.write(data)
+
+
 def drop_half_written(path: Path) -> None:
-    """Removes what `write_text` left in a directory and below it where its process was killed."""
+    """Removes the temporary files that `atomic` left below a directory when its process was killed."""
     for left in path.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+", left.name) and left.is_file():
             left.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of an artifact; InputError where there is none."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"{path} cannot be read as JSON ({e}): the artifact is damaged; delete it and run again"
-        ) from e
-
-
 def dumps(value: Any, **kw) -> str:
     """JSON without NaN; NumPy and JAX scalars and arrays, paths, and mappings such as ConfigDict become JSON values."""
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain, **kw)
+    return json.dumps(value, **{"allow_nan": False, "ensure_ascii": False, "default": _plain, **kw})
 
 
 def _plain(value: Any) -> Any:
@@ -97,102 +108,137 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is not JSON")
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
+def loads(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError where it is none."""
+    return json.loads(text)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; InputError naming the file, and the line that is not a JSON object."""
+def as_json(value: Any) -> Any:
+    """The value that a reader of `dumps(value)` gets: dicts, lists, strings, finite numbers, booleans and None."""
+    return json.loads(dumps(value))
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """Writes a JSON file atomically; see `dumps`."""
+    write_text(path, dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path, advice: str = _DAMAGED) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      InputError: naming the file, the problem and the `advice`, where it is missing or is not JSON.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as e:
-        raise InputError(f"{path} cannot be read ({e.strerror}): expected a file of JSON lines") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError(f"a {type(rows[-1]).__name__} where an object is expected")
-        except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are among them
-            raise InputError(f"{path} line {number} is not a JSON object: {e}") from None
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as e:
+        raise InputError(f"{path} is missing: {advice}") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read as JSON ({e}): {advice}") from e
+
+
+def json_line(row: Any) -> str:
+    """A row of a JSONL file with its line break. Numbers that are not finite are written as NaN and Infinity."""
+    return dumps(row, allow_nan=True) + "\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON lines, atomically."""
+    write_text(path, "".join(map(json_line, rows)))
+
+
+def read_jsonl(path: Path, check: Callable[[dict[str, Any]], str | None] = lambda row: None) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, plain or packed as `.gz` or `.xz`.
+
+    Args:
+      check: says what is wrong with a row, or None.
+
+    Raises:
+      InputError: naming the file, and the line that is not a JSON object or that `check` rejects.
+    """
+    rows: list[dict[str, Any]] = []
+    number = 0
+    try:
+        with unpacked(path) as lines:
+            for number, text in enumerate(lines, 1):  # noqa: B007 (the errors name it)
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+                wrong = check(row) if isinstance(row, dict) else f"a {type(row).__name__} where an object is expected"
+                if wrong:
+                    raise ValueError(wrong)
+                rows.append(row)
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are among them
+        raise InputError(f"{path} line {number} is not a valid JSON object: {e}") from None
+    except (OSError, EOFError, lzma.LZMAError) as e:
+        raise InputError(f"{path} cannot be read after line {number} ({e}): expected a file of JSON lines") from None
     return rows
 
 
-def seal(path: Path, without: Collection[str] = ()) -> None:
-    """Writes DONE: size and SHA-256 of every file of a directory, and of these.
-
-    without: names in the directory that are not part of what is finished.
-    """
-    names = {p: p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file() and p.name != "DONE"}
-    kept = {p: name.as_posix() for p, name in names.items() if name.parts[0] not in without}
-    sums = {name: [p.stat().st_size, sha256(p)] for p, name in kept.items()}
-    write_text(path / "DONE", json.dumps({**sums, "DONE": _own(sums)}, indent=1, ensure_ascii=False))
+def whole_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, row) of a JSONL file that another attempt appended to: lines cut short or damaged are left out."""
+    for text in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            row = json.loads(text)
+            if text.endswith(b"\n") and isinstance(row, dict):
+                yield text.decode("utf-8"), row
 
 
-def verify(path: Path) -> None:
-    """Compares every file of a finished stage with DONE; InputError naming the first that is missing or differs."""
-    sums = read_json(path / "DONE")
-    own = sums.pop("DONE", None)
-    if own is not None and own != _own(sums):
-        raise InputError(f"{path / 'DONE'} has other contents than were written: delete {path} and run again")
-    for name, (size, digest) in sums.items():
-        file = path / name
-        how = None
-        if not file.is_file():
-            how = "is missing"
-        elif file.stat().st_size != size:
-            how = f"has {file.stat().st_size} bytes where {size} were written"
-        elif sha256(file) != digest:
-            how = "has other contents than were written"
-        if how:
-            raise InputError(f"{file} {how}: the artifact is damaged; delete {path} and run again")
-
-
-def check_inside(folder: Path, names: Iterable[Any], root: Path, what: Any) -> list[str]:
-    """The names, as a manifest gives them for files below `folder`, after a check of all of them.
-
-    Raises:
-      InputError: naming `what`, the manifest: a name that is not relative, that has "..", or that a symbolic link leads
-        out of `root`.
-    """
-    names = list(names)
-    for name in names:
-        plain = isinstance(name, str) and name and "\\" not in name and "\0" not in name
-        place = PurePosixPath(name) if plain else None
-        if place is None or place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
-            raise InputError(f"{what} names the file {name!r}, which is not inside its folder: nothing was copied")
-        if not (folder / name).resolve().is_relative_to(root.resolve()):
-            raise InputError(
-                f"{what} names the file {name!r}, and {folder / name} leads out of {root} by a symbolic link: nothing "
-                "was copied; remove the link"
-            )
-    return names
-
-
-def _own(sums: dict) -> list:
-    """What DONE holds about itself."""
-    text = json.dumps(sums, sort_keys=True).encode()
-    return [len(text), hashlib.sha256(text).hexdigest()]
+def unpacked(path: str | os.PathLike) -> BinaryIO:
+    """A file opened for reading bytes; `.gz` and `.xz` are unpacked."""
+    path = Path(path)
+    return PACKED.get(path.suffix, open)(path, "rb")
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. A file that has not changed since this process read it is not read again."""
-    s = os.stat(file)
-    stamp = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-    if time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) < _SETTLED:  # another change may leave the same times
-        return _sha256.__wrapped__(os.path.abspath(file), stamp)
-    return _sha256(os.path.abspath(file), stamp)
-
-
-@lru_cache(maxsize=1 << 14)
-def _sha256(file: str, stamp: tuple) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def sha256_all(folder: Path, files: Iterable[Path]) -> str:
+def sha256_unpacked(file: Path) -> str:
+    """SHA-256 of what is in a file that `unpacked` reads."""
+    with unpacked(file) as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_of(*parts: str | bytes) -> str:
+    """SHA-256 of strings (in UTF-8) and bytes, one after another, in hexadecimal."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    return h.hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """First 12 hexadecimal digits of the SHA-256 of strings, JSON values and arrays, in order."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            h.update(f"{part.dtype}{part.shape}".encode())
+            h.update(np.ascontiguousarray(part).tobytes())
+        else:
+            h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+        h.update(b"\0")
+    return h.hexdigest()[:12]
+
+
+def sha256_all(folder: Path, files: Iterable[Path], sha256: Callable[[Path], str] = sha256) -> str:
     """SHA-256 over the relative paths and the contents of files, whatever the path of their folder."""
-    lines = sorted(f"{p.relative_to(folder).as_posix()} {sha256(p)}" for p in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return sha256_of("\n".join(sorted(f"{p.relative_to(folder).as_posix()} {sha256(p)}" for p in files)))
+
+
+class Digests:
+    """`sha256` that reads a file only once, as long as its size, times and inode stay the same."""
+
+    def __init__(self):
+        self._known: dict[tuple, str] = {}
+
+    def __call__(self, file: Path) -> str:
+        s = os.stat(file)
+        stamp = (os.path.abspath(file), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        if time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) < _SETTLED:  # another change may leave the same times
+            return sha256(file)
+        if stamp not in self._known:
+            self._known[stamp] = sha256(file)
+        return self._known[stamp]

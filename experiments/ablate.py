@@ -54,7 +54,7 @@ def options_of(text):
     return options
 
 
-def main(argv):
+def main(argv, session):
     def define(fv):
         cli.config_flag(fv, argv)
         flags.DEFINE_string("cell", None, "i/n: run every n-th cell from the i-th on", flag_values=fv)
@@ -78,43 +78,43 @@ def main(argv):
         if not asked:
             raise InputError(f"--only={values.only} names no cell: the sweep has {len(cells)}")
     if values["dry-run"].value:
-        return grid.overview(values.root, asked)
+        return grid.overview(session, asked)
     # A job that runs one cell writes no report and needs no folder.
     several = values.report or values.workers or values.slurm is not None
     sweep = [cell.changes for cell in cells]
-    folder = reporting.grid_folder(values.root, spec, config, sweep) if several else Path()
-    failed = run(values, argv, asked, Path(values.root) / "grids" / folder.name)
+    folder = reporting.grid_folder(session, spec, config, sweep) if several else Path()
+    failed = run(values, session, argv, asked, session.root / "grids" / folder.name)
     said = "\n".join(f"{cell} failed: {failed[cell.number]}" for cell in asked if cell.number in failed)
     if not values.report:
         if failed:
             raise InputError(said)
         return None
-    looks = {cell.number: grid.look(values.root, cell) for cell in cells}
+    looks = {cell.number: grid.look(session, cell) for cell in cells}
     rows = [(cell.changes, row) for cell in cells for row in looks[cell.number].rows or ()]
     if not rows:
         raise InputError(said)
     missing = [str(cell) for cell in cells if looks[cell.number].rows is None]
     about = {"cells that are not finished": "; ".join(missing)} if missing else {}
-    page = reporting.write_grid(folder, values.root, spec, config, rows, about)
+    page = reporting.write_grid(folder, session, spec, config, rows, about)
     if failed:
         raise cli.Incomplete(said, page)
     return page
 
 
-def run(values, argv, asked, folder):
+def run(values, session, argv, asked, folder):
     """Runs the cells on the engine that was asked for; number -> error of those that failed."""
     if (values.workers or values.slurm is not None) and values.hosts:
         raise InputError("--hosts and --workers (or --slurm) are two ways to use several processes: give one of them")
     if values.workers < 0:
         raise InputError(f"--workers={values.workers}: expected 0 or more")
     if values.slurm is None and not values.workers:
-        return grid.here(values.root, asked)
-    todo = [cell for cell in asked if grid.look(values.root, cell).rows is None]
+        return grid.here(session, asked)
+    todo = [cell for cell in asked if grid.look(session, cell).rows is None]
     if not todo:
         return {}
     if values.slurm is None:
-        return grid.processes(values.root, todo, argv, folder, values.workers)
-    return grid.slurm(values.root, todo, argv, folder, values.workers, options_of(values.slurm))
+        return grid.processes(session, todo, argv, folder, values.workers)
+    return grid.slurm(session, todo, argv, folder, values.workers, options_of(values.slurm))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctg_jax.mesh import layout
-from ctg_jax.run.stage import Tally, nearest, tally
+from ctg_jax.run.session import Session, Tally
+from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
 from experiments import hosts, roots
 
@@ -56,8 +57,6 @@ def parse(
         raise InputError(" ".join(str(e).split())) from None
     if rest and not positional:
         raise InputError(f"unexpected argument {rest[0]!r}: settings are given as --name=value")
-    if "root" in values:
-        values.root = roots.opened(values.root)
     return values, rest
 
 
@@ -129,18 +128,23 @@ def spec_of(argv: Sequence[str]) -> str:
     return given[-1] if given else ""
 
 
-def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs a script: bad input is one sentence on stderr and exit code 2; what could be made in part
-    only, exit code 1; where another process of the run has ended, exit code 3. Says how many stages were executed
-    and how many reused; what `main` returns, such as the path of a report, is printed last."""
+def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | None = None) -> int:
+    """Runs a script, `main(argv, session)`, in the session and the layout of its command line.
+
+    Bad input is one sentence on stderr and exit code 2; what could be made in part only, exit code 1; where another
+    process of the run has ended, exit code 3. Says how many stages were executed and how many reused; what `main`
+    returns, such as the path of a report, is printed last.
+    """
     argv = spelled(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
     keep_compiled()
     count, result = Tally(), None
     try:
         hosts.start(argv)
-        with tally() as count, layout.laid_out(hosts.chosen(argv)):
-            result = main(argv)
+        with layout.laid_out(hosts.chosen(argv)):
+            session = Session(roots.opened(hosts.value(argv, "--root") or "runs"))
+            count = session.tally
+            result = main(argv, session)
         return 0
     except Incomplete as e:
         print(e, file=sys.stderr)
@@ -169,10 +173,11 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
 
 def spelled(argv: Sequence[str]) -> list[str]:
     """A command line with every flag as --name=value: `-name` and `--name value` are what absl reads as well, and what
-    a run has to know before absl is asked (--hosts, --mesh, --config, --root) must not be missed in them."""
+    a run has to know before absl is asked must not be missed in them."""
+    early = [f"--{name}" for name in ("hosts", "mesh", "plan", "precision", "config", "root")]
     found: list[str] = []
     for a in argv:
-        if found and found[-1] in ("--hosts", "--mesh", "--config", "--root"):
+        if found and found[-1] in early:
             found[-1] += f"={a}"
         else:
             found.append(f"-{a}" if re.match(r"-[A-Za-z]\w", a) else a)

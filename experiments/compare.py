@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import cli, experiment, reporting
 
 
-def main(argv):
+def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
-    cells = experiment.run(values.root, config)
-    return reporting.write(values.root, cli.spec_of(argv), config, cells)
+    cells = experiment.run(session, config)
+    return reporting.write(session, cli.spec_of(argv), config, cells)
 
 
 if __name__ == "__main__":

@@ -36,15 +36,15 @@ def holds(name, value, rows, liked, tags, ends):
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 
 
-def main(argv):
+def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
-    settings, cells = config.to_dict(), experiment.run(values.root, config)
-    lm = experiment.language_model(values.root, settings["lm"])
+    settings, cells = config.to_dict(), experiment.run(session, config)
+    lm = experiment.language_model(session, settings["lm"])
     tokenizer = open_lm(lm)[2]
     tags = tag_table(tokenizer)
     (name, judge), *_ = settings["judges"].items()
-    threshold = open_judge(experiment.judge(values.root, name, judge)).threshold
+    threshold = open_judge(experiment.judge(session, name, judge)).threshold
     asked = {
         label: dict(arm.get("fit", {}).get("aim", {}).get("target", {})) for label, arm in settings["methods"].items()
     }

@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from ctg_jax import methods
 from ctg_jax.learn import experience, rounds
 from ctg_jax.learn.pretrain import pretrain
-from ctg_jax.run.stage import Artifact, nearest, plan, stage
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import Artifact, nearest, stage
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.studies import latents
 from ctg_jax.types import InputError
@@ -87,14 +88,14 @@ def inputs(root: str, config: ConfigDict) -> list[str]:
     settings = config.to_dict()
     measure = settings["evaluate"]
     sections = [settings["prompts"], measure.get("references"), measure.get("human")]
-    with plan():
-        found = [language_model(root, settings["lm"])]
-        found += [language_model(root, measure["fluency"])] if measure.get("fluency") else []
-        found += [judge(root, name, options) for name, options in settings["judges"].items()]
-        for arm in check(settings).values():
-            sections.append(getattr(arm, "data", None))
-            found += rewards(root, arm)
-        return [a.id for a in found] + [stage(root, sources.load_data, s).id for s in sections if s]
+    root = Session.of(root).planning()
+    found = [language_model(root, settings["lm"])]
+    found += [language_model(root, measure["fluency"])] if measure.get("fluency") else []
+    found += [judge(root, name, options) for name, options in settings["judges"].items()]
+    for arm in check(settings).values():
+        sections.append(getattr(arm, "data", None))
+        found += rewards(root, arm)
+    return [a.id for a in found] + [stage(root, sources.load_data, s).id for s in sections if s]
 
 
 def sampled_rounds(root: str, lm: Artifact, arm: Arm, measure: dict[str, Any]) -> Artifact | None:

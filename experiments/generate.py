@@ -56,7 +56,7 @@ def define(fv):
     flags.DEFINE_boolean("filter_first", False, "truncate before the controls, not after them", flag_values=fv)
 
 
-def main(argv):
+def main(argv, session):
     fv, arguments = cli.parse(argv, define, __doc__, positional=True)
     if not fv.lm:
         raise InputError("--lm is missing: give an LM artifact, a directory in Hugging Face layout, or a hub id")
@@ -69,7 +69,7 @@ def main(argv):
         raise InputError("--stop is empty: give a text that ends a completion")
     prompts = read_prompts(arguments, fv.file)
     parts = [read_control(text) for text in fv.control]
-    lm = language_model(fv.lm, fv.root, fv.dtype)
+    lm = language_model(fv.lm, session, fv.dtype)
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
     controls = [a for a, _ in parts]
     control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.filter_first)

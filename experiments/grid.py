@@ -16,9 +16,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctg_jax.run.stage import UnfinishedError, plan, tally
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import UnfinishedError
 from ctg_jax.types import InputError, optional
-from experiments import experiment, roots
+from experiments import experiment
 
 log = logging.getLogger("ctg_jax.grid")
 ABLATE = Path(__file__).with_name("ablate.py")
@@ -56,15 +57,15 @@ class Look:
 
 def look(root: str, cell: Cell) -> Look:
     """What is there of a cell; nothing runs."""
-    with plan() as planned, tally() as count:
-        rows, more, error = None, False, ""
-        try:
-            rows = experiment.run(root, cell.config)
-        except UnfinishedError:
-            more = True
-        except InputError as e:
-            error = " ".join(str(e).split())
-    return Look(None if planned else rows, list(planned), count.reused, more, error)
+    plan = Session.of(root).planning()
+    rows, more, error = None, False, ""
+    try:
+        rows = experiment.run(plan, cell.config)
+    except UnfinishedError:
+        more = True
+    except InputError as e:
+        error = " ".join(str(e).split())
+    return Look(None if plan.planned else rows, list(plan.planned), plan.tally.reused, more, error)
 
 
 def overview(root: str, cells: Sequence[Cell]) -> str:
@@ -161,7 +162,7 @@ def slurm(
       InputError: submitit is not installed, sbatch is not there, or an unknown option.
     """
     submitit = optional("submitit", "slurm")
-    root, folder = roots.spelled(root), folder.absolute()
+    root, folder = str(root), folder.absolute()
     try:
         executor = submitit.AutoExecutor(folder / "slurm" / "%A", cluster="slurm", slurm_max_num_timeout=1000)
         named = {k if k in _PORTABLE else f"slurm_{k}": v for k, v in options.items()}
@@ -197,8 +198,9 @@ def slurm(
 
 def one(argv: Sequence[str], root: str, number: int) -> list[str]:
     """The command line of a job that runs one cell and writes no report."""
-    kept = [a for a in argv if a.startswith(("--config", "--noconfig", "--mesh", "--remat", "--noremat"))]
-    return [*kept, f"--root={roots.spelled(root)}", f"--only={number}", "--noreport"]
+    told = ("--config", "--noconfig", "--mesh", "--plan", "--precision", "--remat", "--noremat")
+    kept = [a for a in argv if a.startswith(told)]
+    return [*kept, f"--root={root}", f"--only={number}", "--noreport"]
 
 
 def command(argv: Sequence[str], root: str, number: int) -> list[str]:

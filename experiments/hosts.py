@@ -8,9 +8,13 @@ one writes artifacts, reports and the last line; the others keep their logs in R
 
     --mesh=data=8                    rows of a batch split over 8 devices, the weights on each of them
     --mesh=fsdp=-1,tensor=4          every matrix split 4 ways, rows, weights and optimizer states over what is left
+    --plan=pmap                      training steps by pmap, the state replicated on each device of --mesh=data=N, or on
+                                     all; by default jit
+    --precision=highest              float32 products on accelerators in float32; by default "high", TensorFloat-32 or
+                                     three passes in bfloat16, and for the last bit of speed "default"
     --remat                          compute blocks again in the backward pass: less memory, more time
 
-Artifacts depend on neither; see `ctg_jax.mesh.layout`.
+Artifacts depend on none of these; see `ctg_jax.mesh.layout`.
 """
 
 from __future__ import annotations
@@ -32,22 +36,24 @@ _GONE = re.compile("gloo|nccl|coordination|heartbeat|connection reset|socket clo
 
 
 def flag(values: flags.FlagValues) -> None:
-    """Defines --hosts, --mesh and --remat."""
+    """Defines --hosts, --mesh, --plan, --precision and --remat."""
     flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,INDEX/N: one run of N processes", flag_values=values)
     flags.DEFINE_string("mesh", None, "data=N or fsdp=N (weights split too), and tensor=N: devices", flag_values=values)
+    flags.DEFINE_string("plan", "jit", "jit or pmap: how training steps are compiled", flag_values=values)
+    flags.DEFINE_string(
+        "precision", None, "of float32 products on accelerators: default, high or highest", flag_values=values
+    )
     flags.DEFINE_boolean("remat", False, "compute blocks again in the backward pass", flag_values=values)
 
 
 def chosen(argv: Sequence[str]) -> layout.Layout:
-    """The layout that --mesh and --remat say.
+    """The layout that --mesh, --plan, --precision and --remat describe.
 
     Raises:
       InputError: a mesh that cannot be read, or that does not fit the devices.
     """
-    text, remat = _value(argv, "--mesh"), "--remat" in argv or (_value(argv, "--remat") or "").lower() == "true"
-    if text is None:
-        return layout.Layout(remat=remat, mesh=False)
-    found = layout.read(text, remat)
+    text, remat = value(argv, "--mesh"), "--remat" in argv or (value(argv, "--remat") or "").lower() == "true"
+    found = layout.read(text, remat, value(argv, "--plan") or "jit", value(argv, "--precision"))
     with layout.laid_out(found):
         layout.training()
         layout.island()
@@ -62,7 +68,7 @@ def start(argv: Sequence[str]) -> None:
     """
     import jax
 
-    text = _value(argv, "--hosts")
+    text = value(argv, "--hosts")
     if text is None or jax.distributed.is_initialized():
         return
     given = {}
@@ -77,7 +83,7 @@ def start(argv: Sequence[str]) -> None:
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--hosts={text}: {' '.join(str(e).split())}") from None
     if not processes.first():
-        folder = Path(roots.opened(_value(argv, "--root") or "runs")) / "logs"
+        folder = Path(roots.opened(value(argv, "--root") or "runs")) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         sys.stderr = open(folder / f"host-{jax.process_index():03d}.log", "a", encoding="utf-8")  # noqa: SIM115
         for handler in logging.getLogger("ctg_jax").handlers:
@@ -89,6 +95,7 @@ def lost(error: BaseException) -> bool:
     return processes.count() > 1 and bool(_GONE.search(str(error)))
 
 
-def _value(argv: Sequence[str], name: str) -> str | None:
+def value(argv: Sequence[str], name: str) -> str | None:
+    """The text of a flag as the command line gives it, or None."""
     given = [a.partition("=")[2] for a in argv if a.startswith(f"{name}=")]
     return given[-1] if given else None

@@ -167,7 +167,7 @@ SECTIONS = dict(
 )
 
 
-def main(argv):
+def main(argv, session):
     def define(fv):
         cli.config_flag(fv, argv)
         flags.DEFINE_list("sections", [], f"which of {', '.join(SECTIONS)}; all by default", flag_values=fv)
@@ -180,10 +180,10 @@ def main(argv):
             raise InputError(f"--sections names {name!r}, which the configuration lacks{nearest(name, present)}")
     if not present:
         raise InputError(f"the configuration has none of the sections {', '.join(SECTIONS)}: use another script")
-    lm = experiment.language_model(values.root, config["lm"])
+    lm = experiment.language_model(session, config["lm"])
     spec = cli.spec_of(argv)
     chosen = values.sections or present
-    pages = [SECTIONS[name](Section(values.root, lm, spec, name, config[name])) for name in chosen]
+    pages = [SECTIONS[name](Section(session, lm, spec, name, config[name])) for name in chosen]
     return "\n".join(map(str, pages)) if processes.first() else None
 
 

@@ -15,15 +15,15 @@ from experiments import cli, experiment, reporting
 from experiments.arms import Fitted, Plain
 
 
-def main(argv):
+def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
     arms = [arm for arm in experiment.check(config.to_dict()).values() if not isinstance(arm, Plain)]
     names = {arm.method if isinstance(arm, Fitted) else type(arm).__name__ for arm in arms}
     if len(names) > 1:
         raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")
-    cells = experiment.run(values.root, config)
-    return reporting.write(values.root, cli.spec_of(argv), config, cells)
+    cells = experiment.run(session, config)
+    return reporting.write(session, cli.spec_of(argv), config, cells)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ import jax
 
 from ctg_jax import tree
 from ctg_jax.controls.delta import KERNELS
-from ctg_jax.mesh.plan import CONTROL, DECODER, REPLICATED, Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.mesh.rules import CONTROL, DECODER, REPLICATED
 from experiments import plan as planner
 from experiments import traffic
 

@@ -16,6 +16,7 @@ from ctg_jax import report
 from ctg_jax.evaluation import Figure
 from ctg_jax.mesh import processes
 from ctg_jax.report import pictures
+from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact
 from experiments import cli, roots
 from experiments.experiment import Cell, inputs
@@ -131,7 +132,7 @@ def provenance(root: str, artifact: Artifact) -> str:
 
 def _by_id(root: str, id: str) -> Artifact:
     (path,) = Path(root).absolute().glob(f"*-{id}")
-    return Artifact(path, id)
+    return Artifact(path, id, Session.of(root))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ctg_jax.run.session import Session
 from ctg_jax.run.store import Store
 
 
@@ -24,12 +25,7 @@ def opened(root: str) -> str | Store:
     return Store(root, cache / "ctg_jax" / "roots" / scheme / rest.strip("/"))
 
 
-def spelled(root: str | Store) -> str:
-    """What another process, of whatever working directory, is given as --root."""
-    return str(root) if isinstance(root, Store) else os.path.abspath(root)
-
-
-def keep_files(root: str | Store, folder: Path) -> None:
+def keep_files(session: Session, folder: Path) -> None:
     """Copies a report to the store, where the root is in one."""
-    if isinstance(root, Store):
-        root.keep_files(folder.absolute())
+    if session.store is not None:
+        session.store.keep_files(folder.absolute())

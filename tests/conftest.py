@@ -24,6 +24,9 @@ from pathlib import Path
 
 import pytest
 
+if jax.default_backend() != "cpu":  # laws and parity compare digits, so products are in float32
+    jax.config.update("jax_default_matmul_precision", "highest")
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")

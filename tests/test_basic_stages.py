@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ctg_jax.learn.pretrain import pretrain
-from ctg_jax.run.stage import open_lm, stage, tally
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
 from ctg_jax.types import InputError
 
@@ -64,9 +65,9 @@ def test_pretraining_lowers_the_loss_and_gives_an_lm(tmp_path, corpus):
     nll = -jax.nn.log_softmax(z)[0, jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
     np.testing.assert_array_less(nll.mean(), losses[0])
     assert sorted(p.name for p in lm.path.iterdir()) == ["DONE", "metrics.jsonl", "spec.json", "state"]
-    with tally() as count:
-        assert stage(tmp_path, pretrain, config, data=data) == lm
-    assert not count.executed
+    session = Session(tmp_path)
+    assert stage(session, pretrain, config, data=data) == lm
+    assert not session.tally.executed
 
 
 def test_an_untied_lm_of_texts_in_rows_of_their_own(tmp_path, corpus):

@@ -34,7 +34,7 @@ def _write(folder, **ids):
 def _written(lm, greedy):
     """Six tokens that the LM writes after the prompt while nothing ends it."""
     model, params, tokenizer = open_lm(lm)
-    prompts = to_prompts(tokenizer, [PROMPT], 0)
+    prompts = to_prompts(tokenizer, [PROMPT], 0, ids=[(0, 0)])  # the first sample of the first prompt
     return np.asarray(loop.generate(model, params, prompts, sampling=Sampling(6, greedy=greedy)).tokens[0]).tolist()
 
 
@@ -90,7 +90,7 @@ def test_min_length_bans_every_end(lm):
     ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], control, max_new=6)
     assert len(row["tokens"]) >= 5 and not {0, *ends} & set(row["tokens"][:5])
     given = sampling.build(artifact, filter={"min_length": 5, "eos": (1,)})
-    assert np.flatnonzero(given.parts[0].parts[0].eos).tolist() == [1]
+    assert np.flatnonzero(given.eos).tolist() == [1]
 
 
 def test_latents_stop_at_every_end(lm):

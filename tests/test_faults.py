@@ -22,6 +22,7 @@ from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.learn.pool import POOL
 from ctg_jax.run import checkpoint
 from ctg_jax.run import stage as S
+from ctg_jax.run.session import Session
 from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError, Sum
 
@@ -242,9 +243,9 @@ def test_clocks_play_no_part(tmp_path, whole, days):
         os.utime(p, (time.time() + 86400 * days,) * 2)
     # The older step looks newer.
     os.utime(tmp_path / "train/steps/00000006", (time.time() - 2 * 86400 * abs(days),) * 2)
-    with S.tally() as count:
-        assert stage(tmp_path / "runs", every_kind) == made
-    assert count.executed == []
+    session = Session(tmp_path / "runs")
+    assert stage(session, every_kind) == made
+    assert session.tally.executed == []
     equal(tmp_path / "train", learn(tmp_path / "train"), whole)
 
 

@@ -18,7 +18,8 @@ from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.methods import finetune, quark, steer
 from ctg_jax.run.identity import canonical, declaration, is_section
 from ctg_jax.run.identity import how as changes_nothing
-from ctg_jax.run.stage import Artifact, plan, stage, stage_function, tally
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import Artifact, stage, stage_function
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
 
@@ -31,8 +32,8 @@ def square(run, *, value=3, width=1.0, where=None, batch=8, extra=(), lm=None):
 
 
 def ids(root, *configs, fn=square, **inputs):
-    with plan():
-        return [stage(root, fn, config, **inputs).id for config in configs]
+    plan = Session(root).planning()
+    return [stage(plan, fn, config, **inputs).id for config in configs]
 
 
 def test_one_number_is_one_number_and_defaults_do_not_count(tmp_path):
@@ -47,9 +48,9 @@ def test_one_number_is_one_number_and_defaults_do_not_count(tmp_path):
 
 
 def test_how_the_work_is_done_does_not_count_but_is_recorded(tmp_path):
-    with tally() as count:
-        first, second = (stage(tmp_path, square, {"batch": n}) for n in (8, 16))
-    assert first == second and len(count.executed) == 1 and first.spec["config"]["batch"] == 8
+    session = Session(tmp_path)
+    first, second = (stage(session, square, {"batch": n}) for n in (8, 16))
+    assert first == second and len(session.tally.executed) == 1 and first.spec["config"]["batch"] == 8
 
 
 def test_a_new_setting_or_input_with_a_default_keeps_what_was_made(tmp_path):
@@ -57,11 +58,11 @@ def test_a_new_setting_or_input_with_a_default_keeps_what_was_made(tmp_path):
         run.log(value=value)
 
     later = stage_function("square", how=("batch",))(later)
-    made = Artifact(tmp_path / "x-1", "1")
-    with plan() as planned:
-        planned[made.path.name] = {"stage": "x"}
-        for config, inputs in (({}, {}), ({"value": 4}, {"lm": made})):
-            assert stage(tmp_path, square, config, **inputs) == stage(tmp_path, later, config, **inputs)
+    plan = Session(tmp_path).planning()
+    made = Artifact(tmp_path / "x-1", "1", plan)
+    plan.planned[made.path.name] = {"stage": "x"}
+    for config, inputs in (({}, {}), ({"value": 4}, {"lm": made})):
+        assert stage(plan, square, config, **inputs) == stage(plan, later, config, **inputs)
     assert ids(tmp_path, {"ema": 0.9}, fn=later) != ids(tmp_path, {}, fn=later)
 
 
@@ -233,7 +234,8 @@ def test_ten_ids(tmp_path, monkeypatch):
         (tmp_path / "lm" / name).write_text(text)
     (tmp_path / "mine_for_ids.py").write_text("def score(prompt, text):\n    return 0.5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    lm, data, samples, pool, reward = (Artifact(tmp_path / f"x-{i}", str(i) * 12) for i in range(5))
+    plan = Session(tmp_path).planning()
+    lm, data, samples, pool, reward = (Artifact(tmp_path / f"x-{i}", str(i) * 12, plan) for i in range(5))
     calls = [
         (sources.load_data, {"source": "jsonl:rows.jsonl", "split": "all", "limit": 10}, {}),
         (sources.load_lm, {"source": "lm", "dtype": "bfloat16"}, {}),
@@ -246,10 +248,9 @@ def test_ten_ids(tmp_path, monkeypatch):
         (quark.quark, {"tokens": 5, "objective": {"kl": 0.05}}, dict(lm=lm, pool=[pool], start_from=None)),
         (steer.steer, {"sites": [4, 5]}, dict(lm=lm, sums=data)),
     ]  # fmt: skip
-    with plan() as planned:
-        for artifact in (lm, data, samples, pool, reward):
-            planned[artifact.path.name] = {"stage": "x"}
-        found = [stage(tmp_path, fn, config, **inputs).path.name for fn, config, inputs in calls]
+    for artifact in (lm, data, samples, pool, reward):
+        plan.planned[artifact.path.name] = {"stage": "x"}
+    found = [stage(plan, fn, config, **inputs).path.name for fn, config, inputs in calls]
     assert found == TEN
 
 

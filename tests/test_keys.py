@@ -15,7 +15,8 @@ from ctg_jax.decode import strategies
 from ctg_jax.evaluation import LMScorer
 from ctg_jax.methods import click, gdc, ppo, quark, unlikelihood
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.run.stage import UnfinishedError, plan, stage
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import UnfinishedError, stage
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError, Samples
 
@@ -148,17 +149,17 @@ FITS = [
 def test_rounds_of_several_seeds_share_nothing(tmp_path, method, hp):
     """Sampling and learning of every round have a seed that no other round has, of this seed or of another."""
     rounds = 1 if method is gdc else 3  # its second round depends on how the first went
-    with plan() as planned:
-        lm = stage(tmp_path, sources.load_lm, {"source": "some"})
-        given = dict(lm=lm, data=stage(tmp_path, sources.load_data, {"source": "bundled:reviews", "split": "test"}))
-        reward = stage(tmp_path, judges.fit_judge, {"kind": "diversity", "name": "some"})
-        for seed in range(3):
-            try:
-                method.fit(tmp_path, **given, rewards=[reward], rounds=rounds, seed=seed, **hp)
-            except UnfinishedError:
-                assert method is gdc
-        name = method.__name__.rpartition(".")[2]
-        specs = [planned[key] for key in planned if key.startswith(("sample-", f"{name}-"))]
+    plan = Session(tmp_path).planning()
+    lm = stage(plan, sources.load_lm, {"source": "some"})
+    given = dict(lm=lm, data=stage(plan, sources.load_data, {"source": "bundled:reviews", "split": "test"}))
+    reward = stage(plan, judges.fit_judge, {"kind": "diversity", "name": "some"})
+    for seed in range(3):
+        try:
+            method.fit(plan, **given, rewards=[reward], rounds=rounds, seed=seed, **hp)
+        except UnfinishedError:
+            assert method is gdc
+    name = method.__name__.rpartition(".")[2]
+    specs = [plan.planned[key] for key in plan.planned if key.startswith(("sample-", f"{name}-"))]
     assert len(specs) == 2 * 3 * rounds
     seeds = [spec["config"]["seed"] for spec in specs]
     assert len(set(seeds)) == len(seeds)

@@ -11,9 +11,13 @@ from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh import layout
 from ctg_jax.methods import finetune
-from ctg_jax.run.stage import open_lm, stage
-from ctg_jax.stages import sources
+from ctg_jax.models.hf import tensors
+from ctg_jax.models.layers import matmul
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import open_lm, stage, write_jsonl
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError, Prompts, Sampling
+from experiments import hosts
 from tests.experiments.tiny_lm import write_lm
 
 
@@ -67,7 +71,7 @@ def test_a_mesh_that_does_not_fit_the_devices(text):
 
 
 def test_several_processes_use_all_their_devices(monkeypatch):
-    monkeypatch.setattr(layout.hosts, "count", lambda: 2)
+    monkeypatch.setattr(layout.processes, "count", lambda: 2)
     with layout.laid_out(layout.read("data=4")), pytest.raises(InputError, match="leave out some of the 8 devices"):
         layout.training()
 
@@ -162,3 +166,80 @@ def test_bfloat16_is_another_artifact_of_the_same_model(lm, tmp_path):
     assert {x.dtype.name for x in jax.tree.leaves(finetune.init(model, jax.random.key(0)))} == {"float32"}
     with pytest.raises(InputError, match="dtype is 'half', expected 'float32' or 'bfloat16'"):
         stage(tmp_path, sources.load_lm, {"source": lm.spec["config"]["source"], "dtype": "half"})
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_a_stage_trained_by_pmap_samples_the_same(lm, tmp_path, devices):
+    """The same tiny training under jit and pmap: parameters equal to 1e-6, the same tokens sampled."""
+    data = stage(tmp_path, records)
+    found = []
+    for mode in ("jit", "pmap"):
+        session = Session(tmp_path / mode, layout=layout.read(f"data={devices}", mode=mode))
+        training = dict(steps=3, batch=8, tokens=16, rate=1e-3)
+        control = finetune.fit(session, lm=lm, data=data, adapter={"kind": "full"}, training=training)
+        samples = stage(
+            session,
+            sampling.sample,
+            dict(n=4, max_new=6, batch=8, strengths=[None]),
+            lm=lm,
+            prompts=data,
+            controls=[control],
+        )
+        found.append((control.load(), [row["tokens"] for row in samples.rows("samples.jsonl")]))
+    (jit, wanted), (pmap, tokens) = found
+    tree.map_with_path(lambda path, x, y: np.testing.assert_allclose(x, y, atol=1e-6, err_msg=path), jit, pmap)
+    assert tokens == wanted
+    with layout.laid_out(layout.read(f"data={devices}", mode="pmap")):
+        assert layout.training(8).mode == "pmap" and layout.training(8).size == devices
+
+
+def records(run):
+    write_jsonl(run.path / "data.jsonl", [{"text": text} for text in ("a good film", "the food was bad", "fine rooms")])
+
+
+def test_pmap_is_asked_for_by_a_flag():
+    assert hosts.chosen(["--plan=pmap"]).mode == "pmap" and hosts.chosen([]).mode == "jit"
+    with layout.laid_out(hosts.chosen(["--plan=pmap"])):
+        assert [layout.training(rows).size for rows in (None, 8, 6)] == [8, 8, 2]
+    for argv, words in ((["--plan=vmap"], "expected jit or pmap"), (["--plan=pmap", "--mesh=fsdp=8"], "replicates")):
+        with pytest.raises(InputError, match=words):
+            hosts.chosen(argv)
+
+
+def test_products_on_accelerators_have_the_precision_that_was_chosen(monkeypatch):
+    def chosen(argv):
+        with layout.laid_out(hosts.chosen(argv)):
+            x = jnp.ones((2, 3))
+            (product,) = (
+                e for e in jax.make_jaxpr(lambda a: matmul(a, a, "float32"))(x).eqns if "dot" in e.primitive.name
+            )
+            return product.params["precision"]
+
+    assert chosen([]) is None and chosen(["--precision=highest"]) is None  # a CPU computes in float32
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for argv, name in (([], "HIGH"), (["--precision=highest"], "HIGHEST"), (["--precision=default"], "DEFAULT")):
+        assert {p.name for p in chosen(argv)} == {name}
+    with jax.default_matmul_precision("highest"):  # as the laws and the parity tests have it on an accelerator
+        assert {p.name for p in chosen([])} == {"HIGHEST"}
+    with pytest.raises(InputError, match="--precision=exact: expected one of default, high, highest"):
+        hosts.chosen(["--precision=exact"])
+
+
+@pytest.mark.parametrize("text", [None, "fsdp=4,tensor=2"])
+def test_an_import_reads_one_leaf_or_shard_at_a_time_in_its_own_dtype(lm, tmp_path, monkeypatch, text):
+    read, real = [], tensors.Checkpoint.read
+
+    def counted(self, leaf, index, dtype):
+        read.append(real(self, leaf, index, dtype))
+        return read[-1]
+
+    monkeypatch.setattr(tensors.Checkpoint, "read", counted)
+    half = stage(tmp_path, sources.load_lm, {"source": lm.spec["config"]["source"], "dtype": "bfloat16"})
+    assert not read  # the import itself only checks the files
+    with layout.laid_out(layout.read(text)):
+        _, params, _ = open_lm(half)
+    leaves = jax.tree.leaves(params)
+    assert {x.dtype.name for x in read} == {"bfloat16"}
+    assert max(x.nbytes for x in read) == max(x.addressable_shards[0].data.nbytes for x in leaves)
+    assert sum(x.nbytes for x in read) == sum(x.nbytes for x in leaves)  # each shard once
+    assert held(params) <= sum(x.nbytes for x in leaves) * (1 if text is None else 1 / 4)

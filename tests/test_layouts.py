@@ -14,7 +14,8 @@ from ctg_jax.control import IDENTITY
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
-from ctg_jax.mesh.plan import DECODER, Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.mesh.rules import DECODER
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run import checkpoint
 from ctg_jax.types import Prompts, Sampling

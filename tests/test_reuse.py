@@ -17,7 +17,8 @@ from ctg_jax.methods import finetune, steer
 from ctg_jax.rewards import FunctionReward
 from ctg_jax.run import checkpoint
 from ctg_jax.run import stage as S
-from ctg_jax.run.stage import open_lm, stage, tally
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.run.store import Store
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
@@ -55,9 +56,9 @@ def test_an_edited_data_file_is_a_new_input_and_a_moved_one_is_not(tmp_path, kin
     first = loaded(tmp_path / "runs", f"{kind}:{file}")
     shutil.copy(file, moved)
     packed.write_bytes(gzip.compress(file.read_bytes()))
-    with tally() as count:
-        assert [loaded(tmp_path / "runs", f"{kind}:{p}") for p in (file, moved, packed)] == [first] * 3
-    assert not count.executed
+    session = Session(tmp_path / "runs")
+    assert [loaded(session, f"{kind}:{p}") for p in (file, moved, packed)] == [first] * 3
+    assert not session.tally.executed
     file.write_text("\n".join(lines).replace("bad", "sad"))  # as many bytes as before
     edited = loaded(tmp_path / "runs", f"{kind}:{file}")
     assert edited.id != first.id and [r["text"] for r in edited.rows("data.jsonl")] == ["good food", "sad food"]

@@ -13,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from ctg_jax.run import stage as S
-from ctg_jax.run.stage import Artifact, stage, stage_function, tally
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import Artifact, stage, stage_function
 from ctg_jax.types import InputError
 
 
@@ -29,19 +30,19 @@ def add(run, *, left, right, extra=()):
 
 
 def test_runs_once_for_each_distinct_call(tmp_path):
-    with tally() as count:
-        a = stage(tmp_path, number, {"value": 3})
-        again = stage(tmp_path, number, {"scale": 2.0, "value": 3})  # the default said aloud is the same call
-        other = stage(tmp_path, number, {"value": 4})
-        total = stage(tmp_path, add, left=a, right=other, extra=[a])
+    session = Session(tmp_path)
+    a = stage(session, number, {"value": 3})
+    again = stage(session, number, {"scale": 2.0, "value": 3})  # the default said aloud is the same call
+    other = stage(session, number, {"value": 4})
+    total = stage(session, add, left=a, right=other, extra=[a])
     assert a == again and a.id != other.id
-    assert (len(count.executed), len(count.reused)) == (3, 0)
+    assert (len(session.tally.executed), len(session.tally.reused)) == (3, 0)
     assert total.metrics() == [{"total": 10.0}]
     assert a.path.name == f"number-{a.id}" and a.spec["config"] == {"scale": 2.0, "value": 3}
     assert total.spec["inputs"] == {"extra": [a.id], "left": a.id, "right": other.id}
-    with tally() as count:
-        assert stage(tmp_path, number, {"value": 3}) == a
-    assert count.executed == [] and count.reused == [a.path.name]
+    session = Session(tmp_path)
+    assert stage(session, number, {"value": 3}) == a
+    assert session.tally.executed == [] and session.tally.reused == [a.path.name]
 
 
 def test_id_depends_on_revision_inputs_and_name(tmp_path):
@@ -101,9 +102,9 @@ def test_interrupted_stage_goes_on_in_its_own_directory(tmp_path):
     (place / "sub").mkdir()
     for half in (place / ".samples.jsonl.4321", place / "sub" / ".facts.json.17"):
         half.write_text("what a kill left of a file that is written whole or not at all")
-    with tally() as count:
-        a = stage(tmp_path, train)
-    assert a.path == place and count.executed == [place.name]
+    session = Session(tmp_path)
+    a = stage(session, train)
+    assert a.path == place and session.tally.executed == [place.name]
     assert a.metrics() == [{"step": 0}, {"step": 1}, {"step": 2}, {"final": True}]
     assert not list(place.rglob(".*"))
 
@@ -208,7 +209,7 @@ print(stage(sys.argv[1], slow).id)
 
 
 def _start(root: Path):
-    env = {**os.environ, "PYTHONPATH": str(Path(S.__file__).parent.parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(S.__file__).parents[2])}
     return subprocess.Popen([sys.executable, "-c", SLOW, str(root)], env=env, stdout=subprocess.PIPE, text=True)
 
 

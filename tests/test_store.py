@@ -12,7 +12,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ctg_jax.learn import train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.run import checkpoint
-from ctg_jax.run.stage import stage, tally
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import stage
 from ctg_jax.run.store import Store
 from ctg_jax.types import InputError, Sum
 
@@ -64,9 +65,9 @@ def test_another_machine_finds_what_is_finished(bucket, tmp_path):
     first = stage(one, write, {"text": "b"})
     names = [name.removeprefix(f"runs/{first.path.name}/") for name in bucket.log]
     assert names[-1] == "DONE" and sorted(names) == ["DONE", "deep/text.txt", "metrics.jsonl", "spec.json"]
-    with tally() as count:
-        second = stage(two, write, {"text": "b"})
-    assert (count.executed, count.reused) == ([], [first.path.name])
+    session = Session(two)
+    second = stage(session, write, {"text": "b"})
+    assert (session.tally.executed, session.tally.reused) == ([], [first.path.name])
     assert second.path.parent == tmp_path / "two" and second.metrics() == [{"value": 1.0}]
     assert (second.path / "deep" / "text.txt").read_text() == "b"
 
@@ -74,9 +75,9 @@ def test_another_machine_finds_what_is_finished(bucket, tmp_path):
 def test_without_done_nothing_is_there(bucket, tmp_path):
     first = stage(Store("gs://bucket/runs", tmp_path / "one"), write)
     del bucket.store[f"/bucket/runs/{first.path.name}/DONE"]
-    with tally() as count:
-        stage(Store("gs://bucket/runs", tmp_path / "two"), write)
-    assert count.executed == [first.path.name]
+    session = Session(Store("gs://bucket/runs", tmp_path / "two"))
+    stage(session, write)
+    assert session.tally.executed == [first.path.name]
 
 
 def test_a_line_that_is_cut_says_where_the_work_is_and_the_next_run_copies_it(bucket, tmp_path, monkeypatch):
@@ -86,9 +87,9 @@ def test_a_line_that_is_cut_says_where_the_work_is_and_the_next_run_copies_it(bu
         stage(store, write)
     assert not [name for name in bucket.log if name.endswith("DONE")]
     monkeypatch.setattr(Bucket, "broken", None)
-    with tally() as count:
-        found = stage(store, write)
-    assert count.executed == [] and bucket.exists(f"gs://bucket/runs/{found.path.name}/DONE")
+    session = Session(store)
+    found = stage(session, write)
+    assert session.tally.executed == [] and bucket.exists(f"gs://bucket/runs/{found.path.name}/DONE")
 
 
 def test_a_damaged_object_is_named(bucket, tmp_path):
@@ -149,4 +150,4 @@ def test_the_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     store = roots.opened("gs://bucket/a/b/")
     assert isinstance(store, Store) and store.local == tmp_path / "ctg_jax" / "roots" / "gs" / "bucket" / "a" / "b"
-    assert roots.spelled(store) == "gs://bucket/a/b" and json.dumps(roots.opened("runs")) == '"runs"'
+    assert str(Session(store)) == "gs://bucket/a/b" and json.dumps(roots.opened("runs")) == '"runs"'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import shutil
@@ -11,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ctg_jax.data import reviews
+from ctg_jax.io import sha256_of
 from ctg_jax.types import InputError
 
 SPLITS = {"train": 40_000, "validation": 4_000, "test": 4_000}  # disjoint ranges of one corpus, in this order
@@ -70,7 +70,7 @@ def prepare(cache_dir: str | Path) -> Path:
       InputError: `cache_dir` cannot be written.
     """
     content = f"{reviews.digest()} {SEED} {SPLITS} {RELEASE}"
-    target = Path(cache_dir) / f"reviews-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    target = Path(cache_dir) / f"reviews-{sha256_of(content)[:12]}"
     if target.is_dir():
         return target
     try:

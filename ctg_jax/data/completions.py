@@ -6,7 +6,6 @@ The tokens of a model's completion are those that were drawn, never its text enc
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from ctg_jax import rng
 from ctg_jax.data.pipeline import Batch, Batches, _collate, _number, _sketch
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
+from ctg_jax.io import sha256_of
 from ctg_jax.types import InputError
 
 
@@ -72,7 +72,7 @@ def completions(
         dataset = grain.MapDataset.mix([p.seed(s).shuffle().repeat() for p, s in zip(parts, seeds)])
     dataset = dataset.batch(batch, drop_remainder=True, batch_fn=_collate)
     signature = {
-        "data": _sketch(source), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:12],
+        "data": _sketch(source), "tokenizer": sha256_of(tokenizer.to_json())[:12],
         "records": len(source), "seed": seed, "batch": batch, "prompt": prompt, "new": new, "strata": strata,
         "also": also, "epochs": None,
     }  # fmt: skip

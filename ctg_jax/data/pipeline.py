@@ -6,8 +6,6 @@ batches do not depend on the number of threads or hosts, and the state is one in
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
+from ctg_jax.io import dumps, sha256_of
 from ctg_jax.types import InputError
 
 Batch = dict[str, np.ndarray]
@@ -132,7 +131,7 @@ def pipeline(
             dataset = dataset if blank is None else grain.MapDataset.concatenate([dataset, blank])
     dataset = dataset[host::hosts].batch(batch, drop_remainder=True, batch_fn=_collate)
     signature = {
-        "data": _sketch(source), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:12],
+        "data": _sketch(source), "tokenizer": sha256_of(tokenizer.to_json())[:12],
         "records": len(source), "seed": seed, "batch": batch,
         "length": length, "epochs": epochs, "host": host, "hosts": hosts, "shuffle": shuffle, "pack": pack,
     }  # fmt: skip
@@ -143,7 +142,7 @@ def _sketch(source: Source) -> str:
     """A fingerprint of up to 64 records spread over the source: cheap at any size, and free of paths, so that a run
     resumes after its folder has moved."""
     some = [source[i * len(source) // 64] for i in range(64)] + [source[-1]]
-    return hashlib.sha256(json.dumps([len(source), some], sort_keys=True).encode()).hexdigest()[:12]
+    return sha256_of(dumps([len(source), some], sort_keys=True, ensure_ascii=True, allow_nan=True))[:12]
 
 
 def _collate(rows: Sequence[Batch]) -> Batch:

@@ -7,16 +7,15 @@ opens with when and who, which say nothing about any attribute: those words are 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ctg_jax.data.grammar import Draws, Table, count, draw, enumerate_all, ordered
+from ctg_jax.io import dumps, read_json, sha256_of
 from ctg_jax.types import InputError
 
 LABELS = ("negative", "positive")
@@ -29,9 +28,52 @@ _TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*|[.,!?;:]")
 _WINDOW = 4  # how many words a negator reaches over
 
 
-@cache
+class _Grammar:
+    """The word lists that come with the package, and what is computed from them once."""
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Any]]:
+        return {name: read_json(Path(__file__).parent / name, "install the package again") for name in _FILES}
+
+    @cached_property
+    def cells(self) -> dict[tuple[int, int, int], _Cell]:
+        places = itertools.product(range(len(LABELS)), range(len(TOPICS)), range(2))
+        return {place: _Cell(*place) for place in places}
+
+    @cached_property
+    def digest(self) -> str:
+        parts = [(Path(__file__).parent / name).read_bytes() for name in _FILES]
+        parts += [dumps(generate(i), sort_keys=True, ensure_ascii=True).encode() for i in range(256)]
+        return sha256_of(b"\0".join(parts))
+
+    @cached_property
+    def vocabulary(self) -> frozenset[str]:
+        sentences = {k: v for k, v in _load("sentences.json").items() if k not in ("skeletons", "cues")}
+        agreement = [_agree("{was} {wasnt}", aspect) for aspect in ("one", "many+")]
+        found = _vocabulary([_load("lexicon.json"), _load("topics.json"), sentences, agreement])
+        return frozenset(w for w in found if w[0].isalpha())
+
+    @cached_property
+    def cues(self) -> dict[str, frozenset[str]]:
+        lexicon, sentences, topics = _load("lexicon.json"), _load("sentences.json"), _load("topics.json")
+        cues = {name: set(listed) for name, listed in sentences["cues"].items()}
+        for mood in LABELS:
+            cues[mood] |= _vocabulary([g[mood] for g in lexicon["adjectives"].values()]) | _vocabulary(lexicon[mood])
+        for style in ("formal", "informal"):
+            cues[style] |= _vocabulary([w for w in lexicon[style]["very"] + lexicon[style]["lead"] if " " not in w])
+        cues["insult"] = set(lexicon["shared"]["insulting"] + lexicon["shared"]["insult"])
+        common = _vocabulary([lexicon, {k: v for k, v in sentences.items() if k not in ("skeletons", "cues")}])
+        for topic in TOPICS:
+            others = _vocabulary([t for name, t in topics.items() if name != topic])
+            cues[topic] = _vocabulary([topics[topic]["things"], topics[topic]["aspects"]]) - others - common - {"+"}
+        return {name: frozenset(found) for name, found in cues.items()}
+
+
+_GRAMMAR = _Grammar()
+
+
 def _load(name: str) -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return _GRAMMAR.files[name]
 
 
 class _Cell:
@@ -100,7 +142,9 @@ def _agree(template: str, aspect: str) -> str:
     return template
 
 
-cell = cache(_Cell)
+def cell(label: int, topic: int, formal: int) -> _Cell:
+    """The sentences open to one label, topic and formality."""
+    return _GRAMMAR.cells[label, topic, formal]
 
 
 def _skeletons(length: int, toxic: int) -> list[str]:
@@ -140,12 +184,9 @@ def generate(index: int, seed: int = 0, **attributes: int) -> dict[str, Any]:
     return {"text": " ".join(text), "prompt": prompt, **a}
 
 
-@cache
 def digest() -> str:
     """A fingerprint of the grammar: its word lists and the first reviews it writes."""
-    parts = [(Path(__file__).parent / name).read_bytes() for name in _FILES]
-    parts += [json.dumps(generate(i), sort_keys=True).encode() for i in range(256)]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+    return _GRAMMAR.digest
 
 
 def count_reviews() -> int:
@@ -179,31 +220,15 @@ def in_vocabulary(text: str) -> bool:
     return bool(found) and vocabulary().issuperset(found)
 
 
-@cache
 def vocabulary() -> frozenset[str]:
     """Every word that the grammar can write."""
-    sentences = {k: v for k, v in _load("sentences.json").items() if k not in ("skeletons", "cues")}
-    agreement = [_agree("{was} {wasnt}", aspect) for aspect in ("one", "many+")]
-    found = _vocabulary([_load("lexicon.json"), _load("topics.json"), sentences, agreement])
-    return frozenset(w for w in found if w[0].isalpha())
+    return _GRAMMAR.vocabulary
 
 
-@cache
 def cue_words() -> dict[str, frozenset[str]]:
     """The words the oracle looks for: `positive`, `negative`, `insult`, `formal`, `informal` and one set per topic
     (names of its things and aspects that no other topic and no common sentence uses)."""
-    lexicon, sentences, topics = _load("lexicon.json"), _load("sentences.json"), _load("topics.json")
-    cues = {name: set(listed) for name, listed in sentences["cues"].items()}
-    for mood in LABELS:
-        cues[mood] |= _vocabulary([g[mood] for g in lexicon["adjectives"].values()]) | _vocabulary(lexicon[mood])
-    for style in ("formal", "informal"):
-        cues[style] |= _vocabulary([w for w in lexicon[style]["very"] + lexicon[style]["lead"] if " " not in w])
-    cues["insult"] = set(lexicon["shared"]["insulting"] + lexicon["shared"]["insult"])
-    common = _vocabulary([lexicon, {k: v for k, v in sentences.items() if k not in ("skeletons", "cues")}])
-    for topic in TOPICS:
-        others = _vocabulary([t for name, t in topics.items() if name != topic])
-        cues[topic] = _vocabulary([topics[topic]["things"], topics[topic]["aspects"]]) - others - common - {"+"}
-    return {name: frozenset(found) for name, found in cues.items()}
+    return _GRAMMAR.cues
 
 
 def count_cues(text: str) -> dict[str, int]:

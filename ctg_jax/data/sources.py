@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import io
 import lzma
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.io import sha256, sha256_all
+from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
 from ctg_jax.types import InputError, optional
 
 Record = dict[str, Any]
-_OPEN = {".xz": lzma.open, ".gz": gzip.open}
 _SLICE = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -64,7 +62,7 @@ class Source(Sequence):
         Reads everything once, when first asked for."""
         h = hashlib.sha256()
         for record in self:
-            line = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+            line = dumps(record, sort_keys=True, allow_nan=True, separators=(",", ":"))
             h.update(line.encode("utf-8", "surrogatepass") + b"\n")
         return h.hexdigest()
 
@@ -96,7 +94,7 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
     return Source(spec, split, _LOADERS[kind](name, split, match, cache), text)
 
 
-def content(spec: str, split: str = "train") -> str | None:
+def content(spec: str, split: str = "train", sha256: Callable[[Path], str] = sha256) -> str | None:
     """What identifies the records of a data set that is on this machine, wherever its files are: the kind, and the
     SHA-256 of the (unpacked) file that the split is read from, of all files of a folder, or of the bundled corpus. None
     where the name is all that is known, as for a data set of the hub.
@@ -111,17 +109,14 @@ def content(spec: str, split: str = "train") -> str | None:
         return f"{spec}:{reviews.digest()}"
     if kind in ("jsonl", "text"):
         path = _file(kind, name, match)
-        if path.suffix not in _OPEN:
-            return f"{kind}:{sha256(path)}"
         try:
-            with _OPEN[path.suffix](path, "rb") as f:
-                return f"{kind}:{hashlib.file_digest(f, 'sha256').hexdigest()}"
+            return f"{kind}:{sha256_unpacked(path) if path.suffix in PACKED else sha256(path)}"
         except (EOFError, lzma.LZMAError) as e:
             raise InputError(f"{path} cannot be read ({e})") from e
     folder, _, config = name.partition(":") if kind == "hf" else (name, "", "")
     if not Path(folder).is_dir():
         return None
-    return f"{kind}:{sha256_all(Path(folder), [p for p in Path(folder).rglob('*') if p.is_file()])}:{config}"
+    return f"{kind}:{sha256_all(Path(folder), [p for p in Path(folder).rglob('*') if p.is_file()], sha256)}:{config}"
 
 
 def _parsed(spec: str, split: str) -> tuple[str, str, re.Match]:
@@ -167,7 +162,7 @@ def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequ
 
 def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     path = _file("jsonl", name, match)
-    records = _read_jsonl(path)
+    records = read_jsonl(path, _check_text)
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
@@ -175,33 +170,17 @@ def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequen
 def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     path = _file("text", name, match)
     try:
-        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            records = [{"text": line.strip()} for line in lines if line.strip()]
+        with unpacked(path) as file:
+            records = [{"text": line.strip()} for line in io.TextIOWrapper(file, encoding="utf-8") if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
         raise InputError(f"{path} cannot be read ({e})") from e
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
 
-def _read_jsonl(path: Path) -> list[Record]:
-    records, number = [], 0
-    try:
-        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise InputError(f"{path} line {number} is not a JSON object but {line.strip()[:40]!r}")
-                if isinstance(record.get("text", ""), str):
-                    records.append(record)
-                else:
-                    raise InputError(f'{path} line {number}: "text" is {record["text"]!r}, expected a string')
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path} line {number} is not valid JSON ({e.msg} at column {e.colno})") from e
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
-        raise InputError(f"{path} cannot be read after line {number} ({e})") from e
-    return records
+def _check_text(record: Record) -> str | None:
+    text = record.get("text", "")
+    return None if isinstance(text, str) else f'"text" is {text!r}, expected a string'
 
 
 def _bound(text: str | None, size: int) -> int | None:

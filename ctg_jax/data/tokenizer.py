@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +14,7 @@ import numpy as np
 from ctg_jax import rng
 from ctg_jax.data.ids import check_ids
 from ctg_jax.data.tokenizer_files import check_settings, end_ids, model_rows, special_tokens
+from ctg_jax.io import write_json, write_text
 from ctg_jax.types import InputError, Prompts
 
 if TYPE_CHECKING:
@@ -190,10 +188,10 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         names = {k: v for k, v in self._names.items() if v is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-        _write(folder / "tokenizer.json", self._core.to_str(pretty=True))
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "tokenizer.json", self._core.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", config, indent=2)
         if len(self.ends) > 1:
-            _write(folder / "generation_config.json", json.dumps({"eos_token_id": self.ends}, indent=2) + "\n")
+            write_json(folder / "generation_config.json", {"eos_token_id": self.ends}, indent=2)
 
 
 def _common(a: Sequence, b: Sequence) -> int:
@@ -207,14 +205,6 @@ def _unicode(text: Any) -> bool:
     except (AttributeError, UnicodeEncodeError):
         return False
     return True
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as f:
-        f.write(text)
-    os.chmod(temporary, 0o644)  # mkstemp makes private files
-    os.replace(temporary, path)
 
 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:

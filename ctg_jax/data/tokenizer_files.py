@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctg_jax.io import loads, read_json
 from ctg_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def check_settings(folder: Path, core: tokenizers.Tokenizer) -> None:
     wanted, kind = config.get("add_prefix_space"), config.get("tokenizer_class") or ""
     if wanted is None or kind.removesuffix("Fast") not in _BYTE_LEVEL:
         return  # other classes leave it to tokenizer.json
-    first = json.loads(core.to_str())["pre_tokenizer"] or {}
+    first = loads(core.to_str())["pre_tokenizer"] or {}
     for part in first.get("pretokenizers", [first]):
         if part.get("type") == "ByteLevel" and part["add_prefix_space"] != wanted:
             raise InputError(
@@ -77,4 +77,4 @@ def _ids(file: Path, name: str) -> list[int]:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, "expected a file of a Hugging Face model") if file.is_file() else {}

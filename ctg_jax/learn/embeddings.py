@@ -3,10 +3,8 @@ artifact; and linear classifiers of those latents, which guide diffusion (Lovela
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from ctg_jax.data.labels import known
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer
+from ctg_jax.io import atomic
 from ctg_jax.rewards.probe import check_training, fit_logistic
 from ctg_jax.run.identity import model_content
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function, write_jsonl
@@ -81,12 +80,11 @@ def encode(
 
 def embedder(lm: Artifact, encoder: str | None) -> Callable[[Sequence[str]], np.ndarray]:
     """n texts -> float32 [n, Z], rows of length one; see `encode`. Its `version` names the weights."""
-    return _embedder(lm, encoder, None if encoder is None else model_content(encoder))
+    content = None if encoder is None else model_content(encoder, None, lm.session.sha256)
+    return lm.session.keep("embedder", (lm, encoder, content), lambda: _embedder(lm, encoder), most=2)
 
 
-@lru_cache(maxsize=2)
-def _embedder(lm: Artifact, encoder: str | None, content: str | None) -> Callable[[Sequence[str]], np.ndarray]:
-    """`embedder`, kept for the content that the encoder's folder has now."""
+def _embedder(lm: Artifact, encoder: str | None) -> Unit:
     from ctg_jax.rewards.embed import lm_embedder, sentence_embedder
 
     return Unit(lm_embedder(*open_lm(lm)) if encoder is None else sentence_embedder(encoder, batch=64))
@@ -94,7 +92,8 @@ def _embedder(lm: Artifact, encoder: str | None, content: str | None) -> Callabl
 
 def encoder_of(made: Artifact) -> str | None:
     """The encoder of the latents that an artifact was made from, where it is now; see `encode`."""
-    return Artifact(made.path.with_name(f"embeddings.encode-{made.spec['inputs']['latents']}"), "").given("encoder")
+    path = made.path.with_name(f"embeddings.encode-{made.spec['inputs']['latents']}")
+    return Artifact(path, "", made.session).given("encoder")
 
 
 class Unit:
@@ -165,7 +164,7 @@ def probe(
     Args:
       name: of the attribute.
       field: the field of the records that holds its label, 0 or 1 (records without one are left out and counted in a
-        warning); where neither of these says what it is:
+        warning); where neither of these decides:
       pattern: a regular expression, the label being whether the continuation matches it; or
       words: the label being whether the continuation has more words.
       strength: inverse regularisation, scikit-learn's C.
@@ -188,10 +187,8 @@ def probe(
     _write(run.path / "probe.npy", np.concatenate([coef[0], intercept]))
     run.record(attribute=name, version=latents.spec["version"])
     seen = held if held.any() else ~held
-    said = x[seen] @ coef[0] + intercept[0] > 0
-    run.log(
-        name=name, accuracy=float(np.mean(said == labels[seen])), share=float(labels.mean()), heldout=int(held.sum())
-    )
+    right = (x[seen] @ coef[0] + intercept[0] > 0) == labels[seen]
+    run.log(name=name, accuracy=float(np.mean(right)), share=float(labels.mean()), heldout=int(held.sum()))
 
 
 def coefficients(probe: Artifact, encoder: str) -> tuple[np.ndarray, float]:
@@ -217,7 +214,5 @@ def _label(record: Mapping[str, Any], name: str, field: str, pattern: str | None
 
 
 def _write(file, values: np.ndarray) -> None:
-    part = file.with_suffix(".tmp")
-    with open(part, "wb") as f:
+    with atomic(file) as f:
         np.save(f, np.asarray(values, np.float32))
-    os.replace(part, file)

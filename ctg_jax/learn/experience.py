@@ -5,7 +5,6 @@ stage of scoring, and `best` keeps the best of every n samples. The rounds are i
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctg_jax import evaluation, rng
+from ctg_jax.io import dumps, loads
 from ctg_jax.learn import calibrate
 from ctg_jax.learn.pool import POOL, Pool
 from ctg_jax.run import stage
@@ -126,7 +126,7 @@ def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: 
     done: list[list[float]] = []
     if partial.exists():
         for line in partial.read_bytes().split(b"\n"):
-            found = json.loads(line[9:]) if line[:8].decode("latin-1") == _check(line[9:]) else None
+            found = loads(line[9:]) if line[:8].decode("latin-1") == _check(line[9:]) else None
             if not found:
                 break  # half a line, or a damaged one: what follows is scored again
             done.append(found)
@@ -145,7 +145,7 @@ def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: 
 
 
 def _line(scores: list[float]) -> str:
-    text = json.dumps(scores)
+    text = dumps(scores, allow_nan=True)
     return f"{_check(text.encode())} {text}\n"
 
 

@@ -141,8 +141,8 @@ def predicted(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
 
 
 def check_rows(lm: LM, tokens: int, control: Control = IDENTITY) -> None:
-    """InputError where rows of training have more tokens than a model can read beside what `control` adds. The last
-    token is only a target."""
+    """InputError where rows of training, whose last token is only a target, have more tokens than a model can read in
+    addition to what `control` adds."""
     check_reads(lm, tokens - 1, f"The rows of training have {tokens} tokens", control)
 
 

@@ -72,5 +72,5 @@ def pretrain(
     (run.path / "state").mkdir(exist_ok=True)
     tokenizer.save(run.path / "state")
     hf.save(run.path / "state", lm, params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
-    run.record(lm=None, fingerprint=digest_model(run.path / "state"))
+    run.record(lm=None, fingerprint=digest_model(run.path / "state", run.session.sha256))
     run.discard("tokenizer", "steps")

@@ -81,8 +81,8 @@ def explored(
 
 
 def adapted(coefficient: float, pool: Artifact, target: float) -> float:
-    """A KL coefficient for the next round: larger where the samples of a round lie further from the base than `target`,
-    nats per token, and smaller where they lie nearer, by a fifth at most (the proportional controller of Ziegler et al.
+    """A KL coefficient for the next round: larger where the samples of a round are further from the base than `target`,
+    nats per token, and smaller where they are nearer, by a fifth at most (the proportional controller of Ziegler et al.
     2019, with a gain of 1 since it acts once a round and theirs, of 0.1, at every batch). The samples must be those of
     the policy alone (`pool.check_drawn`): under a filter they are far from the base before anything is learned."""
     error = pool.metrics()[0]["kl_per_token"] / target - 1
@@ -96,10 +96,11 @@ def history(control: Artifact) -> list[Artifact]:
         inputs = control.spec["inputs"]
         ids = inputs.get("pool") or []
         for id in [ids] if isinstance(ids, str) else ids:
-            found[id] = stage.open_artifact(control.path.with_name(f"score-{id}"))
+            found[id] = stage.open_artifact(control.path.with_name(f"score-{id}"), control.session)
         before = inputs.get("start_from")
         name = control.path.name.rpartition("-")[0]
-        control = None if before is None else stage.open_artifact(control.path.with_name(f"{name}-{before}"))
+        earlier = control.path.with_name(f"{name}-{before}")
+        control = None if before is None else stage.open_artifact(earlier, control.session)
     return sorted(found.values(), key=lambda a: a.spec["config"]["round"])
 
 

@@ -41,7 +41,7 @@ class Slots:
 
 @struct.dataclass
 class Found:
-    """Results of N rows, and one more that nobody reads: z float32 [N + 1, d] of the lowest loss, or of the moment it
+    """Results of N rows, and one more that is never read: z float32 [N + 1, d] of the lowest loss, or of the moment it
     was solved; loss and score float32, steps int32, solved bool, [N + 1] each."""
 
     z: jax.Array
@@ -164,20 +164,20 @@ def solve(
 ) -> dict[str, np.ndarray]:
     """z [N, d], loss, score, steps and solved [N] of N rows, found by `run` (`over_mesh`, compiled).
 
-    Slots are reduced while three quarters of them stand empty, down to `least`, so that the last stubborn rows do not
+    Slots are reduced while three quarters of them are empty, down to `least`, so that the last difficult rows do not
     cost a whole batch. Several processes search together, on the devices of all of them.
 
     Args:
       start: float32 [N, d]. rows: numpy leaves [N, …].
       slots: rows at work at once on each device.
-      keep: a checkpoint of the search is left here every `save_every` seconds, and one that is there is gone on with.
+      keep: where a checkpoint of the search is written every `save_every` seconds, and from which it is continued.
       progress: is called with the number of rows that are finished.
     """
     n, devices = len(start), mesh.size
     per_device = -(-n // devices)
     # Row j goes to device j mod devices; each device has one more row of zeros that empty slots read.
     place = np.arange(n) % devices * (per_device + 1) + np.arange(n) // devices
-    lie = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
 
     def spread(x):
         out = np.zeros((devices * (per_device + 1), *x.shape[1:]), x.dtype)
@@ -186,11 +186,11 @@ def solve(
 
     start, rows = jax.tree.map(spread, (np.asarray(start), rows))
     parts = [begin(x, tx, min(slots, per_device)) for x in np.split(start, devices)]
-    search = processes.everywhere(jax.tree.map(lambda *x: np.concatenate(x), *parts), lie)
-    start, rows = processes.everywhere((start, rows), lie)
+    search = processes.everywhere(jax.tree.map(lambda *x: np.concatenate(x), *parts), sharding)
+    start, rows = processes.everywhere((start, rows), sharding)
     if keep is not None and (keep / checkpoint.MANIFEST).exists():
         size = checkpoint.read_meta(keep)["slots"]
-        search = checkpoint.load(keep, processes.everywhere(shrink(search, size, devices), lie))
+        search = checkpoint.load(keep, processes.everywhere(shrink(search, size, devices), sharding))
     saved = time.monotonic()
     while True:
         search = run(search, start, rows, frozen)
@@ -202,7 +202,7 @@ def solve(
         size = len(search.slots.row) // devices
         while waiting == 0 and size > least and busy.max() <= size // 4:
             size = max(least, size // 4)
-        search = processes.everywhere(shrink(search, size, devices), lie)
+        search = processes.everywhere(shrink(search, size, devices), sharding)
         if keep is not None and processes.agree(time.monotonic() - saved >= save_every):
             checkpoint.save(keep, search, {"slots": size})
             saved = time.monotonic()

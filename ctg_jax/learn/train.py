@@ -31,7 +31,7 @@ IN_FLIGHT = 16
 
 
 class TrainingError(InputError):
-    """Training cannot go on; the message says at which step, why, and where the last good state lies."""
+    """Training cannot continue; the message names the step, the reason, and where the last good state is kept."""
 
 
 @struct.dataclass
@@ -169,7 +169,7 @@ def make_step(
       loss: returns a `Sum`; its gradient is divided by the weight of the whole batch.
       tx: see `optimizer`.
       axis: a named axis to sum over (`pmap`), or None (`jit`).
-      accumulate: the batch is run in so many parts; the result is that of the whole batch, with less memory.
+      accumulate: the number of parts that a batch is run in; the result is that of the whole batch, with less memory.
       ema: decay of the moving average, where the state keeps one; see `averaged`.
     """
     return Step(loss, tx, axis, accumulate, ema)
@@ -209,8 +209,8 @@ def loop(
       log_every: steps between rows of metrics.jsonl, each the metrics of that step's batch.
       keep: how many checkpoints to keep.
       progress: show a progress bar.
-      plan: where the state lies while it is trained and afterwards; None: what the layout of the run says
-        (`layout.training`), and afterwards where its other arrays lie.
+      plan: how the state is placed on devices, during training and afterwards; None: as the layout of the run asks
+        (`layout.training`), and afterwards as its other arrays.
       tensorboard: also write TensorBoard event files.
 
     Raises:

@@ -21,8 +21,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ctg_jax.mesh import processes
-from ctg_jax.mesh.plan import CONTROL, ENCODER, Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.mesh.rules import CONTROL, ENCODER, whole_over_data
 from ctg_jax.types import InputError, PyTree
+
+PRECISIONS = ("default", "high", "highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Layout:
       sharded: weights and optimizer states are split over `data` too (fully sharded data parallel).
       remat: compute each block of the language model again in the backward pass in place of keeping what it made.
       mesh: whether devices were asked for at all.
+      precision: of float32 products on accelerators, as `jax.default_matmul_precision` names it: "high" (TensorFloat-32
+        on GPUs, three passes in bfloat16 on TPUs), "highest" (float32) or "default" (what is fastest). None: "high",
+        unless the configuration of JAX has a choice already. A CPU computes in float32 whatever it is.
+      mode: how train steps are compiled: "jit", or "pmap", one program per device with the state replicated.
     """
 
     data: int = -1
@@ -42,6 +49,12 @@ class Layout:
     sharded: bool = False
     remat: bool = False
     mesh: bool = True
+    mode: str = "jit"
+    precision: str | None = None
+
+    def __post_init__(self):
+        if self.precision not in (None, *PRECISIONS):
+            raise InputError(f"--precision={self.precision}: expected one of {', '.join(PRECISIONS)}")
 
     def plan(self, devices: int, data: int, local: bool = False) -> Plan:
         """The plan over so many devices; InputError where the axes do not fit them."""
@@ -54,20 +67,32 @@ class Layout:
                 f"{processes.count()} processes: use all of them (data=-1)"
             )
         axes = {"data": devices // self.tensor if data == -1 else data, "tensor": self.tensor}
-        rules = ENCODER + CONTROL if self.sharded else _whole(ENCODER + CONTROL)
+        rules = ENCODER + CONTROL if self.sharded else whole_over_data(ENCODER + CONTROL)
         return Plan(axes={k: v for k, v in axes.items() if k == "data" or v > 1}, rules=rules, local=local)
+
+    def _replicas(self, rows: int | None) -> int:
+        """Devices of a `pmap`, one replica of the state on each."""
+        if self.mesh and self.data != -1:
+            return dict(self.plan(jax.device_count(), self.data).axes)["data"]
+        return jax.device_count() if rows is None or processes.count() > 1 else math.gcd(rows, jax.device_count())
 
 
 _NONE = Layout(mesh=False)
 _current: contextvars.ContextVar[Layout] = contextvars.ContextVar("layout", default=_NONE)
 
 
-def read(text: str, remat: bool = False) -> Layout:
-    """The layout that `fsdp=4,tensor=2` or `data=8` says; "fsdp" is "data" with the weights split too.
+def read(text: str | None, remat: bool = False, mode: str = "jit", precision: str | None = None) -> Layout:
+    """The layout that the text `fsdp=4,tensor=2` or `data=8` describes; "fsdp" is "data" with the weights split too.
+    None asks for no mesh.
 
     Raises:
-      InputError: another axis, both of these, a size that is no positive number (or -1 for data and fsdp).
+      InputError: another axis, both of these, a size that is no positive number (or -1 for data and fsdp); another mode
+        than "jit" and "pmap"; fsdp or tensor with "pmap", which replicates the state.
     """
+    if mode not in ("jit", "pmap"):
+        raise InputError(f"--plan={mode}: expected jit or pmap")
+    if text is None:
+        return Layout(remat=remat, mesh=False, mode=mode, precision=precision)
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(data|fsdp|tensor)=(-1|[1-9]\d*)\s*", part)
@@ -77,17 +102,36 @@ def read(text: str, remat: bool = False) -> Layout:
     if {"data", "fsdp"} <= set(sizes):
         raise InputError(f"--mesh={text}: give data (weights on every device) or fsdp (weights split), not both")
     sharded = "fsdp" in sizes
-    return Layout(sizes.get("fsdp", sizes.get("data", -1)), sizes.get("tensor", 1), sharded, remat)
+    if mode == "pmap" and set(sizes) != {"data"}:
+        raise InputError(
+            f"--plan=pmap replicates the state, but --mesh={text} splits it: give --mesh=data=N, or no mesh"
+        )
+    data, tensor = sizes.get("fsdp", sizes.get("data", -1)), sizes.get("tensor", 1)
+    return Layout(data, tensor, sharded, remat, mode=mode, precision=precision)
 
 
 @contextlib.contextmanager
 def laid_out(layout: Layout) -> Iterator[None]:
-    """Runs what is inside the `with` block in a layout."""
+    """Runs what is inside the `with` block in a layout, its products in the precision of that."""
     token = _current.set(layout)
     try:
-        yield
+        with _products(layout.precision):
+            yield
     finally:
         _current.reset(token)
+
+
+def _products(precision: str | None) -> contextlib.AbstractContextManager:
+    """See `Layout.precision`."""
+    chosen = precision is None and jax.config.jax_default_matmul_precision is not None
+    if chosen or jax.default_backend() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(precision or "high")
+
+
+def current() -> Layout:
+    """The layout in force."""
+    return _current.get()
 
 
 def remat() -> bool:
@@ -97,8 +141,11 @@ def remat() -> bool:
 
 def training(rows: int | None = None) -> Plan:
     """The plan of a training loop, over the devices of all processes. Where no mesh was asked for, rows are split over
-    all devices if there are several processes, and over as many accelerators as divide the rows of a batch if not."""
+    all devices if there are several processes, and over as many accelerators as divide the rows of a batch if not.
+    `pmap` without a mesh takes all devices, or in a single process as many as divide the rows."""
     layout = _current.get()
+    if layout.mode == "pmap":
+        return Plan(mode="pmap", axes={"data": layout._replicas(rows)})
     if layout.mesh:
         return layout.plan(jax.device_count(), layout.data)
     if processes.count() > 1:
@@ -203,8 +250,3 @@ def on() -> contextlib.AbstractContextManager:
     """Inside the `with` block, models say where their activations lie on the island; see `parallel.split`."""
     plan = island()
     return contextlib.nullcontext() if plan is None else jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
-
-
-def _whole(rules):
-    """Rules that split over `tensor` alone."""
-    return tuple((path, PartitionSpec(*(None if p == "data" else p for p in spec))) for path, spec in rules)

@@ -10,7 +10,6 @@ write together.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 
 from ctg_jax.types import InputError, PyTree
 
-_aside: contextvars.ContextVar[tuple[Path, Path] | None] = contextvars.ContextVar("aside", default=None)
+_ORIGIN = "copy-of"  # a file beside the copy that `aside` makes
 
 
 def count() -> int:
@@ -80,20 +79,21 @@ def aside(path: Path) -> Iterator[Path]:
     try:
         mine = folder / path.name
         shutil.copytree(path, mine, ignore=shutil.ignore_patterns("arrays", ".*"))
+        (folder / _ORIGIN).write_text(str(path), encoding="utf-8")
         barrier(f"{path} copied")
-        token = _aside.set((mine, path))
-        try:
-            yield mine
-        finally:
-            _aside.reset(token)
+        yield mine
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def real(path: Path) -> Path:
-    """Where the first process has what this one has at `path`."""
-    found = _aside.get()
-    return found[1] / path.relative_to(found[0]) if found and path.is_relative_to(found[0]) else path
+    """Where the first process has what this one has at `path`, which may be in a copy that `aside` made."""
+    if first():
+        return path
+    for copy in (path, *path.parents):
+        if (copy.parent / _ORIGIN).is_file():
+            return Path((copy.parent / _ORIGIN).read_text("utf-8")) / path.relative_to(copy)
+    return path
 
 
 def rows(values: PyTree) -> PyTree:

@@ -49,7 +49,8 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
-    """x [..., in] times kernel [out, in] transposed, on (rows, in), summed in float32."""
+    """x [..., in] times kernel [out, in] transposed, on (rows, in), summed in float32. On an accelerator float32 inputs
+    are rounded as `jax_default_matmul_precision` says; see `ctg_jax.mesh.layout.Layout.precision`."""
     dtype = jnp.dtype(dtype)
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     y = lax.dot_general(rows, kernel.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ctg_jax.io import write_bytes
 from ctg_jax.report.plots import _png
-from ctg_jax.report.write import _write_bytes
 
 
 def heat_map(path: Path, cells: Sequence[Mapping[str, Any]], rows: str, columns: str, value: str) -> None:
@@ -33,7 +33,7 @@ def heat_map(path: Path, cells: Sequence[Mapping[str, Any]], rows: str, columns:
         if np.isfinite(x):
             ax.text(j, i, f"{x:.1f}", ha="center", va="center", color="white" if x < middle else "black", fontsize=9)
     fig.colorbar(image, label=value)
-    _write_bytes(path, _png(fig))
+    write_bytes(path, _png(fig))
 
 
 def curves(path: Path, rows: Sequence[Mapping[str, Any]], x: str, y: str, line: str, label: str) -> None:
@@ -54,7 +54,7 @@ def curves(path: Path, rows: Sequence[Mapping[str, Any]], x: str, y: str, line: 
     ax.set(xlabel=x, ylabel=y)
     ax.grid(alpha=0.3)
     ax.legend()
-    _write_bytes(path, _png(fig))
+    write_bytes(path, _png(fig))
 
 
 def scatter(path: Path, points: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
@@ -68,4 +68,4 @@ def scatter(path: Path, points: Sequence[Mapping[str, Any]], x: str, y: str) -> 
         ax.scatter([p["x"] for p in mine], [p["y"] for p in mine], s=10, alpha=0.6, label=f"label {label}")
     ax.set(xlabel=x, ylabel=y)
     ax.legend()
-    _write_bytes(path, _png(fig))
+    write_bytes(path, _png(fig))

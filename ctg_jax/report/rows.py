@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctg_jax.evaluation import Figure
+from ctg_jax.io import dumps
 from ctg_jax.run.stage import Artifact, open_artifact
 from ctg_jax.types import InputError
 
@@ -158,7 +158,7 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return dumps(value, sort_keys=True, allow_nan=True, default=str)
 
 
 def _settings(spec: Mapping[str, Any], known: Mapping[str, Path], prefix: str) -> Iterator[tuple[str, Any]]:

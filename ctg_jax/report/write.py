@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 
 from ctg_jax.evaluation import FIELD
 from ctg_jax.evaluation.smooth import MEANING
+from ctg_jax.io import dumps, write_bytes, write_text
 from ctg_jax.report import plots
 from ctg_jax.report.rows import Cell, Line, lines
 from ctg_jax.report.template import PAGE
-from ctg_jax.run.stage import write_text
 from ctg_jax.types import InputError
 
 # Columns of the first table, in this order, after the share of every attribute; all others follow at the end.
@@ -93,7 +91,7 @@ def write(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, (light, _, _) in drawn.items():
-            _write_bytes(directory / f"{name}.png", light)
+            write_bytes(directory / f"{name}.png", light)
         for name, page in pages.items():
             write_text(directory / name, page)
     except OSError as e:
@@ -255,7 +253,7 @@ def _json(title, table, swept, facts) -> str:
     records = [{"method": t.method, "strength": t.strength, **figures(t)} for t in table]
     smooth = [{"method": t.method, **figures(t)} for t in swept]
     report = {"title": title, "about": {n: v for n, v in facts}, "lines": records, "smooth": smooth}
-    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return dumps(report, indent=1, default=str) + "\n"
 
 
 def _facts(scorers, perplexity, about, names, rows) -> list[tuple[str, str]]:
@@ -294,18 +292,9 @@ def _side_by_side(table: list[Line], prompts: int, texts: int) -> list[dict[str,
 def _fewer(table: list[Line]) -> list[Line]:
     groups: dict[Any, list[Line]] = {}
     for line in table:
-        groups.setdefault((line.method, json.dumps(line.columns, default=str)), []).append(line)
+        groups.setdefault((line.method, dumps(line.columns, allow_nan=True, default=str)), []).append(line)
     kept = []
     for members in groups.values():
         order = sorted(members, key=lambda m: m.strength or 0.0)
         kept += [order[i] for i in sorted({0, (len(order) - 1) // 2, len(order) - 1})]
     return kept
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_bytes(data)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,19 +21,6 @@ class Reward(Protocol):
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Scores float32 [n], finite, higher is better."""
-
-
-def digest(*parts: Any) -> str:
-    """First 12 hexadecimal digits of the SHA-256 of strings, JSON values and arrays, in order."""
-    h = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            h.update(f"{part.dtype}{part.shape}".encode())
-            h.update(np.ascontiguousarray(part).tobytes())
-        else:
-            h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
-        h.update(b"\0")
-    return h.hexdigest()[:12]
 
 
 def checked(name: str, scores: Any, n: int) -> np.ndarray:
@@ -116,14 +101,3 @@ class TextReward:
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         return checked(self.name, self.fn(readable(self.name, prompts, texts, self.reads)), len(texts))
-
-
-def read_json(path) -> Mapping[str, Any]:
-    """A JSON object from a file; `InputError` names the file when it is missing or malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {e}; expected a JSON file written by this library") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__}; expected an object written by this library")
-    return value

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax.data.ids import check_sizes
-from ctg_jax.rewards.check import digest
+from ctg_jax.io import digest
 from ctg_jax.tree import flatten
 from ctg_jax.types import Params
 

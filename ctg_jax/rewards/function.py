@@ -3,11 +3,9 @@ answers kept on disk under what the function is."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import sqlite3
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ctg_jax.io import dumps, sha256_of
 from ctg_jax.rewards.check import checked, readable
 from ctg_jax.types import InputError
 
@@ -102,7 +101,7 @@ class FunctionReward:
         return float(value)
 
     def _key(self, prompt: str, text: str) -> str:
-        return hashlib.sha256(json.dumps([self.version, prompt, text]).encode()).hexdigest()
+        return sha256_of(dumps([self.version, prompt, text], ensure_ascii=True))
 
     def _open(self) -> sqlite3.Connection:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +166,7 @@ def _executed(spec: Any, code: CodeType) -> ModuleType:
     return fresh
 
 
-def function_content(path: str, settings: Any = None) -> str | None:
+def function_content(path: str, settings: Any = None, sha256: Any = None) -> str | None:
     """The digest that `named` gives, without running anything; None for a module without a file."""
     try:
         origin = _located(path)[1]
@@ -209,4 +208,4 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _digest(source: bytes, function: str) -> str:
-    return hashlib.sha256(source + b"\0" + function.encode()).hexdigest()[:12]
+    return sha256_of(source, b"\0", function)[:12]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ctg_jax.rewards.check import TextReward, check_reads, checked, digest, readable
+from ctg_jax.io import digest
+from ctg_jax.rewards.check import TextReward, check_reads, checked, readable
 from ctg_jax.types import InputError
 
 NORMALISE = ("sum", "mean", "compound", "any")

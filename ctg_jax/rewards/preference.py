@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ctg_jax.rewards.check import check_reads, checked, digest, readable
+from ctg_jax.io import digest
+from ctg_jax.rewards.check import check_reads, checked, readable
 from ctg_jax.rewards.embed import Embedder
 from ctg_jax.rewards.probe import read_model, write_model
 from ctg_jax.types import InputError

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ctg_jax.data.labels import known
-from ctg_jax.rewards.check import check_reads, checked, digest, read_json, readable
+from ctg_jax.io import atomic, digest, read_json, write_json
+from ctg_jax.rewards.check import check_reads, checked, readable
 from ctg_jax.types import InputError
 
 EmbedFn = Callable[[Sequence[str]], np.ndarray]  # n texts -> float [n, D]
@@ -175,22 +174,20 @@ def class_probabilities(z: np.ndarray) -> np.ndarray:
 
 
 def write_model(directory: str | Path, meta: dict, **arrays: np.ndarray) -> None:
-    """probe.npz and probe.json, each put in place by a rename; the JSON last, so that it vouches for the arrays."""
+    """probe.npz and probe.json, each written atomically, the JSON last: a reader that finds it finds the arrays too."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / "probe.npz.tmp"
-    with open(part, "wb") as f:
+    with atomic(directory / "probe.npz") as f:
         np.savez(f, **arrays)
-    os.replace(part, directory / "probe.npz")
-    part = directory / "probe.json.tmp"
-    part.write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, directory / "probe.json")
+    write_json(directory / "probe.json", meta)
 
 
 def read_model(directory: str | Path, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
     """What `write_model` wrote; `InputError` names the file that is missing, damaged or of another kind."""
     directory = Path(directory)
-    meta = dict(read_json(directory / "probe.json"))
+    meta = read_json(directory / "probe.json", "expected a file that save() wrote")
+    if not isinstance(meta, dict):
+        raise InputError(f"{directory / 'probe.json'} holds a JSON {type(meta).__name__}; expected an object")
     if meta.get("kind") != kind:
         raise InputError(f"{directory / 'probe.json'} is of kind {meta.get('kind')!r}; expected {kind!r}")
     path = directory / "probe.npz"

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.io import read_json, read_jsonl, verify
+from ctg_jax.io import read_json, read_jsonl
 from ctg_jax.mesh import layout
 from ctg_jax.run.identity import digest_model
+from ctg_jax.run.seal import verify
+from ctg_jax.run.session import Session
 from ctg_jax.types import InputError
-
-planned: contextvars.ContextVar[dict[str, dict] | None] = contextvars.ContextVar("planned", default=None)
 
 
 class UnfinishedError(InputError):
-    """Inside `stage.plan`, what a stage that has not run will write was asked for."""
+    """In a plan (`Session.planning`), what a stage that has not run will write was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A finished stage: its directory and its id (12 hexadecimal digits)."""
+    """A finished stage: its directory and its id (12 hexadecimal digits). Two are equal where these are.
+
+    opened_in: the session that made or found it; None gives it a session of its own.
+    """
 
     path: Path
     id: str
+    opened_in: Session | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def session(self) -> Session:
+        """The session that keeps what is opened from this artifact."""
+        return self.opened_in or Session(self.path.parent)
 
     @property
     def spec(self) -> dict[str, Any]:
         """The contents of spec.json: stage, revision, config, contents, inputs, and what `Run.record` added."""
-        return (planned.get() or {}).get(self.path.name) or read_json(self.path / "spec.json")
+        return (self.session.planned or {}).get(self.path.name) or read_json(self.path / "spec.json")
 
     @property
     def fingerprint(self) -> str:
@@ -62,8 +71,8 @@ class Artifact:
         return checkpoint.load(self.path / "state", like)
 
     def check_finished(self) -> None:
-        """UnfinishedError inside `stage.plan` where the stage has not run."""
-        if self.path.name in (planned.get() or {}):
+        """UnfinishedError in a plan where the stage has not run."""
+        if self.path.name in (self.session.planned or {}):
             raise UnfinishedError(f"{self.path} has not run yet, and what follows depends on what is in it")
 
 
@@ -72,30 +81,33 @@ def paths_file(path: Path) -> Path:
     return path.parent / ".paths" / f"{path.name}.json"
 
 
-def open_artifact(path: str | os.PathLike) -> Artifact:
-    """The finished artifact at a path, verified; InputError where there is none."""
-    path = Path(path).absolute()
-    if path.name in (planned.get() or {}):
-        return Artifact(path, path.name.rpartition("-")[2])
+def open_artifact(path: str | os.PathLike, session: Session | None = None) -> Artifact:
+    """The finished artifact at a path, verified; InputError where there is none.
+
+    Args:
+      session: keeps what is opened from it, and may be a plan; None gives the artifact a session of its own.
+    """
+    path, session = Path(path).absolute(), session or Session(Path(path).absolute().parent)
+    if path.name in (session.planned or {}):
+        return Artifact(path, path.name.rpartition("-")[2], session)
     if not (path / "DONE").exists():
         found = "is unfinished" if (path / "spec.json").exists() else "holds no artifact"
         raise InputError(f"{path} {found}: expected a directory that a finished stage wrote (spec.json and DONE)")
-    verify(path)
-    return Artifact(path, path.name.rpartition("-")[2])
+    verify(path, session.sha256)
+    return Artifact(path, path.name.rpartition("-")[2], session)
 
 
-def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
+def open_lm(artifact: Artifact, unstacked: bool = False) -> tuple[Any, Any, Any]:
     """(lm, params, tokenizer) of an LM artifact, one that `stages.sources.load_lm` or `pretrain` made, in the
-    dtype of its configuration, its weights where the layout of the run has them.
+    dtype of its configuration, its weights where the layout of the run has them. The artifact's session keeps it.
+
+    Args:
+      unstacked: the layers of `params` as a tuple, for decoding; see `Session.open_lm`.
 
     Raises:
       InputError: the artifact is not an LM, the imported files have changed since or are gone, or its tokenizer has
         more ids than the model has tokens.
     """
-    from ctg_jax.data.ids import check_sizes
-    from ctg_jax.data.tokenizer import load_tokenizer
-    from ctg_jax.models import hf
-
     spec = artifact.spec
     artifact.check_finished()
     if "lm" not in spec:
@@ -103,9 +115,16 @@ def open_lm(artifact: Artifact) -> tuple[Any, Any, Any]:
             f"{artifact.path} was made by {spec['stage']} and is no language model: expected an artifact of load_lm or "
             "pretrain"
         )
-    path = _model_folder(artifact)
+    path, dtype = _model_folder(artifact), spec["config"].get("dtype", "float32")
+    return artifact.session.open_lm((artifact.fingerprint, dtype), lambda: _read_lm(path, dtype), unstacked)
+
+
+def _read_lm(path: Path, dtype: str) -> tuple[Any, Any, Any]:
+    from ctg_jax.data.ids import check_sizes
+    from ctg_jax.data.tokenizer import load_tokenizer
+    from ctg_jax.models import hf
+
     here = layout.island()
-    dtype = spec["config"].get("dtype", "float32")
     lm, params = hf.load(str(path), dtype=dtype, shardings=here and here.shardings)
     lm = dataclasses.replace(lm, remat=layout.remat())
     tokenizer = load_tokenizer(str(path))
@@ -121,7 +140,7 @@ def _model_folder(artifact: Artifact) -> Path:
     else:
         folders = list(dict.fromkeys([Path(first), Path(artifact.given("source")).expanduser()]))
     for folder in folders:
-        if folder.is_dir() and digest_model(folder) == artifact.fingerprint:
+        if folder.is_dir() and digest_model(folder, artifact.session.sha256) == artifact.fingerprint:
             return folder
     how = "have changed since" if folders[0].is_dir() else "are not there, as they were when"
     raise InputError(

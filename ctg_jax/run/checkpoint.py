@@ -9,8 +9,6 @@ Orbax alone restores a flipped bit silently, so every file is checked before it 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
@@ -26,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from ctg_jax import tree
+from ctg_jax.io import dumps, read_json, sha256, sha256_of, write_json
 from ctg_jax.mesh import layout, processes
 from ctg_jax.types import InputError, PyTree
 
@@ -97,10 +96,7 @@ def _seal(new: Path, facts: dict[str, Any]) -> None:
     """Writes the manifest of a directory whose files are there."""
     files = {p.relative_to(new).as_posix(): _digest(p, flush=True) for p in sorted(new.rglob("*")) if p.is_file()}
     body = {**facts, "files": files}
-    with open(new / MANIFEST, "w", encoding="utf-8") as f:
-        json.dump({"body": body, "sha256": _sha(body)}, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    write_json(new / MANIFEST, {"body": body, "sha256": _sha(body)})
 
 
 @contextlib.contextmanager
@@ -257,10 +253,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DamagedError(f"{file} is missing: {path} is no checkpoint, or a damaged one")
     try:
-        whole = json.loads(file.read_bytes())
+        whole = read_json(file)
         if whole["sha256"] == _sha(whole["body"]):
             return whole["body"]
-    except (ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         pass
     raise DamagedError(f"{file} has other contents than were written: the checkpoint is damaged")
 
@@ -320,11 +316,11 @@ def _flat(nested: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(file: Path, flush: bool = False) -> list:
-    with open(file, "rb") as f:
-        if flush:
+    if flush:
+        with open(file, "rb") as f:
             os.fsync(f.fileno())
-        return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+    return [file.stat().st_size, sha256(file)]
 
 
 def _sha(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return sha256_of(dumps(body, sort_keys=True, ensure_ascii=True, allow_nan=True))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import tree
-from ctg_jax.io import dumps, read_json, sha256, sha256_all
+from ctg_jax.io import dumps, read_json, sha256, sha256_all, sha256_of
 from ctg_jax.types import InputError
 
-Content = Callable[[Any, Mapping[str, Any]], str | None]  # (value, all settings) -> what identifies what it names
+Sha256 = Callable[[Path], str]
+Content = Callable[[Any, Mapping[str, Any], Sha256], str | None]  # (value, all settings, digest of a file) -> identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def declaration(fn: Callable) -> StageFunction:
 def _code_digest(code: CodeType) -> str:
     constants = [_code_digest(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
     parts = [code.co_code.hex(), constants, code.co_names, code.co_varnames]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    return sha256_of(repr(parts))[:12]
 
 
 def _constant(value: Any) -> str:
@@ -179,16 +179,16 @@ def call_id(fn: Callable, settings: Mapping[str, Any], contents: Mapping[str, st
         if found is not None and name not in declared.how:
             told[name] = {"content": contents[name]} if name in contents else found[0]
     text = dumps([declared.name, declared.revision, told], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return sha256_of(text)[:12]
 
 
-def contents_of(fn: Callable, settings: Mapping[str, Any]) -> dict[str, str]:
+def contents_of(fn: Callable, settings: Mapping[str, Any], sha256: Sha256 = sha256) -> dict[str, str]:
     """Setting -> what identifies the content of the local file that it names; InputError where that cannot be read."""
     found = {}
     for name, content in declaration(fn).contents.items():
         value = settings.get(name)
         try:
-            identity = None if value is None else content(value, settings)
+            identity = None if value is None else content(value, settings, sha256)
         except OSError as e:
             raise InputError(f"{name} is {value!r}, which cannot be read ({e.strerror or e})") from None
         if identity is not None:
@@ -196,34 +196,34 @@ def contents_of(fn: Callable, settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def file_content(value: Any, settings: Mapping[str, Any] | None = None) -> str | None:
+def file_content(value: Any, settings: Mapping[str, Any] | None = None, sha256: Sha256 = sha256) -> str | None:
     """What identifies a file; None where there is no such file."""
     path = Path(value).expanduser()
     return sha256(path) if path.is_file() else None
 
 
-def model_content(value: Any, settings: Mapping[str, Any] | None = None) -> str | None:
+def model_content(value: Any, settings: Mapping[str, Any] | None = None, sha256: Sha256 = sha256) -> str | None:
     """What identifies a folder with a model; None where there is no such folder, for a hub id say."""
     path = Path(value).expanduser()
-    return digest_model(path) if path.is_dir() else None
+    return digest_model(path, sha256) if path.is_dir() else None
 
 
-def digest_model(folder: Path) -> str:
+def digest_model(folder: Path, sha256: Sha256 = sha256) -> str:
     """SHA-256 over the configuration, tokenizer and weights of a model in Hugging Face layout: of the folder itself and
     of those that its modules.json names."""
     folder = Path(folder)
     modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
     places = {folder, *(folder / m["path"] for m in modules)}
     files = {p for place in places if place.is_dir() for p in place.iterdir()}
-    return sha256_all(folder, [p for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")])
+    return sha256_all(folder, [p for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")], sha256)
 
 
 def array_digest(values: Any) -> str:
     """12 hexadecimal digits of the paths, shapes, types and values of the leaves of a pytree of arrays."""
-    h = hashlib.sha256()
+    parts = []
     for name, x in sorted(tree.flatten(values).items()):
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         x = np.asarray(x)
-        h.update(f"{name} {x.dtype} {x.shape} ".encode() + np.ascontiguousarray(x).tobytes())
-    return h.hexdigest()[:12]
+        parts += [f"{name} {x.dtype} {x.shape} ", np.ascontiguousarray(x).tobytes()]
+    return sha256_of(*parts)[:12]

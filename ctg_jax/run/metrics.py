@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.io import json_line, whole_rows, write_text
 from ctg_jax.types import optional
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drops from a JSONL file the rows of steps after `step` and a last line that was cut short.
+    """Drops from a JSONL file, atomically, the rows of steps after `step` and lines that were cut short. Rows without
+    a step stay."""
+    if path.exists():
+        write_text(path, "".join(text for text, row in whole_rows(path) if row.get("step", step) <= step))
 
-    Rows without a step stay. The file is replaced in one go, so a crash here loses nothing.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n") and row.get("step", step) <= step:
-            kept.append(line)
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "w", encoding="utf-8") as f:
-        f.write("".join(kept))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path)
+
+def drop_figures(path: Path) -> None:
+    """Drops from a JSONL file, atomically, the rows without a step, which a stage that starts again writes again, and
+    lines that were cut short. Rows with a step belong to the training loop, which calls `rewind`."""
+    if path.exists():
+        write_text(path, "".join(text for text, row in whole_rows(path) if "step" in row))
 
 
 class Writer:
@@ -57,8 +48,7 @@ class Writer:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends {"step": step, **metrics}; values that are not finite are written as null, as JSON has no NaN."""
         row = {name: float(x) for name, x in metrics.items()}
-        text = json.dumps({"step": step} | {k: x if math.isfinite(x) else None for k, x in row.items()})
-        self._file.write(text + "\n")
+        self._file.write(json_line({"step": step} | {k: x if math.isfinite(x) else None for k, x in row.items()}))
         self._file.flush()
         if self._board is not None:
             for name, x in row.items():

@@ -14,33 +14,31 @@ identifies a call is in `ctg_jax.run.identity`.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import inspect
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ctg_jax.control import Control
 from ctg_jax.io import (
+    as_json,
     drop_half_written,
     dumps,
     locked,
     read_json,
     read_jsonl,
-    seal,
-    verify,
     writable,
+    write_json,
     write_jsonl,
     write_text,
 )
-from ctg_jax.mesh import processes
-from ctg_jax.run.artifact import Artifact, UnfinishedError, open_artifact, open_lm, paths_file, planned
+from ctg_jax.mesh import layout, processes
+from ctg_jax.run.artifact import Artifact, UnfinishedError, open_artifact, open_lm, paths_file
 from ctg_jax.run.identity import (
     array_digest,
     call_id,
@@ -51,28 +49,27 @@ from ctg_jax.run.identity import (
     section,
     stage_function,
 )
-from ctg_jax.run.store import Store, active
+from ctg_jax.run.metrics import drop_figures
+from ctg_jax.run.seal import seal, verify
+from ctg_jax.run.session import Session, Tally
 from ctg_jax.types import InputError
 
 __all__ = [
     "Artifact",
     "Run",
+    "Session",
     "Tally",
     "UnfinishedError",
     "nearest",
     "open_artifact",
     "open_lm",
-    "plan",
     "read_jsonl",
     "stage",
     "stage_function",
-    "tally",
     "write_jsonl",
     "write_text",
 ]
 log = logging.getLogger(__name__)
-
-_tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
 
 
 class _Planned(dict):
@@ -82,46 +79,17 @@ class _Planned(dict):
         raise UnfinishedError(f"what follows depends on {key!r} of a stage that has not run yet")
 
 
-@dataclasses.dataclass
-class Tally:
-    """Directory names of the stages that were executed and of those that were found finished."""
-
-    executed: list[str] = dataclasses.field(default_factory=list)
-    reused: list[str] = dataclasses.field(default_factory=list)
-
-
-@contextlib.contextmanager
-def tally() -> Iterator[Tally]:
-    """Counts what `stage` does inside the `with` block."""
-    count = Tally()
-    token = _tally.set(count)
-    try:
-        yield count
-    finally:
-        _tally.reset(token)
-
-
-@contextlib.contextmanager
-def plan() -> Iterator[dict[str, dict[str, Any]]]:
-    """Inside the `with` block no stage is executed. What has run is found as ever; of the others an `Artifact` that can
-    be the input of others is given, and they are collected: directory name -> spec.
-
-    Raises:
-      UnfinishedError: inside, where what follows depends on the contents of a stage that has not run.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    token = planned.set(found)
-    try:
-        yield found
-    finally:
-        planned.reset(token)
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a stage function is given first: the directory it writes in."""
+    """What a stage function is given first: the directory it writes in, and the session that runs it."""
 
     path: Path
+    within: Session | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def session(self) -> Session:
+        """The session that runs the stage."""
+        return self.within or Session(self.path.parent)
 
     def log(self, **metrics: Any) -> None:
         """Appends one row to metrics.jsonl. An attempt that was cut short leaves no rows behind, except those with
@@ -132,7 +100,7 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Adds facts to spec.json, such as `method` and `init` of a control; they are no part of the id."""
         spec = read_json(self.path / "spec.json")
-        write_text(self.path / "spec.json", dumps({**spec, **facts}, indent=1))
+        write_json(self.path / "spec.json", {**spec, **facts})
 
     def discard(self, *names: str) -> None:
         """Names files and folders that only serve to continue an interrupted attempt, such as the checkpoints of a
@@ -142,12 +110,13 @@ class Run:
 
 
 def stage(
-    root: str | os.PathLike, fn: Callable[..., Any], config: Mapping[str, Any] | None = None, **inputs: Any
+    root: Session | str | os.PathLike, fn: Callable[..., Any], config: Mapping[str, Any] | None = None, **inputs: Any
 ) -> Artifact:
     """Runs `fn(run, **config, **inputs)` once for each distinct call and returns its artifact.
 
     Args:
-      root: the directory of all artifacts, made where it is missing; or a `ctg_jax.run.store.Store`.
+      root: the session; or the directory of all artifacts, made where it is missing, or a `Store`, which get a session
+        of their own.
       fn: the stage, declared with `stage_function`; its keyword parameters are the schema of the configuration.
       config: JSON values. Defaults of `fn` are filled in.
       **inputs: artifacts, sequences of artifacts, controls (identified by their arrays), or None.
@@ -156,62 +125,62 @@ def stage(
       InputError: an unknown or missing key, a value that is not JSON or not finite, a local file that cannot be read, a
         finished artifact whose files have changed, an output directory that cannot be written.
     """
+    session = Session.of(root)
     declared = declaration(fn)
     filled = _fill(fn, dict(config or {}), inputs)
-    contents = contents_of(fn, filled)
+    contents = contents_of(fn, filled, session.sha256)
     ids = {name: _ids(fn, name, value) for name, value in sorted(inputs.items())}
     id = call_id(fn, filled, contents, ids)
     name = declared.name if hasattr(fn, "stage_function") else fn.__name__.strip("_")
-    path = Path(root).absolute() / f"{name}-{id}"
+    path = session.root / f"{name}-{id}"
     spec = {"stage": name, "revision": declared.revision, "config": filled, "inputs": ids}
     spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in declared.contents}}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
-    count, asked, store = _tally.get(), planned.get(), root if isinstance(root, Store) else None
+    count, asked, store = session.tally, session.planned, session.store
     if asked is None and processes.agree(int(id[:7], 16)) != int(id[:7], 16):
         raise InputError(f"{name}: the processes were given different settings or files; give all of them the same")
     if store is not None:
         processes.once(lambda: store.fetch(path))
     done = (path / "DONE").exists()
     if done if asked is not None else processes.agree(done):
-        processes.once(lambda: _verified(path, spec["paths"], store))
-        if count is not None and path.name not in count.executed + count.reused:
+        processes.once(lambda: _verified(path, spec["paths"], session))
+        if path.name not in count.executed + count.reused:
             count.reused.append(path.name)
-        return Artifact(path, id)
+        return Artifact(path, id, session)
     if asked is not None:
         asked[path.name] = _Planned(spec)
-        return Artifact(path, id)
+        return Artifact(path, id, session)
     with contextlib.ExitStack() as held:
         processes.once(lambda: _begin(held, path, spec, store))
         if processes.agree((path / "DONE").exists()):  # somebody else finished it while this process waited
-            processes.once(lambda: verify(path))
+            processes.once(lambda: verify(path, session.sha256))
         else:
             log.info("running %s", path.name)
-            with processes.aside(path) as mine, active(store):
-                fn(Run(mine), **_sections(fn, filled), **inputs)
-            processes.once(lambda: _sealed(path, store))
-            if count is not None:
-                count.executed.append(path.name)
-    return Artifact(path, id)
+            with processes.aside(path) as mine, layout.laid_out(session.layout):
+                fn(Run(mine, session), **_sections(fn, filled), **inputs)
+            processes.once(lambda: _sealed(path, session))
+            count.executed.append(path.name)
+    return Artifact(path, id, session)
 
 
-def _verified(path: Path, paths: Mapping[str, Any], store: Store | None) -> None:
-    verify(path)
-    if planned.get() is not None:
+def _verified(path: Path, paths: Mapping[str, Any], session: Session) -> None:
+    verify(path, session.sha256)
+    if session.planned is not None:
         return
     _drop_discarded(path)  # an earlier run may have ended before it could
-    artifact = Artifact(path, "")
+    artifact = Artifact(path, "", session)
     if any(artifact.given(name) != value for name, value in paths.items()):
         with writable(path):
             paths_file(path).parent.mkdir(exist_ok=True)
-            write_text(paths_file(path), dumps(dict(paths)))
-    if store is not None:
-        store.keep(path)
+            write_json(paths_file(path), dict(paths))
+    if session.store is not None:
+        session.store.keep(path)
 
 
-def _sealed(path: Path, store: Store | None) -> None:
-    seal(path, without=read_json(path / "spec.json").get("discarded", ()))
-    if store is not None:
-        store.keep(path)
+def _sealed(path: Path, session: Session) -> None:
+    seal(path, read_json(path / "spec.json").get("discarded", ()), session.sha256)
+    if session.store is not None:
+        session.store.keep(path)
     _drop_discarded(path)
 
 
@@ -232,7 +201,7 @@ def _absolute(value: Any) -> Any:
     return str(place.absolute()) if place is not None and place.exists() else value
 
 
-def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Store | None) -> None:
+def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Any) -> None:
     """Takes the lock and makes the directory ready, where another process has not finished the stage meanwhile."""
     held.enter_context(writable(path))
     held.enter_context(locked(path))
@@ -242,25 +211,16 @@ def _begin(held: contextlib.ExitStack, path: Path, spec: dict, store: Store | No
     path.mkdir(parents=True, exist_ok=True)
     drop_half_written(path)
     if store is not None:
+        store.begin()
         store.fetch_steps(path)
-    write_text(path / "spec.json", dumps(spec, indent=1))
-    metrics = path / "metrics.jsonl"
-    if metrics.exists():  # rows with a step are the training loop's, which winds them back to its checkpoint
-        whole = [line for line in metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
-        write_text(metrics, "".join(line.decode() for line in whole if _has_step(line)))
+    write_json(path / "spec.json", spec)
+    drop_figures(path / "metrics.jsonl")
 
 
 def _tidy(path: Path, fresh: bool, kind: type | None, *_: Any) -> None:
     """Bad input must leave nothing half-written; what an earlier attempt or a checkpoint holds is kept."""
     if kind is not None and issubclass(kind, InputError) and fresh and not any(p.is_dir() for p in path.iterdir()):
         shutil.rmtree(path)
-
-
-def _has_step(line: bytes) -> bool:
-    try:
-        return "step" in json.loads(line)
-    except ValueError:  # damaged while nothing guarded it yet
-        return False
 
 
 def _fill(fn, config: dict, inputs: dict) -> dict:
@@ -280,7 +240,7 @@ def _fill(fn, config: dict, inputs: dict) -> dict:
     filled = {}
     for name in sorted(set(config) - set(inputs)):
         try:
-            filled[name] = json.loads(dumps(config[name]))
+            filled[name] = as_json(config[name])
         except (TypeError, ValueError) as e:
             raise InputError(
                 f"{fn.__name__}: {name}={config[name]!r} cannot be recorded ({e}); expected finite numbers, strings, "

@@ -9,20 +9,18 @@ checkpoint. Two machines that run one stage at the same time write the same obje
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.io import check_inside, locked, read_json
+from ctg_jax.io import atomic, loads, locked, read_json, write_text
 from ctg_jax.mesh import processes
+from ctg_jax.run.seal import check_inside
 from ctg_jax.types import InputError
 
-_active: contextvars.ContextVar[Store | None] = contextvars.ContextVar("store", default=None)
-STEPS, MANIFEST = "steps", "manifest.json"
+STEPS, MANIFEST, ORIGIN = "steps", "manifest.json", ".store"
 
 
 class Store(os.PathLike):
@@ -46,6 +44,12 @@ class Store(os.PathLike):
     def __str__(self) -> str:
         return self.url
 
+    def begin(self) -> None:
+        """Makes the local directory and records in it what it is a copy of, for `step_saved`."""
+        self.local.mkdir(parents=True, exist_ok=True)
+        if not (self.local / ORIGIN).exists():
+            write_text(self.local / ORIGIN, self.url)
+
     def fetch(self, path: Path) -> None:
         """Brings the finished artifact of a local directory here, where the store has it and this machine does not."""
         far = self._far(path)
@@ -57,7 +61,7 @@ class Store(os.PathLike):
             with locked(path):
                 if (path / "DONE").exists():
                     return
-                names = check_inside(path, _named(json.loads((far / "DONE").read_text())), self.local, far / "DONE")
+                names = check_inside(path, _named(_json(far / "DONE")), self.local, far / "DONE")
                 shutil.rmtree(path, ignore_errors=True)
                 for name in names:
                     _copy(far / name, path / name)
@@ -95,7 +99,7 @@ class Store(os.PathLike):
                     continue
                 last = far / f"{found[-1]:08d}"
                 new = here / f".{last.name}.new"
-                named = json.loads((last / MANIFEST).read_text())["body"]["files"]
+                named = _json(last / MANIFEST)["body"]["files"]
                 names = check_inside(new, named, self.local, last / MANIFEST)
                 shutil.rmtree(new, ignore_errors=True)  # what a fetch that was cut short left
                 for name in names:
@@ -122,23 +126,14 @@ class Store(os.PathLike):
             ) from e
 
 
-@contextlib.contextmanager
-def active(store: Store | None) -> Iterator[None]:
-    """Inside the `with` block `step_saved` copies to this store."""
-    token = _active.set(store)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
 def step_saved(step: Path) -> None:
-    """Where the root is in a store: copies a checkpoint …/steps/N of the stage that runs there, and the metrics beside
-    it, and drops the ones before."""
-    store = _active.get()
+    """Where a root is the local directory of a store: copies a checkpoint …/steps/N of a stage there, and the metrics
+    beside it, and drops the ones before."""
     step = processes.real(Path(step).absolute())
-    if store is None or not processes.first():
+    local = next((folder for folder in step.parents if (folder / ORIGIN).is_file()), None)
+    if local is None or not processes.first():
         return
+    store = Store((local / ORIGIN).read_text("utf-8"), local)
     far = store._far(step)
     with store._reached():
         for name in read_json(step / MANIFEST)["body"]["files"]:
@@ -150,6 +145,11 @@ def step_saved(step: Path) -> None:
         for other in far.parent.iterdir():
             if other.name != step.name:
                 other.rmtree()
+
+
+def _json(far: Any) -> Any:
+    """The value in a JSON file of the store."""
+    return loads(far.read_text())
 
 
 def _named(sums: dict) -> list[str]:
@@ -172,8 +172,5 @@ def _copy(source: Any, target: Any) -> None:
     """Copies one file; to a local disk whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     local = isinstance(target, Path) and not str(target).startswith(("gs:", "s3:", "az:"))
-    new = target.with_name(f".{target.name}.{os.getpid()}") if local else target
-    with source.open("rb") as a, new.open("wb") as b:
+    with source.open("rb") as a, atomic(target) if local else target.open("wb") as b:
         shutil.copyfileobj(a, b, 1 << 20)
-    if local:
-        os.replace(new, target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,7 @@ def fit_judge(
         judge.save(run.path / "state")
     facts = {"kind": kind, "name": name, "target": target, "reads": reads}
     run.record(judge=facts | ({"problem": problem, "threshold": threshold} if kind == "classifier" else {}))
-    judge = _opened(Artifact(run.path, ""))
+    judge = _opened(Artifact(run.path, "", run.session))
     run.record(version=judge.version)
     row: dict[str, Any] = {"name": name, "version": judge.version}
     if heldout is not None:
@@ -131,14 +130,14 @@ def _comparisons(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str],
     return [r.get("prompt", "") for r in rows], [r["text"] for r in rows], [r["rejected"] for r in rows]
 
 
-@lru_cache(maxsize=4)
 def open_judge(artifact: Artifact) -> Any:
-    """The reward that `fit_judge` made.
+    """The reward that `fit_judge` made, which the artifact's session keeps.
 
     Raises:
       InputError: it is another one than `fit_judge` measured, because a model or a file of code has changed since.
     """
-    judge, was = _opened(artifact), artifact.spec["version"]
+    judge = artifact.session.keep("judge", artifact, lambda: _opened(artifact))
+    was = artifact.spec["version"]
     if judge.version != was:
         raise InputError(
             f"{artifact.path.name} is {was}, but what it was made from is now {judge.version}: run the command again; "

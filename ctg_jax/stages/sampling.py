@@ -4,20 +4,18 @@ it; with `ctg_jax.stages.sources`, `ctg_jax.stages.judges` and the `fit` of the 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-import jax
 import numpy as np
 
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints, truncate
 from ctg_jax.decode import strategies
+from ctg_jax.io import json_line
 from ctg_jax.mesh import layout
 from ctg_jax.models.lengths import check_reads, room
 from ctg_jax.run.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
@@ -27,11 +25,9 @@ from ctg_jax.types import InputError, Sampling
 _CARRIED = {"label": "prompt_label", "source": "source", "keywords": "keywords"}
 
 
-@lru_cache(maxsize=2)
 def opened(lm: Artifact) -> tuple[Any, Any, Any]:
-    """(lm, params with unstacked layers, tokenizer); kept, since the stages of an experiment use the same one."""
-    model, params, tokenizer = open_lm(lm)
-    return model, jax.jit(model.unstack)(params), tokenizer
+    """(lm, params with unstacked layers, tokenizer), which the session keeps."""
+    return open_lm(lm, unstacked=True)
 
 
 def build(
@@ -131,7 +127,7 @@ def sample(
             for row in new:
                 record = records[row["prompt_id"]]
                 row |= {new: record[old] for old, new in _CARRIED.items() if old in record}
-            f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+            f.write("".join(map(json_line, new)))
             f.flush()
             rows += new
             bar.update(len(new))

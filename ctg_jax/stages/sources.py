@@ -16,7 +16,11 @@ from ctg_jax.types import InputError
 log = logging.getLogger(__name__)
 
 
-@stage_function("load_data", contents={"source": lambda source, settings: content(source, settings["split"])})
+def _source_content(source: str, settings: Mapping[str, Any], sha256: Any) -> str | None:
+    return content(source, settings["split"], sha256)
+
+
+@stage_function("load_data", contents={"source": _source_content})
 def load_data(
     run: Run,
     *,
@@ -113,9 +117,9 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
 
     check_dtype(dtype)
     path = hf.resolve(source)
-    lm, _ = hf.load(path)  # says now what is wrong with the files, not in the middle of an experiment
+    lm = hf.check(path)  # says now what is wrong with the files, not in the middle of an experiment
     check_sizes(load_tokenizer(str(path)), lm, source)
-    run.record(lm=str(path.absolute()), fingerprint=digest_model(path))
+    run.record(lm=str(path.absolute()), fingerprint=digest_model(path, run.session.sha256))
 
 
 def check_dtype(dtype: str) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 
 from ctg_jax.data import load, train_bpe
 from ctg_jax.decode import strategies
-from ctg_jax.learn import calibrate, train
+from ctg_jax.learn import calibrate, fitting, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.learn.pool import batches as pool_batches
 from ctg_jax.methods import quark
@@ -84,7 +84,7 @@ class Timed(Embedder):
 def ours(lm, params, tokenizer, texts, judge, args):
     """A function that runs a round and gives (state, seconds of explore, score, learn, those inside programs); and the
     state to begin with. The embedder of the judge is `Timed`."""
-    control = quark.start(quark.init(lm, jax.random.key(0), tokens=K, kind="full"), params, jax.random.key(1))
+    control = fitting.like_words(quark.init(lm, jax.random.key(0), tokens=K, kind="full"), params, jax.random.key(1))
     tx = optimizer(RATE, trained=r"delta/changes/.*|codes")
     state = train.init_state(control, tx, jax.random.key(2))
     step = jax.jit(train.make_step(quark.loss(lm, quark.Objective(kl=KL, entropy=ENTROPY)), tx), donate_argnums=0)

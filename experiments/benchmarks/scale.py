@@ -75,7 +75,8 @@ def train_step(layout, rows):
 
     from ctg_jax.learn import losses, train
     from ctg_jax.mesh import processes
-    from ctg_jax.mesh.plan import CONTROL, DECODER, REPLICATED, Plan
+    from ctg_jax.mesh.plan import Plan
+    from ctg_jax.mesh.rules import CONTROL, DECODER, REPLICATED
     from ctg_jax.methods import finetune
     from experiments import traffic
 

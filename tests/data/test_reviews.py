@@ -67,7 +67,7 @@ def test_count_of_reviews():
 
 def test_count_agrees_with_enumeration_on_a_small_grammar():
     """A grammar cut down to two aspects, two details and one opening, every review of one skeleton listed."""
-    cell = reviews.cell(1, 0, 1).__class__(1, 0, 1)
+    cell = reviews._Cell(1, 0, 1)
     table = {"adj": ["good", "kind"], "x": ["ham", "jam", "tea"]}
     cell.opening, cell.detail = [("On {x}, we met.", table)], [("I had {x}.", table), ("It rained.", table)]
     cell.first = [[("The {adj} cook.", table)], [("A {x} and {x}.", table), ("Wow, a {x}.", table)]]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ctg_jax.run.stage import plan, stage
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError
 from experiments import ablate, cli, grid
 
@@ -132,18 +133,18 @@ def test_a_plan_names_what_would_run_and_reads_nothing_of_it(tmp_path):
     def second(run, *, left):
         run.log(x=left.metrics()[0]["x"])
 
-    with plan() as planned:
-        a = stage(tmp_path, first)
-        b = stage(tmp_path, second, left=a)
-        assert list(planned) == [a.path.name, b.path.name] and b.spec["inputs"] == {"left": a.id}
-        for read in (a.metrics, a.load, lambda: a.spec["method"], lambda: a.rows("samples.jsonl")):
-            with pytest.raises(InputError, match="has not run"):
-                read()
+    plan = Session(tmp_path).planning()
+    a = stage(plan, first)
+    b = stage(plan, second, left=a)
+    assert list(plan.planned) == [a.path.name, b.path.name] and b.spec["inputs"] == {"left": a.id}
+    for read in (a.metrics, a.load, lambda: a.spec["method"], lambda: a.rows("samples.jsonl")):
+        with pytest.raises(InputError, match="has not run"):
+            read()
     assert list(tmp_path.iterdir()) == []
     real = stage(tmp_path, second, left=stage(tmp_path, first))
     assert real == b and real.metrics() == [{"x": 1}]
-    with plan() as planned:
-        assert stage(tmp_path, second, left=stage(tmp_path, first)).metrics() == [{"x": 1}] and not planned
+    plan = Session(tmp_path).planning()
+    assert stage(plan, second, left=stage(plan, first)).metrics() == [{"x": 1}] and not plan.planned
 
 
 def test_children_are_told_the_same_settings():

@@ -22,7 +22,7 @@ def file(tmp_path):
     return tmp_path / "plain.py"
 
 
-def parsed(argv):
+def parsed(argv, session=None):
     return cli.parse(argv, lambda fv: cli.config_flag(fv, argv), "usage")[0]
 
 
@@ -81,19 +81,20 @@ def test_stages_are_counted(tmp_path, capsys):
     def one(run, *, x=1):
         run.log(x=x)
 
-    def main(argv):
-        stage(tmp_path, one)
-        stage(tmp_path, one, {"x": 2})
-        stage(tmp_path, one)
+    def main(argv, session):
+        stage(session, one)
+        stage(session, one, {"x": 2})
+        stage(session, one)
 
-    assert cli.run(main, []) == 0
+    root = [f"--root={tmp_path}"]
+    assert cli.run(main, root) == 0
     assert "stages: 2 executed, 0 reused" in capsys.readouterr().err
-    assert cli.run(main, []) == 0
+    assert cli.run(main, root) == 0
     assert "stages: 0 executed, 2 reused" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_hidden():
-    def main(argv):
+    def main(argv, session):
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError):

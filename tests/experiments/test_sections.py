@@ -50,7 +50,8 @@ def test_every_world_gives_fields_that_there_are(file, monkeypatch, tmp_path):
 
 
 def test_the_command_line_reaches_a_field():
-    argv = [f"--config={Path('configs/quark.py').absolute()}:tiny", "--config.methods.quark.fit.training.steps=5"]
+    file = next(p for p in CONFIGS if p.stem == "quark")
+    argv = [f"--config={file}:tiny", "--config.methods.quark.fit.training.steps=5"]
     config = cli.chosen(cli.parse(argv, lambda values: cli.config_flag(values, argv), "usage")[0])
     assert config.methods.quark.fit.training.steps == 5 and config.methods.quark.fit.training.batch == 4
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from ctg_jax import methods
 from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
-from ctg_jax.mesh.plan import CONTROL, DECODER, Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.mesh.rules import CONTROL, DECODER
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 from experiments import traffic

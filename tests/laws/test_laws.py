@@ -23,7 +23,8 @@ from ctg_jax.decode import loop
 from ctg_jax.learn import train
 from ctg_jax.learn.losses import control_loss
 from ctg_jax.learn.optimizer import optimizer
-from ctg_jax.mesh.plan import CONTROL, DECODER, Plan
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.mesh.rules import CONTROL, DECODER
 from ctg_jax.methods import dexperts, finetune, steer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run import checkpoint

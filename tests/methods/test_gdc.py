@@ -83,7 +83,7 @@ def test_weights_by_hand():
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match=r"moment 0 is 0\.5 and the feature lies between 1 and 1 in 3 samples"):
+    with pytest.raises(InputError, match=r"moment 0 is 0\.5 and the feature is between 1 and 1 in 3 samples"):
         gdc.multipliers(np.ones((3, 1)), [0.5])
     with pytest.raises(InputError, match="contradict each other"):
         gdc.multipliers(np.array([[0, 1], [1, 0], [0, 1]]), [0.7, 0.7])

@@ -9,7 +9,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.control import Chain
 from ctg_jax.decode import loop
-from ctg_jax.learn import train
+from ctg_jax.learn import fitting, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import dexperts, lm_steer, steer
 from ctg_jax.models.decoder import Transformer
@@ -255,7 +255,7 @@ def test_fit_goes_on_where_it_was_cut_short(small, monkeypatch, tmp_path):
     def killed(*a, **k):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lm_steer.finetune.checkpoint, "prune", killed)  # after the first checkpoint was written
+    monkeypatch.setattr(fitting.checkpoint, "prune", killed)  # after the first checkpoint was written
     with pytest.raises(KeyboardInterrupt):
         lm_steer.fit(tmp_path / "b", lm=lm, data=data, **settings)
     monkeypatch.undo()

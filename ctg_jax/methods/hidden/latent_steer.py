@@ -48,7 +48,7 @@ class LatentSteer(Control):
       sites: where it is added, see `sites`; none for the memory.
       steps: "all" tokens, the "first" one of the prompt, or those of the "prompt": as many as it has, which end where
         the completion begins, and none that a control put before them.
-      parts: z is so many vectors, of which every token gets the mixture that its own state attends to.
+      parts: the number of vectors in z, of which every token gets the mixture that its own state attends to.
       memory: (L, K, P, H) of the keys and values, or None.
     """
 
@@ -228,8 +228,8 @@ def latent_steer(
     Args:
       data: records with `text`, and `prompt` where the text follows one.
       site, steps, dim, parts, slots: see `init`.
-      tokens: sentences with more are left out (their z stays zero, their record says so); by default one that does not
-        fit into the model's context is an error.
+      tokens: sentences with more are left out (their z stays zero, and their row is marked); by default a sentence
+        that does not fit into the model's context is an error.
       end: whether the end-of-text token is learned too, so that decoding ends by itself.
       search: how each vector is searched.
       seed: of the basis and of the vectors at first.
@@ -266,7 +266,7 @@ def latent_steer(
 
 
 def _sentence(tokenizer, record: dict, i: int, end: bool) -> tuple[list[int], int]:
-    """(tokens from the first that the model reads to the last that it shall say, how many of them are the prompt)."""
+    """(tokens from the first that the model reads to the last that it should write, number of them in the prompt)."""
     if not str(record.get("text", "")).strip():
         raise InputError(f"sentence {i + 1} is empty: give at least one word")
     prompt = record.get("prompt", "")

@@ -35,7 +35,7 @@ def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
     corpus, where there is one, and over the tokens of all rows at once.
 
     Args:
-      margin: nats by which the positive shall be likelier (the authors' code: 15, for detoxification 20).
+      margin: nats by which the positive should be likelier (the authors' code: 15, for detoxification 20).
       gamma: weight of the hinge (the authors' code: 0.1 for sentiment, 0.3 for repetition, 0.5 for detoxification).
     """
 

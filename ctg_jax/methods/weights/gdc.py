@@ -1,4 +1,4 @@
-"""GDC (Khalifa et al. 2021): the distribution closest to the LM in which a feature always, or so often, occurs; and the
+"""GDC (Khalifa et al. 2021): the distribution closest to the LM in which features occur at given rates; and the
 KL-adaptive distributional policy gradient that turns it into a policy."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def multipliers(features: np.ndarray, moments: Sequence[float], weights: np.ndar
 
     Args:
       features: φ of samples of the base, float [n, F].
-      moments: the mean that each feature shall have.
+      moments: the mean that each feature should have.
       weights: [n], of pointwise constraints; 1 by default.
 
     Raises:
@@ -60,7 +60,7 @@ def multipliers(features: np.ndarray, moments: Sequence[float], weights: np.ndar
         low, high = phi[:, f].min(initial=np.inf), phi[:, f].max(initial=-np.inf)
         if not low < mu[f] < high:
             raise InputError(
-                f"moment {f} is {mu[f]:g} and the feature lies between {low:g} and {high:g} in {len(phi)} samples of "
+                f"moment {f} is {mu[f]:g} and the feature is between {low:g} and {high:g} in {len(phi)} samples of "
                 "the base: ask for a value between them, or sample more"
             )
 
@@ -120,7 +120,7 @@ def fit(
     that brought the policy closer to the target than the proposal is.
 
     Args:
-      moments: name of a reward -> share of texts that shall reach its threshold; 1 for all of them.
+      moments: name of a reward -> share of texts that should reach its threshold; 1 for all of them.
       lm, data, rewards, rounds, explore, seed: see `quark.fit`. settings: of the stage `gdc`. Of the filters those that
         leave every token a probability may be there (`POSITIVE`): a text that cannot be drawn has no weight.
 
@@ -196,7 +196,7 @@ def gdc(
         )
     weight = weight if limit is None else np.minimum(weight, limit)
     used = np.flatnonzero(weight)
-    scale = len(used) / len(weight)  # rows of weight 0 are left out: the others stand for all
+    scale = len(used) / len(weight)  # rows of weight 0 are left out, and the others represent all
     chosen = samples.with_(weight=(weight * scale).astype(np.float32)).take(used)
     policy = init(model, rng.stream(jax.random.key(seed), "init"), **vars(adapter))
     policy = policy if start_from is None else methods.load(start_from, model)

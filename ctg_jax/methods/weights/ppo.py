@@ -33,7 +33,7 @@ init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_d
 
 
 def head(width: int) -> dict[str, jax.Array]:
-    """A value head that says 0: kernel float32 [D], bias []. It reads final hidden states and sends them no
+    """A value head that predicts 0: kernel float32 [D], bias []. It reads final hidden states and sends them no
     gradient."""
     return {"kernel": jnp.zeros((width,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
 

@@ -87,8 +87,8 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
         value = ce + frozen.get("kl", 1.0) * kl * far - entropy * free
         metrics = {"cross_entropy": (ce, weight), "kl": (far, weight), "entropy": (free, weight)}
         if unlikelihood:
-            said, _ = losses.masked_sum(losses.unlikelihood(z, *repeats(batch)), batch["written"])
-            value, metrics = value + unlikelihood * said, metrics | {"unlikelihood": (said, weight)}
+            repeated, _ = losses.masked_sum(losses.unlikelihood(z, *repeats(batch)), batch["written"])
+            value, metrics = value + unlikelihood * repeated, metrics | {"unlikelihood": (repeated, weight)}
         return Sum(value, weight, metrics)
 
     return total

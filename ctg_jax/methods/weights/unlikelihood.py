@@ -79,8 +79,8 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
             z = logits(lm, frozen["params"], human, keys, params)
             terms["likelihood"] = losses.row_mean(losses.next_token(z, human["completion"]), human["written"])
             if token:
-                said = losses.unlikelihood(z, *repeats(human))
-                terms["token"] = losses.row_mean(said, human["written"])
+                repeated = losses.unlikelihood(z, *repeats(human))
+                terms["token"] = losses.row_mean(repeated, human["written"])
         if sequence or policy:
             own, real = batch["completion"], batch["written"]
             if sequence:

@@ -7,7 +7,6 @@ sharded files of `model.safetensors.index.json`. Another family is one `Family` 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -19,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax import tree
+from ctg_jax.io import write_json
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.encoder import Encoder
 from ctg_jax.models.hf.decoders import DECODERS, Family
 from ctg_jax.models.hf.encoders import ENCODERS
-from ctg_jax.models.hf.sentence import longest_input, projection, read_json, read_sentence, write_sentence
+from ctg_jax.models.hf.sentence import longest_input, projection, read_sentence, read_settings, write_sentence
 from ctg_jax.models.hf.tensors import Checkpoint, check_tree, place, write
 from ctg_jax.types import InputError, Params
 
@@ -56,6 +56,20 @@ def load(
     checkpoint = Checkpoint(folder, family.prefix, family.aliases)
     lm = _configure(folder, family, config, checkpoint, dtype)
     return lm, _params(lm, family.names(lm), checkpoint, family, dtype, shardings)
+
+
+def check(path_or_id: str | os.PathLike) -> Transformer:
+    """The decoder that `load` gives, after all of its checks of the files, without reading a weight onto a device.
+
+    Raises and warns as `load`.
+    """
+    folder = resolve(path_or_id)
+    family, config = _family(folder, DECODERS, "decoder")
+    _warn_of_rules(folder)
+    checkpoint = Checkpoint(folder, family.prefix, family.aliases)
+    lm = _configure(folder, family, config, checkpoint, "float32")
+    checkpoint.check(family.names(lm), family.ignored)
+    return lm
 
 
 def shape(path_or_id: str | os.PathLike, *, dtype: str = "float32") -> Transformer:
@@ -128,9 +142,7 @@ def save(
         if extra:
             write(folder / "2_Dense" / "model.safetensors", extra, leaves)
         for name, content in {**sentence, "config.json": config}.items():
-            partial = folder / f"{name}.{os.getpid()}.partial"
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, folder / name)
+            write_json(folder / name, content, indent=2)
     except OSError as e:
         raise InputError(f"{folder}: the model cannot be written there ({e.strerror}).") from e
 
@@ -162,7 +174,7 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
 
 
 def _family(folder: Path, families: Mapping[str, Family], kind: str) -> tuple[Family, Mapping[str, Any]]:
-    config = read_json(folder / "config.json")
+    config = read_settings(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else None
     if found not in families:
         raise InputError(
@@ -196,7 +208,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
 
 def _warn_of_rules(folder: Path) -> None:
     file = folder / "generation_config.json"
-    given = read_json(file) if file.is_file() else {}
+    given = read_settings(file) if file.is_file() else {}
     rules = {k: given[k] for k, no in _RULES.items() if given.get(k) is not None and given[k] not in no}
     if rules:
         listed = ", ".join(f"{k} {v}" for k, v in rules.items())

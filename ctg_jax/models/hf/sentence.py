@@ -5,11 +5,11 @@ modules.json names a chain of folders; how texts are read is in files of its own
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.io import read_json
 from ctg_jax.models.encoder import Encoder
 from ctg_jax.models.hf.tensors import Table, dense
 from ctg_jax.types import InputError
@@ -30,7 +30,7 @@ def read_sentence(folder: Path) -> tuple[dict[str, Any], Path | None]:
       InputError: a chain other than Transformer, Pooling (mean or cls), Dense?, Normalize?; a setting that is not
         supported.
     """
-    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    modules = read_settings(folder / "modules.json") if (folder / "modules.json").is_file() else []
     kinds = [m["type"].rpartition(".")[2] for m in modules]
     if modules and kinds not in (
         ["Transformer", "Pooling", *d, *n] for d in ([], ["Dense"]) for n in ([], ["Normalize"])
@@ -48,7 +48,7 @@ def read_sentence(folder: Path) -> tuple[dict[str, Any], Path | None]:
         if kind == "Pooling":
             fields["pooling"] = _pooling(file)
         elif kind == "Dense":
-            project, c = file.parent, read_json(file)
+            project, c = file.parent, read_settings(file)
             act = c.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
             if act not in _ACTIVATIONS:
                 raise InputError(f"{file}: activation_function is {act}, expected one of {', '.join(_ACTIVATIONS)}.")
@@ -62,7 +62,7 @@ def read_sentence(folder: Path) -> tuple[dict[str, Any], Path | None]:
 
 def _pooling(file: Path) -> str:
     """The one mode of a Pooling module, from `pooling_mode` or the older switches."""
-    c = read_json(file)
+    c = read_settings(file)
     switches = [k.removeprefix("pooling_mode_") for k, v in c.items() if k.startswith("pooling_mode_") and v]
     given = c.get("pooling_mode", switches) or "mean"  # the default of sentence-transformers
     modes = [given] if isinstance(given, str) else list(given)
@@ -101,7 +101,7 @@ def text_format(folder: Path) -> tuple[bool, str]:
 
 def _first(folder: Path, names: Sequence[str]) -> Mapping[str, Any]:
     """The content of the first of these JSON files that is there."""
-    return next((read_json(folder / n) for n in names if (folder / n).is_file()), {})
+    return next((read_settings(folder / n) for n in names if (folder / n).is_file()), {})
 
 
 def projection(e: Encoder) -> Table:
@@ -137,11 +137,6 @@ def write_sentence(e: Encoder) -> dict[str, Any]:
     return files
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; InputError naming it if it is missing or malformed."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise InputError(f"{file}: the file is missing, the model's folder must hold it.") from e
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file}: it cannot be read as JSON ({e}).") from e
+def read_settings(file: Path) -> Any:
+    """The contents of a JSON file in a model's folder; InputError naming it where it is missing or is not JSON."""
+    return read_json(file, "a model in Hugging Face layout has this file; fetch the model again")

@@ -8,8 +8,6 @@ slices, so that a sharded load reads from disk only what its shards hold.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ctg_jax import tree
+from ctg_jax.io import atomic, dumps, read_json
 from ctg_jax.types import InputError, Params
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -255,8 +254,8 @@ def _files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         try:
-            files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as e:
+            files = [folder / n for n in sorted(set(read_json(index)["weight_map"].values()))]
+        except (InputError, KeyError, AttributeError, TypeError) as e:
             raise InputError(f"{index}: it is no index of safetensors files, its weight_map cannot be read.") from e
         for file in files:
             if file.resolve().parent != folder.resolve() and not file.is_symlink():
@@ -310,22 +309,15 @@ def write(file: Path, names: Table, leaves: Mapping[str, Any]) -> None:
                 entry = {"dtype": _DTYPES[dtype.name], "shape": part.stored, "data_offsets": [offset, offset + size]}
                 header[part.name.format(layer)] = entry
                 offset += size
-    text = json.dumps(header).encode()
+    text = dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for path, leaf in names.items():
-                whole = np.asarray(leaves[path])
-                for layer in leaf.layers:
-                    for tensor in _tensors(leaf, whole if layer is None else whole[layer]):
-                        out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(file) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for path, leaf in names.items():
+            whole = np.asarray(leaves[path])
+            for layer in leaf.layers:
+                for tensor in _tensors(leaf, whole if layer is None else whole[layer]):
+                    out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def _tensors(leaf: Leaf, rows: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,53 @@
+"""Sharding rules, as tables: which dimensions of which leaves are split over which axes of a mesh; see `Plan.rules`."""
+
+from __future__ import annotations
+
+from jax.sharding import PartitionSpec
+
+P = PartitionSpec
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+REPLICATED: Rules = ((".*", P()),)
+
+# The decoder of `ctg_jax.models.decoder`, kernels (out, in): columns, then rows, are split over `tensor`
+# (Shoeybi et al. 2019, Megatron-LM); the other side is split over `data` (fully sharded data parallel).
+DECODER: Rules = (
+    (r"embed/tokens|head/kernel", P("tensor", "data")),
+    (r"embed/positions", P(None, "data")),
+    (r"(.*/)?(attn/qkv|mlp/up|mlp/gate)/kernel", P("tensor", "data")),
+    (r"(.*/)?(attn/qkv|mlp/up|mlp/gate)/bias", P("tensor")),
+    (r"(.*/)?(attn/out|mlp/down)/kernel", P("data", "tensor")),
+    (r"(.*/)?(attn/out|mlp/down)/bias", P()),
+    (r"(.*/)?(attn_norm|mlp_norm|norm)/(scale|bias)", P()),
+)
+
+# The encoders of `ctg_jax.models.encoder`: blocks as those of the decoder.
+ENCODER: Rules = (
+    (r"head/dense/kernel|project/kernel", P("tensor", "data")),
+    (r"head/out/kernel", P(None, "data")),
+    (r"embed/types|relative|(head/dense|head/out|project)/bias|embed/norm/(scale|bias)", P()),
+    *DECODER,
+)
+
+# The leaves of controls (`ctg_jax.controls`, `ctg_jax.methods`). A change ΔW = b a lies as its kernel does, its rank on
+# every device; vectors, gates, strengths and masks are small and replicated. Experts hold parameters: `DECODER`.
+CONTROL: Rules = (
+    (r"(embed/tokens|head/kernel|(attn/qkv|mlp/up|mlp/gate)/kernel)/full", P("tensor", "data")),
+    (r"(attn/out|mlp/down)/kernel/full", P("data", "tensor")),
+    (r"(attn/qkv|mlp/up|mlp/gate)/kernel/a|embed/tokens/a|head/kernel/a", P(None, "data")),
+    (r"(attn/qkv|mlp/up|mlp/gate)/kernel/b|embed/tokens/b|head/kernel/b", P("tensor", None)),
+    (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
+    (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
+    (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
+    (r"(value|params|mu|nu)/(kernel|bias)", P()),  # the value head of PPO, and a linear classifier that is trained
+    # The networks of diffusion: small beside the language model, so only the optimizer's states are worth splitting.
+    (r"(score|prompter|net|guide|denoiser|in|out)/(.*/)?kernel", P("data", None)),
+    (r"(score|prompter|net|guide|denoiser|in|out)/.*|given|raw|bins|tags", P()),
+    (r"mean|deviation|probes|biases|weights_of|free", P()),
+    (r"z|basis|vectors?|codes|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
+)
+
+
+def whole_over_data(rules: Rules) -> Rules:
+    """The rules without the axis `data`: weights are split over `tensor` alone."""
+    return tuple((path, P(*(None if part == "data" else part for part in spec))) for path, spec in rules)

@@ -187,6 +187,7 @@ def test_what_is_held_out():
 def test_fit(small):
     root, lm, data = small
     options = dict(direction="remove", p0=0.2, goal="p0", batch=4, tokens=16, limit=10, scale=0.5, c=1.0)
+    before = len(list(root.glob("cav.states-*")))
     fitted = cav.fit(root, lm=lm, data=data, top=1, **options)
     control = methods.load(fitted, open_lm(lm)[0])
     assert control.gate[:, 0].tolist() == [0, 1, 0] and float(control.scale) == 0.5
@@ -195,7 +196,7 @@ def test_fit(small):
     assert [r["site"] for r in rows] == [0, 1, 2] and [r["chosen"] for r in rows] == [False, True, False]
     assert all(0 <= r["heldout_accuracy"] <= 1 and r["train_accuracy"] > 0.9 for r in rows)
     again = cav.fit(root, lm=lm, data=data, sites=[0, 1], **options | dict(p0=0.4))
-    assert len(list(root.glob("cav.states-*"))) == 1 and again.id != fitted.id
+    assert len(list(root.glob("cav.states-*"))) == before + 1 and again.id != fitted.id
 
 
 def test_bad_input(small):

@@ -163,7 +163,7 @@ def test_the_probability_before_learning_is_that_of_what_drew(small, dice, metho
         (quark, dict(target_kl=0.1), dict(filter=dict(top_p=0.9)), "target_kl .* a filter with top_p"),
         (gdc, {"moments": {}}, dict(filter=dict(banned=[3])), "gdc .* with banned: only temperature, rep"),
         (gdc, {"moments": {}}, dict(greedy=True), "gdc needs samples with a probability"),
-        (unlikelihood, {"policy": 1.0}, dict(greedy=True), "policy needs samples with a probability"),
+        (unlikelihood, {"objective": {"policy": 1.0}}, dict(greedy=True), "policy needs samples with a probability"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_weighed_is_refused_before_anything_runs(tmp_path, method, hp, explore, message):
@@ -192,5 +192,5 @@ def test_the_best_of_n_have_no_probability(small, dice):
     scored = experience.explore(root, lm=lm, data=data, rewards=[dice], **EXPLORE)
     best = stage(root, experience.best, {"n": 2}, scored=scored)
     assert all("logp" not in row for row in best.rows("samples.jsonl"))
-    with pytest.raises(InputError, match=r"best-.* has no log-probabilities"):
+    with pytest.raises(InputError, match=r"best_of-.* has no log-probabilities"):
         stage(root, experience.score, {}, samples=best, rewards=[dice], lm=lm)

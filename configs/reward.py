@@ -142,7 +142,7 @@ def experiment(name, title, arms):
     common = {key: learn[key] for key in ("rounds", "explore", "training")}
     methods = {}
     for label, arm in arms.items():
-        if "method" in arm:
+        if "method" in arm and "init" not in arm:
             fit = common | arm.get("fit", {})
             fit["training"] = common["training"] | fit["training"]
             arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=fit)

@@ -119,6 +119,6 @@ def experiment(name, title, methods):
     parts = world(name)
     train = parts.pop("train")
     for arm in methods.values():
-        if "method" in arm:
+        if "method" in arm and "init" not in arm:
             arm.setdefault("data", train)
     return ConfigDict({"title": title, **parts, "methods": methods})

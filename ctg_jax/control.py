@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from ctg_jax import support
 from ctg_jax.types import InputError, Params, Prompts
@@ -31,15 +33,15 @@ def _static(name: str) -> Any:
 class Control:
     """The identity control; a method overrides the hooks it needs and nothing else.
 
-    `of_class` is a static field that says which class a control is of. JAX (0.10 to 0.12) does not compare classes
-    where it compares the structures of dataclasses, so without it two controls with as many leaves are one to the cache
-    of `jit` whenever their hashes meet, and the program of the one decodes under the name of the other.
+    `of_class` is a static field that names the class. JAX (0.10 to 0.12) ignores classes when it compares structures of
+    dataclasses, so without it two controls with equally many leaves are equal to the cache of `jit` whenever their
+    hashes collide, and the program of one decodes with the other.
     """
 
     of_class: str = _static("Control")
 
-    # True for a class whose `logits` removes tokens by what it finds in the logits or in the text. Nobody knows before
-    # decoding what it leaves, so `constraints.check` refuses it before a rule that must hold, such as `Ban`.
+    # True for a class whose `logits` removes tokens depending on the logits or the text. What it leaves is not known
+    # before decoding, so `constraints.check` refuses it in front of a rule that must hold, such as `Ban`.
     selects = False
 
     def __init_subclass__(cls, **kwargs):
@@ -48,22 +50,44 @@ class Control:
         name = f"{id(cls):x} {cls.__module__}.{cls.__qualname__}"  # a notebook may define a class again
         cls.of_class = _static(name)
 
+    def layout(self, rule: Callable[[str], PartitionSpec]) -> dict[str, PartitionSpec]:
+        """How leaves are split over a mesh: path of a leaf in this control -> the spec of its last dimensions. A leaf
+        that is left out follows the plan's rule for its path, as parameters of a model do, and is replicated where the
+        plan has none.
+
+        Args:
+          rule: the spec of a parameter of the language model, given its path.
+        """
+        return {}
+
     def check(self, prompts: Prompts) -> None:
         """Raises InputError where the prompts hold what this control cannot read, such as class 7 of 2. It acts on no
-        model: it is called on the host before a compiled program starts, since only there are values known. Inside a
-        program (`isinstance(x, jax.core.Tracer)`) there is nothing to look at; see `tree.concrete`."""
+        model: it is called on the host before a compiled program starts, where values are known. Inside a program there
+        are none to look at; see `tree.concrete`."""
 
     def weights(self, params: Params) -> Params:
         """The parameters to use instead of the frozen ones (LoRA, fine-tuning, task vectors). Called once."""
         return params
+
+    def bind(self, frozen: Params, params: Params) -> Control:
+        """This control with the weights that its streams read with (`controls.streams`). Called once, inside jit, after
+        `weights`. It acts on no model, and no method overrides it: every field that has a `bind` is bound.
+
+        Args:
+          frozen: parameters of the language model as it was given.
+          params: the same after `weights` of the whole control, which is the model that decodes.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {name: new for name, x in fields.items() if (new := _bound(x, frozen, params)) is not x}
+        return self.replace(**changed) if changed else self
 
     def init(self, prompts: Prompts, length: int) -> State:
         """Per-sequence state for prompts [B, T] and at most `length` tokens in all; called once, inside jit."""
         return ()
 
     def prompt(self, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array]:
-        """Edits or lengthens the embedded prompt: x float [B, T, D], mask bool [B, T]. Where it lengthens it, `added`
-        tells by how much."""
+        """Edits or lengthens the embedded prompt: x float [B, T, D], mask bool [B, T]. `added`
+        returns the number of tokens that it adds."""
         return x, mask
 
     def added(self) -> int:
@@ -172,26 +196,33 @@ class Chain(Control):
 IDENTITY = Control()
 
 
+def _bound(x: Any, frozen: Params, params: Params) -> Any:
+    if isinstance(x, tuple):
+        new = tuple(_bound(part, frozen, params) for part in x)
+        return new if any(a is not b for a, b in zip(new, x)) else x
+    return x.bind(frozen, params) if hasattr(x, "bind") else x
+
+
 def edit_logits(
     control: Control, z: jax.Array, h: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
 ) -> tuple[jax.Array, State]:
-    """`control.logits` with what holds for every control: a token that was removed stays removed, and some token is
-    left (`support.settle`). Decoding, scoring and chains apply the hook through this function and in no other way."""
+    """`control.logits` with the guarantees that hold for every control: a removed token stays removed, and some token
+    is left (`support.settle`). Decoding, scoring and chains apply the hook only through this function."""
     after, state = control.logits(z, h, tokens, mask, state)
     return (support.settle(z, after) if overrides(control, "logits") else after), state
 
 
 def leaves(control: Control) -> list[Control]:
-    """The controls of a chain in the order in which they act, chains inside it taken apart."""
+    """The controls of a chain in the order in which they act, with nested chains flattened."""
     return [c for part in control.parts for c in leaves(part)] if isinstance(control, Chain) else [control]
 
 
 def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array, State]:
-    """What every reader of a prompt does with its embedded tokens x float [B, T, D] and mask bool [B, T]: (x, mask)
-    after `Control.prompt`, and the state after `Control.began`.
+    """What every model that reads a prompt does with the embedded tokens x float [B, T, D] and mask bool [B, T].
+    Returns x and mask after `Control.prompt` and the state after `Control.began`.
 
     Raises:
-      InputError: `prompt` adds another number of tokens than `added` tells.
+      InputError: `prompt` adds another number of tokens than `added` returns.
     """
     longer, mask = control.prompt(x, mask, state)
     more = longer.shape[1] - x.shape[1]

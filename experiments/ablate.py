@@ -7,10 +7,10 @@
 
 `sweep()` yields dictionaries of dotted settings, such as {"methods.steer.fit.layer": 3}. With --cell=i/n this job runs
 cells i, i + n, … (i counted from 1). Cells share stages, so nothing common is computed twice, also across processes and
-machines that share --root: whoever comes second waits. A cell that fails is listed with its error (exit code 1) and
-stops no other; the same command runs what is missing. With SLURM the cells are an array; a task that is preempted or
-runs out of time is queued again and goes on where it stopped. Logs are in ROOT/grids/NAME, one for each cell; NAME is
-that of the folder of the report.
+machines that share --root: the second one waits for the first. A cell that fails is listed with its error (exit code 1)
+and does not stop the others; the same command runs what is missing. With SLURM the cells are an array; a task that is
+preempted or runs out of time is queued again and continues where it stopped. Logs are in ROOT/grids/NAME, one for each
+cell, where NAME is the name of the report's folder.
 
 The last line is the path of report.html, drawn from all cells of the grid that are finished.
 """
@@ -29,7 +29,7 @@ from experiments import cli, grid, reporting
 
 
 def cells_of(text, number):
-    """The indices of the cells that --cell=i/n asks for, of `number`."""
+    """The indices of the cells that --cell=i/n selects out of `number`."""
     if text is None:
         return range(number)
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -70,7 +70,7 @@ def main(argv, session):
     module = cli.module_of(spec)
     if not hasattr(module, "sweep"):
         raise InputError(f"{spec} defines no sweep(): expected a generator of dictionaries of dotted settings")
-    # A wrong key stops it before anything runs.
+    # A wrong key is found before anything runs.
     cells = [grid.Cell(i, changes, cli.override(config, changes)) for i, changes in enumerate(module.sweep(), 1)]
     asked = [cells[i] for i in cells_of(values.cell, len(cells))]
     if values.only is not None:
@@ -84,25 +84,25 @@ def main(argv, session):
     sweep = [cell.changes for cell in cells]
     folder = reporting.grid_folder(session, spec, config, sweep) if several else Path()
     failed = run(values, session, argv, asked, session.root / "grids" / folder.name)
-    said = "\n".join(f"{cell} failed: {failed[cell.number]}" for cell in asked if cell.number in failed)
+    errors = "\n".join(f"{cell} failed: {failed[cell.number]}" for cell in asked if cell.number in failed)
     if not values.report:
         if failed:
-            raise InputError(said)
+            raise InputError(errors)
         return None
     looks = {cell.number: grid.look(session, cell) for cell in cells}
     rows = [(cell.changes, row) for cell in cells for row in looks[cell.number].rows or ()]
     if not rows:
-        raise InputError(said)
+        raise InputError(errors)
     missing = [str(cell) for cell in cells if looks[cell.number].rows is None]
     about = {"cells that are not finished": "; ".join(missing)} if missing else {}
     page = reporting.write_grid(folder, session, spec, config, rows, about)
     if failed:
-        raise cli.Incomplete(said, page)
+        raise cli.Incomplete(errors, page)
     return page
 
 
 def run(values, session, argv, asked, folder):
-    """Runs the cells on the engine that was asked for; number -> error of those that failed."""
+    """Runs the cells on the engine that the flags choose; number -> error of those that failed."""
     if (values.workers or values.slurm is not None) and values.hosts:
         raise InputError("--hosts and --workers (or --slurm) are two ways to use several processes: give one of them")
     if values.workers < 0:
@@ -112,9 +112,17 @@ def run(values, session, argv, asked, folder):
     todo = [cell for cell in asked if grid.look(session, cell).rows is None]
     if not todo:
         return {}
+    commands = {cell.number: command(argv, session, cell.number) for cell in todo}
     if values.slurm is None:
-        return grid.processes(session, todo, argv, folder, values.workers)
-    return grid.slurm(session, todo, argv, folder, values.workers, options_of(values.slurm))
+        return grid.processes(session, todo, commands, folder, values.workers)
+    return grid.slurm(session, todo, commands, folder, values.workers, options_of(values.slurm))
+
+
+def command(argv, session, number):
+    """The command line of a process that runs one cell and writes no report."""
+    shared = ("--config", "--noconfig", "--mesh", "--plan", "--precision", "--remat", "--noremat")
+    own = [f"--root={session}", f"--only={number}", "--noreport"]
+    return [sys.executable, str(Path(__file__).resolve()), *(a for a in argv if a.startswith(shared)), *own]
 
 
 if __name__ == "__main__":

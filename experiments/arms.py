@@ -1,12 +1,14 @@
-"""The arms of an experiment, the entries of its section `methods`: what each one is, read from its settings.
+"""The arms of an experiment, the entries of its section `methods`: a dataclass for each kind of arm.
 
     Plain       the language model alone                      filter
     Fitted      a method, fitted                              method, fit, data, rewards, strengths
     Direction   latent vectors made into one control          the same, and direction
+    Made        a method that needs no training               method, init, strengths
     Together    other arms in one chain                       chain: label -> strength; strengths multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
 
-`filter` (options of `ctg_jax.controls.truncate`) and `filter_first` replace those of the section `sample`.
+Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `filter_first`, which replace those of the
+section `sample`.
 """
 
 from __future__ import annotations
@@ -17,24 +19,45 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ctg_jax import methods
+from ctg_jax.decode.strategies import Strategy
 from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
+
+Settings = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What every arm may have. `learns`: whether anything is fitted for it."""
+    """What all arms have.
+
+    Attributes:
+      filter, filter_first: settings of `sample` that this arm has of its own; None for those of the experiment.
+      learns: whether the arm has something to compare with the base; the arms that do not come first in a report.
+      likelihood: whether its samples have a log-probability under what drew them, which a KL and the perplexity of
+        human text need.
+    """
 
     learns: ClassVar[bool] = False
+    likelihood: ClassVar[bool] = True
 
-    filter: Mapping[str, Any] | None = None
+    filter: Settings | None = None
     filter_first: bool | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Its own settings of `sample`."""
+        """The settings of `sample` in which this arm differs from the experiment."""
         own = {"filter": self.filter, "filter_first": self.filter_first}
         return {name: value for name, value in own.items() if value is not None}
+
+    def check(self, label: str, arms: Mapping[str, Arm]) -> None:
+        """Checks the settings that nothing else checks before the first stage runs.
+
+        Args:
+          label: the name of this arm, for messages. arms: all arms of the experiment, label -> arm.
+
+        Raises:
+          InputError: a setting that cannot be used.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,39 +66,59 @@ class Plain(Arm):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fitted(Arm):
-    """A method and the settings of its `fit`. `data`: settings of `load_data`; `rewards`: name -> settings of
-    `fit_judge`, for methods that learn from them; `strengths`: as fitted where there are none."""
+class MethodArm(Arm):
+    """A control of one method. `strengths`: the strengths to sample at; None for the one that it was made with."""
 
     learns: ClassVar[bool] = True
 
     method: str
-    fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    data: Mapping[str, Any] | None = None
-    rewards: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     strengths: tuple[float, ...] | None = None
 
-    def check(self, label: str) -> None:
-        """InputError for a method that there is not or that learns nothing, no data, or a setting its `fit` lacks."""
+    @property
+    def likelihood(self) -> bool:
+        """That of the strategies which the classes of its module are or name; see `ctg_jax.decode.strategies`."""
+        classes = [x for x in vars(methods.get(self.method)).values() if isinstance(x, type)]
+        found = [x if issubclass(x, Strategy) else getattr(x, "strategy", Strategy) for x in classes]
+        return all(strategy.likelihood for strategy in found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted(MethodArm):
+    """A method and the settings of its `fit`. `data`: settings of `load_data`; `rewards`: name -> settings of
+    `fit_judge`, for methods that learn from them."""
+
+    fit: Settings = dataclasses.field(default_factory=dict)
+    data: Settings | None = None
+    rewards: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+
+    def check(self, label, arms):
         module = methods.get(self.method)
         if not hasattr(module, "fit"):
             raise InputError(
-                f"methods.{label}.method is {self.method!r}, which has no fit: leave method out and give filter"
+                f"methods.{label}.method is {self.method!r}, which has no fit: give the settings of its init as init, "
+                "or leave method out and give filter"
             )
         if self.data is None:
             raise InputError(f"methods.{label} lacks data, the texts that {self.method} is fitted on")
-        known = inspect.signature(module.fit).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            for key in self.fit:
-                if key not in known:
-                    raise InputError(f"methods.{label}.fit has no setting {key!r}{nearest(key, known)}")
+        _check_known(f"methods.{label}.fit", self.fit, module.fit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction(Fitted):
     """Latent vectors that become one control, from label 0 to 1; `direction`: settings of `latents.direction`."""
 
-    direction: Mapping[str, Any]
+    direction: Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made(MethodArm):
+    """A control that needs no training; `init`: settings of the method's `make`, or of its `init` where it has none."""
+
+    init: Settings
+
+    def check(self, label, arms):
+        module = methods.get(self.method)
+        _check_known(f"methods.{label}.init", self.init, getattr(module, "make", module.init))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,43 +130,47 @@ class Together(Arm):
     chain: Mapping[str, float]
     strengths: tuple[float, ...] | None = None
 
+    def check(self, label, arms):
+        known = [name for name, arm in arms.items() if isinstance(arm, MethodArm)]
+        for other in self.chain:
+            if other not in known:
+                raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOf(Arm):
     """Each sample is the best of n of the language model, by the first of `rewards`; n takes the place of strengths."""
 
+    likelihood: ClassVar[bool] = False
+
     best_of: tuple[int, ...]
-    rewards: Mapping[str, Mapping[str, Any]]
+    rewards: Mapping[str, Settings]
 
 
-# The setting that only this kind of arm has; the first one that is found decides.
+# The setting that only this kind of arm has -> the kind; the first that is found decides.
 _KINDS: tuple[tuple[str, type[Arm]], ...] = (
     ("chain", Together),
     ("best_of", BestOf),
     ("direction", Direction),
+    ("init", Made),
     ("method", Fitted),
 )
 
 
-def read(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Arm]:
-    """label -> arm of the section `methods`; those that learn nothing come first, as the lines to compare with.
+def read(settings: Mapping[str, Settings]) -> dict[str, Arm]:
+    """label -> arm of the section `methods`; arms that learn nothing come first, as the lines to compare with.
 
     Raises:
-      InputError: a setting that an arm of its kind lacks (with the nearest name) or one that is missing, a method that
-        there is not, a chain that names no other arm.
+      InputError: an unknown setting (with the nearest name) or a missing one, an unknown method, a chain that names no
+        other arm.
     """
     found = {label: _arm(label, arm) for label, arm in settings.items()}
     for label, arm in found.items():
-        if isinstance(arm, Fitted):
-            arm.check(label)
-        for other in arm.chain if isinstance(arm, Together) else ():
-            if not isinstance(found.get(other), Fitted):
-                known = [name for name, one in found.items() if isinstance(one, Fitted)]
-                raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
+        arm.check(label, found)
     return dict(sorted(found.items(), key=lambda item: (item[1].learns, item[0])))
 
 
-def _arm(label: str, settings: Mapping[str, Any]) -> Arm:
+def _arm(label: str, settings: Settings) -> Arm:
     kind = next((kind for key, kind in _KINDS if key in settings), Plain)
     fields = dataclasses.fields(kind)
     known = [f.name for f in fields] + ["method"] * (kind is Plain)
@@ -134,3 +181,13 @@ def _arm(label: str, settings: Mapping[str, Any]) -> Arm:
         if f.name not in settings and f.default is f.default_factory is dataclasses.MISSING:
             raise InputError(f"methods.{label} lacks the setting {f.name!r}")
     return kind(**settings)
+
+
+def _check_known(where: str, settings: Settings, fn: Any) -> None:
+    """InputError for a setting that is no keyword parameter of `fn`."""
+    parameters = inspect.signature(fn).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in settings:
+            if key not in known:
+                raise InputError(f"{where} has no setting {key!r}{nearest(key, known)}")

@@ -1,8 +1,10 @@
-"""What every experiment script shares: flags, bad input as exit code 2, the compilation cache, the last lines."""
+"""The command line of all scripts: flags and configurations, bad input as exit code 2, the compilation cache, the last
+lines of the output."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import logging
 import os
@@ -31,9 +33,18 @@ class Incomplete(InputError):
 
 
 def parse(
-    argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage: str, positional: bool = False
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    usage: str,
+    positional: bool = False,
+    devices: bool = True,
 ) -> tuple[flags.FlagValues, list[str]]:
     """Flags and remaining arguments of one command line, in `FlagValues` of its own; prints help and exits on --help.
+
+    Args:
+      define: defines the flags of the script. usage: its docstring, for --help.
+      positional: whether there may be arguments that are no flags.
+      devices: whether the script runs on devices and so may run as several processes (--hosts).
 
     Raises:
       InputError: an unknown flag or configuration key (with the nearest name), or a value of another type.
@@ -41,7 +52,7 @@ def parse(
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     define(values)
-    hosts.flag(values)
+    hosts.flag(values, devices)
     argv = list(argv)
     if {"--help", "-h", "-help"} & set(argv):
         own = values.flags_by_module_dict()
@@ -94,8 +105,8 @@ def config_of(spec: str) -> ConfigDict:
 def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one.
 
-    A section called `fit` may be given settings, and sections of settings, that the configuration leaves at the
-    method's default; the method refuses those it lacks.
+    A section called `fit` accepts settings, and sections of settings, that the configuration leaves at the method's
+    defaults; the method refuses those that it does not know.
     """
     config = ConfigDict(config.to_dict())
     for key, value in changes.items():
@@ -116,7 +127,11 @@ def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 
 def chosen(values: flags.FlagValues) -> ConfigDict:
-    """The parsed --config; InputError where it was not given."""
+    """The parsed --config.
+
+    Raises:
+      InputError: there is none.
+    """
     if values.config is None:
         raise InputError("--config is missing: give --config=configs/NAME.py, or --config=configs/NAME.py:ARGUMENT")
     return values.config
@@ -128,20 +143,25 @@ def spec_of(argv: Sequence[str]) -> str:
     return given[-1] if given else ""
 
 
-def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs a script, `main(argv, session)`, in the session and the layout of its command line.
+def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | None = None, devices: bool = True) -> int:
+    """Runs a script and returns its exit code: 0; 1 where the result is incomplete; 2 for bad input, which is one
+    sentence on stderr; 3 where another process of the run has ended. The numbers of executed and reused stages go to
+    stderr; what `main` returns, such as the path of a report, is printed last.
 
-    Bad input is one sentence on stderr and exit code 2; what could be made in part only, exit code 1; where another
-    process of the run has ended, exit code 3. Says how many stages were executed and how many reused; what `main`
-    returns, such as the path of a report, is printed last.
+    Args:
+      main: the script, `main(argv, session)`; it runs in the session and the layout of its command line.
+      argv: the arguments, by default those of the process.
+      devices: whether it runs on the devices that --hosts and --mesh describe; False for plans, whose mesh need not
+        exist.
     """
     argv = spelled(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
     keep_compiled()
     count, result = Tally(), None
     try:
-        hosts.start(argv)
-        with layout.laid_out(hosts.chosen(argv)):
+        if devices:
+            hosts.start(argv)
+        with layout.laid_out(hosts.chosen(argv)) if devices else contextlib.nullcontext():
             session = Session(roots.opened(hosts.value(argv, "--root") or "runs"))
             count = session.tally
             result = main(argv, session)
@@ -156,13 +176,13 @@ def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | Non
     except SystemExit as e:
         return int(e.code or 0)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: the same command continues from here", file=sys.stderr)
         return 130
     except Exception as e:
         if not hosts.lost(e):
             raise
         print(hosts.LOST, file=sys.stderr, flush=True)
-        os._exit(3)  # leaving in good order would mean waiting for the one that is gone
+        os._exit(3)  # an orderly exit would wait for the process that is gone
     finally:
         logging.getLogger("ctg_jax").handlers.clear()  # its stream may be closed before the next call
         if count.executed or count.reused:
@@ -172,8 +192,8 @@ def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | Non
 
 
 def spelled(argv: Sequence[str]) -> list[str]:
-    """A command line with every flag as --name=value: `-name` and `--name value` are what absl reads as well, and what
-    a run has to know before absl is asked must not be missed in them."""
+    """A command line with every flag as --name=value. absl also reads `-name` and `--name value`, and the flags that
+    are needed before absl parses the line must be found in those spellings too."""
     early = [f"--{name}" for name in ("hosts", "mesh", "plan", "precision", "config", "root")]
     found: list[str] = []
     for a in argv:
@@ -196,7 +216,7 @@ def keep_compiled() -> None:
     """Keeps compiled programs between runs, so that a second start compiles nothing."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # a user's own choice stands
+    if jax.config.jax_compilation_cache_dir is None:  # a user's own choice is kept
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ctg_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

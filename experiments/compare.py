@@ -2,7 +2,7 @@
 
     python experiments/compare.py --config=configs/compare_sentiment.py[:yelp|:tiny] [--config.KEY=VALUE] [--root=runs]
 
-A finished stage is not run again; an interrupted one goes on. Bad input ends with one sentence and exit code 2.
+Finished stages are not run again, and interrupted ones continue. Bad input ends with one sentence and exit code 2.
 The last line is the path of report.html.
 """
 

@@ -1,9 +1,9 @@
-"""How often each control of Diffusion-LM holds, alone and with others, and how often it would without being asked for.
+"""How often each target of Diffusion-LM is met, alone and with others, and how often without control.
 
     python experiments/diffusion_controls.py --config=configs/diffusion_lm.py[:yelp|:tiny] [--root=runs]
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
-configuration (label by the judge, length and tags by the tokens, exactly), that have all the arm was asked for, and the
+configuration (label by the judge, length and tags by the tokens, exactly), that have all targets of the arm, and the
 pooled perplexity under the autoregressive LM (the mean over samples leaves out those above 10,000, which may be all).
 """
 
@@ -45,14 +45,11 @@ def main(argv, session):
     tags = tag_table(tokenizer)
     (name, judge), *_ = settings["judges"].items()
     threshold = open_judge(experiment.judge(session, name, judge)).threshold
-    asked = {
-        label: dict(arm.get("fit", {}).get("aim", {}).get("target", {})) for label, arm in settings["methods"].items()
-    }
+    arms = experiment.check(settings)
+    asked = {label: dict(getattr(arm, "fit", {}).get("aim", {}).get("target", {})) for label, arm in arms.items()}
     every = {key: value for target in asked.values() for key, value in target.items()}
     lines = [
-        " | ".join(
-            ["", "arm", *(f"{k} {v}" for k, v in every.items()), "all it was asked for", "pooled perplexity", ""]
-        )
+        " | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all of its targets", "pooled perplexity", ""])
     ]
     lines.append("|---" * (len(every) + 3) + "|")
     for cell in cells:

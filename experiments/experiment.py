@@ -1,11 +1,12 @@
-"""A configuration as stages: load → fit → sample → evaluate, for one method or many on the same prompts.
+"""A configuration as stages: load → fit → sample → evaluate, for one or several methods on the same prompts.
 
 lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": settings of `load_data`}
 prompts   settings of `load_data`
-sample    settings of `sample`; its `filter` holds for every method that has none of its own
+sample    settings of `sample`; its `filter` is that of every arm without one of its own
 judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
 evaluate  settings of `evaluate`, with `references` as settings of `load_data` and `fluency` as a section like lm; with
-          `human`, settings of `load_data` for texts cut to `words`, also their perplexity under each method
+          `human`, settings of `load_data` for texts cut to `words`, also their perplexity under each method. Figures
+          that need a likelihood (`kl`, `human`) are left out for arms without one
 methods   label -> settings of an arm, see `experiments.arms`
 """
 
@@ -22,18 +23,27 @@ from ctg_jax.learn import experience, rounds
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact, nearest, stage
-from ctg_jax.stages import judges, sampling, sources
-from ctg_jax.studies import latents
+from ctg_jax.stages import controls, judges, sampling, sources
+from ctg_jax.studies.label_transfer import direction
 from ctg_jax.types import InputError
-from experiments.arms import Arm, BestOf, Direction, Fitted, Together, read
+from experiments.arms import Arm, BestOf, Direction, Fitted, Made, MethodArm, Together, read
 
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One row of the table: an arm at a strength, its controls, its samples and its figures; and, where the arm has
-    several strengths, how smoothly it is controlled over all of them."""
+    """One row of the table: an arm at one strength.
+
+    Attributes:
+      label, arm, strength: the arm, and one of its strengths; None where it has none.
+      samples, figures: what `sample` and `evaluate` left.
+      controls: its controls.
+      smooth: how smoothly the arm is controlled over its strengths, where it has several.
+      seed: of the samples.
+      rounds: the figures of each round, for a method that learns from its own samples.
+      human: the perplexity of human text under it.
+    """
 
     label: str
     arm: Arm
@@ -42,13 +52,13 @@ class Cell:
     figures: Artifact
     controls: tuple[Artifact, ...] = ()
     smooth: Artifact | None = None
-    seed: int = 0  # of the samples
-    rounds: Artifact | None = None  # what a method that learns from its own samples sampled, round by round
-    human: Artifact | None = None  # the perplexity of human text under it
+    seed: int = 0
+    rounds: Artifact | None = None
+    human: Artifact | None = None
 
 
 def run(root: str, config: ConfigDict) -> list[Cell]:
-    """All stages of a configuration; finished ones are not run again.
+    """Runs all stages of a configuration, except those that are finished, and returns the rows of the table.
 
     Raises:
       InputError: an unknown section or setting (with the nearest name), and what the stages raise.
@@ -68,15 +78,15 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     seed = settings["sample"].get("seed", 0)
     cells = []
     for label, arm in arms.items():
-        mine = []
-        for strength, samples, controls, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
-            figures = stage(root, judges.evaluate, measure, samples=samples, **given)
+        mine, likely = [], _likelihood(arm, arms)
+        for strength, samples, made, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
+            options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
+            figures = stage(root, judges.evaluate, options, samples=samples, **given)
             read = None
-            if written is not None and not isinstance(arm, BestOf):  # the best of n has no likelihood
-                options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
-                options |= {"strengths": strengths}
-                read = stage(root, sampling.human, options, lm=lm, data=written, controls=controls)
-            mine.append(Cell(label, arm, strength, samples, figures, tuple(controls), seed=seed, human=read))
+            if written is not None and likely:
+                options = {"strengths": strengths, **_bootstrap(measure)}
+                read = stage(root, sampling.human_perplexity, options, lm=lm, data=written, controls=made)
+            mine.append(Cell(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
         smooth = smoothness(root, mine, measure)
         rounds = sampled_rounds(root, lm, arm, measure)
         cells += [dataclasses.replace(cell, smooth=smooth, rounds=rounds) for cell in mine]
@@ -84,7 +94,7 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
 
 
 def inputs(root: str, config: ConfigDict) -> list[str]:
-    """Ids of all that a configuration starts from: language models, data, judges and rewards. Nothing runs."""
+    """Ids of the language models, data, judges and rewards that a configuration starts from. No stage runs."""
     settings = config.to_dict()
     measure = settings["evaluate"]
     sections = [settings["prompts"], measure.get("references"), measure.get("human")]
@@ -100,10 +110,9 @@ def inputs(root: str, config: ConfigDict) -> list[str]:
 
 def sampled_rounds(root: str, lm: Artifact, arm: Arm, measure: dict[str, Any]) -> Artifact | None:
     """The rounds of a method that learned from rewards; None for others."""
-    if not isinstance(arm, Fitted) or not arm.rewards or not (pools := rounds.history(fitted(root, lm, arm))):
+    if not isinstance(arm, Fitted) or not arm.rewards or not (pools := rounds.history(control_of(root, lm, arm))):
         return None
-    options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
-    return stage(root, rounds.summary, options, pools=pools)
+    return stage(root, rounds.summary, _bootstrap(measure), pools=pools)
 
 
 def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifact | None:
@@ -111,9 +120,18 @@ def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifac
     swept = [cell for cell in cells if cell.strength is not None]
     if len(swept) < 2:
         return None
-    options = {key: measure[key] for key in ("seed", "resamples") if key in measure}
-    settings = {"strengths": [cell.strength for cell in swept], **options}
+    settings = {"strengths": [cell.strength for cell in swept], **_bootstrap(measure)}
     return stage(root, judges.smooth, settings, figures=[cell.figures for cell in swept])
+
+
+def _bootstrap(measure: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `evaluate` that other figures with intervals share."""
+    return {key: measure[key] for key in ("seed", "resamples") if key in measure}
+
+
+def _likelihood(arm: Arm, arms: Mapping[str, Arm]) -> bool:
+    """Whether the samples of an arm have a log-probability; in a chain, whether those of all its parts have one."""
+    return arm.likelihood and all(arms[label].likelihood for label in getattr(arm, "chain", ()))
 
 
 def check(settings: dict[str, Any]) -> dict[str, Arm]:
@@ -147,13 +165,15 @@ def judge(root: str, name: str, settings: dict[str, Any]) -> Artifact:
     return stage(root, judges.fit_judge, {"name": name, **settings}, **inputs)
 
 
-def fitted(root: str, lm: Artifact, arm: Fitted) -> Artifact:
+def control_of(root: str, lm: Artifact, arm: MethodArm) -> Artifact:
     """The control artifact of one method."""
+    if isinstance(arm, Made):
+        return stage(root, controls.made, {"method": arm.method, "init": arm.init}, lm=lm)
     data = stage(root, sources.load_data, arm.data)
     more = {"rewards": rewards(root, arm)} if arm.rewards else {}
     control = methods.get(arm.method).fit(root, lm=lm, data=data, **more, **arm.fit)
     if isinstance(arm, Direction):
-        control = stage(root, latents.direction, arm.direction, lm=lm, train=data, vectors=control)
+        control = stage(root, direction, arm.direction, lm=lm, train=data, vectors=control)
     return control
 
 
@@ -174,21 +194,22 @@ def sampled(
         yield from best_of(root, lm, prompts, common, arm)
         return
     if isinstance(arm, Together):
-        found = [(fitted(root, lm, arms[label]), float(value)) for label, value in sorted(arm.chain.items())]
+        found = [(control_of(root, lm, arms[label]), float(value)) for label, value in sorted(arm.chain.items())]
     else:
-        found = [(fitted(root, lm, arm), None)] if isinstance(arm, Fitted) else []
-    controls = [control for control, _ in found]
+        found = [(control_of(root, lm, arm), None)] if isinstance(arm, MethodArm) else []
+    parts = [control for control, _ in found]
     for strength in getattr(arm, "strengths", None) or (None,):
         strengths = [
             strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
         ]
         settings = {**common, **arm.sampling, "strengths": strengths}
-        samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts, controls=controls)
-        yield strength, samples, controls, strengths
+        samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts, controls=parts)
+        yield strength, samples, parts, strengths
 
 
 def best_of(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: BestOf) -> Iterator[Sampled]:
-    """(n, samples, no controls), each sample the best of n of the frozen model; larger n draw more of the same ones."""
+    """(n, samples, no controls, no strengths), each sample the best of n of the frozen model. A larger n extends the
+    samples of a smaller one."""
     for n in arm.best_of:
         settings = {**common, **arm.sampling, "n": n * common.get("n", 1)}
         samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts)

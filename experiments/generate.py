@@ -75,15 +75,15 @@ def main(argv, session):
     control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.filter_first)
     model = sampling.opened(lm)
     sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
-    common = dict(max_new=fv.max_new, greedy=fv.greedy, seed=fv.seed, stop=fv.stop)
+    options = sampling.Options(fv.n, fv.max_new, fv.greedy, fv.batch, fv.seed, tuple(fv.stop))
     cond = sampling.conditions(controls, lm, prompts)
     if fv.stream:
         for i, j in itertools.product(range(len(prompts)), range(fv.n)):
             own = {name: values[i : i + 1] for name, values in cond.items()}
-            pieces = sampling.stream(*model, prompts[i], control, index=(i, j), cond=own, **common)
+            pieces = sampling.stream(*model, prompts[i], control, options, index=(i, j), cond=own)
             show((p.replace("\n", "\\n") for p in itertools.chain([prompts[i]], pieces)), end="\n")
         return
-    batches = sampling.complete(*model, prompts, control, n=fv.n, batch=fv.batch, cond=cond, **common)
+    batches = sampling.complete(*model, prompts, control, options, cond=cond)
     lines = (shown(row, fv.format) for batch in batches for row in batch)
     if not fv.out:
         show(lines)

@@ -1,6 +1,6 @@
-"""The cells of a grid: what each needs and what is there of it, and three engines that run them: this process,
-processes of this machine, and SLURM (through submitit). A cell is finished when its stages are; nothing else is
-recorded."""
+"""The cells of a grid: which stages each needs and which of them are finished, and three engines that run cells: this
+process, processes of this machine, and SLURM (through submitit). A cell is finished when its stages are; nothing else
+is recorded. The engines that start processes are given the command line of each cell."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import contextlib
 import dataclasses
 import logging
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ctg_jax.types import InputError, optional
 from experiments import experiment
 
 log = logging.getLogger("ctg_jax.grid")
-ABLATE = Path(__file__).with_name("ablate.py")
+HERE = Path(__file__).parents[1]  # what the tasks of a cluster import
 _PORTABLE = ("mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "timeout_min")  # names of submitit
 _POLL = 0.2  # seconds between looks at processes
 
@@ -41,11 +40,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What is there of a cell.
+    """The state of a cell.
 
-    rows: the cells of its experiment, once all of its stages have run; None before.
-    missing, there: directory names of its stages. more: what follows the missing ones depends on what is in them.
-    error: why it cannot run, or cannot be read.
+    Attributes:
+      rows: the cells of its experiment, once all of its stages have run; None before.
+      missing, there: directory names of the stages that have to run and of the finished ones.
+      more: whether later stages depend on the contents of the missing ones, so that their names are not known yet.
+      error: why it cannot run or cannot be read; empty where it can.
     """
 
     rows: list[experiment.Cell] | None
@@ -56,7 +57,7 @@ class Look:
 
 
 def look(root: str, cell: Cell) -> Look:
-    """What is there of a cell; nothing runs."""
+    """The state of a cell; no stage runs."""
     plan = Session.of(root).planning()
     rows, more, error = None, False, ""
     try:
@@ -103,8 +104,12 @@ def here(root: str, cells: Sequence[Cell]) -> dict[int, str]:
     return failed
 
 
-def processes(root: str, cells: Sequence[Cell], argv: Sequence[str], folder: Path, workers: int) -> dict[int, str]:
-    """Runs each cell in a process of its own, so many at once; number -> error of those that failed."""
+Commands = Mapping[int, Sequence[str]]  # number of a cell -> the command line that runs it alone
+
+
+def processes(root: str, cells: Sequence[Cell], commands: Commands, folder: Path, workers: int) -> dict[int, str]:
+    """Runs each cell in a process of its own, `workers` at once; number -> error of those that failed. Logs are written
+    to `folder`."""
     waiting, running, failed, done = list(cells), {}, {}, 0
     with _progress(root, cells) as show:
         try:
@@ -112,8 +117,8 @@ def processes(root: str, cells: Sequence[Cell], argv: Sequence[str], folder: Pat
                 while waiting and len(running) < workers:
                     cell = waiting.pop(0)
                     with open(_log_of(folder, cell.number), "a", encoding="utf-8") as f:
-                        job = command(argv, root, cell.number)
-                        running[cell.number] = subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=f)
+                        job = subprocess.Popen(commands[cell.number], stdout=subprocess.DEVNULL, stderr=f)
+                        running[cell.number] = job
                 for number, process in list(running.items()):
                     if process.poll() is not None:
                         del running[number]
@@ -135,15 +140,15 @@ def processes(root: str, cells: Sequence[Cell], argv: Sequence[str], folder: Pat
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a task of the cluster runs: one cell. Preempted, or out of time, it is queued again and its stages go on."""
+    """What a task of the cluster runs: one cell. A task that is preempted or out of time is queued again, and its
+    stages continue where they stopped."""
 
-    argv: tuple[str, ...]
-    root: str
+    commands: Commands
     folder: str
 
     def __call__(self, number: int) -> int:
         with open(_log_of(Path(self.folder), number), "a", encoding="utf-8") as f:
-            return subprocess.call(command(self.argv, self.root, number), stdout=subprocess.DEVNULL, stderr=f)
+            return subprocess.call(self.commands[number], stdout=subprocess.DEVNULL, stderr=f)
 
     def checkpoint(self, number: int) -> Any:
         import submitit
@@ -152,17 +157,20 @@ class Job:
 
 
 def slurm(
-    root: str, cells: Sequence[Cell], argv: Sequence[str], folder: Path, workers: int, options: dict[str, Any]
+    root: str, cells: Sequence[Cell], commands: Commands, folder: Path, workers: int, options: dict[str, Any]
 ) -> dict[int, str]:
-    """Runs cells as an array of SLURM, `workers` tasks at once (0: as many as the cluster gives); number -> error.
+    """Runs cells as an array of SLURM; number -> error of those that failed.
 
-    options: of submitit's executor, such as timeout_min and cpus_per_task, or of sbatch, such as partition.
+    Args:
+      commands: the command line of each cell. folder: of the logs.
+      workers: tasks at once; 0: as many as the cluster allows.
+      options: of submitit's executor, such as timeout_min and cpus_per_task, or of sbatch, such as partition.
 
     Raises:
       InputError: submitit is not installed, sbatch is not there, or an unknown option.
     """
     submitit = optional("submitit", "slurm")
-    root, folder = str(root), folder.absolute()
+    folder = folder.absolute()
     try:
         executor = submitit.AutoExecutor(folder / "slurm" / "%A", cluster="slurm", slurm_max_num_timeout=1000)
         named = {k if k in _PORTABLE else f"slurm_{k}": v for k, v in options.items()}
@@ -170,10 +178,10 @@ def slurm(
             name=folder.name,
             slurm_array_parallelism=workers or len(cells),
             slurm_additional_parameters={"requeue": True},
-            slurm_setup=[f"export PYTHONPATH={ABLATE.parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            slurm_setup=[f"export PYTHONPATH={HERE}${{PYTHONPATH:+:$PYTHONPATH}}"],
             **named,
         )
-        jobs = executor.map_array(Job(tuple(argv), root, str(folder)), [cell.number for cell in cells])
+        jobs = executor.map_array(Job(dict(commands), str(folder)), [cell.number for cell in cells])
     except (RuntimeError, ValueError, TypeError, NameError, submitit.core.utils.FailedJobError) as e:
         raise InputError(f"--slurm: {' '.join(str(e).split())}") from None
     log.info("submitted %d cells as job %s", len(cells), jobs[0].job_id.partition("_")[0])
@@ -196,27 +204,17 @@ def slurm(
     return failed
 
 
-def one(argv: Sequence[str], root: str, number: int) -> list[str]:
-    """The command line of a job that runs one cell and writes no report."""
-    told = ("--config", "--noconfig", "--mesh", "--plan", "--precision", "--remat", "--noremat")
-    kept = [a for a in argv if a.startswith(told)]
-    return [*kept, f"--root={root}", f"--only={number}", "--noreport"]
-
-
-def command(argv: Sequence[str], root: str, number: int) -> list[str]:
-    """What a process is started with that runs one cell."""
-    return [sys.executable, str(ABLATE), *one(argv, root, number)]
-
-
 def _queued() -> set[str]:
-    """Ids of the tasks that wait or run, as submitit writes them; needs no accounting, which not all clusters have."""
+    """Ids of the tasks that wait or run, as submitit writes them. `squeue` needs no accounting, which some clusters
+    lack."""
     command = ["squeue", "--noheader", "--me", "--array", "--format=%i"]
     for _ in range(5):  # the controller may be restarting
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return set(done.stdout.split())
         time.sleep(2)
-    raise InputError(f"squeue failed: {' '.join(done.stderr.split())}; the jobs go on, run the same command again")
+    why = " ".join(done.stderr.split())
+    raise InputError(f"squeue failed: {why}; the jobs keep running, run the same command again")
 
 
 def _log_of(folder: Path, number: int) -> Path:
@@ -238,15 +236,15 @@ def _now(folder: Path, number: int) -> str:
 
 def _reason(folder: Path, number: int, code: int | None) -> str:
     """Why a cell failed: the last line it left."""
-    said = [line for line in _lines(folder, number) if not line.startswith(("stages:", "running "))]
+    lines = [line for line in _lines(folder, number) if not line.startswith(("stages:", "running "))]
     if code is not None and code < 0:
         return f"killed (signal {-code}); see {_log_of(folder, number)}"
-    return said[-1] if said else f"see {_log_of(folder, number)}"
+    return lines[-1] if lines else f"see {_log_of(folder, number)}"
 
 
 @contextlib.contextmanager
 def _progress(root: str, cells: Sequence[Cell]) -> Iterator[Callable[[int, str, dict], None]]:
-    """A bar over the stages that are known to be missing, with the cells that are done, at work and failed."""
+    """A progress bar over the stages that are known to be missing, with the cells that are done, running and failed."""
     from tqdm import tqdm
 
     names = {name for cell in cells for name in look(root, cell).missing}

@@ -1,4 +1,4 @@
-"""Several processes and devices as one run: the flags of every script that say what it runs on.
+"""Several processes and devices as one run: the flags of every script that describe what it runs on.
 
     --hosts=auto                     as JAX finds them: a TPU pod, SLURM (srun), Open MPI (mpirun), Kubernetes
     --hosts=ADDRESS:PORT,INDEX/N     process INDEX (from 0) of N; ADDRESS:PORT is of process 0
@@ -19,6 +19,7 @@ Artifacts depend on none of these; see `ctg_jax.mesh.layout`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
@@ -31,18 +32,18 @@ from ctg_jax.mesh import layout, processes
 from ctg_jax.types import InputError
 from experiments import roots
 
-LOST = "another process of this run has ended: the same command on all of them goes on from the last checkpoint"
+LOST = "another process of this run has ended: the same command on all of them continues from the last checkpoint"
 _GONE = re.compile("gloo|nccl|coordination|heartbeat|connection reset|socket closed|unavailable", re.IGNORECASE)
 
 
-def flag(values: flags.FlagValues) -> None:
-    """Defines --hosts, --mesh, --plan, --precision and --remat."""
-    flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,INDEX/N: one run of N processes", flag_values=values)
-    flags.DEFINE_string("mesh", None, "data=N or fsdp=N (weights split too), and tensor=N: devices", flag_values=values)
-    flags.DEFINE_string("plan", "jit", "jit or pmap: how training steps are compiled", flag_values=values)
-    flags.DEFINE_string(
-        "precision", None, "of float32 products on accelerators: default, high or highest", flag_values=values
-    )
+def flag(values: flags.FlagValues, devices: bool = True) -> None:
+    """Defines --mesh and --remat, and for scripts that run on devices --hosts, --plan and --precision."""
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    if devices:
+        text("hosts", None, "auto, or ADDRESS:PORT,INDEX/N: one run of N processes")
+        text("plan", "jit", "jit or pmap: how training steps are compiled")
+        text("precision", None, "of float32 products on accelerators: default, high or highest")
+    text("mesh", None, "data=N or fsdp=N (weights split too), and tensor=N: devices")
     flags.DEFINE_boolean("remat", False, "compute blocks again in the backward pass", flag_values=values)
 
 
@@ -91,7 +92,7 @@ def start(argv: Sequence[str]) -> None:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error is that another process of this run has ended, which JAX says in several types and words."""
+    """Whether an error means that another process of this run has ended, which JAX reports in several ways."""
     return processes.count() > 1 and bool(_GONE.search(str(error)))
 
 

@@ -1,11 +1,11 @@
-"""Latents of sentences: recovery by steering vectors, transfer of sentiment, similarity, a look at the vectors; and
-what the latent of a sentence encoder makes a language model say.
+"""Latents of sentences: recovery by steering vectors, transfer of sentiment, similarity, an analysis of the vectors;
+and the continuations that a language model writes from the latent of a sentence encoder.
 
     python experiments/latents.py --config=configs/latents.py:tiny [--sections=recovery,transfer] [--root=runs]
 
 Each section of the configuration is a report of its own under ROOT/reports; their paths are printed last. Cells of the
-recovery grid, strengths and counts are stages: finished ones are not run again, an interrupted search goes on where it
-stopped.
+recovery grid, strengths and counts are stages: finished ones are not run again, and an interrupted search continues
+where it stopped.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from ctg_jax.methods import dglm, latent_steer
 from ctg_jax.report import pictures
 from ctg_jax.run.stage import Artifact, nearest, stage
 from ctg_jax.stages import sources
-from ctg_jax.studies import latents, reconstruct
+from ctg_jax.studies import label_transfer, latents, reconstruct, sentence_pairs
 from ctg_jax.types import InputError
 from experiments import cli, experiment, reporting, roots
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section of a configuration: where its stages run, its settings, and what its report says of them."""
+    """One section of a configuration: the root and the LM of its stages, and its settings."""
 
     root: str
     lm: Artifact
@@ -99,11 +99,11 @@ def transfer(section):
     inputs = dict(lm=lm, train=train, train_vectors=train_vectors, data=data, vectors=vectors, judge=judge)
     rows, made = [], []
     for count, strength in itertools.product(settings["counts"], settings["strengths"]):
-        done = stage(root, latents.transfer, dict(strength=strength, count=count), **inputs)
+        done = stage(root, label_transfer.transfer, dict(strength=strength, count=count), **inputs)
         made.append(done)
         rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
     way = dict(lm=lm, train=train, vectors=train_vectors)
-    control = stage(root, latents.direction, dict(count=max(settings["counts"])), **way)
+    control = stage(root, label_transfer.direction, dict(count=max(settings["counts"])), **way)
     if processes.first():
         print(f"the direction as a control, for experiments/generate.py: {control.path}")
 
@@ -117,12 +117,12 @@ def transfer(section):
 def similarity(section):
     """Spearman's ρ with human scores on pairs of sentences."""
     root, lm, settings = section.root, section.lm, section.settings
-    sentences = stage(root, latents.sentences_of_pairs, settings["pairs"])
+    sentences = stage(root, sentence_pairs.sentences_of_pairs, settings["pairs"])
     rows, made = [], []
     for name, fit in settings["fits"].items():
         vectors = latent_steer.fit(root, lm=lm, data=sentences, **fit)
         done = stage(
-            root, latents.similarity, {"encoder": settings["encoder"]}, lm=lm, pairs=sentences, vectors=vectors
+            root, sentence_pairs.similarity, {"encoder": settings["encoder"]}, lm=lm, pairs=sentences, vectors=vectors
         )
         made.append(done)
         for figure, value in report.row(done)["figures"].items():
@@ -147,7 +147,7 @@ def analysis(section):
 
 
 def reconstruction(section):
-    """Continuations said from the true latent, from another text's and from none, of held-out texts."""
+    """Continuations of held-out texts from the true latent, from that of another text and from none."""
     root, lm, settings = section.root, section.lm, section.settings
     data = stage(root, sources.load_data, settings["train"])
     control = dglm.fit(root, lm=lm, data=data, **settings["fit"])
@@ -159,7 +159,7 @@ def reconstruction(section):
         done = stage(root, reconstruct.reconstruct, options, lm=lm, control=control, latents=latents)
         made.append(done)
         rows.append(report.row(done, done, method="dglm", latent=latent))
-    return section.page(made, rows, title="Continuations said from the latent of the true one")
+    return section.page(made, rows, title="Continuations from the latent of the true one")
 
 
 SECTIONS = dict(

@@ -2,7 +2,7 @@
 
     python experiments/main.py --config=configs/steer.py:tiny [--config.sample.n=5] [--root=runs]
 
-A finished stage is not run again; an interrupted one goes on. Bad input ends with one sentence and exit code 2.
+Finished stages are not run again, and interrupted ones continue. Bad input ends with one sentence and exit code 2.
 """
 
 import sys
@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ctg_jax.types import InputError
 from experiments import cli, experiment, reporting
-from experiments.arms import Fitted, Plain
+from experiments.arms import MethodArm, Plain
 
 
 def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
     arms = [arm for arm in experiment.check(config.to_dict()).values() if not isinstance(arm, Plain)]
-    names = {arm.method if isinstance(arm, Fitted) else type(arm).__name__ for arm in arms}
+    names = {arm.method if isinstance(arm, MethodArm) else type(arm).__name__ for arm in arms}
     if len(names) > 1:
         raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")
     cells = experiment.run(session, config)

@@ -1,20 +1,21 @@
-"""What a training run would need, from shapes alone: bytes on each device of a mesh that need not exist, which chips
+"""What a method needs on devices that need not exist, from shapes alone: bytes on each device of a mesh, which chips
 hold them, and how long a round of sampling and learning takes at given rates.
 
-    python experiments/plan.py --lm=gpt2-large --method=quark --set kind=full --mesh fsdp=8 --batch=128 --new=20
-    python experiments/plan.py --lm=llama-7b --dtype=bfloat16 --method=ppo --mesh fsdp=8,tensor=4 --rate=200
-    --bandwidth=2000
-    python experiments/plan.py --config=configs/dexperts.py:tiny --lm=gpt2-xl --mesh data=4 --remat
+    python experiments/plan.py --lm=gpt2-large --method=quark --set=kind=full --mesh=fsdp=8 --batch=128 --new=20
+    python experiments/plan.py --lm=llama-7b --dtype=bfloat16 --method=ppo --mesh=fsdp=8,tensor=4 --rate=200
+    python experiments/plan.py --config=configs/finetune.py:tiny --lm=gpt2-xl --mesh=data=4 --remat
 
 --config plans every method of an experiment, with its sizes; flags replace them. --lm is one of the shapes below or a
-directory with a config.json. --mesh and --remat are those of the scripts (`data` splits rows, `fsdp` weights as well);
-the cache is split by rows and, by heads, over `tensor`. What is saved for the gradient is read off the
-gradient's own residuals, caches and states off the first step of decoding. Judges, rewards and the encoders that
-latents come from are not counted. Times take the rates as reached, not as advertised: measure them
-(`experiments/benchmarks`). Nothing is allocated.
+directory with a config.json. --set=KEY=VALUE, which may be repeated, is a setting of the method's `init`. --mesh and
+--remat are those of the scripts (`data` splits rows, `fsdp` weights as well; `tensor` splits the heads of the cache).
+
+Sampling is planned for every control, learning for methods whose own stage trains their control by gradients of the
+next-token loss. What the gradient saves is measured on its own residuals, caches and states on the first step of
+decoding. Judges, rewards, and what other stages of a method hold (experts that are fitted first, denoisers, encoders)
+are not counted. Times take the rates as reached, not as advertised; `experiments/benchmarks` measures them. Nothing is
+allocated.
 """
 
-import argparse
 import dataclasses
 import inspect
 import json
@@ -26,17 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-import optax
+from absl import flags
 
 from ctg_jax import methods, tree
+from ctg_jax.controls.streams import Stream
 from ctg_jax.decode import loop
-from ctg_jax.learn import latent_diffusion, losses, slot_search, train
+from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh import layout
 from ctg_jax.mesh.plan import Plan
-from ctg_jax.methods import dglm
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError, Prompts, Sampling
+from experiments import cli
+from experiments.arms import Fitted, Made, read
 
 GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
 LLAMA = {  # width, depth, heads, key/value heads, width of the MLP
@@ -72,19 +75,18 @@ Need = dict[str, dict[str, int]]  # stage -> what it holds -> bytes on each devi
 
 
 def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, prompt: int, new: int, rows: int) -> Need:
-    """Bytes per device of what each stage of `method` on `lm` holds at once: "learning" (by another name where a method
-    learns in several stages) and "sampling".
+    """Bytes per device of what each stage of `method` on `lm` holds at once: "learning", where the method trains its
+    own control, and "sampling".
 
     Args:
-      mesh: axes and sizes, as --mesh says them: "data" or "fsdp", and "tensor".
-      init: settings of the method's `init`; for dexperts also those of the fine-tuning of each expert.
-      batch: rows of an update, over all devices; latent_steer: vectors that are searched at a time. rows: of a batch
-        that is sampled.
+      mesh: axes and sizes, named as in --mesh: "data" or "fsdp", and "tensor".
+      init: settings of the method's `init`.
+      batch: rows of an update, over all devices. rows: of a batch that is sampled.
       prompt, new: tokens.
 
     Raises:
       InputError: a batch that the mesh does not divide, an unknown method or setting, a method that does not
-        use the language model.
+        use the language model, rows that are longer than its context.
     """
     plan = layout.read(_text(mesh)).plan(math.prod(mesh.values()), math.prod(mesh.values()) // mesh.get("tensor", 1))
     data, _ = plan_sizes(plan)
@@ -92,28 +94,9 @@ def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, pr
         if value % data:
             raise InputError(f"{name} is {value}, expected a multiple of {data}, the data axis of the mesh")
     if not _acts(method):
-        raise InputError(f"{method} completes prompts without the language model: there is nothing of it to plan")
-    found = {}
-    length, mine = prompt + new, batch // data
-    if method == "dexperts":
-        tuned = {key: value for key, value in init.items() if key in ("kind", "rank", "targets")}
-        init = {key: value for key, value in init.items() if key not in tuned}
-        expert = control_of(lm, "finetune", tuned)
-        found["learning, one expert after the other"] = learning(lm, plan, expert, mine, length)
-        control = control_of(lm, method, init)
-    elif method == "dglm":
-        control = control_of(lm, method, init | dict(conditioned=False))
-        found["learning to say latents"] = learning(lm, plan, control.said, mine, length, latent=init["latent"])
-        found["learning to denoise"] = denoising(plan, init, mine)
-    elif method == "latent_steer":
-        control = control_of(lm, method, init)
-        start = jax.ShapeDtypeStruct((mine + 1, control.z.shape[-1]), jnp.float32)
-        search = jax.eval_shape(lambda x: slot_search.begin(x, optax.adam(1e-3), mine).slots, start)
-        found["search"] = learning(lm, plan, control, mine, length) | {"control": Plan().bytes_per_device(search)}
-    else:
-        control = control_of(lm, method, init)
-        if hasattr(methods.get(method), "fit"):
-            found["learning"] = learning(lm, plan, control, mine, length)
+        raise InputError(f"{method} completes prompts without the language model, so there is nothing of it to plan")
+    control = control_of(lm, method, init)
+    found = {"learning": learning(lm, plan, control, batch // data, prompt + new)} if _trains(method) else {}
     return found | {"sampling": sampling(lm, plan, control, rows // data, prompt, new)}
 
 
@@ -126,18 +109,24 @@ def control_of(lm: Transformer, method: str, init: dict):
 
 
 def changed(lm: Transformer, plan: Plan, control) -> dict[str, int]:
-    """The weights, and those a control changes."""
+    """The weights, and the copies that a control and its streams change."""
     weights = plan.bytes_per_device(jax.eval_shape(lm.init, jax.random.key(0)))
-    return dict(weights=weights, merged=weights if any("changes" in path for path in tree.flatten(control)) else 0)
+    streams = [x for x in jax.tree.leaves(control, is_leaf=_is_stream) if _is_stream(x)]
+    base = jax.tree.map(lambda x: None if _is_stream(x) else x, control, is_leaf=_is_stream)
+    merged = sum(any("changes" in path for path in tree.flatten(x)) for x in (base, *streams))
+    return dict(weights=weights, merged=weights * merged)
 
 
-def learning(lm: Transformer, plan: Plan, control, rows: int, length: int, latent: int | None = None) -> dict[str, int]:
-    """What a device holds while the control is trained on `rows` rows of its own; `latent` is the width of the latents
-    that DGLM's prompter says."""
+def _is_stream(x):
+    return isinstance(x, Stream)
+
+
+def learning(lm: Transformer, plan: Plan, control, rows: int, length: int) -> dict[str, int]:
+    """What a device holds while the control is trained on `rows` rows of its own."""
     key, (_, tensor) = jax.random.key(0), plan_sizes(plan)
     state = jax.eval_shape(lambda c, k: train.init_state(c, optimizer(1e-3), k), control, key)
     params = jax.eval_shape(lm.init, key)
-    one, two = (residuals(lm, params, control, n * max(rows, 1), length, latent) for n in (1, 2))
+    one, two = (residuals(lm, params, control, n * max(rows, 1), length) for n in (1, 2))
     held = changed(lm, plan, control)
     held |= dict(control=plan.bytes_per_device(state) + plan.bytes_per_device(control), saved=(two - one) // tensor)
     return held
@@ -160,24 +149,8 @@ def sampling(lm: Transformer, plan: Plan, control, rows: int, prompt: int, new: 
     )
 
 
-def denoising(plan: Plan, init: dict, rows: int) -> dict[str, int]:
-    """What a device holds while DGLM's denoiser is trained on `rows` rows of its own."""
-    key, latent = jax.random.key(0), init["latent"]
-    net = latent_diffusion.network(latent, **init.get("denoiser", {}))
-    params = jax.eval_shape(lambda k: {"net": net.init(k), "bins": jnp.zeros(latent_diffusion.BINS)}, key)
-    make = lambda p, k: train.init_state(p, optimizer(1e-3), k, ema=True)  # noqa: E731
-    state = jax.eval_shape(make, params, key)
-
-    def backward(params, rows):
-        z, gamma = jnp.zeros((rows, latent)), jnp.zeros((rows,))
-        return jax.vjp(lambda p: net.apply(p["net"], z, gamma, z), params)[1]
-
-    one, two = (_bytes(jax.eval_shape(lambda p, n=n: backward(p, n), params)) for n in (rows, 2 * rows))
-    return dict(control=plan.bytes_per_device(state) + plan.bytes_per_device(params), saved=two - one)
-
-
 def mesh_of(text: str) -> dict[str, int]:
-    """Axis -> size, of what --mesh says; InputError where a size is left to the devices, which are not there."""
+    """Axis -> size of --mesh; InputError where a size is left to the devices, of which there are none."""
     found = layout.read(text)
     if found.data == -1:
         raise InputError(f"--mesh={text}: give data or fsdp a size, for the mesh need not exist")
@@ -194,19 +167,13 @@ def plan_sizes(plan: Plan) -> tuple[int, int]:
     return sizes["data"], sizes.get("tensor", 1)
 
 
-def residuals(lm: Transformer, params, control, rows: int, length: int, latent: int | None = None) -> int:
+def residuals(lm: Transformer, params, control, rows: int, length: int) -> int:
     """Bytes that the gradient of the next-token loss keeps between its two passes, weights included."""
-    tokens, all_of = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), bool)
-    loss, batch, frozen = losses.control_loss(lm), {"tokens": tokens, "mask": all_of}, {}
-    if latent is not None:
-        loss, half = dglm.said_loss(lm), length // 2
-        batch = dict(tokens=tokens[:, :half], mask=all_of[:, :half], latent=jnp.zeros((rows, latent)))
-        batch |= dict(completion=tokens[:, half:], written=all_of[:, half:])
-        frozen = {"mean": jnp.zeros(latent), "deviation": jnp.ones(latent)}
+    batch = {"tokens": jnp.zeros((rows, length), jnp.int32), "mask": jnp.ones((rows, length), bool)}
 
     def backward(control, params):
         keys = jax.random.split(jax.random.key(0), rows)
-        return jax.vjp(lambda c: loss(c, {"params": params, **frozen}, batch, keys).total, control)[1]
+        return jax.vjp(lambda c: losses.control_loss(lm)(c, {"params": params}, batch, keys).total, control)[1]
 
     return _bytes(jax.eval_shape(backward, control, params))
 
@@ -228,34 +195,29 @@ def seconds(lm: Transformer, wants: Need, mesh: dict, *, samples, rows, new, pro
     return sampling, steps * 8 * params * batch * (prompt + new) / devices / (rate * 1e12)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="FILE.py or FILE.py:ARGUMENT: every method of an experiment")
-    parser.add_argument("--lm", help=f"{', '.join([*GPT2, *LLAMA])}, or a directory")
-    parser.add_argument("--method", default="quark")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method's init")
-    parser.add_argument("--mesh", help="data=N or fsdp=N (weights split too), and tensor=N")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="that of the configuration, or float32")
-    parser.add_argument("--remat", action="store_true", help="compute each block again in the backward pass")
-    parser.add_argument("--batch", type=int, help="rows of an update, over all devices")
-    parser.add_argument("--rows", type=int, help="rows that are sampled at a time, over all devices")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, help="new tokens of a sample")
-    parser.add_argument("--samples", type=int, default=64000, help="samples of a round")
-    parser.add_argument("--steps", type=int, default=500, help="updates of a round")
-    parser.add_argument("--rate", type=float, default=50.0, help="TFLOP/s that each device reaches")
-    parser.add_argument("--bandwidth", type=float, default=800.0, help="GB/s that each device reaches")
-    args = parser.parse_args(argv)
-    try:
-        text = report(args)
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+def define(fv):
+    text, number, whole = flags.DEFINE_string, flags.DEFINE_float, flags.DEFINE_integer
+    text("config", None, "FILE.py or FILE.py:ARGUMENT: every method of an experiment", flag_values=fv)
+    text("lm", None, f"{', '.join([*GPT2, *LLAMA])}, or a directory", flag_values=fv)
+    text("method", "quark", "the method, without --config", flag_values=fv)
+    flags.DEFINE_multi_string("set", [], "KEY=VALUE: a setting of the method's init; repeatable", flag_values=fv)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "that of --config, or float32", flag_values=fv)
+    whole("batch", None, "rows of an update, over all devices", flag_values=fv)
+    whole("rows", None, "rows that are sampled at a time, over all devices", flag_values=fv)
+    whole("prompt", 32, "tokens of a prompt", flag_values=fv)
+    whole("new", None, "new tokens of a sample", flag_values=fv)
+    whole("samples", 64000, "samples of a round", flag_values=fv)
+    whole("steps", 500, "updates of a round", flag_values=fv)
+    number("rate", 50.0, "TFLOP/s that each device reaches", flag_values=fv)
+    number("bandwidth", 800.0, "GB/s that each device reaches", flag_values=fv)
 
 
-SAID = {
+def main(argv, session):
+    values, _ = cli.parse(argv, define, __doc__, devices=False)
+    return report(values)
+
+
+LABELS = {
     "weights": "frozen weights",
     "control": "control, gradient and optimizer",
     "merged": "weights with the control's change",
@@ -273,7 +235,7 @@ def report(args) -> str:
         mesh = mesh_of(args.mesh or "fsdp=8")
         given = dict(batch=args.batch or 128, prompt=args.prompt, new=args.new or 20, rows=args.rows or 1024)
         lm = shape(args.lm or "gpt2-large", args.dtype or "float32")
-        found = [(args.lm or "gpt2-large", lm, args.method, args.method, pairs("set", args.set, value_of), mesh, given)]
+        found = [(args.lm or "gpt2-large", lm, args.method, args.method, settings_of(args.set), mesh, given)]
     lines = []
     for title, lm, label, method, init, mesh, given in found:
         lm = dataclasses.replace(lm, remat=args.remat)
@@ -285,8 +247,8 @@ def report(args) -> str:
         )
         for stage, held in wants.items():
             lines.append(f"  {stage:40s} {sum(held.values()) / 2**30:8.3f}")
-            said = SAID | ({"control": "control"} if stage == "sampling" else {})
-            lines += [f"    {said[k]:38s} {v / 2**30:8.3f}" for k, v in held.items() if v]
+            labels = LABELS | ({"control": "control"} if stage == "sampling" else {})
+            lines += [f"    {labels[k]:38s} {v / 2**30:8.3f}" for k, v in held.items() if v]
         most = max(sum(held.values()) for held in wants.values())
         fits = [name for name, size in CHIPS.items() if most <= SPARE * size * 1e9]
         none = "none of " + ", ".join(CHIPS) + "; split it over more devices"
@@ -301,27 +263,19 @@ def report(args) -> str:
 
 
 def of_config(args) -> list[tuple]:
-    """(title, LM, label, method, its init, mesh, sizes) of each method of a configuration; flags replace what it says.
+    """(title, LM, label, method, its init, mesh, sizes) of each method of a configuration; flags replace its settings.
 
-    Sizes that the configuration leaves open are the defaults of the stages. Of an LM that is trained from nothing the
-    vocabulary asked for is taken.
+    Sizes that the configuration leaves open are the defaults of the stages. The vocabulary of an LM that is pretrained
+    is the one that the configuration asks for.
 
     Raises:
-      InputError: a configuration without methods and latent vectors.
+      InputError: a configuration without a method whose control can be built from its settings.
     """
-    from experiments import cli
-    from experiments.arms import Fitted, read
-
     settings = cli.config_of(args.config).to_dict()
-    if "methods" in settings:
-        found = {label: arm for label, arm in read(settings["methods"]).items() if isinstance(arm, Fitted)}
-        arms = {label: (arm.method, arm.fit) for label, arm in found.items() if _acts(arm.method)}
-    elif "recovery" in settings:
-        arms = {"latent_steer": ("latent_steer", settings["recovery"]["fit"])}
-    else:
-        arms = {}
-    if not arms:
-        raise InputError(f"{args.config} names no method that acts on a language model: there is nothing to plan")
+    arms = {}
+    for label, arm in read(settings.get("methods", {})).items():
+        if isinstance(arm, Fitted | Made) and _acts(arm.method):
+            arms[label] = (arm.method, arm.init if isinstance(arm, Made) else arm.fit)
     source, dtype = settings["lm"].get("source"), args.dtype or settings["lm"].get("dtype", "float32")
     if args.lm or source:
         lm = shape(args.lm or source, dtype)
@@ -334,13 +288,17 @@ def of_config(args) -> list[tuple]:
     mesh = mesh_of(args.mesh or "data=1")
     found = []
     for label, (method, fit) in arms.items():
-        own = fit.get("prompter", {}) if method == "dglm" else fit
-        section = "search" if method == "latent_steer" else "training"
-        default = getattr(stage_default(method, section), "batch", None)
-        batch = args.batch or own.get(section, own).get("batch") or default or 32
+        init = init_of(method, fit)
+        if init is None:
+            continue
+        batch = args.batch or fit.get("training", {}).get("batch") or default_batch(method)
         given = dict(batch=batch, prompt=args.prompt)
         given |= dict(new=args.new or sample.get("max_new", 20), rows=args.rows or sample.get("batch", 64))
-        found.append((args.lm or args.config, lm, label, method, init_of(method, fit, lm), mesh, given))
+        found.append((args.lm or args.config, lm, label, method, init, mesh, given))
+    if not found:
+        raise InputError(
+            f"{args.config} has no method whose control follows from its settings: give --method and --set"
+        )
     return found
 
 
@@ -349,49 +307,44 @@ def _acts(method: str) -> bool:
     return hasattr(methods.get(method), "example")
 
 
-def init_of(method: str, fit: dict, lm: Transformer) -> dict:
-    """The settings of a method's `init` among those of its `fit`."""
-    if method == "dglm":
-        networks = {name: fit[name]["net"] for name in ("prompter", "denoiser") if "net" in fit.get(name, {})}
-        encoder = fit.get("encode", {}).get("encoder")
-        found = networks | dict(latent=lm.width, attributes=len(fit.get("attributes", {"positive": {}})))
-        if encoder and (Path(encoder) / "config.json").is_file():
-            found["latent"] = json.loads((Path(encoder) / "config.json").read_text("utf-8"))["hidden_size"]
-        return found | ({"draw": fit["draw"]} if "draw" in fit else {})
-    known = set(inspect.signature(methods.get(method).init).parameters)
-    known |= {"kind", "rank", "targets"} if method == "dexperts" else set()
-    settings = fit | fit.get("adapter", {})
-    return {key: value for key, value in settings.items() if key in known and value is not None}
+def init_of(method: str, fit: dict) -> dict | None:
+    """The settings of a method's `init` among those of its `fit`; None where `init` needs one that is not there, such
+    as a width that an encoder decides."""
+    known = dict(list(inspect.signature(methods.get(method).init).parameters.items())[2:])
+    given = fit | fit.get("adapter", {})
+    found = {key: value for key, value in given.items() if key in known and value is not None}
+    return None if any(p.default is p.empty and key not in found for key, p in known.items()) else found
 
 
-def stage_default(method: str, name: str):
-    """The default of a setting of the stage that fits a method; None where it has none."""
-    stage = getattr(methods.get("finetune" if method == "dexperts" else method), method, None)
-    found = inspect.signature(stage).parameters.get(name) if stage else None
-    return None if found is None or found.default is inspect.Parameter.empty else found.default
+def _stage(method: str) -> dict[str, inspect.Parameter]:
+    """The parameters of the stage that is named as the method; none where there is no such stage."""
+    stage = getattr(methods.get(method), method, None)
+    return dict(inspect.signature(stage).parameters) if stage else {}
 
 
-def pairs(name: str, parts, convert) -> dict:
-    """KEY=VALUE parts as a dictionary; InputError for one that is not."""
+def _trains(method: str) -> bool:
+    """Whether the stage of a method trains its control: then it has a section `training`."""
+    return "training" in _stage(method)
+
+
+def default_batch(method: str) -> int:
+    """The rows of an update by default; 32 for methods that train nothing."""
+    return _stage(method)["training"].default.batch if _trains(method) else 32
+
+
+def settings_of(parts) -> dict:
+    """KEY=VALUE parts as a dictionary, values read as JSON where they can be; InputError for a part without a value."""
     out = {}
     for part in parts:
-        key, equals, value = part.partition("=")
+        key, equals, text = part.partition("=")
+        if not (key and equals):
+            raise InputError(f"--set has {part!r}, expected KEY=VALUE")
         try:
-            if not (key and equals):
-                raise ValueError
-            out[key] = convert(value)
+            out[key] = json.loads(text)
         except ValueError:
-            raise InputError(f"--{name} has {part!r}, expected KEY=VALUE") from None
+            out[key] = text
     return out
 
 
-def value_of(text: str):
-    """A JSON value, or the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

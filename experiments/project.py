@@ -1,6 +1,6 @@
 """A projection of training and decoding to many chips, from counted bytes and the chips' published figures.
 
-    python experiments/project.py [--lm gpt2-xl llama-7b] [--chips 256 4096] [--json FILE]
+    python experiments/project.py [--lm=gpt2-xl --lm=llama-7b] [--chips=256 --chips=4096] [--json=FILE]
 
 Nothing here was measured on these chips. Assumptions:
 
@@ -20,7 +20,6 @@ Nothing here was measured on these chips. Assumptions:
    `tensor` each token waits for its all-reduces. With weights split over `data` it is not projected.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -29,13 +28,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
+from absl import flags
 
 from ctg_jax import tree
 from ctg_jax.controls.delta import KERNELS
 from ctg_jax.mesh.plan import Plan
-from ctg_jax.mesh.rules import CONTROL, DECODER, REPLICATED
+from ctg_jax.mesh.rules import DECODER, NETWORKS, REPLICATED
+from ctg_jax.types import InputError
+from experiments import cli, traffic
 from experiments import plan as planner
-from experiments import traffic
 
 REACHED, READ, HOP = 0.5, 0.6, 1e-6
 REALIGN = {1: 1.0, 2: 1.79, 4: 1.54, 8: 1.25}  # tensor: bytes of the compiled step over theory
@@ -102,7 +103,7 @@ def decoding(lm, chip, layout):
 
 
 def rules(layout):
-    return REPLICATED if layout == "data" else DECODER + CONTROL
+    return REPLICATED if layout == "data" else DECODER + NETWORKS
 
 
 def memory(lm, layout, chips):
@@ -116,7 +117,8 @@ def memory(lm, layout, chips):
 
 
 def project(name, chip_name, chips, layout):
-    """One row of the table, or None where so many chips are not linked, or do not divide the width or the heads."""
+    """One row of the table, or None where this number of chips is not linked, or does not divide the width or the
+    heads."""
     chip = CHIPS[chip_name]
     lm = dataclasses.replace(planner.shape(name, "bfloat16"), remat=True)
     tensor = LAYOUTS[layout]
@@ -143,29 +145,35 @@ def project(name, chip_name, chips, layout):
     )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lm", nargs="+", default=["gpt2-xl", "llama-7b"], choices=[*planner.GPT2, *planner.LLAMA])
-    parser.add_argument("--chips", type=int, nargs="+", default=[256, 4096])
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args(argv)
+def define(fv):
+    names = [*planner.GPT2, *planner.LLAMA]
+    flags.DEFINE_multi_enum("lm", ["gpt2-xl", "llama-7b"], names, "language models; repeatable", flag_values=fv)
+    flags.DEFINE_multi_integer("chips", [256, 4096], "numbers of chips; repeatable", flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures here", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False)
     if any(n < 8 or n % 8 for n in args.chips):
-        parser.error(f"--chips is {args.chips}, expected multiples of 8")
+        raise InputError(f"--chips is {args.chips}, expected multiples of 8")
     rows = [project(lm, c, n, layout) for lm in args.lm for c in CHIPS for n in args.chips for layout in LAYOUTS]
     rows = [row for row in rows if row]
     titles = ["LM", "chip", "chips", "layout", "GB of each", "training, M tok/s", "of products alone"]
-    print("| " + " | ".join([*titles, "decoding, M tok/s", "of reading alone"]) + " |")
-    print("|---|---|--:|---|--:|--:|--:|--:|--:|")
+    lines = [
+        "| " + " | ".join([*titles, "decoding, M tok/s", "of reading alone"]) + " |",
+        "|---|---|--:|---|" + "--:|" * 5,
+    ]
     for r in rows:
         held = f"{r['GB']:.1f}" + ("" if r["fits"] else " (too many)")
         speed = "–".join(f"{x / 1e6:.2f}" for x in r["train_tok_s"])
         share = "–".join(f"{x:.2f}" for x in r["train_share"])
         decoded = f"{r['decode_tok_s'] / 1e6:.2f} | {r['decode_share']:.2f}" if "decode_tok_s" in r else " | "
-        print(f"| {r['lm']} | {r['chip']} | {r['chips']:,} | {r['layout']} | {held} | {speed} | {share} | {decoded} |")
+        cells = (r["lm"], r["chip"], f"{r['chips']:,}", r["layout"], held, speed, share, decoded)
+        lines.append("| " + " | ".join(cells) + " |")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return 0
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -29,14 +29,14 @@ def write(root: str, spec: str, config: ConfigDict, cells: Sequence[Cell]) -> Pa
 
 
 def folder_of(root: str, spec: str, *settings: Any) -> Path:
-    """The folder of a report: the name of its configuration and a digest of `settings`, JSON values that are all it
-    depends on, so that no two sets of settings share one."""
+    """The folder of a report: the name of its configuration and a digest of `settings`, the JSON values that the report
+    depends on, so that no two sets of settings share a folder."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return Path(root) / "reports" / f"{name_of(spec)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def grid_folder(root: str, spec: str, config: ConfigDict, sweep: Sequence[dict[str, Any]]) -> Path:
-    """The folder of the report of a grid, whichever of its cells are finished."""
+    """The folder of the report of a grid. It does not depend on which cells are finished."""
     return folder_of(root, spec, config.to_dict(), inputs(root, config), {"sweep": list(sweep)})
 
 
@@ -98,21 +98,21 @@ def version() -> str:
 
 
 def name_of(spec: str) -> str:
-    """What the files of an experiment are called: `FILE.py:ARGUMENT` is FILE-ARGUMENT."""
+    """The name that the files of an experiment begin with: FILE-ARGUMENT for `FILE.py:ARGUMENT`."""
     file, _, argument = spec.partition(":")
     return "-".join(filter(None, (Path(file).stem, argument)))
 
 
 def overrides(spec: str, config: ConfigDict) -> dict[str, Any]:
-    """Dotted settings of a configuration that are not those of its file."""
+    """The dotted settings in which a configuration differs from its file."""
     file, now = (dict(_flat(settings.to_dict())) for settings in (cli.config_of(spec), config))
     gone = {key: "(removed)" for key in file if key not in now}
     return gone | {key: value for key, value in now.items() if key not in file or file[key] != value}
 
 
 def provenance(root: str, artifact: Artifact) -> str:
-    """How an artifact was made: the stages behind it but for those of the language model, newest first, each with its
-    completed settings; of stages that ran several times, such as the rounds of a method, the newest."""
+    """How an artifact was made: the stages that it depends on, except those of the language model, newest first, each
+    with its completed settings; of stages that ran several times, such as the rounds of a method, the newest."""
     found: dict[str, list[Artifact]] = {}
     waiting = [artifact]
     while waiting:
@@ -144,8 +144,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _arms(root: str, config: ConfigDict, cells: Sequence[Cell]) -> dict[str, str]:
-    """What the report says of every arm: its settings, how its controls were made, and where its samples are."""
-    said: dict[str, str] = {}
+    """arm -> its settings, how its controls were made, and where its samples are."""
+    facts: dict[str, str] = {}
     for label in dict.fromkeys(cell.label for cell in cells):
         mine = [cell for cell in cells if cell.label == label]
         controls = dict.fromkeys(c for cell in mine for c in cell.controls)
@@ -153,12 +153,12 @@ def _arms(root: str, config: ConfigDict, cells: Sequence[Cell]) -> dict[str, str
         at = {True: "", False: " at {:g}"}
         samples = (c.samples.path.name + at[c.strength is None].format(c.strength or 0) for c in mine)
         settings = json.dumps(config.to_dict()["methods"][label])
-        said[f"arm {label!r}"] = f"settings {settings}; {made}samples {', '.join(samples)}"
-    return said
+        facts[f"arm {label!r}"] = f"settings {settings}; {made}samples {', '.join(samples)}"
+    return facts
 
 
 def _own(cells: Sequence[Cell]) -> dict[str, str]:
-    """How many of the judged texts are in the words of an oracle's own corpus."""
+    """The number of judged texts that are in the words of an oracle's own corpus."""
     specs = [cell.figures.spec for cell in cells]
     total = sum(spec["judged"] for spec in specs)
     counts = {name: sum(spec["own"].get(name, 0) for spec in specs) for spec in specs for name in spec["own"]}
@@ -203,7 +203,8 @@ def _write(
 
 
 def _draw_rounds(folder: Path, cells: Sequence[Cell]) -> None:
-    """rounds-….png: what the methods that learn from rewards sampled over their rounds, against the KL to the base."""
+    """rounds-….png: figures of the samples of each round, for methods that learn from rewards, against the KL to the
+    base."""
     found: dict[str, dict[int, dict]] = {}
     for cell in cells:
         for row in cell.rounds.metrics() if cell.rounds else ():

@@ -1,10 +1,11 @@
-"""Where artifacts and reports lie: the flag --root of every script.
+"""Where artifacts and reports are kept: the flag --root of every script.
 
     --root=runs                      a directory; of several machines, on a disk that they share
     --root=gs://BUCKET/FOLDER        an object store (s3://, az:// as well; needs gcsfs, s3fs or adlfs)
 
-With an object store the work is done in ~/.cache/ctg_jax/roots (XDG_CACHE_HOME); finished stages, reports and the last
-checkpoint of a training that goes on are copied to the store, so that another machine can go on with the same command.
+With an object store, the work is done in ~/.cache/ctg_jax/roots (XDG_CACHE_HOME); finished stages, reports and the last
+checkpoint of an unfinished training are copied to the store, so that another machine can
+continue with the same command.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ program, those inside loops as often as the loop runs. Bytes are those each devi
 2009): of S bytes over n devices 2 (n - 1) / n · S for an all-reduce, (n - 1) / n · S for a gather, a scatter and an
 all-to-all, S for a permute.
 
-`asked` is the theory, for a train step of a decoder whose rows are split over `data` and its weights as
-`ctg_jax.mesh.plan.DECODER` says.
+`asked` is the theory, for a train step of a decoder whose rows are split over `data` and whose weights are split by the
+rules `ctg_jax.mesh.plan.DECODER`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def asked(lm: Transformer, plan: Plan, params: PyTree, learned: PyTree, rows: in
     gradients: of what is learned, float32: all-reduced over `data` where a leaf is whole there, scattered where it is
       split, and left where it is on the axis `tensor`.
     weights: gathered over `data` where they are split: of blocks once forward and once backward (what is recomputed
-      there needs them at the same time), of the unembedding once. The embedding is looked up where it lies.
+      there needs them at the same time), of the unembedding once. The embedding is looked up on the
+      devices that hold it.
     activations: over `tensor`, two all-reduces a block forward and two backward (Shoeybi et al. 2019, section 3), one
       where the stream begins (a vocabulary in parts) and one where its gradient ends.
     lookup: embeddings found on the devices that hold their features go to those that hold their rows.

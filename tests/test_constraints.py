@@ -10,6 +10,7 @@ from laws import worlds
 from ctg_jax.control import Chain, Control
 from ctg_jax.controls import constraints, truncate
 from ctg_jax.controls.constraints import Ban, Force, MinLength, marks
+from ctg_jax.controls.streams import Stream
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses
 from ctg_jax.methods import dexperts
@@ -39,17 +40,17 @@ def next_token(*parts):
 def test_a_removed_token_does_not_come_back_through_temperature_and_experts():
     """Top-p .7 removes token 2. Divided by 20, its -1e30 passed for a logit, and z + (z⁺ - z) made it 0 where
     the others had log .6 and log .3: the probability 1 / 1.9 = .5263."""
-    push = dexperts.experts(dexperts.member(WORLD, worlds.table([[0.6, 0.3, 0.1]] * 3)), None, 1.0)
+    push = dexperts.experts(Stream(worlds.table([[0.6, 0.3, 0.1]] * 3), lm=WORLD), alpha=1.0)
     found = next_token(truncate.TopP(jnp.float32(0.7)), truncate.Temperature(20.0), push)
     np.testing.assert_allclose(found, [2 / 3, 1 / 3, 0], atol=1e-6)
 
 
-def test_a_member_may_remove_tokens_for_itself():
+def test_a_stream_may_remove_tokens_for_itself():
     """The expert's own top-p removes token 2 of (.6, .3, .1): the base's logit counts for it."""
     plus, minus = worlds.table([[0.6, 0.3, 0.1]] * 3), worlds.table([[0.2, 0.4, 0.4]] * 3)
     for sign in (1.0, -1.0):
-        narrow = dexperts.Member(plus, truncate.TopP(jnp.float32(0.9)), lm=WORLD)
-        found = next_token(dexperts.experts(narrow, dexperts.member(WORLD, minus), sign))
+        narrow = Stream(plus, truncate.TopP(jnp.float32(0.9)), lm=WORLD)
+        found = next_token(dexperts.experts(narrow, Stream(minus, lm=WORLD), sign))
         wanted = np.array([0.5 * 3**sign, 0.3 * 0.75**sign, 0.2])
         np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-5)
 

@@ -143,3 +143,26 @@ def test_methods_are_found_by_name():
         methods.get("dexpert")
     with pytest.raises(InputError, match="there is no such method"):
         methods.get("os.path")
+
+
+def test_a_strength_reaches_what_a_wrapper_holds():
+    """A control that holds others and has no strength of its own; a strength of its own comes first."""
+
+    @struct.dataclass
+    class Holds(Control):
+        inner: Control
+        more: tuple[Control, ...]
+
+    @struct.dataclass
+    class Weighs(Control):
+        inner: Control
+        alpha: jax.Array
+
+    held = Holds(steered(1.0), (truncate.TopP(0.9), Chain((steered(2.0),))))
+    found = methods.with_strength(Chain((held,)), -3.0).parts[0]
+    assert float(found.inner.scale) == float(found.more[1].parts[0].scale) == -3.0
+    assert found.more[0] == truncate.TopP(0.9)
+    own = methods.with_strength(Weighs(steered(1.0), jnp.float32(0)), 4.0)
+    assert (float(own.alpha), float(own.inner.scale)) == (4.0, 1.0)
+    with pytest.raises(InputError, match="Holds has no strength to set"):
+        methods.with_strength(Holds(truncate.TopP(0.9), ()), 1.0)

@@ -11,11 +11,13 @@ from laws import worlds
 from ctg_jax.data import load_tokenizer, to_prompts
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.decode import loop, strategies
+from ctg_jax.decode.rows import is_end
 from ctg_jax.methods import diffusion_lm, latent_steer, mdlm
 from ctg_jax.models import word_diffusion
+from ctg_jax.models.word_control import energy
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sampling, sources
-from ctg_jax.studies import latents
+from ctg_jax.studies.vectors import decode_vectors
 from ctg_jax.types import InputError, Sampling
 from tests.experiments.tiny_lm import write_lm
 
@@ -78,7 +80,7 @@ def test_the_ends_are_those_of_transformers(tmp_path):
 def test_decoding_stops_at_every_end(lm):
     artifact, drawn, _ = lm
     model, params, tokenizer = open_lm(artifact)
-    ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], max_new=6)
+    ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], options=sampling.Options(max_new=6))
     assert len(row["tokens"]) == 4 and row["tokens"][-1] == drawn
     assert row["text"] == tokenizer.decode([row["tokens"][:-1]])[0]  # an end leaves no trace, special token or not
 
@@ -87,7 +89,7 @@ def test_min_length_bans_every_end(lm):
     artifact, *ends = lm
     model, params, tokenizer = open_lm(artifact)
     control = sampling.build(artifact, filter={"min_length": 5})
-    ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], control, max_new=6)
+    ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], control, sampling.Options(max_new=6))
     assert len(row["tokens"]) >= 5 and not {0, *ends} & set(row["tokens"][:5])
     given = sampling.build(artifact, filter={"min_length": 5, "eos": (1,)})
     assert np.flatnonzero(given.eos).tolist() == [1]
@@ -97,7 +99,7 @@ def test_latents_stop_at_every_end(lm):
     artifact, _, likeliest = lm
     model, _, _ = open_lm(artifact)
     control = latent_steer.init(model, jax.random.key(0), count=1, choice="vector")
-    texts, tokens = latents.say(artifact, control, np.zeros(control.z.shape, np.float32), [PROMPT], 6)
+    texts, tokens = decode_vectors(artifact, control, np.zeros(control.z.shape, np.float32), [PROMPT], 6)
     assert tokens == [[likeliest]] and texts == [""]
 
 
@@ -133,7 +135,7 @@ def test_word_diffusion_ends_at_every_end_and_a_length_counts_to_the_first():
     table, z = jnp.eye(3), jax.random.normal(jax.random.key(1), (1, 3, 3))
     p = np.exp(np.asarray(word_diffusion.words(table, z, jnp.zeros(1))))[0]
     aims, free, tags = {"length": jnp.asarray([1])}, jnp.ones((1, 3), bool), jnp.zeros(3, jnp.int32)
-    found = word_diffusion.energy(table, aims, free, (0, 2), tags, None, {})(z, jnp.zeros(1))
+    found = energy(table, aims, free, (0, 2), tags, None, {})(z, jnp.zeros(1))
     np.testing.assert_allclose(found, [-np.log(p[0, 1] * p[1, 0] * p[2, 0])], rtol=1e-5)
 
 
@@ -141,4 +143,4 @@ def test_where_a_row_ends():
     tokens = jnp.asarray([[3, 5, 0, 5], [1, 1, 1, 1]])
     assert strategies.cut(tokens, Sampling(eos=(0, 5)))[1].tolist() == [[True, True, False, False], [True] * 4]
     assert strategies.cut(tokens, Sampling())[1].all()
-    assert loop.is_end(tokens, (0, 5)).tolist() == [[False, True, True, True], [False] * 4]
+    assert is_end(tokens, (0, 5)).tolist() == [[False, True, True, True], [False] * 4]

@@ -66,7 +66,13 @@ def test_eight_devices_write_what_one_writes(lm, monkeypatch):
     found = []
     for devices in ((), tuple(jax.devices())):
         monkeypatch.setattr(layout, "accelerators", lambda devices=devices: devices)
-        found.append([r for part in sampling.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, batch=8) for r in part])
+        found.append(
+            [
+                r
+                for part in sampling.complete(*opened, TEXTS * 2 + ["the"] * 7, chain, sampling.Options(batch=8))
+                for r in part
+            ]
+        )
     one, eight = found
     assert len(jax.devices()) == 8 and len(one) == 13
     assert [r["tokens"] for r in eight] == [r["tokens"] for r in one]
@@ -153,7 +159,7 @@ def test_perplexity_of_human_text_under_a_control(root, lm):
             nats -= float(loop.score(model, params, prompts, np.asarray([tail], np.int32), chain).sum())
             count += len(tail)
         settings = {"strengths": strengths, "resamples": 20}
-        (row,) = stage(root, sampling.human, settings, lm=lm, data=data, controls=controls).metrics()
+        (row,) = stage(root, sampling.human_perplexity, settings, lm=lm, data=data, controls=controls).metrics()
         assert row["name"] == "human_perplexity"
         np.testing.assert_allclose(row["value"], np.exp(nats / count), rtol=1e-5)
         values.append(row["value"])

@@ -10,8 +10,8 @@ import pytest
 
 from ctg_jax import evaluation
 from ctg_jax.data import load
+from ctg_jax.evaluation.agreement import bleu
 from ctg_jax.run.metrics import Writer
-from ctg_jax.studies import latents
 from ctg_jax.types import InputError, optional
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_every_module_can_be_imported_with_the_core_alone():
         ("datasets", "data", lambda tmp: load("hf:nobody/nothing", "train")),
         ("mauve", "metrics", lambda tmp: evaluation.mauve([[1.0]] * 60, [[1.0]] * 60, range(60))),
         ("nltk.stem.porter", "metrics", lambda tmp: evaluation.text.coverage("a dog", ["dogs"])),
-        ("sacrebleu.metrics", "metrics", lambda tmp: latents.bleu(["a"], ["a"])),
+        ("sacrebleu.metrics", "metrics", lambda tmp: bleu(["a"], ["a"])),
         ("tensorboardX", "tensorboard", lambda tmp: Writer(tmp / "metrics.jsonl", tensorboard=tmp)),
     ],
 )

@@ -1,11 +1,13 @@
 """Judges, figures and smoothness as stages: what is written, what is refused, and numbers worked out by hand."""
 
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctg_jax.learn import experience
 from ctg_jax.run.stage import open_lm, stage, write_jsonl
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
@@ -49,7 +51,10 @@ def test_a_judge_is_fitted_once_and_read_back(root, kind):
     (row,) = judge.metrics()
     said = {"bag": "v, accuracy 1.000 on 12 held-out texts", "oracle": f"v, {ORACLE}"}
     assert judges._with_accuracy("v", judge) == said[kind]
-    assert row["accuracy"] == 1.0 and row["heldout"] == 12 and row["version"] == judges.open_judge(judge).version
+    assert row["version"] == judges.open_judge(judge).version
+    # On its own corpus an oracle is right by construction, which is no accuracy.
+    figures = {"bag": (1.0, 12, None), "oracle": (None, 0, 12)}[kind]
+    assert tuple(row.get(name) for name in ("accuracy", "heldout", "own")) == figures
     scores = judges.open_judge(judge)(["", ""], ["the soup was delicious", "the soup was bland"])
     assert scores[0] > 0.5 > scores[1]
 
@@ -58,11 +63,14 @@ def test_an_oracle_is_not_called_exact_on_texts_that_are_not_its_own(root, lm):
     """Its accuracy on its own corpus says nothing of other texts; there it is measured, and texts in its words are
     counted."""
     foreign = [{"text": "a marvellous sonata", "label": 1}, {"text": "dull prose throughout", "label": 0}]
-    data = stage(root, texts, {"rows": [*foreign, {"text": "quite bland verse", "label": 1}]})
+    own = [{"text": f"the soup was {word}", "label": 1} for word in ("delicious", "wonderful")]
+    data = stage(root, texts, {"rows": [*foreign, {"text": "quite bland verse", "label": 1}, *own]})
     judge = stage(root, judges.fit_judge, {"kind": "oracle"}, heldout=data)
-    said = judges._with_accuracy("v", judge)
-    assert said == f"v, {ORACLE}, accuracy {judge.metrics()[0]['accuracy']:.3f} on 3 held-out texts"
-    assert judge.metrics()[0]["own"] == 0 and judge.metrics()[0]["accuracy"] < 1
+    # A text without cues does not count as positive: of the three foreign texts the second alone is judged right. The
+    # two of the oracle's own corpus do not raise that to 3 of 5.
+    (row,) = judge.metrics()
+    assert (row["own"], row["heldout"]) == (2, 3) and row["accuracy"] == pytest.approx(1 / 3)
+    assert judges._with_accuracy("v", judge) == f"v, {ORACLE}, accuracy 0.333 on 3 held-out texts of others"
     rows = [{"text": t, "prompt": "we", "prompt_id": i} for i, t in enumerate(["the soup was bland", "a sonata", ""])]
     result = stage(
         root, judges.evaluate, {"resamples": 10}, samples=stage(root, written, {"rows": rows}), judges=[judge]
@@ -81,13 +89,20 @@ def test_an_oracle_of_the_other_label(root):
     negative = judges.open_judge(judge)
     scores = negative([""] * 3, ["the soup was delicious", "the soup was bland", "a desk"])
     assert negative.name == "negative" and scores[0] < 0.5 < scores[1] and scores[2] == 0.5 < negative.threshold
-    assert judge.metrics()[0]["accuracy"] == 1.0 and "sentiment=0" in negative.version
+    assert judge.metrics()[0] == {
+        "name": "negative",
+        "version": negative.version,
+        "own": 1,
+        "heldout": 1,
+        "accuracy": 1.0,
+    }
+    assert "sentiment=0" in negative.version
     with pytest.raises(InputError, match="target is 3"):
         stage(root, judges.fit_judge, {"kind": "oracle", "target": 3})
 
 
 def test_unknown_judge(tmp_path):
-    with pytest.raises(InputError, match="one of oracle, bag, probe, classifier, diversity"):
+    with pytest.raises(InputError, match="one of bag, classifier, diversity, function, oracle, preference, probe"):
         stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):
         stage(tmp_path, judges.fit_judge, {"kind": "bag"})
@@ -124,7 +139,7 @@ def test_an_encoder_gives_relevance_similarity_and_mauve(root, samples, monkeypa
     seen = {}
     fixed = evaluation.Figure(0.5, 0.4, 0.6, 2)
     monkeypatch.setattr(
-        "ctg_jax.evaluation.protocol.mauve", lambda a, b, ids, **kw: seen.update(a=a, b=b, ids=ids) or fixed
+        "ctg_jax.evaluation.figures.mauve", lambda a, b, ids, **kw: seen.update(a=a, b=b, ids=ids) or fixed
     )
     human = stage(root, texts, {"rows": [{"text": "a tea"}, {"text": "to eat"}]})
     result = stage(root, judges.evaluate, {"embed": "letters", "resamples": 20}, samples=samples, references=human)
@@ -183,6 +198,22 @@ def test_kl_that_cannot_be_known_is_refused(root, lm, samples, tmp_path):
         stage(root, judges.evaluate, {"kl": True}, samples=greedy, lm=lm)
 
 
+def drawn(run, *, lm):
+    """What `sample` leaves where a strategy without a likelihood drew the samples."""
+    row = {"prompt_id": 0, "sample": 0, "prompt": "the", "text": " food", "tokens": [1], "logp": 0.0}
+    write_jsonl(run.path / "samples.jsonl", [row])
+    run.record(likelihood=False)
+
+
+def test_samples_without_a_likelihood_have_no_kl_and_teach_nothing(root, lm):
+    samples = stage(root, drawn, {}, lm=lm)
+    with pytest.raises(InputError, match="kl needs the likelihood of every sample"):
+        stage(root, judges.evaluate, {"kl": True}, samples=samples, lm=lm)
+    judge = stage(root, judges.fit_judge, {"kind": "oracle"})
+    with pytest.raises(InputError, match="gives no text a likelihood"):
+        stage(root, experience.score, {}, samples=samples, rewards=[judge], lm=lm)
+
+
 def scored(run, *, scores, relevance=None, judge: str = "positive@1"):
     """What `evaluate` leaves: scores[prompt][sample]."""
     rows = [
@@ -235,3 +266,31 @@ def test_what_is_not_defined_is_null(root):
 
 def blank(run):
     write_jsonl(run.path / "samples.jsonl", [{"prompt_id": 0, "sample": 0, "prompt": "a", "text": ""}])
+
+
+SHOUT = '''"""The share of capital letters."""
+
+from ctg_jax.rewards.check import TextReward
+
+SETTINGS = ("reads",)
+
+
+def load(folder, settings):
+    score = lambda texts: [sum(c.isupper() for c in t) / max(1, len(t)) for t in texts]
+    return TextReward(settings["name"], "shout:1", score, reads=settings["reads"], threshold=0.5)
+'''
+
+
+def test_a_kind_of_judge_is_found_by_its_file_name(root, tmp_path, monkeypatch):
+    from ctg_jax import rewards
+
+    (tmp_path / "shout.py").write_text(SHOUT)
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "ctg_jax.rewards.shout", raising=False)
+    assert "shout" in rewards.kinds() and "check" not in rewards.kinds()
+    data = stage(root, texts, {"rows": [{"text": "LOUD", "label": 1}, {"text": "quiet", "label": 0}]})
+    judge = stage(root, judges.fit_judge, {"kind": "shout", "name": "loud"}, heldout=data)
+    assert judge.metrics()[0] == {"name": "loud", "version": "shout:1", "accuracy": 1.0, "heldout": 2}
+    assert judges.open_judge(judge)([""], ["aB"]).tolist() == [0.5]
+    with pytest.raises(InputError, match="encoder is 'x', but a judge of kind 'shout' does not read it"):
+        stage(root, judges.fit_judge, {"kind": "shout", "encoder": "x"})

@@ -99,7 +99,9 @@ def test_prompts_65536_apart_are_sampled_apart(monkeypatch):
 
     monkeypatch.setattr(strategies, "run", run)
     for skip in (0, 65536):
-        (row,) = next(sampling.complete(lm, {}, OneToken(), ["we"] * 65537, batch=1, skip=skip))
+        (row,) = next(
+            sampling.complete(lm, {}, OneToken(), ["we"] * 65537, options=sampling.Options(batch=1), skip=skip)
+        )
         assert (row["prompt_id"], row["sample"]) == (skip, 0)
     assert seen[0] != seen[1]
     assert seen[1] == bits(rng.per_example(jax.random.key(0), np.asarray([[65536, 0]])))[0]

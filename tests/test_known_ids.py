@@ -18,6 +18,7 @@ from ctg_jax.types import InputError, Sampling
 TOKENIZER = train_bpe(["the soup was good", "the food was bad"] * 4, 270)
 LM = worlds.Bigram(vocab=TOKENIZER.vocab + 40, context=64)
 PARAMS = LM.init(jax.random.key(0))
+OPTIONS = sampling.Options(n=64, max_new=4, batch=64)
 KNOWN = TOKENIZER.known(LM.vocab)
 
 
@@ -28,11 +29,7 @@ def test_the_tokenizer_tells_which_ids_are_tokens():
 
 @pytest.mark.parametrize("control", [IDENTITY, truncate.Temperature(50.0)], ids=["plain", "flat"])
 def test_completions_hold_tokens_only_and_their_probability_is_that_of_the_scorer(control):
-    rows = [
-        row
-        for part in sampling.complete(LM, PARAMS, TOKENIZER, ["the soup"], control, n=64, max_new=4, batch=64)
-        for row in part
-    ]
+    rows = [row for part in sampling.complete(LM, PARAMS, TOKENIZER, ["the soup"], control, OPTIONS) for row in part]
     assert max(max(row["tokens"], default=0) for row in rows) < TOKENIZER.vocab
     scorer = evaluation.LMScorer(LM, PARAMS, TOKENIZER, batch=64, control=control)
     nats, _ = scorer.ids(TOKENIZER.encode_prompts(["the soup"] * len(rows)), [row["tokens"] for row in rows])

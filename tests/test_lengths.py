@@ -12,15 +12,16 @@ from laws import worlds
 from ctg_jax import IDENTITY, Control, Sampling, generate
 from ctg_jax.control import Chain
 from ctg_jax.controls.codes import coded
+from ctg_jax.controls.streams import Stream
 from ctg_jax.controls.truncate import TopP
 from ctg_jax.controls.vectors import SoftPrompt, joined, soft_prompt
 from ctg_jax.decode import loop
 from ctg_jax.evaluation import LMScorer, kl_to_base
-from ctg_jax.learn import activations, losses
+from ctg_jax.learn import activations, latent_prompt, losses
 from ctg_jax.learn.pool import logits
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.learn.vector_search import Search
-from ctg_jax.methods import dexperts, dglm, finetune, latent_steer, mdlm
+from ctg_jax.methods import dexperts, finetune, latent_steer, mdlm
 from ctg_jax.models import lengths, masked
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.stages import sampling
@@ -81,11 +82,11 @@ def test_padding_takes_no_room_where_it_is_known():
 
 def test_every_control_that_adds_tokens_counts_them():
     net = dict(width=8, depth=1, heads=2, tokens=2, spread=2)
-    said = dglm.said(LM, jax.random.key(0), 4, **net, length=5, kind="frozen")
+    soft = latent_prompt.init(LM, jax.random.key(0), 4, **net, length=5, kind="frozen")
     delta = finetune.example(LM, jax.random.key(0))
     code = coded(jax.random.key(0), delta, LM.width, 3)
     many = SoftPrompt(soft_prompt(jax.random.key(1), 3, LM.width, choices=4), choice="label")
-    for control, count in ((said, 5), (code, 1), (many, 3), (SOFT, 8), (Chain((SOFT, Chain((code,)))), 9)):
+    for control, count in ((soft, 5), (code, 1), (many, 3), (SOFT, 8), (Chain((SOFT, Chain((code,)))), 9)):
         assert control.added() == count
         assert lengths.room(LM, control)[0] == 16 - count
     memory = latent_steer.init(LM, jax.random.key(0), site="memory", slots=6)
@@ -106,15 +107,15 @@ def test_a_control_that_does_not_tell_what_it_adds_is_refused():
 
 def test_models_that_read_along_have_contexts_of_their_own():
     small = dataclasses.replace(LM, context=8)
-    member = dexperts.member(small, small.init(jax.random.key(2)))
-    amateur = dexperts.contrastive(member)
-    for control in (dexperts.experts(member, None), amateur, Chain((TopP(0.9), amateur))):
+    stream = Stream(small.init(jax.random.key(2)), lm=small)
+    amateur = dexperts.experts(anti=stream)
+    for control in (dexperts.experts(stream), amateur, Chain((TopP(0.9), amateur))):
         with pytest.raises(InputError, match=r"has 4 tokens and max_new is 6, but the (expert|anti)'s context is 8:"):
             generate(LM, PARAMS, ask([1] * 4), control, Sampling(max_new=6))
-    told = dexperts.prompted(LM, PARAMS, ROW)
+    told = dexperts.experts(Stream(control=SoftPrompt(jnp.zeros((8, LM.width))), lm=LM))
     with pytest.raises(InputError, match="the expert's context is 16, of which controls take 8"):
         loop.forward(LM, PARAMS, ask([1] * 4), made(6), told)
-    nested = dexperts.experts(dexperts.member(LM, PARAMS, amateur), None)
+    nested = dexperts.experts(Stream(control=amateur, lm=LM))
     with pytest.raises(InputError, match="the anti's context is 8"):
         generate(LM, PARAMS, ask([1] * 4), nested, Sampling(max_new=6))
 
@@ -165,8 +166,8 @@ class Letters:
 
 def test_pipelines_count_what_controls_add():
     with pytest.raises(InputError, match=r"prompt 2 has 4 tokens and max_new is 6, .* of which controls take 8"):
-        next(sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=6))
-    (rows,) = sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, max_new=5)
+        next(sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, sampling.Options(max_new=6)))
+    (rows,) = sampling.complete(LM, PARAMS, Letters(), ["a", "abcd"], SOFT, sampling.Options(max_new=5))
     assert [len(r["tokens"]) for r in rows] == [5, 5]
     with pytest.raises(InputError, match="A text has 17 tokens, but the model's context is 16"):
         next(activations.batches(LM, Letters(), ["a", "a" * 17], 2, 64))

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from ctg_jax import tree
+from ctg_jax.control import Control
 from ctg_jax.learn import latent_diffusion, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import Plan
-from ctg_jax.mesh.rules import CONTROL, DECODER, ENCODER, REPLICATED
-from ctg_jax.methods import diffusion_lm, mdlm, ppo
+from ctg_jax.mesh.rules import DECODER, ENCODER, NETWORKS, REPLICATED
+from ctg_jax.methods import diffusion_lm, finetune, mdlm, ppo
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.encoder import Encoder
 from ctg_jax.types import InputError
@@ -71,7 +73,7 @@ def test_every_leaf_of_an_encoder_has_a_rule(encoder):
 
 def test_every_leaf_that_a_network_of_diffusion_or_a_value_head_trains_has_a_rule():
     """Models that write by themselves are no controls, so the law of controls does not see them."""
-    plan, key = Plan("jit", {"data": 4, "tensor": 2}, DECODER + CONTROL), jax.random.key(0)
+    plan, key = Plan("jit", {"data": 4, "tensor": 2}, DECODER + NETWORKS), jax.random.key(0)
     net = latent_diffusion.network(16, width=16, depth=2, heads=2, tokens=4)
     made = {
         "denoiser": lambda k: {"net": net.init(k), "bins": jnp.zeros(100)},
@@ -95,6 +97,36 @@ def test_a_leaf_no_rule_matches_is_named():
     assert both.specs({"steer": {"vector": jnp.zeros((3,))}})["steer"]["vector"] == P(None)
     with pytest.raises(InputError, match="names 2 dimensions and 'mlp/up/kernel'"):
         plan.specs({"mlp": {"up": {"kernel": jnp.zeros((3,))}}})
+
+
+@struct.dataclass
+class Unheard(Control):
+    """A control with leaves of names that no rule knows, one of which it splits, and another control."""
+
+    xyzzy: jax.Array
+    plugh: jax.Array
+    inner: Control
+
+    def layout(self, rule):
+        return {"plugh": P("data", "tensor")}
+
+
+def test_controls_say_how_their_leaves_are_split():
+    plan, key = Plan("jit", {"data": 4, "tensor": 2}, DECODER), jax.random.key(0)
+    control = Unheard(jnp.ones((8, 8)), jnp.ones((3, 8, 8)), finetune.example(GPT2, key))
+    specs = tree.flatten(plan.specs({"policy": control}))
+    assert specs["policy/xyzzy"] == P(None, None) and specs["policy/plugh"] == P(None, "data", "tensor")
+    up = "policy/inner/changes/layers/mlp/up/kernel"
+    assert specs[f"{up}/a"] == P(None, None, "data") and specs[f"{up}/b"] == P(None, "tensor", None)
+    down = "policy/inner/changes/layers/mlp/down/kernel"
+    assert specs[f"{down}/a"] == P(None, None, "tensor") and specs[f"{down}/b"] == P(None, "data", None)
+    state = train.init_state(control, optimizer(1e-3), key)  # moments are split as what they belong to
+    moments = {p: s for p, s in tree.flatten(plan.specs(state)).items() if p.endswith("plugh")}
+    assert len(moments) == 3 and set(moments.values()) == {P(None, "data", "tensor")}
+    jax.tree.map(np.testing.assert_array_equal, plan.place(control), control)
+    dense = plan.specs(finetune.init(GPT2, key, kind="full"))
+    params = tree.flatten(plan.specs(jax.eval_shape(GPT2.init, key)))
+    assert {p: s["full"] for p, s in dense.changes.items()} == params
 
 
 def test_axes_that_do_not_divide_are_left_out():

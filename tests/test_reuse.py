@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ctg_jax import methods
+from ctg_jax.decode import strategies
 from ctg_jax.learn import experience
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.methods import finetune, steer
@@ -330,8 +331,8 @@ def test_training_is_not_repeated_after_a_kill_while_sealing(given, killed, monk
 
 def test_nothing_is_sampled_or_scored_again_after_a_kill_while_sealing(given, killed, module, monkeypatch):
     root, lm, data = given
-    batches, real = [], sampling.generate
-    monkeypatch.setattr(sampling, "generate", lambda *a, **k: batches.append(1) or real(*a, **k))
+    batches, real = [], strategies.run
+    monkeypatch.setattr(strategies, "run", lambda *a, **k: batches.append(1) or real(*a, **k))
     samples = killed(lambda: stage(root, sampling.sample, dict(n=2, max_new=3, batch=3), lm=lm, prompts=data))
     assert len(batches) == 2 and not (samples.path / "partial.jsonl").exists()
     asked = root / "asked"

@@ -98,7 +98,7 @@ def test_a_preference_model_learns_what_was_chosen(tmp_path):
     wins = draw.random(100) < 1 / (1 + np.exp(-np.array([utility(x) - utility(y) for x, y in zip(left, right)])))
     chosen = [x if w else y for x, y, w in zip(left, right, wins)]
     rejected = [y if w else x for x, y, w in zip(left, right, wins)]
-    model = PreferenceModel.fit(Embedder(), [""] * 100, chosen, rejected, strength=100.0)
+    model = PreferenceModel.fit(Embedder(), [""] * 100, chosen, rejected, inverse_l2=100.0)
     np.testing.assert_allclose(model.weights, [2, -1], atol=0.8)  # the utility that drew them
     assert model([""] * 2, ["aa", "b"]).tolist() == pytest.approx([2 * model.weights[0], model.weights[1]])
     assert model.accuracy([""] * 100, chosen, rejected) > 0.8

@@ -164,7 +164,7 @@ def test_bag_of_words_round_trip(tmp_path):
 
 def test_bag_of_words_learns_word_order():
     texts = ["not good at all", "good at all", "not bad at all", "bad at all"] * 5
-    bag = rewards.BagOfWords.fit(texts, [0, 1, 1, 0] * 5, ngrams=2, strength=1000.0)
+    bag = rewards.BagOfWords.fit(texts, [0, 1, 1, 0] * 5, ngrams=2, inverse_l2=1000.0)
     assert ((bag([""] * 4, texts[:4]) > 0.5) == [False, True, True, False]).all()
 
 

@@ -12,6 +12,7 @@ from ctg_jax import evaluation
 from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.controls.codes import coded
 from ctg_jax.controls.delta import lora
+from ctg_jax.controls.streams import Stream
 from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.data import Tokenizer, load_tokenizer, train_bpe
 from ctg_jax.data.tokenizer import pad_rows
@@ -22,7 +23,7 @@ from ctg_jax.models.decoder import Transformer
 from ctg_jax.rewards.embed import lm_embedder
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sampling, sources
-from ctg_jax.studies import latents
+from ctg_jax.studies.vectors import decode_vectors
 from ctg_jax.types import InputError, Samples, Sampling
 from tests.data.sentencepiece import llama_like
 
@@ -72,10 +73,10 @@ def test_samples_hold_the_text_that_was_drawn(llama, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(strategies, "run", run)
-        (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2)
+        (rows,) = sampling.complete(lm, params, tokenizer, prompts, options=sampling.Options(max_new=8, batch=2))
     assert [row["prompt"] + row["text"] for row in rows] == ["the food hour loud", "the hour wasgreat"]
     assert [row["tokens"] for row in rows] == drawn
-    (rows,) = sampling.complete(lm, params, tokenizer, prompts, max_new=8, batch=2)
+    (rows,) = sampling.complete(lm, params, tokenizer, prompts, options=sampling.Options(max_new=8, batch=2))
     for row in rows:
         (head,) = tokenizer.encode_prompts([row["prompt"]])
         assert [row["prompt"] + row["text"]] == tokenizer.decode([head + row["tokens"]])
@@ -124,7 +125,7 @@ def test_latent_vectors_learn_and_say_the_tokens_of_the_text(llama, root):
     whole = tokenizer.encode(["the food was loud"])[0]
     assert row == [tokenizer.bos, *whole, tokenizer.eos] and first == 1 + len(tokenizer.encode(["the food"])[0])
     control = latent_steer.init(sampling.opened(llama)[0], jax.random.key(0), count=1, choice="vector")
-    texts, tokens = latents.say(llama, control, np.zeros((1, 16), np.float32), ["the food"], 6)
+    texts, tokens = decode_vectors(llama, control, np.zeros((1, 16), np.float32), ["the food"], 6)
     head = tokenizer.encode_prompts(["the food"])[0]
     assert "the food" + texts[0] == tokenizer.decode([head + tokens[0]])[0]
 
@@ -194,8 +195,8 @@ def choosing(name):
     if name == "latent vector":
         control = latent_steer.init(LM, key, count=2, choice="pick")
         return control.replace(z=jax.random.normal(key, control.z.shape))
-    member = dexperts.member(LM, PARAMS, choosing("soft prompt"))
-    return Chain((IDENTITY, dexperts.contrastive(member)))
+    stream = Stream(control=choosing("soft prompt"), lm=LM)
+    return Chain((IDENTITY, dexperts.experts(anti=stream)))
 
 
 @pytest.mark.parametrize("name", ["soft prompt", "code", "latent vector", "prompt of an expert"])

@@ -1,8 +1,8 @@
-"""Rules that constants decide: tokens that are never produced, must be, or must not be yet; and whether they can hold.
+"""Rules that depend on constants alone: tokens that are forbidden, forced, or forbidden for a while.
 
-Each says by `allowed` which tokens it leaves at the n-th new token, so that rules which leave none between them are
-refused on the host, before decoding. They come before rules that choose by the logits or the text (top-p, no-repeat),
-which then choose among what is allowed.
+The method `allowed` of each returns the tokens that it leaves at the n-th new token, so that rules which together leave
+none are refused on the host, before decoding. They come before rules that choose by the logits or the text (top-p,
+no-repeat), which then choose among what is allowed.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def marks(ids: Iterable[int], vocab: int) -> np.ndarray:
 
 
 def check(control: Control, vocab: int, new: int) -> None:
-    """Raises InputError where the constants of a control can be seen not to hold while `new` tokens are decoded.
+    """Raises InputError where the constants of a control cannot hold while `new` tokens are decoded:
 
-    * A rule of this module comes after one that chooses by the logits or the text: top-p may have removed the only
-      token that is allowed.
-    * Ids outside the vocabulary, or masks of another size.
-    * Rules that leave no token between them, such as `Ban` and `Force` of one token.
+    * a rule of this module comes after one that chooses by the logits or the text (top-p may have removed the only
+      token that is allowed);
+    * an id is outside the vocabulary, or a mask has another size;
+    * rules together leave no token, such as `Ban` and `Force` of the same one.
 
-    Under `jit`, where leaves have no values, only the first is checked; what the others would find is NaN there.
+    Under `jit`, where leaves have no values, only the first is checked; the other two give NaN logits there.
     """
     parts = leaves(control)
     for i, rule in enumerate(parts):
@@ -160,8 +160,8 @@ def only(known: np.ndarray, control: Control) -> Control:
 
 
 def apart(control: Control) -> tuple[jax.Array | None, Control]:
-    """What `only` put together: (bool [V] of ids that are no token, or None, the control). For methods that write by
-    themselves, where no rule acts on next-token logits."""
+    """The inverse of `only`: (bool [V] of ids that are no token, or None; the control). For methods that replace the
+    decode loop, where no rule acts on next-token logits."""
     if isinstance(control, Chain) and len(control.parts) == 2 and isinstance(control.parts[0], Ban):
         return control.parts[0].banned, control.parts[1]
     return None, control

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from ctg_jax import rng, tree
 from ctg_jax.control import Control
@@ -32,6 +33,16 @@ class Delta(Control):
 
     changes: dict[str, dict[str, jax.Array]]
     scale: jax.Array
+
+    def layout(self, rule):
+        """A change is split as its kernel is; the rank of a low-rank change is whole on every device."""
+        specs = {}
+        for path in self.changes:
+            spec = rule(path)
+            rows, columns = (None, None, *spec)[-2:]
+            specs |= {f"changes/{path}/full": spec}
+            specs |= {f"changes/{path}/a": PartitionSpec(None, columns), f"changes/{path}/b": PartitionSpec(rows, None)}
+        return specs
 
     def weights(self, params: Params) -> Params:
         stacked = isinstance(params["layers"], dict)

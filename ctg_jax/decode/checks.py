@@ -1,5 +1,5 @@
-"""What is checked before a language model reads rows, and after it has drawn or scored tokens. All of it happens on the
-host, since only there are values known; under `jit`, where arrays are traced, what needs values is passed over."""
+"""Checks before a language model reads rows, and after it has drawn or scored tokens. They run on the host, where
+values are known; under `jit`, where arrays are traced, a check that needs values is skipped."""
 
 from __future__ import annotations
 

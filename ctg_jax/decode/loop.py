@@ -1,13 +1,13 @@
 """Decoding: `generate` in one compiled program, `forward` and `score` through exactly the same hooks.
 
-A decode loop is `begin` (read the prompt), then `extend` (draw a token, read it) until every row has ended; in between
-it may pause, and go on with some of its rows (`choose`). Token t of a row is drawn with `fold_in(keys[row], t)`, so a
-row's text does not depend on its batch.
+A decode loop is `begin`, which reads the prompt, and then `extend`, which draws a token and reads it until every row
+has ended. In between it may pause and continue with some of its rows (`choose`). Token t of a row is drawn with
+`fold_in(keys[row], t)`, so a row's text does not depend on its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,22 +17,21 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax import rng, tree
+from ctg_jax import rng
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.decode.checks import check_finite, check_rows, finite
+from ctg_jax.decode.rows import by_rows, is_end, numbers_for_rows
 from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
 
-_STRENGTHS = ("scale", "alpha")  # leaves of a control that may have a number for each row
-
 
 @struct.dataclass
 class Decoding:
-    """Where a decode loop is: t int32 [] tokens written; z float32 [B, V] controlled logits of token t; the cache and
-    the control's state; done bool [B]; tokens int32, mask bool and logp float32, each [B, N].
+    """The state of a decode loop: t int32 [], the number of tokens written; z float32 [B, V], the controlled logits of
+    token t; the cache and the control's state; done bool [B]; tokens int32, mask bool and logp float32, each [B, N].
 
-    Every leaf has the batch as its first axis, or size 1 there (shared by all rows), or no axis."""
+    The first axis of every leaf is the batch, or 1 where all rows share it; scalars have none."""
 
     t: jax.Array
     z: jax.Array
@@ -63,38 +62,16 @@ def generate(
     return finite(by_rows(loop, lm, params, prompts, control, sampling))
 
 
-def by_rows(
-    write: Callable[..., Samples],
-    lm: LM,
-    params: Params,
-    prompts: Prompts,
-    control: Any,
-    sampling: Sampling,
-    devices: Sequence[jax.Device] = (),
-) -> Samples:
-    """`write(lm, params, prompts, control, sampling)` with its rows split as `layout.run_rows` does. `write` is pure
-    and hashable; `generated` is that of the part that ran longest."""
-    split = not _numbers_for_rows(control, len(prompts.tokens))
-    whole = (params, control)
-    out = layout.run_rows(_part, (write, lm, sampling), whole, prompts, devices=devices, split=split)
-    return out.replace(generated=jnp.max(out.generated))
-
-
-def _part(static, whole, prompts):
-    write, lm, sampling = static
-    out = write(lm, whole[0], prompts, whole[1], sampling)
-    return out.replace(generated=jnp.broadcast_to(out.generated, out.mask.shape[:1]))
-
-
-def _numbers_for_rows(control: Any, rows: int) -> bool:
-    """Whether a strength of the control is a number for each row of the batch, so that its rows cannot be split."""
-    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
+def ready(lm: LM, params: Params, control: Control) -> tuple[Params, Control]:
+    """What decodes: the parameters after `Control.weights`, unstacked, and the control with its streams bound."""
+    current = lm.unstack(control.weights(params))
+    return current, control.bind(params, current)
 
 
 @partial(jax.jit, static_argnames=("lm", "sampling"))
 def loop(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Samples:
     """The decode loop as a pure function: what `generate` runs on the rows of each device."""
-    params = lm.unstack(control.weights(params))
+    params, control = ready(lm, params, control)
     d = prefill(lm, params, prompts, control, sampling)
     d = _advance(lm, params, d, prompts.keys, control, sampling, sampling.max_new)
     return Samples(tokens=d.tokens, mask=d.mask, logp=d.logp, generated=d.t)
@@ -107,13 +84,14 @@ def begin(
     control: Control = IDENTITY,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
 ) -> Decoding:
-    """A decode loop that has read the prompts and drawn nothing yet; `extend` goes on with it.
+    """A decode loop that has read the prompts and drawn nothing yet; `extend` continues it.
 
     Raises:
       InputError: as `generate`.
     """
     check_rows(lm, prompts, control, sampling.max_new)
-    return prefill(lm, _merged(lm, params, control), layout.spread(prompts), control, sampling)
+    params, control = _ready(lm, params, control)
+    return prefill(lm, params, layout.spread(prompts), control, sampling)
 
 
 def extend(
@@ -125,15 +103,15 @@ def extend(
     sampling: Sampling,
     steps: int,
 ) -> Decoding:
-    """At most `steps` more tokens of every row; as it is, where all rows have ended or `max_new` tokens are written.
+    """At most `steps` more tokens of every row; d itself where all rows have ended or `max_new` tokens are written.
 
     `generate` is `extend` by `max_new` steps after `begin`, and any other division into steps gives the same tokens.
     One program is compiled for each batch size and value of `steps`.
 
     Args:
-      lm, params, control, sampling: those that `begin` was given. Where the control has leaves with a number for each
-        row and rows were chosen, its rows are the caller's to choose.
-      d: left as it is, so that two continuations may begin from it.
+      lm, params, control, sampling: those that `begin` was given. Where rows were chosen and the control has leaves
+        with a number for each row, the caller chooses the same rows of those leaves.
+      d: not changed, so that two continuations may begin from it.
       keys: typed PRNG keys [B]: those of the prompts, or others for rows that are to draw different tokens.
       steps: at least 1.
 
@@ -148,7 +126,8 @@ def extend(
             f"The decoding has {rows} rows and max_new {new}, but there are keys of shape {keys.shape} and "
             f"sampling.max_new is {sampling.max_new}: give one key for each row and the sampling of `begin`."
         )
-    return _extend(lm, _merged(lm, params, control), d, keys, control, sampling, min(steps, new))
+    params, control = _ready(lm, params, control)
+    return _extend(lm, params, d, keys, control, sampling, min(steps, new))
 
 
 def choose(tree: PyTree, index: jax.Array) -> PyTree:
@@ -175,7 +154,7 @@ def stream(lm: LM, params: Params, prompts: Prompts, control: Control, sampling:
     token at a time, for notebooks and terminals (`Tokenizer.decode_stream` gives their text). The tokens are those of
     `generate`."""
     d = begin(lm, params, prompts, control, sampling)
-    params = _merged(lm, params, control)
+    params, control = _ready(lm, params, control)
     for t in range(sampling.max_new):
         d = _onward(lm, params, d, prompts.keys, control, sampling, 1)
         check_finite(d.logp[:, : t + 1])
@@ -184,13 +163,11 @@ def stream(lm: LM, params: Params, prompts: Prompts, control: Control, sampling:
             return
 
 
-@partial(jax.jit, static_argnames=("lm",))
-def _merged(lm, params, control):
-    return lm.unstack(control.weights(params))
+_ready = jax.jit(ready, static_argnames=("lm",))
 
 
 def _advance(lm, params, d, keys, control, sampling, steps):
-    """`steps` tokens more of a decoding that is not finished, with the merged `params`: draws a token, then reads it,
+    """`steps` more tokens of a decoding that is not finished, with what `ready` returned: draws a token, then reads it
     unless nothing is drawn after it."""
     end = jnp.minimum(d.t + steps, sampling.max_new)
 
@@ -225,7 +202,7 @@ _onward = jax.jit(_advance, static_argnames=("lm", "sampling", "steps"), donate_
 
 @partial(jax.jit, static_argnames=("lm", "sampling"))
 def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling: Sampling) -> Decoding:
-    """Reads the prompts into a new cache; nothing is sampled yet. `params` have been through `control.weights`."""
+    """Reads the prompts into a new cache; nothing is sampled yet. `params` and `control` are those of `ready`."""
     batch, t = prompts.tokens.shape
     n = sampling.max_new
     state = control.init(prompts, t + n)
@@ -280,11 +257,6 @@ def ended(d: Decoding, token: jax.Array, sampling: Sampling) -> jax.Array:
     return end
 
 
-def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
-    """bool, of the shape of `tokens`: which of them are among the ids `ends`."""
-    return jnp.isin(tokens, jnp.asarray(ends, jnp.int32))
-
-
 def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     """Reads the last written token of every row and computes the controlled logits of the next."""
     token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
@@ -310,7 +282,7 @@ def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, con
 def forward_states(
     lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY
 ) -> tuple[jax.Array, jax.Array]:
-    """What `forward` gives, and the final hidden states [B, N, D] that each of the logits was read off."""
+    """What `forward` returns, and the final hidden states [B, N, D] that the logits were computed from."""
     check_rows(lm, prompts, control, completion.shape[1], completion)
     return _forward_states(lm, params, prompts, completion, control)
 
@@ -322,7 +294,8 @@ def _forward(lm, params, prompts, completion, control):
 
 @partial(jax.jit, static_argnames=("lm",))
 def _forward_states(lm, params, prompts, completion, control):
-    params = control.weights(params)
+    frozen, params = params, control.weights(params)
+    control = control.bind(frozen, params)
     n = completion.shape[1]
     state = control.init(prompts, prompts.tokens.shape[1] + n)
     seen = completion[:, : n - 1]
@@ -348,14 +321,14 @@ def score(
     control removed it is `support.REMOVED`, of probability 0.
 
     Args:
-      written: bool [B, N], which tokens of the completion are no padding (on the right); the others score 0. None: all.
+      written: bool [B, N], False for padding on the right of a completion, which scores 0. None: all True.
 
     Raises:
       InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
     """
     check_rows(lm, prompts, control, completion.shape[1], completion, written)
     with layout.on():
-        split = not _numbers_for_rows(control, len(prompts.tokens))
+        split = not numbers_for_rows(control, len(prompts.tokens))
         rows = (prompts, completion, written)
         logp = layout.run_rows(_score_part, lm, (params, control), rows, split=split)
     check_finite(logp)

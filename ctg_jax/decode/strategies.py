@@ -19,6 +19,7 @@ from ctg_jax.control import Chain
 from ctg_jax.controls import constraints
 from ctg_jax.decode import loop
 from ctg_jax.decode.checks import check_rows, finite
+from ctg_jax.decode.rows import by_rows, is_end
 from ctg_jax.models.lm import LM
 from ctg_jax.types import InputError, Params, Prompts, Samples, Sampling
 
@@ -104,7 +105,7 @@ def run(
     """
     strategy = of(control)
     strategy.check(lm, prompts, control, sampling)
-    return finite(loop.by_rows(strategy, lm, params, prompts, control, sampling, devices))
+    return finite(by_rows(strategy, lm, params, prompts, control, sampling, devices))
 
 
 def stream(lm: LM, params: Params, prompts: Prompts, control: Any, sampling: Sampling) -> Iterator[np.ndarray]:
@@ -121,7 +122,7 @@ def stream(lm: LM, params: Params, prompts: Prompts, control: Any, sampling: Sam
 def cut(tokens: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """(tokens int32 [B, N], mask bool [B, N]) of whole rows, cut behind the first end token or stop sequence of each
     as `decode.generate` cuts them: `mask` is True up to the cut and `sampling.pad` is written behind it."""
-    end = loop.is_end(tokens, sampling.eos)
+    end = is_end(tokens, sampling.eos)
     for stop in sampling.stop:
         last = len(stop) - 1
         hit = jnp.ones(tokens.shape, bool).at[:, :last].set(False)

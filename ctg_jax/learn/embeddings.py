@@ -1,21 +1,17 @@
-"""Texts as latents: each cut into a prefix and a continuation, both embedded by one sentence encoder, kept as an
-artifact; and linear classifiers of those latents, which guide diffusion (Lovelace et al. 2024)."""
+"""Texts as latents: each text is cut into a prefix and a continuation, and one sentence encoder embeds both."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ctg_jax.data.completions import continuations
-from ctg_jax.data.labels import known
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.io import atomic
-from ctg_jax.rewards.probe import check_training, fit_logistic
 from ctg_jax.run.identity import model_content
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function, write_jsonl
 from ctg_jax.types import InputError
@@ -71,8 +67,8 @@ def encode(
         files = [run.path / f"{name}-{i}.npy" for i in range(len(parts))]
         for part, file in tqdm([*zip(parts, files)], desc=f"{run.path.name} {name}", disable=None, leave=False):
             if not file.exists():
-                _write(file, embed([p[field] for p in pieces[part]]))
-        _write(run.path / f"{name}.npy", np.concatenate([np.load(f) for f in files]))
+                write_array(file, embed([p[field] for p in pieces[part]]))
+        write_array(run.path / f"{name}.npy", np.concatenate([np.load(f) for f in files]))
         for file in files:
             file.unlink()
     run.record(encoder=encoder, version=embed.version)
@@ -145,74 +141,7 @@ def batches(latents: Artifact, *, batch: int, seed: int) -> Batches:
     return Batches(found, signature, 1, 4)
 
 
-@stage_function("embeddings.probe")
-def probe(
-    run: Run,
-    *,
-    latents: Artifact,
-    name: str,
-    field: str = "label",
-    pattern: str | None = None,
-    words: int | None = None,
-    strength: float = 100.0,
-    limit: int | None = None,
-    seed: int = 0,
-) -> None:
-    """Stage: a logistic regression of one attribute on latents, probe.npz, with its accuracy on a tenth of the texts
-    that it did not see in metrics.jsonl.
-
-    Args:
-      name: of the attribute.
-      field: the field of the records that holds its label, 0 or 1 (records without one are left out and counted in a
-        warning); where neither of these decides:
-      pattern: a regular expression, the label being whether the continuation matches it; or
-      words: the label being whether the continuation has more words.
-      strength: inverse regularisation, scikit-learn's C.
-      limit: texts to fit on.
-
-    Raises:
-      InputError: no record with the label, or all of one class; an invalid pattern.
-    """
-    records = latents.rows("pieces.jsonl")[:limit]
-    labels = [_label(r, name, field, pattern, words) for r in records]
-    kept = known(labels, f"the attribute {name!r} of {latents.path}")
-    _, labels = check_training([records[i]["text"] for i in kept], [labels[i] for i in kept], name)
-    if not set(labels) <= {0, 1}:
-        raise InputError(f"the attribute {name!r} has the labels {sorted(set(labels))}, expected 0 and 1")
-    x = arrays(latents)[0][kept]
-    held = np.random.default_rng(seed).permutation(len(x)) < len(x) // 10
-    if len(set(labels[~held])) < 2:
-        held[:] = False
-    coef, intercept, _ = fit_logistic(x[~held], labels[~held], strength, seed)
-    _write(run.path / "probe.npy", np.concatenate([coef[0], intercept]))
-    run.record(attribute=name, version=latents.spec["version"])
-    seen = held if held.any() else ~held
-    right = (x[seen] @ coef[0] + intercept[0] > 0) == labels[seen]
-    run.log(name=name, accuracy=float(np.mean(right)), share=float(labels.mean()), heldout=int(held.sum()))
-
-
-def coefficients(probe: Artifact, encoder: str) -> tuple[np.ndarray, float]:
-    """(w float32 [Z], b) of a `probe`, which must have been fitted on latents of that version of an encoder."""
-    if probe.spec["version"] != encoder:
-        raise InputError(
-            f"{probe.path.name} was fitted on latents of {probe.spec['version']}, but these are of {encoder}: fit the "
-            "probe on latents of the same encoder"
-        )
-    values = np.load(probe.path / "probe.npy", allow_pickle=False)
-    return values[:-1], float(values[-1])
-
-
-def _label(record: Mapping[str, Any], name: str, field: str, pattern: str | None, words: int | None) -> int | None:
-    if words is not None:
-        return int(len(record["continuation"].split()) > words)
-    if pattern is not None:
-        try:
-            return int(re.search(pattern, record["continuation"], re.IGNORECASE) is not None)
-        except re.error as e:
-            raise InputError(f"pattern is {pattern!r}, which is no regular expression ({e})") from None
-    return record.get(field)
-
-
-def _write(file, values: np.ndarray) -> None:
+def write_array(file, values: np.ndarray) -> None:
+    """Writes a float32 .npy file, which appears whole or not at all."""
     with atomic(file) as f:
         np.save(f, np.asarray(values, np.float32))

@@ -61,8 +61,8 @@ def score(
     Equal texts after equal prompts are scored once. An interrupted stage continues after the last batch it scored.
 
     Raises:
-      InputError: no reward; samples without log-probabilities; what a reward raises, such as a score that is not finite
-        (what was scored is kept).
+      InputError: no reward; samples without log-probabilities, or drawn by a strategy without a likelihood; what a
+        reward raises, such as a score that is not finite (what was scored is kept).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -72,6 +72,11 @@ def score(
     rows = samples.rows("samples.jsonl")
     if any("logp" not in r for r in rows):
         raise InputError(f"{samples.path.name} has no log-probabilities: expected samples that the stage `sample` drew")
+    if not samples.spec.get("likelihood", True):
+        raise InputError(
+            f"what drew {samples.path.name} gives no text a likelihood, which learning from samples needs: draw them "
+            "with a method that decodes token by token"
+        )
     judges = [open_judge(r) for r in rewards]
     names = [j.name for j in judges]
     if len(set(names)) < len(names):

@@ -14,8 +14,9 @@ from ctg_jax import rng
 from ctg_jax.learn import embeddings, fitting, losses
 from ctg_jax.learn.fitting import Training
 from ctg_jax.models import diffusion, samplers
-from ctg_jax.models.denoiser import LatentNet, Trunk
+from ctg_jax.models.denoiser import Trunk
 from ctg_jax.models.diffusion import LogSnrSampler
+from ctg_jax.models.latent_net import LatentNet
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, stage_function
 from ctg_jax.types import Sum

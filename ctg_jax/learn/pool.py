@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import rng
+from ctg_jax import evaluation
 from ctg_jax.control import IDENTITY, Chain, Control
-from ctg_jax.controls import constraints, truncate
+from ctg_jax.controls import truncate
 from ctg_jax.data import Source
-from ctg_jax.data.completions import Completions, completions
+from ctg_jax.data.completions import completions
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.decode import loop
@@ -140,17 +140,7 @@ def repeats(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
 def log_probabilities(
     lm: LM, params: Params, pool: Pool, tokenizer: Tokenizer, control: Control = IDENTITY, *, batch: int = 32
 ) -> np.ndarray:
-    """log-probability float64 [n] of each completion of a pool under a control, in its order."""
-    rows = Completions(Source("the pool", "all", pool), tokenizer, *_lengths(pool, tokenizer))
-    control = constraints.only(tokenizer.known(lm.vocab), control)
-    out = np.zeros(len(pool))
-    for at in range(0, len(pool), batch):
-        some = [rows[min(i, len(pool) - 1)] for i in range(at, at + batch)]
-        b = {name: np.stack([r[name] for r in some]) for name in some[0]}
-        keys = rng.per_example(jax.random.key(0), jnp.asarray(b["ids"]))
-        prompts = Prompts(jnp.asarray(b["tokens"]), jnp.asarray(b["mask"]), keys)
-        completion, written = jnp.asarray(b["completion"]), jnp.asarray(b["written"])
-        logp = loop.score(lm, params, prompts, completion, control, written)
-        found = np.asarray(logp, np.float64).sum(1)
-        out[at : at + batch] = found[: len(out) - at]
-    return out
+    """The log-probability of each completion of a pool under a control, float64 [n]; see
+    `ctg_jax.evaluation.likelihood`."""
+    heads = tokenizer.encode_prompts(list(pool.column("prompt")))
+    return evaluation.log_probabilities(lm, params, tokenizer, heads, pool.column("tokens"), control, batch=batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ctg_jax.rewards.probe import fit_logistic
+from ctg_jax.rewards.logistic import fit_logistic
 from ctg_jax.types import InputError
 
 

@@ -1,8 +1,10 @@
-"""The layout of a run: on which devices its arrays lie, whatever it computes. The scripts' --mesh chooses it.
+"""The layout of a run: on which devices its arrays are placed. The scripts' --mesh, --plan and --precision choose it.
 
-Training spans the devices of all processes. All else (decoding, scoring, encoding) stays within a process, which has
-the language model on its own devices, its island, and takes rows of its own. Nothing but time, memory and the last
-digits of sums depends on a layout, so it is no part of what identifies an artifact.
+Training spans the devices of all processes. Everything else (decoding, scoring, encoding) stays within a process, which
+holds the language model on its own devices, its island, and computes rows of its own. A layout changes time, memory and
+the last digits of sums only, so it is no part of what identifies an artifact.
+
+A session has a layout, and `ctg_jax.run.stage.stage` puts it in force while a stage runs (`laid_out`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from ctg_jax.mesh import processes
 from ctg_jax.mesh.plan import Plan
-from ctg_jax.mesh.rules import CONTROL, ENCODER, whole_over_data
+from ctg_jax.mesh.rules import ENCODER, NETWORKS, whole_over_data
 from ctg_jax.types import InputError, PyTree
 
 PRECISIONS = ("default", "high", "highest")
@@ -67,7 +69,7 @@ class Layout:
                 f"{processes.count()} processes: use all of them (data=-1)"
             )
         axes = {"data": devices // self.tensor if data == -1 else data, "tensor": self.tensor}
-        rules = ENCODER + CONTROL if self.sharded else whole_over_data(ENCODER + CONTROL)
+        rules = ENCODER + NETWORKS if self.sharded else whole_over_data(ENCODER + NETWORKS)
         return Plan(axes={k: v for k, v in axes.items() if k == "data" or v > 1}, rules=rules, local=local)
 
     def _replicas(self, rows: int | None) -> int:

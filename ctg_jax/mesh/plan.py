@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctg_jax import tree
+from ctg_jax.control import Control
 from ctg_jax.mesh.rules import REPLICATED, Rules
 from ctg_jax.types import InputError, PyTree
 
@@ -86,8 +87,30 @@ class Plan:
         return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[: self.size])
 
     def specs(self, values: PyTree) -> PyTree:
-        """PartitionSpec of every leaf (arrays or `ShapeDtypeStruct`s); InputError naming a leaf no rule matches."""
-        return tree.map_with_path(self._spec, values)
+        """PartitionSpec of every leaf (arrays or `ShapeDtypeStruct`s): controls say how theirs are split
+        (`Control.layout`), rules say it of all others.
+
+        Raises:
+          InputError: no rule matches a leaf outside controls; the message names it.
+        """
+        if isinstance(values, Control):
+            return self._control_specs(values)
+
+        def spec(path, x):
+            return self._control_specs(x) if isinstance(x, Control) else self._spec(path, x)
+
+        return _map_to_controls(spec, values)
+
+    def _control_specs(self, control: Control) -> PyTree:
+        declared = control.layout(lambda path: next(iter(self._found(path)), P()))
+
+        def spec(path, x):
+            if isinstance(x, Control):
+                return self._control_specs(x)
+            wanted = next((s for s in (declared.get(path), *self._found(path)) if s is not None), P())
+            return self._fitted(wanted if len(wanted) <= len(np.shape(x)) else P(), x)
+
+        return _map_to_controls(spec, control)
 
     def shardings(self, values: PyTree) -> PyTree:
         """NamedSharding of every leaf; see `specs`."""
@@ -165,20 +188,34 @@ class Plan:
 
     def _spec(self, path: str, x: Any) -> PartitionSpec:
         shape = np.shape(x)
-        if self.mode == "pmap" or not shape or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if self._whole(x):
             return P()
-        found = next(((p, s) for p, s in self.rules if re.fullmatch(f"(.*/)?({p})", path)), None)
-        if found is None:
+        spec = next(iter(self._found(path)), None)
+        if spec is None:
             raise InputError(
                 f"no sharding rule of the plan matches {path!r} of shape {shape}; add a rule for it, or "
                 f"{REPLICATED[0]!r} as the last one"
             )
-        pattern, spec = found
         if len(spec) > len(shape):
             raise InputError(
-                f"the sharding rule {pattern!r} names {len(spec)} dimensions and {path!r} has shape {shape}; put a "
+                f"the sharding rule that matches names {len(spec)} dimensions and {path!r} has shape {shape}; put a "
                 "rule of its own before it"
             )
+        return self._fitted(spec, x)
+
+    def _found(self, path: str) -> list[PartitionSpec]:
+        """The spec of the first rule that matches a path, or none."""
+        return [spec for pattern, spec in self.rules if re.fullmatch(f"(.*/)?({pattern})", path)][:1]
+
+    def _whole(self, x: Any) -> bool:
+        """Whether a leaf is replicated whatever the rules: scalars, random keys, and everything under `pmap`."""
+        return self.mode == "pmap" or not np.shape(x) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+    def _fitted(self, spec: PartitionSpec, x: Any) -> PartitionSpec:
+        """The spec of the last dimensions as one of all, without axes that the mesh lacks or that do not divide."""
+        if self._whole(x):
+            return P()
+        shape = np.shape(x)
         sizes = dict(self.axes)
         full = (None,) * (len(shape) - len(spec)) + tuple(spec)
         kept = []
@@ -213,6 +250,13 @@ def _names(part: Any) -> tuple[str, ...]:
     if part is None:
         return ()
     return part if isinstance(part, tuple) else (part,)
+
+
+def _map_to_controls(fn: Callable[[str, Any], Any], values: PyTree) -> PyTree:
+    """`tree.map_with_path` that hands the controls inside `values` to `fn` whole."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: fn(tree.path_str(path), x), values, is_leaf=lambda x: x is not values and isinstance(x, Control)
+    )
 
 
 def _is_spec(x: Any) -> bool:

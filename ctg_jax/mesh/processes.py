@@ -1,10 +1,10 @@
-"""Several processes that run one program together (`jax.distributed`): all of them run every stage on the same data,
-the first one writes. With one process everything here is nothing.
+"""Several processes that run one program together (`jax.distributed`). In a single process every function here returns
+its argument, or does nothing.
 
-What differs between processes is only which rows they compute: `rows` of a batch, whose results `gather` brings
-together, and the shards of arrays that `everywhere` laid over all devices. Files that a stage writes are those of the
-first process; the others write `aside`, into a copy that is thrown away, except for checkpoints, which all of them
-write together.
+All processes run every stage on the same data. They differ only in the rows they compute: `rows` of a batch, whose
+results `gather` collects, and the shards of arrays that `everywhere` places over all devices. The first process writes
+the files of a stage; the others write into a temporary copy (`aside`), except for checkpoints, which all of them write
+together.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def count() -> int:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the one that writes files."""
     return count() == 1 or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this call."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
@@ -135,7 +135,7 @@ def read(x: jax.Array) -> np.ndarray:
 
 
 def everywhere(values: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays over the devices of all processes, from values that each of them holds; shardings: a tree of the same
+    """Arrays over the devices of all processes, from values that each process holds; shardings: a tree of the same
     structure, or one for all."""
     if count() == 1:
         return jax.device_put(values, shardings)

@@ -29,22 +29,13 @@ ENCODER: Rules = (
     *DECODER,
 )
 
-# The leaves of controls (`ctg_jax.controls`, `ctg_jax.methods`). A change ΔW = b a lies as its kernel does, its rank on
-# every device; vectors, gates, strengths and masks are small and replicated. Experts hold parameters: `DECODER`.
-CONTROL: Rules = (
-    (r"(embed/tokens|head/kernel|(attn/qkv|mlp/up|mlp/gate)/kernel)/full", P("tensor", "data")),
-    (r"(attn/out|mlp/down)/kernel/full", P("data", "tensor")),
-    (r"(attn/qkv|mlp/up|mlp/gate)/kernel/a|embed/tokens/a|head/kernel/a", P(None, "data")),
-    (r"(attn/qkv|mlp/up|mlp/gate)/kernel/b|embed/tokens/b|head/kernel/b", P("tensor", None)),
-    (r"(attn/out|mlp/down)/kernel/a", P(None, "tensor")),
-    (r"(attn/out|mlp/down)/kernel/b", P("data", None)),
-    (r"embed/positions/(full|a|b)|(scale|bias)/full", P()),
-    (r"(value|params|mu|nu)/(kernel|bias)", P()),  # the value head of PPO, and a linear classifier that is trained
-    # The networks of diffusion: small beside the language model, so only the optimizer's states are worth splitting.
+# What is trained and is neither a language model nor a control (controls say how their leaves are split): networks of
+# diffusion, of which the kernels are worth splitting for the optimizer's states, value heads and linear classifiers.
+NETWORKS: Rules = (
+    (r"(value|params|mu|nu)/(kernel|bias)", P()),
     (r"(score|prompter|net|guide|denoiser|in|out)/(.*/)?kernel", P("data", None)),
     (r"(score|prompter|net|guide|denoiser|in|out)/.*|given|raw|bins|tags", P()),
-    (r"mean|deviation|probes|biases|weights_of|free", P()),
-    (r"z|basis|vectors?|codes|bias|gate|scale|alpha|beta|gamma|t|p|p0|p1|p2|theta|n|banned|forced|eos|choice", P()),
+    (r"mean|deviation|probes|biases|z|basis|vectors?|codes|bias|scale", P()),
 )
 
 

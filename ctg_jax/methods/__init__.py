@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import tree
-from ctg_jax.control import Chain, Control
+from ctg_jax.control import Control
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, nearest, open_lm, stage, stage_function
@@ -84,6 +84,18 @@ def save(root: str | os.PathLike, lm: Artifact, control: Control, method: str, *
     return stage(root, hand_made, {"method": method, "init": init}, lm=lm, control=control)
 
 
+def make(root: str | os.PathLike, lm: Artifact, method: str, **settings: Any) -> Artifact:
+    """The control of a method that can do without a fit, made by its `make(lm, key, **settings)`, as an artifact.
+
+    Raises:
+      InputError: the method has to be fitted, or what its `make` raises.
+    """
+    module = get(method)
+    if not hasattr(module, "make"):
+        raise InputError(f"{method} has to be fitted: give data.")
+    return save(root, lm, module.make(open_lm(lm)[0], jax.random.key(0), **settings), method, **settings)
+
+
 @stage_function("control")
 def hand_made(run: Run, *, lm: Artifact, control: Control, method: str, init: Mapping[str, Any]) -> None:
     """Stage: keeps a control that was made by hand; see `save`."""
@@ -100,7 +112,8 @@ def hand_made(run: Run, *, lm: Artifact, control: Control, method: str, init: Ma
 
 
 def with_strength(control: Control, value: float) -> Control:
-    """The control at another strength: its leaf `scale` or `alpha` set; in a chain, that of every part that has one.
+    """The control at another strength: its leaf `scale` or `alpha` set; where it has none, that of every control that
+    it holds and that has one, as in a chain.
 
     value: a finite number, or one for each row, [B]. Nothing recompiles where its shape stays.
 
@@ -116,10 +129,20 @@ def with_strength(control: Control, value: float) -> Control:
 
 
 def _set(control: Control, value: jax.Array) -> Control | None:
-    if isinstance(control, Chain):
-        parts = [_set(c, value) for c in control.parts]
-        if all(p is None for p in parts):
-            return None
-        return Chain(tuple(old if new is None else new for old, new in zip(control.parts, parts)))
-    fields = [f.name for f in dataclasses.fields(control) if f.name in STRENGTHS]
-    return control.replace(**{fields[0]: value}) if fields else None
+    values = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
+    if own := [name for name in STRENGTHS if name in values]:
+        return control.replace(**{own[0]: value})
+    inner = {name: new for name, x in values.items() if (new := _set_within(x, value)) is not None}
+    return control.replace(**inner) if inner else None
+
+
+def _set_within(field: Any, value: jax.Array) -> Any:
+    """The controls that a field holds at another strength; None where it holds none that has one."""
+    if isinstance(field, Control):
+        return _set(field, value)
+    if not isinstance(field, tuple):
+        return None
+    parts = [_set_within(x, value) for x in field]
+    if all(new is None for new in parts):
+        return None
+    return tuple(old if new is None else new for old, new in zip(field, parts))

@@ -18,7 +18,8 @@ from jax import lax
 from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.mesh.plan import split
-from ctg_jax.models.layers import ACTIVATIONS, Block, Norm, matmul, scale_frequencies
+from ctg_jax.models.block import Block, scale_frequencies
+from ctg_jax.models.layers import ACTIVATIONS, Norm, matmul
 from ctg_jax.models.lm import Cache, Out, Tap
 from ctg_jax.types import InputError, Params
 

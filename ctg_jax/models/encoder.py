@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctg_jax.models.attention import attend
 from ctg_jax.models.layers import ACTIVATIONS, Dense, Mlp, Norm
 from ctg_jax.types import InputError, Params
 
@@ -171,16 +172,9 @@ class _Attention(nn.Module):
         c = self.config
         batch, length = mask.shape
         qkv = Dense(3 * c.heads * c.head_dim, c, c.bias, name="qkv")(x)
-        # Heads before tokens: the batch order of the two products of attention.
-        q, k, v = qkv.reshape(batch, length, 3, c.heads, c.head_dim).transpose(2, 0, 3, 1, 4)
-        scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32)
-        if c.scaled:
-            scores = scores * c.head_dim**-0.5
-        if bias is not None:
-            scores = scores + bias[None]
-        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bnqk,bnkh->bnqh", weights, v).transpose(0, 2, 1, 3).reshape(batch * length, -1)
+        q, k, v = jnp.unstack(qkv.reshape(batch, length, 3, c.heads, c.head_dim), axis=2)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        mixed = attend(q, k, v, mask[:, None, :], bias, c.scaled).reshape(batch * length, -1)
         return Dense(c.width, c, c.bias, name="out")(mixed)
 
 

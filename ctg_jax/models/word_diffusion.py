@@ -4,55 +4,26 @@ network that reads noisy vectors, its errors, and the updates that steer what it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from ctg_jax import rng
 from ctg_jax.models.denoiser import Denoiser, Trunk
 from ctg_jax.models.diffusion import Schedule, alpha_sigma, noised, rows
 from ctg_jax.models.layers import Dense
-from ctg_jax.models.samplers import SAMPLERS, Edit, Energy, Estimate, noise
+from ctg_jax.models.samplers import Estimate, noise
 from ctg_jax.support import remove
-from ctg_jax.types import InputError, Params
+from ctg_jax.types import Params
 
 SCHEDULE = Schedule("sqrt")
 FIRST = 1 / 200  # times below this are the first step, whose target is the vector itself
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-    """How a text is drawn and steered.
-
-    Attributes:
-      calls, sampler: `steps` and `sampler` of `samplers.sample`.
-      clamp: see `estimate`.
-      updates, rate: of Adagrad, after each step. coef: of the pull to what the sampler drew; see `steered`.
-      floor: what Adagrad starts its sum of squares with: entries whose gradient is far below its root stay in place.
-        With 0, as the authors have it, every entry moves by `rate` however small its gradient is.
-    """
-
-    calls: int = 100
-    sampler: str = "ddpm"
-    clamp: float = 0.0
-    updates: int = 3
-    rate: float = 0.1
-    coef: float = 0.01
-    floor: float = 1e-4
-
-    def __post_init__(self):
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-        if not 0 <= self.clamp <= 1 or self.calls < 1 or min(self.updates, self.rate, self.coef, self.floor) < 0:
-            raise InputError(f"{self}: expected clamp from 0 to 1, calls from 1, and the others from 0.")
-
-
-@dataclasses.dataclass(frozen=True)
-class WordNet:
+class VectorDenoiser:
     """Noisy vectors [B, T, d] at γ [B] -> `out` numbers for each of them, float32 [B, T, out].
 
     The same network says which words the vectors are of (out = V) and classifies noisy texts (the mean over T).
@@ -68,16 +39,16 @@ class WordNet:
     def init(self, key: jax.Array) -> Params:
         """Random parameters."""
         z = jnp.zeros((1, 1, self.dim))
-        return _WordNet(self).init(key, z, jnp.zeros(1), jnp.zeros((1, 1), bool))["params"]
+        return _VectorNetwork(self).init(key, z, jnp.zeros(1), jnp.zeros((1, 1), bool))["params"]
 
     def apply(self, params: Params, z: jax.Array, gamma: jax.Array, given: jax.Array | None = None) -> jax.Array:
         """given: bool [B, T], where z is clean; None: nowhere."""
         given = jnp.zeros(z.shape[:2], bool) if given is None else given
-        return _WordNet(self).apply({"params": params}, z, gamma, given)
+        return _VectorNetwork(self).apply({"params": params}, z, gamma, given)
 
 
-class _WordNet(nn.Module):
-    net: WordNet
+class _VectorNetwork(nn.Module):
+    net: VectorDenoiser
 
     @nn.compact
     def __call__(self, z, gamma, given):
@@ -118,7 +89,7 @@ def nearest(table: jax.Array, x: jax.Array, banned: jax.Array | None = None) -> 
     return jnp.argmax(near, axis=-1).astype(jnp.int32)
 
 
-def errors(net: WordNet, params: Params, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
+def errors(net: VectorDenoiser, params: Params, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
     """What the losses are made of, at one random time for each row: (bool [B, S], which tokens were not given; and
     float32 [B, S] each |x0 - f(z_t)|² / d, -log p(w | x0) and -log p(w | z_t)).
 
@@ -160,7 +131,7 @@ def _given(keys, length):
 
 
 def estimate(
-    net: WordNet, params: Params, table: jax.Array, tokens: jax.Array, given: jax.Array, clamp: float = 0.0
+    net: VectorDenoiser, params: Params, table: jax.Array, tokens: jax.Array, given: jax.Array, clamp: float = 0.0
 ) -> Estimate:
     """The estimate of the clean vectors of rows whose tokens int [B, S] are known where given bool [B, S]: the mean of
     the word vectors over what the network says (Dieleman et al. 2022, section 3.1), which is f of Li et al. 2022.
@@ -188,97 +159,6 @@ def noisy(e: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return noised(e, gamma, noise(of["noise"], e.shape[1:])), gamma
 
 
-def classify(reader: WordNet, params: Params, z: jax.Array, gamma: jax.Array) -> jax.Array:
+def classify(reader: VectorDenoiser, params: Params, z: jax.Array, gamma: jax.Array) -> jax.Array:
     """Logits float32 [B, out] of noisy texts z [B, S, d] at γ [B]."""
     return jnp.mean(reader.apply(params, z, gamma), axis=1)
-
-
-def energy(
-    table: jax.Array,
-    aims: Mapping[str, jax.Array],
-    free: jax.Array,
-    ends: tuple[int, ...],
-    tags: jax.Array,
-    classify: Callable[[jax.Array, jax.Array], jax.Array],
-    fields: Mapping[str, int],
-) -> Energy:
-    """-log p(c | z) float32 [B] of noisy vectors z, summed over the controls c.
-
-    Those of places are exact where words are independent and alike: a place counts -log of the probability, given its
-    own vector, of the words that are allowed there.
-
-    Args:
-      aims: "length" int [B], the place in the row where the text ends: `ends[0]` from there on and none of `ends`
-        before; "tags" int [B, S], of `tags` int [V]; and of fields their class int [B]. In all of them -1 asks for
-        nothing.
-      free: bool [B, S], the places that are not given.
-      ends: ids that end a text, first the one that fills rows.
-      classify: (z, γ) -> logits [B, Σ classes] of `fields`, name -> classes.
-    """
-    vocab, place = jnp.arange(len(table)), jnp.arange(free.shape[1])[None, :]
-
-    def minus_log_p(z, gamma):
-        total = jnp.zeros(len(z))
-        said = words(table, z, gamma) if {"length", "tags"} & set(aims) else None
-        if "length" in aims:
-            end = aims["length"][:, None]
-            inner, fill = ~jnp.isin(vocab, jnp.asarray(ends, jnp.int32)), vocab == ends[0]
-            right = jnp.where((place >= end)[:, :, None], fill[None, None, :], inner[None, None, :])
-            total += _outside(said, right, free & (end >= 0))
-        if "tags" in aims:
-            right = tags[None, None, :] == aims["tags"][:, :, None]
-            total += _outside(said, right, free & (aims["tags"] >= 0))
-        logits = classify(z, gamma) if set(fields) & set(aims) else None
-        at = 0
-        for name, classes in fields.items():
-            if name in aims:
-                logp = jax.nn.log_softmax(logits[:, at : at + classes], axis=-1)
-                mine = jnp.take_along_axis(logp, jnp.maximum(aims[name], 0)[:, None], axis=1)[:, 0]
-                total -= jnp.where(aims[name] >= 0, mine, 0.0)
-            at += classes
-        return total
-
-    return minus_log_p
-
-
-def _outside(said, right, counts):
-    """-log p of the words that are right bool [B, S, V], summed over the places that count bool [B, S]."""
-    inside = jax.nn.logsumexp(remove(said, ~right), axis=-1)
-    return -jnp.sum(jnp.where(counts, inside, 0.0), axis=1)
-
-
-def moved(values: jax.Array, at: jax.Array, other: jax.Array | int) -> jax.Array:
-    """values [B, n] at columns `at` int [B, S] of it; `other` where there is no such column."""
-    n = values.shape[1]
-    return jnp.where((at >= 0) & (at < n), jnp.take_along_axis(values, jnp.clip(at, 0, n - 1), axis=1), other)
-
-
-def steered(energy: Energy, scale: jax.Array, how: How) -> Edit:
-    """What follows each step of the sampler: `updates` steps of Adagrad, begun anew, down
-    scale · energy(z) + coef · |z - z'|² / σ², with z' what the sampler drew and σ the noise it holds (Li et al. 2022,
-    section 5.1; the authors pull to the mean of the step in place of z').
-
-    Args:
-      scale: float32 [] or [B]; where it is 0 the sampler's latent is kept, to the bit.
-    """
-    tx = optax.adagrad(how.rate, initial_accumulator_value=how.floor, eps=1e-10)
-
-    def edit(z, x, gamma, keys):
-        strength = jnp.broadcast_to(scale, z.shape[:1])
-        variance = rows(alpha_sigma(gamma)[1] ** 2, z)
-
-        def total(y):
-            return jnp.sum(strength * energy(y, gamma)) + how.coef * jnp.sum((y - z) ** 2 / variance)
-
-        def update(_, carry):
-            y, state = carry
-            change, state = tx.update(jax.grad(total)(y), state)
-            return y + change, state
-
-        def moved(z):
-            return jax.lax.fori_loop(0, how.updates, update, (z, tx.init(z)))[0]
-
-        y = jax.lax.cond(jnp.any(strength != 0), moved, lambda z: z, z)
-        return jnp.where(rows(strength != 0, z), y, z)
-
-    return edit

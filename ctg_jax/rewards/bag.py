@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ctg_jax.io import digest
-from ctg_jax.rewards.check import check_reads, checked, readable
-from ctg_jax.rewards.probe import (
+from ctg_jax.rewards.check import check_reads, checked, readable, texts_and_labels
+from ctg_jax.rewards.logistic import (
     check_training,
     class_probabilities,
     fit_logistic,
@@ -68,7 +69,7 @@ class BagOfWords:
         name: str = "bag-of-words",
         target: int = 1,
         reads: str = "text",
-        strength: float = 10.0,
+        inverse_l2: float = 10.0,
         seed: int = 0,
     ) -> BagOfWords:
         """Fits on texts and labels (texts without one are left out, see `LinearProbe.fit`); keeps the `features` most
@@ -83,7 +84,7 @@ class BagOfWords:
             x = vectorizer.fit_transform(texts)
         except ValueError as e:  # scikit-learn's word for an empty vocabulary
             raise InputError(f"texts give no features ({e}); give longer texts or a smaller min_count") from None
-        coef, intercept, classes = fit_logistic(x, labels, strength, seed)
+        coef, intercept, classes = fit_logistic(x, labels, inverse_l2, seed)
         terms = vectorizer.get_feature_names_out().tolist()
         return cls(
             terms,
@@ -166,3 +167,17 @@ def _vectorizer(ngrams: int, **more):
     return TfidfVectorizer(
         lowercase=True, ngram_range=(1, ngrams), sublinear_tf=True, token_pattern=pattern, dtype=np.float64, **more
     )
+
+
+SETTINGS = ("data", "target", "reads")
+
+
+def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where: str) -> BagOfWords:
+    """The judge of kind "bag", fitted on labelled texts; see `ctg_jax.rewards`."""
+    options = {key: settings[key] for key in ("name", "target", "reads")}
+    return BagOfWords.fit(*texts_and_labels(records, where), **options)
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> BagOfWords:
+    """The judge of kind "bag" that was saved in a folder."""
+    return BagOfWords.load(folder)

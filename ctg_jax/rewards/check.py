@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from ctg_jax.data.labels import labelled
 from ctg_jax.types import InputError
 
 READS = ("text", "both")
@@ -101,3 +102,15 @@ class TextReward:
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         return checked(self.name, self.fn(readable(self.name, prompts, texts, self.reads)), len(texts))
+
+
+def texts_and_labels(records: Sequence[Mapping[str, Any]], where: str) -> tuple[list[str], list[int]]:
+    """The texts and labels of records; those without a label are left out and counted in a warning.
+
+    where: what the records are called in messages.
+
+    Raises:
+      InputError: no record has a label.
+    """
+    rows = labelled(records, where)
+    return [r["text"] for r in rows], [r["label"] for r in rows]

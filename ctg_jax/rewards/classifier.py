@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ctg_jax.models.encoder import PROBLEMS
 from ctg_jax.rewards.check import check_reads, checked, readable
 from ctg_jax.rewards.embed import Embedder, load_text_encoder
-from ctg_jax.rewards.probe import class_probabilities
+from ctg_jax.rewards.logistic import class_probabilities
 from ctg_jax.types import InputError
 
 
@@ -87,3 +88,12 @@ class SequenceClassifier:
             return np.zeros((0,), np.float32)
         out = self.outputs(rows)
         return checked(self.name, out[:, min(self.target, out.shape[1] - 1)], len(texts))
+
+
+SETTINGS = ("target", "reads", "encoder", "problem", "threshold")
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> SequenceClassifier:
+    """The judge of kind "classifier"; see `ctg_jax.rewards`."""
+    options = {key: settings[key] for key in ("name", "target", "reads", "problem", "threshold")}
+    return SequenceClassifier.load(settings["encoder"], **options)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from ctg_jax.evaluation.text import repetition
 from ctg_jax.rewards.check import TextReward
 from ctg_jax.types import InputError
@@ -26,3 +30,11 @@ def diversity(order: int = 3, *, name: str = "diversity", reads: str = "text", t
         return [1 - repetition(t, order) if len(t.split()) >= order else 0.0 for t in texts]
 
     return TextReward(name, f"diversity[{order}]:{reads}@1", score, reads=reads, threshold=threshold)
+
+
+SETTINGS = ("reads",)
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> TextReward:
+    """The judge of kind "diversity"; see `ctg_jax.rewards`."""
+    return diversity(name=settings["name"], reads=settings["reads"])

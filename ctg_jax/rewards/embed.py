@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax.data.ids import check_sizes
+from ctg_jax.data.shapes import padded_length
 from ctg_jax.io import digest
 from ctg_jax.tree import flatten
 from ctg_jax.types import Params
-
-_WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
 class Embedder:
@@ -144,8 +143,7 @@ def length_batches(rows: Sequence[Sequence[int]], batch: int, pad: int, longest:
     for start in range(0, len(order), batch):
         indices = order[start : start + batch]
         need = max(1, max(len(rows[i]) for i in indices))
-        width = next((w for w in _WIDTHS if w >= need), need)
-        width = max(need, min(width, longest))
+        width = max(need, min(padded_length(need), longest))
         tokens, mask = np.full((batch, width), pad, np.int32), np.zeros((batch, width), bool)
         for r, i in enumerate(indices + [indices[0]] * (batch - len(indices))):
             tokens[r, : len(rows[i])] = rows[i]

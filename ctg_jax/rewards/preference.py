@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ctg_jax.io import digest
 from ctg_jax.rewards.check import check_reads, checked, readable
-from ctg_jax.rewards.embed import Embedder
-from ctg_jax.rewards.probe import read_model, write_model
+from ctg_jax.rewards.embed import Embedder, sentence_embedder
+from ctg_jax.rewards.logistic import read_model, write_model
 from ctg_jax.types import InputError
 
 
@@ -38,14 +39,14 @@ class PreferenceModel:
         chosen: Sequence[str],
         rejected: Sequence[str],
         *,
-        strength: float = 1.0,
+        inverse_l2: float = 1.0,
         reads: str = "text",
         name: str = "preference",
     ) -> PreferenceModel:
         """By logistic regression without intercept on differences of embeddings, each in both orders.
 
         Args:
-          strength: inverse of the L2 penalty, as in scikit-learn.
+          inverse_l2: the inverse weight of the L2 penalty, C in scikit-learn.
 
         Raises:
           InputError: no comparison, or unequal numbers of texts.
@@ -57,7 +58,7 @@ class PreferenceModel:
         better = embedder(readable(name, prompts, chosen, reads))
         gap = better - embedder(readable(name, prompts, rejected, reads))
         labels = np.r_[np.ones(len(gap)), np.zeros(len(gap))]
-        model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000).fit(np.r_[gap, -gap], labels)
+        model = LogisticRegression(C=inverse_l2, fit_intercept=False, max_iter=1000).fit(np.r_[gap, -gap], labels)
         return cls(embedder, model.coef_[0], name=name, reads=reads)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
@@ -83,3 +84,29 @@ class PreferenceModel:
                 f"the model in {directory} is of version {meta['version']}, with this encoder {out.version}"
             )
         return out
+
+
+SETTINGS = ("data", "reads", "encoder")
+
+
+def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where: str) -> PreferenceModel:
+    """The judge of kind "preference", fitted on comparisons; see `ctg_jax.rewards`."""
+    options = {key: settings[key] for key in ("name", "reads")}
+    return PreferenceModel.fit(sentence_embedder(settings["encoder"]), *comparisons(records, where), **options)
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> PreferenceModel:
+    """The judge of kind "preference" that was saved in a folder."""
+    return PreferenceModel.load(folder, sentence_embedder(settings["encoder"]))
+
+
+def accuracy(judge: PreferenceModel, records: Sequence[Mapping[str, Any]], where: str) -> float:
+    """The share of held-out comparisons in which the chosen text has the higher reward."""
+    return judge.accuracy(*comparisons(records, where))
+
+
+def comparisons(records: Sequence[Mapping[str, Any]], where: str) -> tuple[list[str], list[str], list[str]]:
+    """(prompts, chosen texts, rejected texts) of records; InputError where one has no text under `rejected`."""
+    if any(not isinstance(r.get("rejected"), str) for r in records):
+        raise InputError(f"{where} has records without a text under rejected: comparisons have text and rejected")
+    return [r.get("prompt", "") for r in records], [r["text"] for r in records], [r["rejected"] for r in records]

@@ -1,15 +1,24 @@
-"""A linear probe on sentence embeddings: logistic regression, kept as arrays, never pickled."""
+"""A linear probe on sentence embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ctg_jax.data.labels import known
-from ctg_jax.io import atomic, digest, read_json, write_json
-from ctg_jax.rewards.check import check_reads, checked, readable
+from ctg_jax.io import digest
+from ctg_jax.rewards.check import check_reads, checked, readable, texts_and_labels
+from ctg_jax.rewards.embed import sentence_embedder
+from ctg_jax.rewards.logistic import (
+    check_training,
+    class_probabilities,
+    fit_logistic,
+    read_model,
+    same_version,
+    write_model,
+)
 from ctg_jax.types import InputError
 
 EmbedFn = Callable[[Sequence[str]], np.ndarray]  # n texts -> float [n, D]
@@ -58,10 +67,10 @@ class LinearProbe:
         name: str = "linear-probe",
         target: int = 1,
         reads: str = "text",
-        strength: float = 1.0,
+        inverse_l2: float = 1.0,
         seed: int = 0,
     ) -> LinearProbe:
-        """Fits a probe; `strength` is scikit-learn's C (inverse regularisation). Texts without a label (None or -1) are
+        """Fits a probe; `inverse_l2` is the inverse weight of the L2 penalty. Texts without a label (None or -1) are
         left out and counted in a warning.
 
         Raises:
@@ -69,7 +78,7 @@ class LinearProbe:
         """
         texts, labels = check_training(texts, labels, name)
         x = embed(texts)
-        coef, intercept, classes = fit_logistic(_embedding(x, len(texts)), labels, strength, seed)
+        coef, intercept, classes = fit_logistic(_embedding(x, len(texts)), labels, inverse_l2, seed)
         trained_on = digest(texts, labels.tolist())
         return cls(embed, coef, intercept, classes, name=name, target=target, reads=reads, trained_on=trained_on)
 
@@ -142,74 +151,22 @@ class LinearProbe:
         return same_version(probe, meta, directory)
 
 
-def check_training(texts: Sequence[str], labels: Sequence[int | None], name: str) -> tuple[list[str], np.ndarray]:
-    """The texts that have a label, and their labels as int64 [n]; `InputError` where there is nothing to learn from.
-
-    name: of what is fitted, for messages.
-    """
-    if np.shape(labels) != (len(texts),):
-        raise InputError(f"labels has shape {list(np.shape(labels))} for {len(texts)} texts; give one for each text")
-    kept = known(labels, f"the texts for {name!r}")
-    texts, labels = [texts[i] for i in kept], np.asarray([labels[i] for i in kept])
-    if len(np.unique(labels)) < 2:
-        raise InputError(f"labels holds {len(np.unique(labels))} distinct value(s); a classifier needs at least two")
-    return texts, labels.astype(np.int64)
-
-
-def fit_logistic(x, labels: np.ndarray, strength: float, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """(coef, intercept, classes) of scikit-learn's logistic regression (L2, L-BFGS)."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=strength, max_iter=2000, random_state=seed).fit(x, labels)
-    return model.coef_.astype(np.float32), model.intercept_.astype(np.float32), [int(c) for c in model.classes_]
-
-
-def class_probabilities(z: np.ndarray) -> np.ndarray:
-    """Scores [n, C] as probabilities: softmax, or for C = 1 the two columns of the logistic function."""
-    z = np.asarray(z, np.float64)
-    if z.shape[1] == 1:
-        z = np.concatenate([np.zeros_like(z), z], axis=1)
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def write_model(directory: str | Path, meta: dict, **arrays: np.ndarray) -> None:
-    """probe.npz and probe.json, each written atomically, the JSON last: a reader that finds it finds the arrays too."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic(directory / "probe.npz") as f:
-        np.savez(f, **arrays)
-    write_json(directory / "probe.json", meta)
-
-
-def read_model(directory: str | Path, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """What `write_model` wrote; `InputError` names the file that is missing, damaged or of another kind."""
-    directory = Path(directory)
-    meta = read_json(directory / "probe.json", "expected a file that save() wrote")
-    if not isinstance(meta, dict):
-        raise InputError(f"{directory / 'probe.json'} holds a JSON {type(meta).__name__}; expected an object")
-    if meta.get("kind") != kind:
-        raise InputError(f"{directory / 'probe.json'} is of kind {meta.get('kind')!r}; expected {kind!r}")
-    path = directory / "probe.npz"
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            return meta, {name: f[name] for name in f.files}
-    except Exception as e:  # numpy raises zipfile, value, key and OS errors for damaged archives
-        raise InputError(f"cannot read {path}: {e}; expected the arrays that save() wrote") from None
-
-
-def same_version(model, meta: dict, directory):
-    """The model itself if its digest is the saved one, else an `InputError`."""
-    if model.version != meta["version"]:
-        raise InputError(
-            f"the weights in {directory} have version {model.version!r}, but probe.json says {meta['version']!r}; "
-            "the files do not belong together or are damaged: save the probe again"
-        )
-    return model
-
-
 def _embedding(x, n: int) -> np.ndarray:
     x = np.asarray(x, np.float32)
     if x.ndim != 2 or x.shape[0] != n:
         raise InputError(f"embed returned shape {list(x.shape)} for {n} texts; expected [{n}, D]")
     return x
+
+
+SETTINGS = ("data", "target", "reads", "encoder")
+
+
+def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where: str) -> LinearProbe:
+    """The judge of kind "probe", fitted on the embeddings of labelled texts; see `ctg_jax.rewards`."""
+    options = {key: settings[key] for key in ("name", "target", "reads")}
+    return LinearProbe.fit(sentence_embedder(settings["encoder"]), *texts_and_labels(records, where), **options)
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> LinearProbe:
+    """The judge of kind "probe" that was saved in a folder."""
+    return LinearProbe.load(folder, sentence_embedder(settings["encoder"]))

@@ -1,4 +1,5 @@
-"""The stages that score: `fit_judge`, `evaluate` a set of samples, `smooth` for a method over its strengths."""
+"""The stages that score: `fit_judge` makes a scorer of texts, `evaluate` computes the figures of a set of samples, and
+`smooth` how smoothly a method is controlled over its strengths."""
 
 from __future__ import annotations
 
@@ -7,24 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ctg_jax.data.labels import labelled
-from ctg_jax.rewards.function import function_content
+from ctg_jax import rewards
+from ctg_jax.rewards.check import texts_and_labels
+from ctg_jax.rewards.code import function_content
 from ctg_jax.run.identity import model_content
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
-KINDS = {  # kind -> the settings that it reads, besides name and heldout
-    "oracle": ("target", "reads"),
-    "bag": ("data", "target", "reads"),
-    "probe": ("data", "target", "reads", "encoder"),
-    "classifier": ("target", "reads", "encoder", "problem", "threshold"),
-    "diversity": ("reads",),
-    "preference": ("data", "reads", "encoder"),
-    "function": ("function", "version"),
-}
 
-
-@stage_function("fit_judge", contents={"encoder": model_content, "function": function_content})
+@stage_function("fit_judge", revision=1, contents={"encoder": model_content, "function": function_content})
 def fit_judge(
     run: Run,
     *,
@@ -40,94 +32,77 @@ def fit_judge(
     function: str | None = None,
     version: str = "",
 ) -> None:
-    """A scorer of texts, kept in state/ with its accuracy on held-out texts in metrics.jsonl.
+    """Stage: a scorer of texts, kept in state/, with its accuracy on held-out texts in metrics.jsonl.
 
     Args:
-      kind: "oracle" (the grammar of the bundled reviews; exact), "bag" (bag of words), "probe" (linear probe on the
-        sentence encoder `encoder`), "classifier" (the imported sequence classifier `encoder`), "diversity" (one
-        minus the share of repeated 3-grams of words), "preference" (linear in the embeddings of `encoder`, fitted on
-        comparisons: records with text, the chosen one, and rejected), or "function" (your own, of prompt and text).
+      kind: the name of a module of `ctg_jax.rewards`: "oracle" (the grammar of the bundled reviews; exact on them),
+        "bag" (bag of words), "probe" (linear probe on the sentence encoder `encoder`), "classifier" (the imported
+        sequence classifier `encoder`), "diversity" (one minus the share of repeated 3-grams of words), "preference"
+        (linear in the embeddings of `encoder`, fitted on comparisons: records with text, the chosen one, and rejected),
+        "function" (your own, of prompt and text).
       data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
         warning); or comparisons.
-      function, version: "package.module:function" and what would change if its answers changed though its file did
-        not. It is given prompt and text apart, and is identified by its file, not by what that imports.
-      name: what reports call it; target: the label whose probability it gives, for a classifier also by its name in
-        config.json.
+      function, version: "package.module:function", and a string to change when its scores change though its file does
+        not. It is given prompt and text apart, and is identified by its file, not by the modules that this imports.
+      name: its name in reports. target: the label whose probability it gives; of a classifier also the name of the
+        label in config.json.
       reads: "text" for the continuation alone, "both" for prompt and continuation.
-      problem, threshold: of a classifier whose config.json does not say what its outputs mean, or for which another
-        score than `SequenceClassifier`'s default counts as having the attribute.
+      problem, threshold: the meaning of a classifier's outputs, where its config.json does not give it, and the score
+        from which a text has the attribute, where that is not the default of `SequenceClassifier`.
 
     Raises:
-      InputError: an unknown kind, a setting that the kind does not read (see `KINDS`), data that are missing or have no
-        labels, held-out texts for a classifier that gives values, which cannot be compared with labels, and what the
-        scorer raises.
+      InputError: an unknown kind, a setting that the kind does not read, data that are missing or have no labels,
+        held-out texts for a classifier that gives values, which cannot be compared with labels, and what the scorer
+        raises.
     """
-    from ctg_jax.rewards import BagOfWords, LinearProbe, PreferenceModel, sentence_embedder
-
+    module = rewards.get(kind)
     given = dict(data=data, encoder=encoder, target=target, reads=reads, function=function, version=version)
-    _check_settings(kind, given | dict(problem=problem, threshold=threshold))
-    if kind in ("bag", "probe", "preference"):
+    _check_settings(kind, module.SETTINGS, given | dict(problem=problem, threshold=threshold))
+    if "data" in module.SETTINGS:
         if data is None:
             raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
-        rows = data.rows("data.jsonl")
-        texts = _comparisons(rows, data) if kind == "preference" else _labelled(rows, data)
-        options = dict(name=name, reads=reads)
-        if kind == "preference":
-            judge = PreferenceModel.fit(sentence_embedder(encoder), *texts, **options)
-        elif kind == "bag":
-            judge = BagOfWords.fit(*texts, target=target, **options)
-        else:
-            judge = LinearProbe.fit(sentence_embedder(encoder), *texts, target=target, **options)
-        judge.save(run.path / "state")
-    facts = {"kind": kind, "name": name, "target": target, "reads": reads}
-    run.record(judge=facts | ({"problem": problem, "threshold": threshold} if kind == "classifier" else {}))
+        fitted = module.fit(data.rows("data.jsonl"), {"name": name, **given}, str(data.path))
+        fitted.save(run.path / "state")
+    facts = dict(kind=kind, name=name, target=target, reads=reads, problem=problem, threshold=threshold)
+    run.record(judge=facts)
     judge = _opened(Artifact(run.path, "", run.session))
     run.record(version=judge.version)
     row: dict[str, Any] = {"name": name, "version": judge.version}
     if heldout is not None:
         if getattr(judge, "values", False):
             raise InputError(f"heldout is given, but {encoder} gives values, which cannot be compared with labels")
-        rows = heldout.rows("data.jsonl")
-        if kind == "preference":
-            row |= {"accuracy": judge.accuracy(*_comparisons(rows, heldout)), "heldout": len(rows)}
+        rows, where = heldout.rows("data.jsonl"), str(heldout.path)
+        if hasattr(module, "accuracy"):
+            row |= {"accuracy": module.accuracy(judge, rows, where), "heldout": len(rows)}
         else:
-            texts, labels = _labelled(rows, heldout)
-            said = judge([""] * len(texts), texts) >= judge.threshold
-            label = judge.target if kind == "classifier" else target
-            right = said == (np.asarray(labels) == label)
-            row |= {"accuracy": float(np.mean(right)), "heldout": len(texts)}
-            if getattr(judge, "own", None) is not None:
-                row |= {"own": sum(judge.own(text) for text in texts)}
+            texts, labels = texts_and_labels(rows, where)
+            chosen = judge([""] * len(texts), texts) >= judge.threshold
+            label = judge.target if isinstance(target, str) else target  # a name of one of its classes
+            right = chosen == (np.asarray(labels) == label)
+            if getattr(judge, "own", None) is not None:  # on texts of its own corpus an oracle is right by construction
+                foreign = np.asarray([not judge.own(text) for text in texts])
+                right, row["own"] = right[foreign], int(np.sum(~foreign))
+            row |= {"heldout": len(right)} | ({"accuracy": float(np.mean(right))} if len(right) else {})
     run.log(**row)
 
 
-def _check_settings(kind: str, given: dict[str, Any]) -> None:
-    """InputError for an unknown kind, and for a setting that this kind would ignore or that it lacks."""
-    if kind not in KINDS:
-        raise InputError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+def _check_settings(kind: str, known: Sequence[str], given: dict[str, Any]) -> None:
+    """InputError for a setting that this kind would ignore or that it lacks.
+
+    known: the settings that it reads.
+    """
     defaults = dict(data=None, encoder=None, target=1, reads="text", function=None, version="")
     defaults |= dict(problem=None, threshold=None)
     for name, value in given.items():
-        if name not in KINDS[kind] and value != defaults[name]:
+        if name not in known and value != defaults[name]:
             shown = value.path.name if isinstance(value, Artifact) else value
             why = f"a judge of kind {kind!r} does not read it"
             if kind == "function" and name in ("reads", "target"):
                 why = "a function is given prompt and text apart and returns its own score, so it decides both itself"
             raise InputError(f"{name} is {shown!r}, but {why}: leave {name} out")
     for name in ("encoder", "function"):
-        if name in KINDS[kind] and not given[name]:
+        if name in known and not given[name]:
             raise InputError(f"a judge of kind {kind!r} needs {name}, and none was given")
-
-
-def _labelled(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[int]]:
-    rows = labelled(rows, str(data.path))
-    return [r["text"] for r in rows], [r["label"] for r in rows]
-
-
-def _comparisons(rows: list[dict[str, Any]], data: Artifact) -> tuple[list[str], list[str], list[str]]:
-    if any(not isinstance(r.get("rejected"), str) for r in rows):
-        raise InputError(f"{data.path} has records without a text under rejected: comparisons have text and rejected")
-    return [r.get("prompt", "") for r in rows], [r["text"] for r in rows], [r["rejected"] for r in rows]
 
 
 def open_judge(artifact: Artifact) -> Any:
@@ -147,38 +122,9 @@ def open_judge(artifact: Artifact) -> Any:
 
 
 def _opened(artifact: Artifact) -> Any:
-    from ctg_jax.rewards import (
-        BagOfWords,
-        FunctionReward,
-        LinearProbe,
-        PreferenceModel,
-        SequenceClassifier,
-        diversity,
-        named,
-        reviews_oracle,
-        sentence_embedder,
-    )
-
-    spec = artifact.spec["judge"]
-    kind, options, encoder = spec["kind"], {k: spec[k] for k in ("name", "target", "reads")}, artifact.given("encoder")
-    if kind == "oracle":
-        return reviews_oracle("sentiment", **options)
-    if kind == "bag":
-        return BagOfWords.load(artifact.path / "state")
-    if kind == "probe":
-        return LinearProbe.load(artifact.path / "state", sentence_embedder(encoder))
-    if kind == "preference":
-        return PreferenceModel.load(artifact.path / "state", sentence_embedder(encoder))
-    if kind == "function":
-        fn, code = named(artifact.given("function"))
-        cache = artifact.path.parent / ".scores" / f"{code}.sqlite"
-        return FunctionReward(fn, name=spec["name"], version=artifact.given("version"), code=code, cache=cache)
-    if kind == "classifier":
-        options |= {k: spec[k] for k in ("problem", "threshold")}
-        return SequenceClassifier.load(encoder, **options)
-    if kind == "diversity":
-        return diversity(name=spec["name"], reads=spec["reads"])
-    raise InputError(f"{artifact.path} is a judge of kind {kind!r}, which is unknown")
+    recorded = artifact.spec["judge"]
+    settings = recorded | {name: artifact.given(name) for name in ("encoder", "function", "version")}
+    return rewards.get(recorded["kind"]).load(artifact.path / "state", settings)
 
 
 @stage_function("evaluate", contents={"embed": model_content})
@@ -196,8 +142,8 @@ def evaluate(
     seed: int = 0,
     resamples: int = 1000,
 ) -> None:
-    """Writes the figures of one set of samples to metrics.jsonl, one row per figure with name, value, low, high, n, and
-    what every scorer said of every sample to scores.jsonl.
+    """Stage: writes the figures of one set of samples to metrics.jsonl, as rows with name, value, low, high, n, and the
+    score of every sample by every judge to scores.jsonl.
 
     Args:
       judges: what `fit_judge` made.
@@ -205,38 +151,37 @@ def evaluate(
       embed: a sentence encoder, for relevance and similarity (see `ctg_jax.evaluation.score`); without one, relevance
         is read off `lm`.
       references: human texts (records with text), for mauve; needs `embed`.
-      kl: estimate the KL from `lm`, which must be the one that wrote the samples, per token: the mean of log p - log
-        p_lm over the samples, with p what they were drawn from, truncation included. Left out where that has no
-        likelihood, as under a diffusion model or best of n.
+      kl: estimate the KL from `lm`, which must be the model that the samples were drawn with, per token: the mean of
+        log p - log p_lm over the samples, where p is what they were drawn from, truncation included.
       seed, resamples: of the bootstrap over prompts.
 
     Raises:
-      InputError: references without an encoder; kl without the LM of the samples, or of greedy ones.
+      InputError: references without an encoder; kl without the LM of the samples, of greedy samples, or of samples
+        without a likelihood (of a diffusion model, or the best of n).
     """
     from ctg_jax import evaluation
-    from ctg_jax.rewards import sentence_embedder
 
     if references is not None and embed is None:
         raise InputError("references are compared by an encoder and none was given: set embed to a sentence encoder")
     rows = samples.rows("samples.jsonl")
     read_by = fluency or lm
     reader = None if read_by is None else evaluation.LMScorer(*open_lm(read_by), name=lm_name)
-    if kl and samples.spec.get("likelihood", True):
+    if kl:
         _check_kl(samples, lm)
         rows = _with_kl(rows, reader if read_by is lm else evaluation.LMScorer(*open_lm(lm)))
-    encoder = None if embed is None else sentence_embedder(embed)
-    rewards = [open_judge(j) for j in judges]
-    rows = evaluation.score(rows, rewards, fluency=reader, embed=encoder)
+    encoder = None if embed is None else rewards.sentence_embedder(embed)
+    scorers = [open_judge(j) for j in judges]
+    rows = evaluation.score(rows, scorers, fluency=reader, embed=encoder)
     features = None
     if references is not None:
         features = encoder([r["text"] for r in rows]), encoder([r["text"] for r in references.rows("data.jsonl")])
-    thresholds = {r.name: r.threshold for r in rewards}
+    thresholds = {r.name: r.threshold for r in scorers}
     figures = evaluation.summary(rows, thresholds, features, seed=seed, resamples=resamples)
     kept = ("prompt_id", "sample", "scores", "nats", "read", "relevance", "similarity", "kl")
     write_jsonl(run.path / "scores.jsonl", [{k: _finite(row[k]) for k in kept if k in row} for row in rows])
-    oracles = [r for r in rewards if getattr(r, "own", None) is not None]
+    oracles = [r for r in scorers if getattr(r, "own", None) is not None]
     run.record(
-        judges={r.name: _with_accuracy(r.version, j) for r, j in zip(rewards, judges)},
+        judges={r.name: _with_accuracy(r.version, j) for r, j in zip(scorers, judges)},
         own={r.name: sum(r.own(row["text"]) for row in rows) for r in oracles},
         judged=len(rows),
         perplexity=None if reader is None else f"{reader.version}: {evaluation.FIELD.perplexity}",
@@ -251,7 +196,7 @@ def evaluate(
 def smooth(
     run: Run, *, figures: Sequence[Artifact], strengths: Sequence[float], seed: int = 0, resamples: int = 1000
 ) -> None:
-    """Writes how smoothly one method is controlled to metrics.jsonl: <judge>/<figure> for every figure of
+    """Stage: writes how smoothly one method is controlled to metrics.jsonl: <judge>/<figure> for every figure of
     `ctg_jax.evaluation.smooth_control`, and relevance over all strengths.
 
     Args:
@@ -264,9 +209,9 @@ def smooth(
 
     if len(figures) != len(strengths):
         raise InputError(f"{len(strengths)} strengths were given for {len(figures)} evaluations: give one for each")
-    said = ("judges", "encoder", "relevance")
+    scorers = ("judges", "encoder", "relevance")
     for other in figures[1:]:
-        if any(other.spec[k] != figures[0].spec[k] for k in said):
+        if any(other.spec[k] != figures[0].spec[k] for k in scorers):
             raise InputError(f"{other.path.name} and {figures[0].path.name} were not scored alike: use the same judges")
     rows = [(float(s), row) for s, a in zip(strengths, figures) for row in a.rows("scores.jsonl")]
     at, prompts = [s for s, _ in rows], [row["prompt_id"] for _, row in rows]
@@ -279,12 +224,16 @@ def smooth(
     if any(x is not None for x in known):
         values = [np.nan if x is None else x for x in known]
         run.log(name="relevance", **evaluation.Bootstrap(prompts, **options).mean(values).as_json())
-    run.record(**{k: figures[0].spec[k] for k in said})
+    run.record(**{k: figures[0].spec[k] for k in scorers})
 
 
 def _check_kl(samples: Artifact, lm: Artifact | None) -> None:
     """InputError where the KL from `lm` cannot be estimated on the samples."""
     spec = samples.spec
+    if not spec.get("likelihood", True):
+        raise InputError(
+            f"kl needs the likelihood of every sample, and what drew {samples.path.name} has none: set kl to False"
+        )
     if lm is None or spec.get("fingerprints", {}).get("lm") != lm.fingerprint:
         raise InputError(f"kl needs the language model that wrote {samples.path.name}: give that one as lm")
     if spec["config"].get("greedy"):
@@ -298,13 +247,13 @@ def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
 
 
 def _with_accuracy(version: str, judge: Artifact) -> str:
-    """A judge's version with its accuracy on held-out texts, where that was measured. Of an oracle it says nothing on
-    texts of its own corpus, where it is right by construction, so only that on other texts is given."""
+    """A judge's version with its accuracy on held-out texts, where that was measured; that of an oracle is its accuracy
+    on the texts that are not in the words of its own corpus."""
     own = getattr(open_judge(judge), "own", None) is not None
     text = version + ", exact on texts of its own corpus and a count of cue words on any other" * own
     for row in judge.metrics():
-        if "accuracy" in row and not (own and row["own"] == row["heldout"]):
-            text += f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts"
+        if "accuracy" in row:
+            text += f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts" + " of others" * own
     return text
 
 

@@ -1,8 +1,9 @@
-"""The stages `sample` and `human`, and what they are made of: the chain of controls, and completions of prompts under
-it; with `ctg_jax.stages.sources`, `ctg_jax.stages.judges` and the `fit` of the methods it is every experiment."""
+"""The stages `sample` and `human_perplexity`, and the functions that they share with the scripts: `build` makes the
+chain of controls, `complete` and `stream` complete prompts under it."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -21,8 +22,34 @@ from ctg_jax.models.lengths import check_reads, room
 from ctg_jax.run.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
 from ctg_jax.types import InputError, Sampling
 
-# What the record of a prompt says about its samples: field there -> field here; judging reads the last two.
+# Fields of the record of a prompt that its samples keep -> their names there; `judges.evaluate` reads the last two.
 _CARRIED = {"label": "prompt_label", "source": "source", "keywords": "keywords"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How prompts are completed.
+
+    Attributes:
+      n: completions of each prompt. max_new: tokens of a completion, at most.
+      greedy: take the likeliest token instead of drawing one.
+      batch: rows that are decoded at once; no sample depends on it. seed: of the random numbers.
+      stop: a completion ends with the token that completes the first of these texts.
+    """
+
+    n: int = 1
+    max_new: int = 20
+    greedy: bool = False
+    batch: int = 64
+    seed: int = 0
+    stop: Sequence[str] = ()
+
+    def sampling(self, tokenizer: Any) -> Sampling:
+        """The same for the decode loop. A text of `stop` ends a row where it is spelled with the tokens that it encodes
+        to; `_until` finds it in other spellings as well."""
+        stop = tuple(tuple(ids) for ids in tokenizer.encode(list(self.stop)) if ids) if self.stop else ()
+        pad = tokenizer.pad or 0
+        return Sampling(max_new=self.max_new, eos=tokenizer.ends, pad=pad, greedy=self.greedy, stop=stop)
 
 
 def opened(lm: Artifact) -> tuple[Any, Any, Any]:
@@ -63,8 +90,8 @@ def build(
 
 
 def conditions(controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """What controls read for each row that is made from the text of its prompt, name -> [n, …]: the `conditions` of the
-    methods that have them, such as the embedding of the prompt."""
+    """The entries of `prompts.cond` that methods compute from the texts of the prompts, such as their embeddings: name
+    -> array [n, …]. The function `conditions` of a method's module computes them."""
     found: dict[str, np.ndarray] = {}
     for artifact in controls:
         make = getattr(methods.get(artifact.spec["method"]), "conditions", None)
@@ -98,13 +125,17 @@ def sample(
     batch: int = 64,
     seed: int = 0,
 ) -> None:
-    """Writes samples.jsonl: `n` completions of every prompt, records with prompt_id, prompt, text, tokens, logp,
-    seconds (the row's share of the wall clock without compilation).
+    """Stage: writes samples.jsonl, `n` completions of every prompt, as records with prompt_id, sample, prompt, text,
+    tokens, logp (nats) and seconds (the row's share of the wall clock, without compilation).
 
-    Batches have one shape, so one program is compiled, and their rows are split over the accelerators of this machine.
-    A sample depends on the seed, its prompt's number and its own number only, which address its random numbers, so that
-    more samples keep the first; an interrupted stage goes on behind its
-    last whole batch.
+    All batches have one shape, so that one program is compiled, and their rows are split over the accelerators of this
+    machine. The random numbers of a sample depend on the seed, the number of its prompt and its own number alone, so
+    that a larger `n` keeps the samples of a smaller one. An interrupted stage continues after its last whole batch.
+
+    Args:
+      lm, prompts: the language model, and records with `prompt` or `text`.
+      controls, strengths, filter, filter_first: see `build`.
+      n, max_new, greedy, batch, seed: see `Options`.
 
     Raises:
       InputError: no prompts, an empty prompt, one that does not fit in the context, and what `build` raises.
@@ -117,10 +148,9 @@ def sample(
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
     rows = _whole_batches(partial, min(batch, total), total)
-    batches = complete(
-        *opened(lm), texts, control, n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, skip=len(rows),
-        cond=conditions(controls, lm, texts),
-    )  # fmt: skip
+    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed)
+    cond = conditions(controls, lm, texts)
+    batches = complete(*opened(lm), texts, control, options, skip=len(rows), cond=cond)
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:
         for new in batches:
@@ -131,7 +161,7 @@ def sample(
             f.flush()
             rows += new
             bar.update(len(new))
-    # The first batch waited for the compiler: it is given the pace of the others.
+    # The time of the first batch includes compilation, so its rows are given the median of the others.
     later = [row["seconds"] for row in rows[min(batch, total) :]]
     for row in rows[: min(batch, total)]:
         row["seconds"] = float(np.median(later)) if later else row["seconds"]
@@ -141,7 +171,7 @@ def sample(
 
 
 @stage_function("human_perplexity", how=("batch",))
-def human(
+def human_perplexity(
     run: Run,
     *,
     lm: Artifact,
@@ -153,28 +183,28 @@ def human(
     seed: int = 0,
     resamples: int = 1000,
 ) -> None:
-    """Stage: what control costs where people wrote. Writes the perplexity of the controlled LM on human continuations
-    of the prompts in `data`, over all their tokens, to metrics.jsonl under the name human_perplexity.
+    """Stage: what control costs on human text. Writes the perplexity of the controlled LM on human continuations of the
+    prompts in `data`, over all their tokens, to metrics.jsonl under the name human_perplexity.
 
-    No rule that leaves tokens out, such as top-p, takes part: under it human text has probability 0. The figure is not
-    known (NaN) under a strategy without a likelihood.
+    There is no filter: under a rule that removes tokens, such as top-p, human text has probability 0.
 
     Args:
       data: texts and their prompts, see `ctg_jax.data.completions.continuations`.
-      length: tokens of a continuation, at most; the LM must have room for them behind one token of the prompt.
+      length: tokens of a continuation, at most; they must fit in the context after one token of the prompt.
       controls, strengths: see `build`.
       seed, resamples: of the bootstrap over texts.
 
     Raises:
-      InputError: what `build` and `continuations` raise.
+      InputError: controls without a likelihood, and what `build` and `continuations` raise.
     """
     from ctg_jax.data.completions import continuations
 
     records = data.rows("data.jsonl")
     control = build(lm, controls, strengths)
     if not strategies.of(control).likelihood:
-        run.log(name="human_perplexity", **evaluation.Figure(math.nan, math.nan, math.nan, 0).as_json())
-        return
+        raise InputError(
+            f"{controls[0].path.name} gives no text a likelihood, so human text has no perplexity under it"
+        )
     model, params, tokenizer = open_lm(lm)
     reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=control)
     heads = tokenizer.encode_prompts([r.get("prompt", r["text"]) for r in records])
@@ -190,36 +220,31 @@ def complete(
     tokenizer: Any,
     texts: Sequence[str],
     control: Control = IDENTITY,
+    options: Options = Options(),
     *,
-    n: int = 1,
-    max_new: int = 20,
-    greedy: bool = False,
-    batch: int = 64,
-    seed: int = 0,
     skip: int = 0,
-    stop: Sequence[str] = (),
     cond: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Batches of the records of `sample`: `n` completions of each text, in order, without the first `skip`, which is
-    a multiple of `batch`. All batches have one shape, and the strategy of the control completes them.
-    Ids that are no token of the tokenizer have no probability.
+    """Yields batches of the records of `sample`: `options.n` completions of each text, in order. All batches have one
+    shape, and the strategy of the control completes them. Ids that are no token of the tokenizer have probability 0.
 
     Args:
-      stop: a completion ends with the token that completes the first of these texts.
-      cond: what the texts bring for controls, name -> [n, …].
+      model, params, tokenizer: what `opened` returns.
+      skip: leave out this many records at the beginning; a multiple of `options.batch`.
+      cond: entries of `prompts.cond`, name -> array with a row for each text; see `conditions`.
 
     Raises:
       InputError: what `check_prompts` and `strategies.run` raise.
     """
     from ctg_jax.data.tokenizer import to_prompts
 
-    check_prompts(model, tokenizer, texts, max_new, control)
+    check_prompts(model, tokenizer, texts, options.max_new, control)
     control = constraints.only(tokenizer.known(model.vocab), control)
-    work = [(i, j) for i in range(len(texts)) for j in range(n)]
-    batch = min(batch, len(work))
+    work = [(i, j) for i in range(len(texts)) for j in range(options.n)]
+    batch = min(options.batch, len(work))
     heads = tokenizer.encode_prompts(texts)
     length = max(map(len, heads))
-    sampling = _sampling(tokenizer, max_new, greedy, stop)
+    sampling = options.sampling(tokenizer)
     devices = layout.accelerators()
     params, control = layout.replicated((params, control), devices[: math.gcd(batch, len(devices))])
     for at in range(skip, len(work), batch):
@@ -227,14 +252,14 @@ def complete(
         full = part + [part[0]] * (batch - len(part))
         rows = [i for i, _ in full]
         own = {name: values[rows] for name, values in cond.items()} if cond else None
-        prompts = to_prompts(tokenizer, [texts[i] for i in rows], seed, ids=full, length=length, cond=own)
+        prompts = to_prompts(tokenizer, [texts[i] for i in rows], options.seed, ids=full, length=length, cond=own)
         started = time.monotonic()
         out = strategies.run(model, params, prompts, control, sampling, devices)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]
-        if stop:
-            kept = [row[: _until(tokenizer, heads[i], row, stop)] for (i, _), row in zip(full, kept)]
+        if options.stop:
+            kept = [row[: _until(tokenizer, heads[i], row, options.stop)] for (i, _), row in zip(full, kept)]
             mask = np.arange(mask.shape[1]) < np.asarray([len(row) for row in kept])[:, None]
         bodies = [tokenizer.before_end(ids) for ids in kept[: len(part)]]
         written = tokenizer.decode_after([heads[i] for i, _ in part], bodies)
@@ -258,52 +283,46 @@ def stream(
     tokenizer: Any,
     text: str,
     control: Control = IDENTITY,
+    options: Options = Options(),
     *,
     index: tuple[int, int] = (0, 0),
-    max_new: int = 20,
-    greedy: bool = False,
-    seed: int = 0,
-    stop: Sequence[str] = (),
     cond: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[str]:
-    """The pieces of one completion as they are written; together they are the text of `complete`.
+    """Yields one completion in pieces, as soon as they are decoded. Joined they are the text of `complete`.
 
     Args:
-      index: numbers of the prompt and of the sample, which choose what is drawn.
-      cond: what this text brings for controls, name -> [1, …].
+      options: all but `n` and `batch`, which are not read.
+      index: the numbers of the prompt and of the sample, which select the random numbers.
+      cond: entries of `prompts.cond`, name -> array with the row of this text.
+
+    Raises:
+      InputError: what `check_prompts` and `strategies.stream` raise.
     """
     from ctg_jax.data.tokenizer import to_prompts
 
-    check_prompts(model, tokenizer, [text], max_new, control)
+    check_prompts(model, tokenizer, [text], options.max_new, control)
     control = constraints.only(tokenizer.known(model.vocab), control)
     (head,) = tokenizer.encode_prompts([text])
-    prompts = to_prompts(tokenizer, [text], seed, ids=[index], cond=dict(cond) if cond else None)
-    sampling = _sampling(tokenizer, max_new, greedy, stop)
+    prompts = to_prompts(tokenizer, [text], options.seed, ids=[index], cond=dict(cond) if cond else None)
+    sampling = options.sampling(tokenizer)
     tokens = (int(token[0]) for token in strategies.stream(model, params, prompts, control, sampling))
     shown = ""
     for piece in tokenizer.decode_stream(head, itertools.takewhile(lambda token: token not in sampling.eos, tokens)):
         yield piece
         shown += piece
-        if any(text in shown for text in stop):
+        if any(text in shown for text in options.stop):
             return
 
 
-def _sampling(tokenizer: Any, max_new: int, greedy: bool, stop: Sequence[str]) -> Sampling:
-    """How rows end: where a text of `stop` is written in the tokens it encodes to, decoding ends with it; `_until`
-    finds it in other tokens too."""
-    spelled = tuple(tuple(ids) for ids in tokenizer.encode(list(stop)) if ids) if stop else ()
-    return Sampling(max_new=max_new, eos=tokenizer.ends, pad=tokenizer.pad or 0, greedy=greedy, stop=spelled)
-
-
 def _until(tokenizer: Any, head: Sequence[int], row: Sequence[int], stop: Sequence[str]) -> int:
-    """How many tokens of a completion there are up to the one that completes a text of `stop`; all where none is."""
+    """The number of tokens of a completion up to the one that completes a text of `stop`; all where none occurs."""
     texts = tokenizer.decode_after([head] * len(row), [row[: k + 1] for k in range(len(row))])
     return next((k + 1 for k, text in enumerate(texts) if any(s in text for s in stop)), len(row))
 
 
 def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int, control: Control = IDENTITY) -> None:
-    """InputError where there are no prompts, one is empty or none of its tokens can be read, or one is too long for
-    `model` and what else reads it under `control`."""
+    """InputError where there are no prompts, one is empty or has no tokens, or one is too long for `model` or for
+    another model that reads it under `control`."""
     if not texts:
         raise InputError("the list of prompts is empty: give at least one prompt")
     for i, ids in enumerate(tokenizer.encode_prompts(texts)):
@@ -315,7 +334,7 @@ def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int, control:
 
 
 def _whole_batches(partial, batch: int, total: int) -> list[dict]:
-    """Rows of an interrupted attempt, cut back to whole batches, in the file too."""
+    """The rows of an interrupted attempt, cut back to whole batches, in the file as well."""
     if not partial.exists():
         return []
     text = partial.read_text("utf-8")

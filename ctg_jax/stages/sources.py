@@ -34,23 +34,23 @@ def load_data(
     text: str = "text",
     labels: Mapping[str, int] | None = None,
 ) -> None:
-    """Copies records of a source into data.jsonl, so that later stages read the same ones for ever. A local file is
-    identified by its content: an edited one is another source, the same one at another path is not.
+    """Stage: copies records of a source into data.jsonl, so that later stages read the same ones if the source changes.
+    A local file is identified by its content: an edited one is another source, the same one at another path is not.
 
     Args:
       source: "bundled:reviews", "jsonl:PATH", "text:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
       split: name of the split.
-      limit: keep at most so many records (of each value of `balance`, where given).
+      limit: the largest number of records to keep (of each value of `balance`, where given).
       where: keep records whose fields have these values, e.g. {"label": 1}.
-      words: cut every text to its first so many words (prompts); shorter texts are left out.
+      words: cut every text to its first `words` words, as a prompt; shorter texts are left out.
       balance: a field; records are kept `limit` for each of its values, in the order of the source. With "label",
         records without one (missing or -1) are left out and counted in a warning.
-      skip: leave out so many matching records first (of each value of `balance`).
-      text: the field that holds the text, dotted where it lies inside another: "prompt", "prompt.text".
+      skip: the number of matching records to leave out first (of each value of `balance`).
+      text: the field that holds the text, dotted where it is inside another: "prompt", "prompt.text".
       labels: name of a label -> its number; records with other labels are left out. Methods read numbers.
 
-    A record may say itself how much of its text is a prompt (`prompt`, as the bundled reviews do); with `words` or
-    `text` the text itself is the prompt.
+    The field `prompt` of a record, as in the bundled reviews, is the part of its text that is the prompt; with `words`
+    or `text` the text itself is the prompt.
 
     Raises:
       InputError: no record matches; a record has no text in that field.
@@ -117,7 +117,7 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
 
     check_dtype(dtype)
     path = hf.resolve(source)
-    lm = hf.check(path)  # says now what is wrong with the files, not in the middle of an experiment
+    lm = hf.check(path)  # finds what is wrong with the files now, not in the middle of an experiment
     check_sizes(load_tokenizer(str(path)), lm, source)
     run.record(lm=str(path.absolute()), fingerprint=digest_model(path, run.session.sha256))
 

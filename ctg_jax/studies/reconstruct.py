@@ -1,5 +1,7 @@
-"""How much of a text its latent keeps: continuations that DGLM's prompter says from the true latent, from another
-text's, or that the language model writes from none, against what people wrote."""
+"""How much of a text its latent keeps.
+
+DGLM's prompter writes continuations from the true latent or from that of another text, and the language model writes
+some without a latent; all of them are compared with what people wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +15,6 @@ from ctg_jax.controls import truncate
 from ctg_jax.learn import embeddings
 from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.stages import sampling
-from ctg_jax.studies.latents import bleu
 from ctg_jax.types import InputError
 
 LATENTS = ("own", "other", "none")
@@ -33,16 +34,16 @@ def reconstruct(
     seed: int = 0,
     resamples: int = 1000,
 ) -> None:
-    """Stage: samples.jsonl, one continuation of each prefix, and how close it is to the true one: cosine of their
-    embeddings and corpus BLEU-4.
+    """Stage: writes one continuation of each prefix to samples.jsonl, and measures how close it is to the true one by
+    the cosine of their embeddings and by corpus BLEU-4.
 
     Args:
-      control: what `dglm.fit` made. latents: what `embeddings.encode` made of held-out texts with the same encoder.
-      latent: "own", that of the true continuation; "other", that of the next text; "none", no soft prompt.
-      top_p: of nucleus sampling. max_new: tokens.
+      control: an artifact of `dglm.fit`. latents: held-out texts, encoded by `embeddings.encode` with the same encoder.
+      latent: "own": the latent of the true continuation; "other": that of the next text; "none": no soft prompt.
+      top_p: of nucleus sampling. max_new: new tokens at most.
 
     Raises:
-      InputError: another `latent`, or latents of another encoder.
+      InputError: `latent` has another value, or the latents were made by another encoder.
     """
     if latent not in LATENTS:
         raise InputError(f"latent is {latent!r}, expected one of {', '.join(LATENTS)}")
@@ -61,16 +62,12 @@ def reconstruct(
         "latent": (given - mean) / deviation,
         "gamma": np.full(len(x), math.log(signal / (1 - signal)), np.float32),
     }
-    said = Chain((IDENTITY if latent == "none" else proposal.said, truncate.rules(opened[0], top_p=top_p)))
-    prompts = [p["prompt"] for p in pieces]
-    rows = [
-        row
-        for part in sampling.complete(*opened, prompts, said, max_new=max_new, batch=batch, seed=seed, cond=cond)
-        for row in part
-    ]
+    writer = Chain((IDENTITY if latent == "none" else proposal.soft_prompt, truncate.rules(opened[0], top_p=top_p)))
+    prompts, drawing = [p["prompt"] for p in pieces], sampling.Options(max_new=max_new, batch=batch, seed=seed)
+    rows = [row for part in sampling.complete(*opened, prompts, writer, drawing, cond=cond) for row in part]
     write_jsonl(run.path / "samples.jsonl", rows)
     texts, wanted = [row["text"].strip() for row in rows], [p["continuation"] for p in pieces]
     found = embeddings.embedder(lm, embeddings.encoder_of(control))(texts)
     boot = evaluation.Bootstrap(range(len(rows)), seed=seed, resamples=resamples)
     run.log(name="cosine", **boot.mean(evaluation.cosine(found, x)).as_json())
-    run.log(name="BLEU-4", **bleu(texts, wanted, resamples, seed).as_json())
+    run.log(name="BLEU-4", **evaluation.bleu(texts, wanted, resamples, seed).as_json())

@@ -26,6 +26,7 @@ import numpy as np
 
 from ctg_jax import Chain, Prompts, Sampling, generate, rng, tree
 from ctg_jax.controls import truncate
+from ctg_jax.controls.streams import Stream
 from ctg_jax.decode import loop
 from ctg_jax.methods import dexperts, steer
 from ctg_jax.models import hf
@@ -60,7 +61,7 @@ def controls(lm, params, key):
     push = steer.init(lm, key)
     push = push.replace(vector=jax.random.normal(key, push.vector.shape), scale=jnp.float32(0.1))
     noise = jax.tree.map(lambda x: x * 1.01, params)
-    experts = dexperts.experts(dexperts.member(lm, params), dexperts.member(lm, noise))
+    experts = dexperts.experts(Stream(params, lm=lm), Stream(noise, lm=lm))
     four = Chain((push, experts, truncate.RepetitionPenalty(1.2, vocab=lm.vocab), truncate.TopP(0.9)))
     return {
         "greedy": (Chain(()), True),

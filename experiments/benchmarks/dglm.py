@@ -106,7 +106,7 @@ def theirs(control, folder, tokens, context, steps):
     """A function that draws and continues one sample of every prompt; steps of DDPM, variance 0.2."""
     import transformers
 
-    score, prompter = Net(control.net, control.score), Net(control.said.net, control.said.prompter)
+    score, prompter = Net(control.net, control.score), Net(control.soft_prompt.net, control.soft_prompt.prompter)
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     w, b = (torch.from_numpy(np.array(x)) for x in (control.probes[0], control.biases[0]))
     gammas = np.asarray(Schedule().log_snr(jnp.linspace(1.0, 0.0, steps + 1)), np.float64)

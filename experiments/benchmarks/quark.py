@@ -95,7 +95,9 @@ def ours(lm, params, tokenizer, texts, judge, args):
 
     def round_(state):
         clock = [(time.process_time(), busy.seconds)]
-        parts = sampling.complete(lm, flat, tokenizer, texts, state.params, max_new=NEW, batch=args.batch)
+        parts = sampling.complete(
+            lm, flat, tokenizer, texts, state.params, sampling.Options(max_new=NEW, batch=args.batch)
+        )
         rows = [r for part in parts for r in part]
         clock.append((time.process_time(), busy.seconds))
         scores = judge([r["prompt"] for r in rows], [r["text"] for r in rows])

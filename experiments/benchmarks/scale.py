@@ -76,13 +76,13 @@ def train_step(layout, rows):
     from ctg_jax.learn import losses, train
     from ctg_jax.mesh import processes
     from ctg_jax.mesh.plan import Plan
-    from ctg_jax.mesh.rules import CONTROL, DECODER, REPLICATED
+    from ctg_jax.mesh.rules import DECODER, NETWORKS, REPLICATED
     from ctg_jax.methods import finetune
     from experiments import traffic
 
     n, lm, tx = jax.device_count(), model(), optimizer(1e-4)
     axes = {"data": 1, "tensor": n} if layout == "tensor" else {"data": n}
-    plan = Plan(axes=axes, rules=REPLICATED if layout == "data" else DECODER + CONTROL)
+    plan = Plan(axes=axes, rules=REPLICATED if layout == "data" else DECODER + NETWORKS)
     tokens = np.random.default_rng(0).integers(0, lm.vocab, (rows, LENGTH + 1), np.int32)
     batch = {"tokens": tokens, "mask": np.ones(tokens.shape, bool), "ids": np.arange(rows, dtype=np.int32)}
     frozen = {"params": jax.jit(lm.init)(jax.random.key(0))}

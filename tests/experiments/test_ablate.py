@@ -149,7 +149,9 @@ def test_a_plan_names_what_would_run_and_reads_nothing_of_it(tmp_path):
 
 def test_children_are_told_the_same_settings():
     argv = ["--config=a.py:tiny", "--root", "x", "--config.sample.n=2", "--workers=3", "--slurm=partition=gpu"]
-    assert grid.one(argv, "/x", 4) == [
+    assert ablate.command(argv, "/x", 4) == [
+        sys.executable,
+        str(HERE / "experiments/ablate.py"),
         "--config=a.py:tiny",
         "--config.sample.n=2",
         "--root=/x",

@@ -21,7 +21,7 @@ PILLARS = {
     "dglm": (
         "main.py",
         [],
-        {"embeddings.encode", "embeddings.denoiser", "embeddings.probe", "dglm.prompter", "dglm", "sample"},
+        {"embeddings.encode", "embeddings.denoiser", "embeddings.probe", "embeddings.prompter", "dglm", "sample"},
     ),
 }
 KILLS = 10  # of each

@@ -10,11 +10,14 @@ import pytest
 
 from ctg_jax import methods
 from ctg_jax.decode import loop
+from ctg_jax.evaluation.agreement import bleu, spearman
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.methods import latent_steer
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
 from ctg_jax.studies import latents
+from ctg_jax.studies.label_transfer import direction, offset
+from ctg_jax.studies.sentence_pairs import sentences_of_pairs, similarity
 from ctg_jax.types import InputError, Prompts
 from experiments import cli
 from experiments import latents as script
@@ -27,15 +30,15 @@ def test_bleu_is_sacrebleus():
 
     said = ["the food was good and the staff was nice", "we will not come back here again", "fine"]
     wanted = ["the food was good and the staff was rude", "we will never come back here again", "fine food"]
-    found = latents.bleu(said, wanted, resamples=50)
+    found = bleu(said, wanted, resamples=50)
     assert found.value == pytest.approx(BLEU().corpus_score(said, [wanted]).score)
     assert found.low <= found.value <= found.high and found.n == 3
-    assert latents.bleu(wanted, wanted, resamples=20).value == pytest.approx(100)
+    assert bleu(wanted, wanted, resamples=20).value == pytest.approx(100)
 
 
 def test_spearman_by_hand():
     """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 − 6 · 4 / (5 · 24) = 0.8."""
-    found = latents.spearman(np.arange(5.0), np.array([2.0, 1, 4, 3, 5]), resamples=20)
+    found = spearman(np.arange(5.0), np.array([2.0, 1, 4, 3, 5]), resamples=20)
     assert found.value == pytest.approx(80)
 
 
@@ -58,14 +61,12 @@ def test_transfer_moves_by_the_difference_of_the_means(world):
     vectors = latent_steer.fit(root, lm=lm, data=data, site="final", end=False, search=dict(updates=150, rate=0.3))
     assert all(r["recovered"] for r in vectors.metrics()), "a state after the last norm says any one letter"
     z = np.asarray(vectors.load()["z"])
-    np.testing.assert_allclose(
-        latents.offset(lm, data, vectors, 3), z[3:].mean(0) - z[:3].mean(0), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(offset(lm, data, vectors, 3), z[3:].mean(0) - z[:3].mean(0), rtol=1e-5, atol=1e-6)
     recovered = stage(root, latents.recover, {}, lm=lm, data=data, vectors=vectors)
     figures = {r["name"]: r["value"] for r in recovered.metrics()}
     assert figures["exact match"] == 1 and figures["recovered"] == 1
     assert [r["text"] for r in recovered.rows("samples.jsonl")] == [r["text"] for r in data.rows("data.jsonl")]
-    way = stage(root, latents.direction, dict(count=3), lm=lm, train=data, vectors=vectors)
+    way = stage(root, direction, dict(count=3), lm=lm, train=data, vectors=vectors)
     model, params, _ = open_lm(lm)
     control = methods.load(way, model)
     np.testing.assert_allclose(control.z, z[3:].mean(0) - z[:3].mean(0), rtol=1e-5, atol=1e-6)
@@ -75,15 +76,15 @@ def test_transfer_moves_by_the_difference_of_the_means(world):
     moved = 2 * np.asarray(control.z) @ np.asarray(params["embed"]["tokens"]).T  # after the last norm: z = E h
     np.testing.assert_allclose((twice - plain)[0, 0], moved, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="count is 4, but only 3 sentences of label 0"):
-        latents.offset(lm, data, vectors, 4)
+        offset(lm, data, vectors, 4)
 
 
 def test_similarity_measures_every_representation(world):
     root, lm, _, pairs = world
-    sentences = stage(root, latents.sentences_of_pairs, dict(file=str(pairs)))
+    sentences = stage(root, sentences_of_pairs, dict(file=str(pairs)))
     assert [r["text"] for r in sentences.rows("data.jsonl")][:2] == ["good a", "bad b"]
     vectors = latent_steer.fit(root, lm=lm, data=sentences, updates=3)
-    found = stage(root, latents.similarity, dict(resamples=20), lm=lm, pairs=sentences, vectors=vectors)
+    found = stage(root, similarity, dict(resamples=20), lm=lm, pairs=sentences, vectors=vectors)
     names = [r["name"] for r in found.metrics()]
     assert names == ["z", *(f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3))]
     assert all(-100 <= r["value"] <= 100 for r in found.metrics())
@@ -96,7 +97,7 @@ def test_a_file_of_no_pairs_is_refused(world, tmp_path):
         (tmp_path / "none.csv", "cannot be read"),
     ):
         with pytest.raises(InputError, match=message):
-            stage(tmp_path, latents.sentences_of_pairs, dict(file=str(file)))
+            stage(tmp_path, sentences_of_pairs, dict(file=str(file)))
 
 
 def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
@@ -114,7 +115,7 @@ def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
 
 def test_random_words_keep_lengths_and_words(world):
     root, _, _, pairs = world
-    data = stage(root, latents.sentences_of_pairs, dict(file=str(pairs)))
+    data = stage(root, sentences_of_pairs, dict(file=str(pairs)))
     texts = [r["text"] for r in data.rows("data.jsonl")]
     found = [r["text"] for r in stage(root, latents.random_words, {}, data=data).rows("data.jsonl")]
     assert [len(t.split()) for t in found] == [len(t.split()) for t in texts]

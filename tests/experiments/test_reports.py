@@ -92,7 +92,7 @@ def test_overrides_are_what_differs_from_the_file(config):
     ("settings", "words"),
     [
         (dict(a=dict(method="steer")), "methods.a lacks data"),
-        (dict(a=dict(method="truncate")), "which has no fit: leave method out and give filter"),
+        (dict(a=dict(method="truncate")), "which has no fit: give the settings of its init as init"),
         (dict(a=dict(best_of=(2,))), "methods.a lacks the setting 'rewards'"),
         (dict(a=dict(filter={}, strengths=(1.0,))), "methods.a has no setting 'strengths'"),
         (dict(a=dict(chain=dict(b=1.0)), b=dict()), "methods.a.chain names 'b', which is no method"),
@@ -109,3 +109,18 @@ def test_what_learns_nothing_comes_first():
     fitted = dict(method="steer", data={})
     found = arms.read(dict(z=dict(), a=fitted, b=dict(chain=dict(a=1.0)), c=dict(best_of=(2,), rewards={})))
     assert [type(arm).__name__ for arm in found.values()] == ["BestOf", "Plain", "Fitted", "Together"]
+
+
+def test_arms_know_whether_their_samples_have_a_likelihood():
+    """An experiment asks for KL and the perplexity of human text only where there is one."""
+    settings = dict(
+        made=dict(method="steer", init=dict()),
+        masked=dict(method="mdlm", data={}),
+        best=dict(best_of=(2,), rewards={}),
+        both=dict(chain=dict(made=1.0)),
+    )
+    found = arms.read(settings)
+    assert type(found["made"]).__name__ == "Made"
+    assert {label for label, arm in found.items() if not arm.likelihood} == {"masked", "best"}
+    with pytest.raises(InputError, match=r"methods\.made\.init has no setting 'sties'; it has cond"):
+        arms.read(dict(made=dict(method="steer", init=dict(sties="all"))))

@@ -11,7 +11,7 @@ from ctg_jax import methods
 from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import Plan
-from ctg_jax.mesh.rules import CONTROL, DECODER
+from ctg_jax.mesh.rules import DECODER, NETWORKS
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError
 from experiments import traffic
@@ -48,7 +48,7 @@ def test_data_parallel_moves_the_gradients_of_the_control_and_nothing_else():
 
 
 def test_fsdp_moves_weights_and_gradients_and_no_activations():
-    found, want = step_of(Plan(axes={"data": 8}, rules=DECODER + CONTROL), "finetune", kind="full")
+    found, want = step_of(Plan(axes={"data": 8}, rules=DECODER + NETWORKS), "finetune", kind="full")
     print(sums(found), want)
     got = traffic.moved(found)
     assert got["all-gather"] == pytest.approx(want["weights"], rel=0.03)
@@ -58,7 +58,7 @@ def test_fsdp_moves_weights_and_gradients_and_no_activations():
 
 
 def test_tensor_parallel_moves_two_sums_of_activations_a_block_each_way():
-    found, want = step_of(Plan(axes={"data": 1, "tensor": 8}, rules=DECODER + CONTROL), "steer")
+    found, want = step_of(Plan(axes={"data": 1, "tensor": 8}, rules=DECODER + NETWORKS), "steer")
     print(sums(found), want)
     got = traffic.moved(found)
     assert got["all-reduce"] == pytest.approx(want["activations"], rel=0.05)

@@ -24,7 +24,7 @@ from ctg_jax.learn import train
 from ctg_jax.learn.losses import control_loss
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import Plan
-from ctg_jax.mesh.rules import CONTROL, DECODER
+from ctg_jax.mesh.rules import DECODER, NETWORKS
 from ctg_jax.methods import dexperts, finetune, steer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run import checkpoint
@@ -36,8 +36,8 @@ PARAMS = worlds.lively(LM)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1], [2, 8], [7, 7, 7, 7, 7], [5, 1, 4], [10, 9]]
 PROMPTS = worlds.prompts(ROWS)
 SAMPLING = Sampling(max_new=4)
-CONTROLS = [n for n in methods.names() if hasattr(methods.get(n), "example")]
-CASES = [*CONTROLS, "chain"]
+NETWORKSS = [n for n in methods.names() if hasattr(methods.get(n), "example")]
+CASES = [*NETWORKSS, "chain"]
 
 
 def mixed(lm, key, parts=None) -> Chain:
@@ -104,7 +104,7 @@ def test_chain_is_a_monoid(control, samples, logits):
 
 def test_neutral_gives_the_base(name, control, samples):
     if name == "chain":
-        parts = [methods.get(n).neutral(build(n)) for n in CONTROLS]
+        parts = [methods.get(n).neutral(build(n)) for n in NETWORKSS]
         nothing = Chain(tuple(p for p in parts if p is not None))
     else:
         nothing = methods.get(name).neutral(control)
@@ -143,8 +143,8 @@ def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
     close(loop.score(LM, PARAMS, PROMPTS, out.tokens, chain), out.logp)
 
     def hook(control, z):  # the logits that the three likeliest allowed tokens have before the control, and those after
-        start = Chain(harsh(control, forbidden).parts[:2])
-        every = harsh(control, forbidden)
+        every = harsh(control, forbidden).bind(PARAMS, PARAMS)
+        start = Chain(every.parts[:2])
         read = None, PROMPTS.tokens, PROMPTS.mask
         found = edit_logits(start, z, *read, start.init(PROMPTS, 9))[0]
         return found, edit_logits(every, z, *read, every.init(PROMPTS, 9))[0]
@@ -333,6 +333,6 @@ def test_large_models_fit_on_paper(name, shape, depth):
 
 def test_sharding_rules_name_every_leaf_of_a_control(control):
     """A leaf that no rule matches would be an error; a mesh of 4 × 2 must take each leaf and change no value."""
-    plan = Plan(axes={"data": 4, "tensor": 2}, rules=DECODER + CONTROL)
+    plan = Plan(axes={"data": 4, "tensor": 2}, rules=DECODER + NETWORKS)
     placed = jax.device_put(control, plan.shardings(control))
     jax.tree.map(np.testing.assert_array_equal, placed, control)

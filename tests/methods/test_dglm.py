@@ -11,7 +11,8 @@ import pytest
 from laws import worlds
 
 from ctg_jax import methods, rng
-from ctg_jax.learn import embeddings, latent_diffusion, train
+from ctg_jax.learn import embeddings, latent_diffusion, latent_prompt, train
+from ctg_jax.learn.attributes import coefficients
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import dglm
 from ctg_jax.models.diffusion import Schedule
@@ -119,7 +120,7 @@ def test_the_gradient_through_the_denoiser_moves_to_the_heap_too(heaps):
 
 def test_the_prompter_says_what_only_the_latent_knows():
     """After the same prompt, the word is the one that the latent points at."""
-    control = dglm.said(LM, jax.random.key(0), 8, **NET, length=2, kind="frozen")
+    control = latent_prompt.init(LM, jax.random.key(0), 8, **NET, length=2, kind="frozen")
     latent = jnp.eye(8)
     batch = {
         "tokens": jnp.full((8, 2), 1), "mask": jnp.ones((8, 2), bool), "ids": jnp.arange(8),
@@ -127,7 +128,7 @@ def test_the_prompter_says_what_only_the_latent_knows():
     }  # fmt: skip
     frozen = {"params": PARAMS, "mean": jnp.full(8, 1 / 8), "deviation": jnp.full(8, 0.33)}
     tx = optimizer(5e-3, trained="prompter/.*")
-    step = train.make_step(dglm.said_loss(LM), tx)
+    step = train.make_step(latent_prompt.loss(LM), tx)
     state = train.init_state(control, tx, jax.random.key(1))
     run = lambda s, _: (step(s, frozen, batch)[0], None)  # noqa: E731
     state, _ = jax.jit(lambda s: jax.lax.scan(run, s, None, length=300))(state)
@@ -146,7 +147,7 @@ def test_the_sizes_of_the_paper_have_shapes():
 
     lm = Transformer.gpt2(width=1280, depth=36, heads=20)
     control = jax.eval_shape(lambda key: dglm.init(lm, key, **PAPER), jax.random.key(0))
-    sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (control.score, control.said.prompter)]
+    sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (control.score, control.soft_prompt.prompter)]
     assert 100e6 < sizes[0] < 200e6 and 40e6 < sizes[1] < 100e6
     params = jax.eval_shape(lm.init, jax.random.key(0))
     ask = jax.eval_shape(lambda: prompts(2, {"context": jnp.zeros((2, 768))}))
@@ -237,7 +238,7 @@ def test_bad_input_is_one_sentence(small):
     fitted = dglm.fit(root, lm=lm, data=data, **TINY)
     probe = next(root.glob("embeddings.probe-*"))
     with pytest.raises(InputError, match="latents of the same encoder"):
-        embeddings.coefficients(Artifact(probe, ""), "another@1")
+        coefficients(Artifact(probe, ""), "another@1")
     spec = json.loads((fitted.path / "spec.json").read_text())
     other = fitted.path.with_name("other")
     other.mkdir()

@@ -16,12 +16,14 @@ from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.data.tokenizer import train_bpe
 from ctg_jax.decode import strategies
 from ctg_jax.learn import losses
+from ctg_jax.learn.diffusion_losses import word_loss
 from ctg_jax.methods import diffusion_lm
 from ctg_jax.models import word_diffusion
 from ctg_jax.models.diffusion import Schedule, alpha_sigma
-from ctg_jax.models.word_diffusion import How, vectors
+from ctg_jax.models.word_control import How, energy, steered
+from ctg_jax.models.word_diffusion import vectors
 from ctg_jax.run.stage import open_lm
-from ctg_jax.stages.sampling import complete
+from ctg_jax.stages.sampling import Options, complete
 from ctg_jax.types import InputError, Sampling
 
 V, S = 3, 3
@@ -149,7 +151,7 @@ def test_energies_by_hand():
     def of(aims):
         given = {name: jnp.asarray(v) for name, v in aims.items()}
         logits = lambda z, gamma: jnp.asarray([[0.0, 1.0], [2.0, 0.0]])  # noqa: E731
-        return word_diffusion.energy(TABLE, given, free, (0,), tags, logits, {"label": 2})(z, gamma)
+        return energy(TABLE, given, free, (0,), tags, logits, {"label": 2})(z, gamma)
 
     length = -np.log([(1 - p[0, 0, 0]) * p[0, 1, 0] * p[0, 2, 0], (1 - p[1, 1, 0]) * (1 - p[1, 2, 0])])
     tagged = -np.log([(p[0, 0, 1] + p[0, 0, 2]) * p[0, 2, 0], p[1, 1, 0]])
@@ -166,9 +168,7 @@ def test_updates_by_hand():
     c, z, gamma = np.array([2.0, -1.0, 0.0]), np.zeros((2, 1, 3), np.float32), np.array([0.5, 0.5], np.float32)
     how = How(updates=2, rate=0.1, coef=0.3, floor=0.04)
     scale = jnp.asarray([0.5, 0.0])
-    edit = word_diffusion.steered(
-        lambda z, g: jnp.sum(z * jnp.asarray(c, jnp.float32)[None, None], axis=(1, 2)), scale, how
-    )
+    edit = steered(lambda z, g: jnp.sum(z * jnp.asarray(c, jnp.float32)[None, None], axis=(1, 2)), scale, how)
     found = np.asarray(edit(jnp.asarray(z), None, jnp.asarray(gamma), None))
     variance = 1 / (1 + np.exp(0.5))
     y, squares = np.zeros(3), np.full(3, 0.04)
@@ -256,7 +256,7 @@ def test_training_learns_the_distribution_of_texts():
          "ids": jnp.arange(128) + 128 * i}
         for i in range(800)
     ]  # fmt: skip
-    params, metrics = worlds.trained(diffusion_lm.loss(control.net, 0), control.params, {}, batches)
+    params, metrics = worlds.trained(word_loss(control.net, 0), control.params, {}, batches)
     assert {"error", "rounding", "reading"} <= metrics.keys() and float(metrics["error"]) < 0.6
     control = control.replace(params=params)
     found = drawn(control, n=2000)
@@ -269,7 +269,7 @@ def test_training_learns_the_distribution_of_texts():
 def test_the_loss_is_the_sum_of_its_three_parts():
     control = diffusion_lm.init(LM, jax.random.key(1), dim=2, width=8, heads=1, depth=1, length=S)
     batch = {"tokens": jnp.asarray(EVERY[:8]), "mask": jnp.ones((8, S), bool).at[7].set(False)}
-    out = diffusion_lm.loss(control.net, 0, read=0.5)(control.params, {}, batch, keys(8))
+    out = word_loss(control.net, 0, read=0.5)(control.params, {}, batch, keys(8))
     parts = {name: float(total) for name, (total, _) in out.metrics.items()}
     assert float(out.total) == pytest.approx(parts["error"] + parts["rounding"] + 0.5 * parts["reading"], rel=1e-6)
     tokens = jnp.where(batch["mask"], batch["tokens"], 0)
@@ -292,7 +292,7 @@ def test_fit_leaves_a_model_that_loads_and_writes(small):
     control = methods.load(artifact, model)
     assert control.target == (("label", 1), ("length", 3), ("tags", (TAGS.index("adj"), -1, TAGS.index("noun"))))
     np.testing.assert_array_equal(control.tags, tag_table(tokenizer))
-    (rows,) = complete(model, params, tokenizer, ["so good"], control, n=2, max_new=5)
+    (rows,) = complete(model, params, tokenizer, ["so good"], control, Options(n=2, max_new=5))
     assert len(rows) == 2 and all(0 < len(r["tokens"]) <= 5 for r in rows)
 
 
@@ -339,9 +339,9 @@ def test_bad_input(net, small):
         "cond names 'mood', expected one of": lambda: write(net, cond={"mood": np.zeros(3, int)}),
         r"tags has shape \(3,\), expected \[3, up to 8\]": lambda: write(net, cond={"tags": np.zeros(3, int)}),
         r"words has shape \(3, 9\)": lambda: write(net, cond={"words": np.zeros((3, 9), int)}),
-        "words is 11 or 11 somewhere, expected": lambda: write(net, cond={"words": np.full((3, 2), 11)}),
-        r"length is 9 or 9 somewhere, expected -1 \(none\) to 8": lambda: write(net, cond={"length": np.full(3, 9)}),
-        "label is 2 or 2 somewhere": lambda: write(net, cond={"label": np.full(3, 2)}),
+        "words has values from 11 to 11, expected": lambda: write(net, cond={"words": np.full((3, 2), 11)}),
+        r"length has values from 9 to 9, expected -1 \(none\) to 8": lambda: write(net, cond={"length": np.full(3, 9)}),
+        "label has values from 2 to 2": lambda: write(net, cond={"label": np.full(3, 2)}),
         "rows of 12 tokens were trained on": lambda: strategies.run(
             lm, None, worlds.prompts(ROWS), control, Sampling(max_new=10)
         ),

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from ctg_jax.data.labels import is_label, labelled
-from ctg_jax.learn import embeddings
+from ctg_jax.learn import attributes, embeddings
 from ctg_jax.methods import cav, ctrl, diffusion_lm, finetune, lm_steer, mdlm, steer
 from ctg_jax.rewards import BagOfWords, LinearProbe
 from ctg_jax.run.stage import stage, write_jsonl
 from ctg_jax.stages import judges, sources
-from ctg_jax.studies import latents
+from ctg_jax.studies.label_transfer import binary_labels
 from ctg_jax.types import InputError
 
 GOOD, BAD = "good good fun", "bad awful sad"
@@ -140,11 +140,11 @@ def test_probes_of_latents_and_transfer(small, counted, tmp_path):
     encoded = stage(root, embeddings.encode, dict(words=1), lm=lm, data=data)
     kept = len(encoded.rows("pieces.jsonl"))
     none = sum(not is_label(r.get("label")) for r in encoded.rows("pieces.jsonl"))
-    probe = stage(root, embeddings.probe, {"name": "positive"}, latents=encoded)
+    probe = stage(root, attributes.probe, {"name": "positive"}, latents=encoded)
     counted(none, kept)
     assert probe.metrics()[0]["share"] == pytest.approx(0.5)
     with pytest.raises(InputError, match=r"none of the .* texts has a label"):
-        stage(root, embeddings.probe, {"name": "positive", "field": "mood"}, latents=encoded)
-    labels = latents._labels(rows(), data)
+        stage(root, attributes.probe, {"name": "positive", "field": "mood"}, latents=encoded)
+    labels = binary_labels(rows(), data)
     counted(4, 16)
     assert labels.count(None) == 4 and labels.count(1) == labels.count(0) == 6

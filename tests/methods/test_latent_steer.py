@@ -11,6 +11,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.control import Chain
 from ctg_jax.controls.codes import coded
+from ctg_jax.controls.streams import Stream
 from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.decode import loop
 from ctg_jax.learn.vector_search import Search
@@ -109,7 +110,7 @@ def test_an_edit_of_the_prompt_reaches_its_last_token_and_no_further(order):
     gap = loop.forward(LM, PARAMS, ask, text, chain) - loop.forward(LM, PARAMS, ask, text, soft)
     assert float(jnp.abs(gap[:, 0]).min(axis=-1).max()) > 0 and float(jnp.abs(gap[:, 1:]).max()) == 0
     # An expert that reads along is told where its own prompt ends.
-    told = dexperts.experts(dexperts.member(LM, PARAMS, chain), None, 1.0)
+    told = dexperts.experts(Stream(control=chain, lm=LM), alpha=1.0)
     wanted = loop.forward(LM, PARAMS, ask, text, chain)
     np.testing.assert_allclose(loop.forward(LM, PARAMS, ask, text, told), wanted, atol=1e-4)
     out = loop.generate(LM, PARAMS, ask, told, Sampling(max_new=3))

@@ -10,6 +10,7 @@ from laws import worlds
 
 from ctg_jax import methods, rng
 from ctg_jax.decode import strategies
+from ctg_jax.learn.diffusion_losses import masked_loss
 from ctg_jax.methods import mdlm
 from ctg_jax.models import masked
 from ctg_jax.run import checkpoint, stage
@@ -44,7 +45,7 @@ def test_a_small_network_learns_a_distribution():
     for _ in range(300):
         tokens = jnp.asarray(every[r.choice(len(every), 64, p=truth)])
         batches.append({"tokens": tokens, "mask": tokens >= 0, "ids": jnp.arange(64, dtype=jnp.int32)})
-    params, _ = worlds.trained(mdlm.loss(control.net, 0), control.params, {}, batches)
+    params, _ = worlds.trained(masked_loss(control.net, 0), control.params, {}, batches)
     keys = jax.random.split(jax.random.key(2), 4096)
     rows = jnp.asarray(np.repeat(every, 4096 // len(every) + 1, axis=0)[:4096])
     denoise = functools.partial(masked.denoise, control.net, params)
@@ -64,7 +65,7 @@ def test_the_nats_of_a_text_are_those_of_its_whole_row():
     text = jnp.array([[1, 2, 0] + [5] * 9, [3] * 12])
     mask = jnp.array([[True] * 3 + [False] * 9, [False] * 12])  # the second row only fills up the batch
     keys = jax.random.split(jax.random.key(0), 2)
-    found = jax.jit(mdlm.loss(control.net, 0))(control.params, {}, {"tokens": text, "mask": mask}, keys)
+    found = jax.jit(masked_loss(control.net, 0))(control.params, {}, {"tokens": text, "mask": mask}, keys)
     row = jnp.where(mask, text, 0)
     denoise = functools.partial(masked.denoise, control.net, control.params)
     each = jax.jit(lambda: masked.nelbo(denoise, row, keys, control.mask, draws=4))()
@@ -166,7 +167,8 @@ def test_the_size_of_the_paper_on_paper():
     control = jax.eval_shape(lambda key: mdlm.init(lm, key, **paper), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(control.params)) == 124_439_808 + 768
     prompts = jax.eval_shape(lambda: worlds.prompts([[1] * 8] * 2))
-    out = jax.eval_shape(lambda p, c: mdlm._write(p, c, Sampling(max_new=64, eos=(50256,))), prompts, control)
+    sample = Sampling(max_new=64, eos=(50256,))
+    out = jax.eval_shape(lambda p, c: mdlm.Masked.strategy(lm, {}, p, c, sample), prompts, control)
     assert out.tokens.shape == (2, 64)
 
 

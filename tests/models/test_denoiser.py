@@ -7,7 +7,8 @@ import pytest
 
 from ctg_jax import rng
 from ctg_jax.models import diffusion
-from ctg_jax.models.denoiser import Denoiser, LatentNet, Trunk
+from ctg_jax.models.denoiser import Denoiser, Trunk
+from ctg_jax.models.latent_net import LatentNet
 from ctg_jax.types import InputError
 
 TRUNK = Trunk(width=16, depth=3, heads=2, positions=12)

@@ -11,6 +11,7 @@ from laws import worlds
 from ctg_jax import rng
 from ctg_jax.models import masked
 from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.unmasking import NEVER, first_order, length, order, unmask
 from ctg_jax.types import InputError
 
 V, N, DRAWS = 3, 4, 4096
@@ -95,9 +96,9 @@ def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, **pl
 
     @jax.jit
     def sampled(keys):
-        when = masked.order(rng.at_step(keys, 1 << 20), hidden, **plan)
-        steps = masked.length(N, **{k: v for k, v in plan.items() if k != "schedule"})
-        return masked.unmask(denoise, start, when, keys, steps=steps, final=final)[0]
+        when = order(rng.at_step(keys, 1 << 20), hidden, **plan)
+        steps = length(N, **{k: v for k, v in plan.items() if k != "schedule"})
+        return unmask(denoise, start, when, keys, steps=steps, final=final)[0]
 
     found = np.asarray(sampled(keys)) @ V ** np.arange(N)[::-1]
     return np.bincount(found, minlength=V**N) / rows
@@ -156,7 +157,7 @@ def test_first_order_is_exact_where_the_log_is_linear_in_the_embeddings():
     def log_f(x):
         return jnp.sum(table[x] * push[None])
 
-    found = masked.first_order(push[None], table, V)
+    found = first_order(push[None], table, V)
     for at in (1, 3):
         for v in range(V):
             assert float(found[0, at, v]) == pytest.approx(float(log_f(x.at[0, at].set(v)) - log_f(x)), abs=1e-5)
@@ -172,13 +173,13 @@ def test_rows_and_steps():
     @functools.partial(jax.jit, static_argnames="cache")
     def run(x, hidden, keys, cache=True):
         denoise = functools.partial(masked.denoise, NET, params)
-        when = masked.order(keys, hidden, steps=32)
-        return *masked.unmask(denoise, x, when, keys, steps=32, cache=cache), when
+        when = order(keys, hidden, steps=32)
+        return *unmask(denoise, x, when, keys, steps=32, cache=cache), when
 
     rows, calls, when = run(x, hidden, keys)
     again, every, _ = run(x, hidden, keys, cache=False)
     np.testing.assert_array_equal(rows, again)
-    assert int(calls) == len(set(np.asarray(when).ravel()) - {masked.NEVER}) < int(every) == 32
+    assert int(calls) == len(set(np.asarray(when).ravel()) - {NEVER}) < int(every) == 32
     assert int(jnp.max(rows)) < V and bool(jnp.all(jnp.where(hidden, True, rows == 1)))
     for i in (0, 4):
         alone, _, _ = run(x[i : i + 1], hidden[i : i + 1], keys[i : i + 1])
@@ -188,11 +189,11 @@ def test_rows_and_steps():
 def test_orders_by_hand():
     keys = jax.random.split(jax.random.key(5), 2000)
     hidden = jnp.broadcast_to(jnp.array([True, False, True, True, True])[None], (2000, 5))
-    np.testing.assert_array_equal(masked.order(keys, hidden, block=1)[7], [0, masked.NEVER, 1, 2, 3])
-    np.testing.assert_array_equal(masked.order(keys, hidden, block=1, steps=1)[7], [0, masked.NEVER, 1, 2, 3])
-    both = np.asarray(masked.order(keys, hidden, block=2))
+    np.testing.assert_array_equal(order(keys, hidden, block=1)[7], [0, NEVER, 1, 2, 3])
+    np.testing.assert_array_equal(order(keys, hidden, block=1, steps=1)[7], [0, NEVER, 1, 2, 3])
+    both = np.asarray(order(keys, hidden, block=2))
     assert set(map(tuple, both[:, [0, 2]])) == {(0, 1), (1, 0)} and set(both[:, 3]) == {2, 3}
-    when = np.asarray(masked.order(keys, hidden, steps=4, schedule="cosine"))[:, [0, 2, 3, 4]]
+    when = np.asarray(order(keys, hidden, steps=4, schedule="cosine"))[:, [0, 2, 3, 4]]
     share = np.bincount(when.ravel(), minlength=4) / when.size
     np.testing.assert_allclose(share, -np.diff(np.sin(np.pi / 2 * np.array([1, 0.75, 0.5, 0.25, 0])) ** 2), atol=0.02)
 
@@ -203,8 +204,8 @@ def test_final_steps_and_greedy_take_the_most_likely():
     at = {tuple(row): i for i, row in enumerate(EVERY.tolist())}
     assert draws(TRUE, steps=1, final=1, rows=8)[at[tuple(marginal)]] == 1
     x, keys = jnp.full((1, N), V), jax.random.split(jax.random.key(0), 1)
-    when = masked.order(keys, x == V, block=1)
-    row, _ = masked.unmask(TRUE, x, when, keys, steps=N, greedy=True)
+    when = order(keys, x == V, block=1)
+    row, _ = unmask(TRUE, x, when, keys, steps=N, greedy=True)
     np.testing.assert_array_equal(row[0], [np.bincount(EVERY[:, 0], TRUTH).argmax(), *row[0, 1:]])
     assert TRUTH[at[tuple(np.asarray(row)[0].tolist())]] <= TRUTH[at[tuple(best.tolist())]]
 

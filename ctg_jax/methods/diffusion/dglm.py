@@ -1,11 +1,12 @@
-"""Diffusion-guided language model (Lovelace et al. 2024): diffusion proposes what the continuation should mean, a
-vector of a sentence encoder, pushed by linear classifiers; a prompter turns it into a soft prompt that makes the
-language model say it.
+"""Diffusion-guided language model (DGLM, Lovelace et al. 2024).
 
-Known differences from the authors' code: all rows are drawn at once, and by a solver of second order in few steps; the
-classifiers' gradient does not run back through the denoiser unless `through` is set (docs/design.md says why); their
-likelihood is averaged over the noise, not their loss; the language model is changed by LoRA unless `kind` is
-"full" or "frozen", and only continuations are trained on.
+A diffusion model, guided by linear classifiers, draws what the continuation should mean: the embedding of it by a
+sentence encoder. A prompter turns this latent into a soft prompt that makes the language model write the text.
+
+Known differences from the authors' code: all rows are drawn at once, by a second-order solver in few steps; the
+gradient of the classifiers does not run back through the denoiser unless `through` is set (docs/design.md says why);
+the likelihood of the classifiers, not their loss, is averaged over the noise; the language model is changed by LoRA
+unless `kind` is "full" or "frozen"; and only continuations are trained on.
 """
 
 from __future__ import annotations
@@ -22,32 +23,28 @@ from flax import struct
 from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition
-from ctg_jax.controls.delta import Delta
-from ctg_jax.controls.vectors import joined
-from ctg_jax.data.completions import completions
-from ctg_jax.learn import embeddings, fitting, latent_diffusion, losses
-from ctg_jax.learn.fitting import Training
-from ctg_jax.learn.pool import logits
+from ctg_jax.learn import embeddings, latent_diffusion, latent_prompt
+from ctg_jax.learn.attributes import coefficients, probe
+from ctg_jax.learn.latent_prompt import LatentPrompt
 from ctg_jax.models import diffusion, samplers
-from ctg_jax.models.denoiser import LatentNet, Trunk
 from ctg_jax.models.diffusion import Schedule
+from ctg_jax.models.latent_net import LatentNet
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.types import InputError, Params, Sum
-
-PROMPTER_NOISE = Schedule("cosine", 3.0)
+from ctg_jax.types import InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """How latents are drawn; static.
+    """How latents are drawn (static).
 
     Attributes:
       sampler, steps, schedule: see `samplers.sample`.
-      average: noisy copies of the estimate that the classifiers read; 0 is the estimate alone.
-      through: whether guidance runs back through the denoiser, as the authors' does; see `samplers.guided`.
-      signal: α² of the latent that the prompter reads; below 1 it forgives errors of the diffusion.
+      average: number of noisy copies of the estimate over which the classifiers are averaged; 0: the estimate itself.
+      through: whether the gradient of the classifiers runs back through the denoiser, as it does in the authors' code;
+        see `samplers.guided`.
+      signal: α² of the latent that the prompter reads; below 1, the prompter forgives errors of the diffusion.
     """
 
     sampler: str = "dpm++"
@@ -59,59 +56,24 @@ class Draw:
 
 
 @struct.dataclass
-class Said(Control):
-    """A soft prompt after the prompt that makes the language model say a latent.
-
-    Attributes:
-      prompter: parameters of the network latent -> soft prompt.
-      delta: a change of weights of the language model, or None.
-      net: the network.
-
-    Alone it says `prompts.cond["latent"]`, standardised, float [B, Z], noised to `prompts.cond["gamma"]` [B].
-    """
-
-    prompter: Params
-    delta: Delta | None
-    net: LatentNet = struct.field(pytree_node=False)
-
-    def weights(self, params):
-        return params if self.delta is None else self.delta.weights(params)
-
-    def init(self, prompts, length):
-        latent, gamma = condition(prompts, "latent"), condition(prompts, "gamma")
-        return self.speak(latent, gamma, rng.named(prompts.keys, "said"))
-
-    def added(self):
-        return self.net.prompt
-
-    def prompt(self, x, mask, state):
-        return joined(x, mask, state, after=True)
-
-    def speak(self, latent: jax.Array, gamma: jax.Array, keys: jax.Array) -> jax.Array:
-        """Soft tokens float32 [B, P, D] of latents [B, Z] that are noised to γ [B] first."""
-        z = diffusion.noised(latent, gamma, samplers.noise(keys, latent.shape[1:]))
-        return self.net.apply(self.prompter, z, gamma)
-
-
-@struct.dataclass
 class Proposal(Control):
-    """Draws a latent for each row by guided diffusion, and says it.
+    """Draws a latent for each row by guided diffusion, and makes the language model write what it means.
 
     Attributes:
       score: parameters of the denoiser, which predicts v.
-      said: how a latent is said.
-      mean, deviation: float32 [Z] of the latents.
-      probes, biases: float32 [A, Z], [A]: logistic regressions on latents of length one, one for each attribute.
-      weights_of: float32 [A]: the weight of each attribute; a negative one asks for its absence.
-      scale: float32 [] or [B]: of the guidance; 0 is none, to the bit.
-      free: float32 []: weight of the prefix in classifier-free guidance; 1 is none.
+      soft_prompt: turns a latent into soft tokens.
+      mean, deviation: float32 [Z], of the latents.
+      probes, biases: float32 [A, Z] and [A]: for each attribute a logistic regression on latents of unit length.
+      weights_of: float32 [A], the weight of each attribute; a negative weight asks for its absence.
+      scale: float32 [] or [B], the strength of the guidance; at 0 the result is exactly that without guidance.
+      free: float32 [], the weight of the prefix in classifier-free guidance; 1 is the plain conditional model.
       net, draw: the denoiser and how it is sampled.
-      reads: None, or the name of the entry of `prompts.cond` with the embedding of the prefix, float [B, Z].
-      cond: None, or the name of an entry float [B, A] of `prompts.cond` that multiplies the weights.
+      reads: the name of the entry of `prompts.cond` that holds the embedding of the prefix, float [B, Z], or None.
+      cond: the name of an entry float [B, A] of `prompts.cond` that multiplies the weights, or None.
     """
 
     score: Params
-    said: Said
+    soft_prompt: LatentPrompt
     mean: jax.Array
     deviation: jax.Array
     probes: jax.Array
@@ -125,21 +87,25 @@ class Proposal(Control):
     cond: str | None = struct.field(pytree_node=False, default=None)
 
     def weights(self, params):
-        return self.said.weights(params)
+        return self.soft_prompt.weights(params)
 
     def init(self, prompts, length):
         z = self.latent(prompts)
         gamma = jnp.full(z.shape[:1], np.log(self.draw.signal / (1 - self.draw.signal)), jnp.float32)
-        return self.said.speak(z, gamma, rng.named(prompts.keys, "said"))
+        return self.soft_prompt.soft_tokens(z, gamma, rng.named(prompts.keys, "said"))
 
     def added(self):
-        return self.said.added()
+        return self.soft_prompt.added()
 
     def prompt(self, x, mask, state):
-        return self.said.prompt(x, mask, state)
+        return self.soft_prompt.prompt(x, mask, state)
 
     def latent(self, prompts) -> jax.Array:
-        """A standardised latent float32 [B, Z] for each row, of length one where it is not standardised."""
+        """A latent for each row, float32 [B, Z], standardised; before that it has unit length.
+
+        Raises:
+          InputError: the embeddings of the prefixes have another width than those of training, or are missing.
+        """
         keys = rng.named(prompts.keys, "latent")
         estimate = self._clean(None)
         if self.reads is not None:
@@ -165,7 +131,7 @@ class Proposal(Control):
         return (self._unit(x) - self.mean[None]) / self.deviation[None]
 
     def energy(self, x: jax.Array, weights: jax.Array) -> jax.Array:
-        """Weighted losses of the attributes asked for, float32 [B], at standardised latents [B, Z]; weights [B, A]."""
+        """Weighted loss of the requested attributes, float32 [B], at standardised latents x [B, Z]; weights [B, A]."""
         z = self._unit(x) @ self.probes.T + self.biases[None]
         return jnp.sum(jnp.abs(weights) * jax.nn.softplus(-jnp.sign(weights) * z), axis=1)
 
@@ -181,7 +147,7 @@ class Proposal(Control):
 
 
 def _deviation(gamma: jax.Array) -> jax.Array:
-    """σ: how far the clean latent may be from its estimate, if latents are standard normal."""
+    """σ, the standard deviation of the clean latent around its estimate if latents are standard normal."""
     return diffusion.alpha_sigma(gamma)[1]
 
 
@@ -197,12 +163,14 @@ def init(
     conditioned: bool = True,
     cond: str | None = None,
 ) -> Proposal:
-    """A proposal whose networks are random and whose guides say nothing.
+    """A proposal with random networks and with probes that are zero.
 
     Args:
-      latent: Z. denoiser: settings of `latent_diffusion.network`; prompter: those of `said`. attributes: A.
-      draw: settings of `Draw`, `schedule` being a kind.
-      conditioned: whether the denoiser reads the prefix, under the name "context". cond: see `Proposal`.
+      latent: Z. attributes: A.
+      denoiser: settings of `latent_diffusion.network`. prompter: settings of `latent_prompt.init`.
+      draw: settings of `Draw`, with the name of a schedule for `schedule`.
+      conditioned: whether the denoiser reads the embedding of the prefix, from `prompts.cond["context"]`.
+      cond: see `Proposal`.
     """
     net = latent_diffusion.network(latent, **(denoiser or {}))
     draw = dict(draw or {})
@@ -210,7 +178,7 @@ def init(
         draw["schedule"] = Schedule(draw["schedule"])
     return Proposal(
         score=net.init(rng.stream(key, "score")),
-        said=said(lm, rng.stream(key, "said"), latent, **(prompter or {})),
+        soft_prompt=latent_prompt.init(lm, rng.stream(key, "said"), latent, **(prompter or {})),
         mean=jnp.zeros(latent),
         deviation=jnp.ones(latent),
         probes=jnp.zeros((attributes, latent)),
@@ -225,33 +193,21 @@ def init(
     )
 
 
-def said(
-    lm: LM, key: jax.Array, latent: int, *, width: int = 256, depth: int = 4, heads: int = 4, tokens: int = 16,
-    spread: int = 4, length: int = 8, kind: str = "lora", rank: int = 8,
-) -> Said:  # fmt: skip
-    """How latents are said, untrained: `length` soft tokens; kind is "frozen", "lora" or "full", what happens to the
-    language model."""
-    trunk = Trunk(width=width, depth=depth, heads=heads, positions=tokens + length)
-    net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, tokens=tokens, spread=spread)
-    delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
-    return Said(net.init(rng.stream(key, "prompter")), delta, net)
-
-
 def example(lm: LM, key: jax.Array) -> Proposal:
-    """A loud prompter and a guide, three steps, for the laws."""
+    """A strong prompter and one probe, sampled in three steps, for the laws."""
     small = dict(width=8, depth=1, heads=2, tokens=2, spread=2)
     control = init(
         lm, key, latent=4, denoiser=small, prompter=small | dict(length=2, kind="frozen"), attributes=1,
         draw=dict(steps=3), conditioned=False,
     )  # fmt: skip
-    out = control.said.prompter["out"]
-    loud = {**control.said.prompter, "out": {**out, "kernel": out["kernel"] * 50}}
+    out = control.soft_prompt.prompter["out"]
+    strong = {**control.soft_prompt.prompter, "out": {**out, "kernel": out["kernel"] * 50}}
     probes = jax.random.normal(rng.stream(key, "probe"), (1, 4))
-    return control.replace(said=control.said.replace(prompter=loud), probes=probes)
+    return control.replace(soft_prompt=control.soft_prompt.replace(prompter=strong), probes=probes)
 
 
 def neutral(control: Proposal) -> None:
-    """Unguided latents are said too: there is no neutral element."""
+    """There is no neutral element: a latent that is drawn without guidance changes the text too."""
     return None
 
 
@@ -267,13 +223,18 @@ def fit(
     weights: Mapping[str, float] | None = None,
     **hp: Any,
 ) -> Artifact:
-    """encode → prompter, denoiser, probes → one control.
+    """Encodes texts, trains the prompter, the denoiser and the probes, and joins them in one control.
 
     Args:
-      data: texts, with the labels that attributes read.
-      encode: settings of `embeddings.encode`; prompter: of `speak`; denoiser: of `latent_diffusion.denoise`.
-      attributes: name -> settings of `embeddings.probe`.
-      weights: name -> weight of an attribute; by default 1, the sign says which side. hp: of `propose`.
+      data: texts, with the labels that the attributes read.
+      encode: settings of `embeddings.encode`. prompter: settings of `latent_prompt.train_prompter`.
+      denoiser: settings of `latent_diffusion.denoise`.
+      attributes: name -> settings of `attributes.probe`; None: "positive", from the field `label`.
+      weights: name -> weight of an attribute, whose sign asks for its presence or absence; None: 1 for each.
+      hp: settings of `propose`.
+
+    Raises:
+      InputError: a weight of an unknown attribute, and what the stages raise.
     """
     attributes = dict(attributes or {"positive": {}})
     unknown = sorted(set(weights or {}) - set(attributes))
@@ -284,63 +245,15 @@ def fit(
         )
     latents = stage(root, embeddings.encode, encode or {}, lm=lm, data=data)
     parts = dict(
-        prompter=stage(root, speak, prompter or {}, lm=lm, latents=latents),
+        prompter=stage(root, latent_prompt.train_prompter, prompter or {}, lm=lm, latents=latents),
         denoiser=stage(root, latent_diffusion.denoise, denoiser or {}, latents=latents),
         probes=[
-            stage(root, embeddings.probe, {"name": name, **settings}, latents=latents)
+            stage(root, probe, {"name": name, **settings}, latents=latents)
             for name, settings in sorted(attributes.items())
         ],
     )
     wanted = [float((weights or {}).get(name, 1.0 if weights is None else 0.0)) for name in sorted(attributes)]
     return stage(root, propose, {"weights": wanted, **hp}, lm=lm, latents=latents, **parts)
-
-
-@stage_function("dglm.prompter")
-def speak(
-    run: Run,
-    *,
-    lm: Artifact,
-    latents: Artifact,
-    net: Mapping[str, Any] | None = None,
-    new: int = 32,
-    prefix: int = 48,
-    training: Training = Training(steps=2000, rate=1e-3, warmup=100, schedule="cosine", save_every=200),
-    seed: int = 0,
-) -> None:
-    """Stage: trains how latents are said: the next-token loss of each continuation after its prefix and the soft prompt
-    of its own latent, noised as `PROMPTER_NOISE` says at a time drawn evenly.
-
-    Args:
-      net: settings of `said`. new, prefix: tokens of a continuation and of a prefix at most; longer ones are cut, or
-        left out. training: how it is trained. seed: of initial values, batches and noise.
-    """
-    model, params, tokenizer = open_lm(lm)
-    x = embeddings.arrays(latents)[0]
-    control = said(model, rng.stream(jax.random.key(seed), "init"), x.shape[1], **(net or {}))
-    options = dict(batch=training.batch, prompt=prefix, new=new, seed=seed, fields=("latent",))
-    batches = completions(embeddings.pieces(latents, tokenizer, prefix), tokenizer, **options)
-    mean, deviation = latent_diffusion.moments(x)
-    frozen = {"params": params, "mean": mean, "deviation": deviation}
-    control = fitting.train(
-        run, control, said_loss(model), frozen, batches, training, trained=r"prompter/.*|delta/changes/.*", seed=seed
-    )
-    checkpoint.save(run.path / "state", control)
-    run.discard("steps")
-    run.record(net=dict(net or {}), latent=int(x.shape[1]))
-
-
-def said_loss(lm: LM) -> losses.LossFn:
-    """Cross-entropy of the continuation after its noised latent, per token; params is a `Said`."""
-
-    def total(params, frozen, batch, keys):
-        t = jax.vmap(lambda key: jax.random.uniform(rng.stream(key, "time")))(keys)
-        latent = (batch["latent"] - frozen["mean"][None]) / frozen["deviation"][None]
-        cond = {"latent": latent, "gamma": PROMPTER_NOISE.log_snr(t)}
-        z = logits(lm, frozen["params"], batch, keys, params, cond)
-        ce, weight = losses.masked_sum(losses.next_token(z, batch["completion"]), batch["written"])
-        return Sum(ce, weight, {"cross_entropy": (ce, weight)})
-
-    return total
 
 
 @stage_function("dglm")
@@ -356,16 +269,16 @@ def propose(
     draw: Mapping[str, Any] | None = None,
     free: float = 1.0,
 ) -> None:
-    """Stage: the parts as one control.
+    """Stage: joins the trained parts in one control.
 
     Args:
-      weights: of the probes, in their order. draw: settings of `Draw`. free: weight of classifier-free guidance.
+      weights: of the probes, in their order. draw: settings of `Draw`. free: see `Proposal`.
 
     Raises:
-      InputError: parts that were made with different encoders.
+      InputError: the parts were made with different encoders.
     """
     version = latents.spec["version"]
-    found = [embeddings.coefficients(p, version) for p in probes]
+    found = [coefficients(p, version) for p in probes]
     hp = dict(
         latent=prompter.spec["latent"], denoiser=denoiser.spec["net"], prompter=prompter.spec["net"],
         attributes=len(probes), draw=dict(draw or {}),
@@ -376,7 +289,7 @@ def propose(
     width = mean.shape[0]
     control = like.replace(
         score=denoiser.load(like.score),
-        said=prompter.load(like.said),
+        soft_prompt=prompter.load(like.soft_prompt),
         mean=mean,
         deviation=deviation,
         probes=jnp.asarray(np.stack([w for w, _ in found]) if found else np.zeros((0, width)), jnp.float32),
@@ -390,11 +303,15 @@ def propose(
 
 
 def conditions(control: Artifact, lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """What the rows of `texts` bring in `prompts.cond`: the embedding of each prompt."""
+    """The entries of `prompts.cond` for prompts with these texts: the embedding of each, float32 [n, Z].
+
+    Raises:
+      InputError: the encoder that the control was made with has changed since.
+    """
     embed = embeddings.embedder(lm, embeddings.encoder_of(control))
     if embed.version != control.spec["version"]:
         raise InputError(
             f"{control.path.name} was made with the encoder {control.spec['version']}, but {control.spec['encoder']} "
-            f"now holds {embed.version}: restore it, or fit the control again"
+            f"now holds {embed.version}: restore that encoder, or fit the control again"
         )
     return {"context": embed(list(texts))}

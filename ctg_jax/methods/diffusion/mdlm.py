@@ -1,10 +1,9 @@
 """MDLM: a masked diffusion language model (Sahoo et al. 2024) in place of the decode loop.
 
-A bidirectional transformer is trained on the tokens of another LM's tokenizer, of which it uses nothing else. The
-strategy `MaskedDiffusion` completes prompts by writing over masks, and `infill` rows in which any tokens are given.
-Rows have one length, that of training: what follows the end of a text is end tokens, so that the length of a text is
-part of what is modelled, and a prompt is continued as the beginning of such a row. A linear classifier of partly masked
-rows, on the network's own states, guides it, with strength `scale`.
+A bidirectional transformer is trained on the tokens of another language model's tokenizer, the only part of that model
+that is used. It completes prompts by filling in masks (`MaskedDiffusion`), and rows in which any tokens are given
+(`infill`); see `ctg_jax.learn.whole_rows`. A linear classifier of partly masked rows, on the network's own states,
+guides it with strength `scale`.
 """
 
 from __future__ import annotations
@@ -20,54 +19,47 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import methods, rng
-from ctg_jax.control import IDENTITY
 from ctg_jax.controls import constraints
 from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
-from ctg_jax.decode import loop, strategies
-from ctg_jax.learn import fitting, losses
+from ctg_jax.evaluation.likelihood import log_probabilities
+from ctg_jax.learn import fitting
+from ctg_jax.learn.diffusion_losses import filled, masked_classifier_loss, masked_loss
 from ctg_jax.learn.fitting import Training, keep, matching
-from ctg_jax.models import masked
+from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, placed
+from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import LM
+from ctg_jax.models.unmasking import Order, first_order
 from ctg_jax.run import stage
 from ctg_jax.run.stage import Artifact, Run, open_lm
 from ctg_jax.stages import sources
 from ctg_jax.support import remove
-from ctg_jax.types import InputError, Params, Prompts, Samples, Sum
+from ctg_jax.types import InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedDiffusion(strategies.Strategy):
-    """Writes completions over masks; the language model and its parameters are not read.
+class MaskedDiffusion(WholeRows):
+    """Completes prompts by filling in masks; see `WholeRows`."""
 
-    A row ends with its first end token or stop sequence. `Samples.logp` is 0, because the probability of a text is a
-    sum over all orders of writing it; `generated` is the number of calls of the network.
-    """
+    def shape(self, control):
+        return control.mask, control.net.context
 
-    likelihood = False
+    def write(self, prompts, control, sampling, banned):
+        return _write(prompts, control, sampling, banned)
 
     def check(self, lm, prompts, control, sampling):
         """
         Raises:
-          InputError: prompts and `max_new` that do not fit a row of training, a strength without a classifier, a
-            control of another vocabulary.
+          InputError: a strength without a classifier, and what `WholeRows.check` raises.
         """
-        control = constraints.apart(control)[1]
-        if lm.vocab != control.mask:
-            raise InputError(
-                f"control has {control.mask} tokens and the model {lm.vocab}: use the one it was fitted with."
-            )
-        if not control.guide["bias"].size and np.any(np.asarray(control.scale) != 0):
+        super().check(lm, prompts, control, sampling)
+        model = constraints.apart(control)[1]
+        if not model.guide["bias"].size and np.any(np.asarray(model.scale) != 0):
             raise InputError(
                 "scale is not 0, but no classifier was fitted that could guide: fit on records with labels."
             )
-        strategies.check_row(prompts, sampling.max_new, control.net.context)
-
-    def __call__(self, lm, params, prompts, control, sampling):
-        banned, control = constraints.apart(control)
-        return _write(prompts, control, sampling, banned)
 
 
 @struct.dataclass
@@ -77,11 +69,11 @@ class Masked:
     Attributes:
       params: of `net`, whose last token V is the mask.
       guide: the classifier, {"kernel": [C, (L + 2) D], "bias": [C]}; C = 0 where none was fitted.
-      scale: float32 [] or, per row, [B]; the probability of `target` counts to this power. At 0 nothing is guided.
-      net: the denoiser, with `context` = S, the length of its rows.
-      eos: what fills a row after its text.
-      target: the class to guide to.
-      steps, block, schedule: see `masked.order`. final: "draw" or "argmax", in the last of `steps` (`masked.unmask`).
+      scale: float32 [] or, per row, [B]: the exponent of the probability of `target`. At 0 there is no guidance.
+      net: the denoiser, whose `context` is S, the length of a row.
+      eos: the token that fills a row behind its text.
+      target: the class to guide towards.
+      order: in which order tokens are written.
     """
 
     strategy: ClassVar = MaskedDiffusion()
@@ -92,14 +84,11 @@ class Masked:
     net: Transformer = struct.field(pytree_node=False)
     eos: int = struct.field(pytree_node=False)
     target: int = struct.field(pytree_node=False, default=1)
-    steps: int = struct.field(pytree_node=False, default=0)
-    block: int = struct.field(pytree_node=False, default=0)
-    schedule: str = struct.field(pytree_node=False, default="loglinear")
-    final: str = struct.field(pytree_node=False, default="draw")
+    order: Order = struct.field(pytree_node=False, default=Order())
 
     @property
     def mask(self) -> int:
-        """The token that stands for one that is not written yet."""
+        """The id of the mask, V."""
         return self.net.vocab - 1
 
 
@@ -114,39 +103,32 @@ def init(
     eos: int = 0,
     classes: int = 0,
     target: int = 1,
-    reveal: int = 0,
-    block: int = 0,
-    schedule: str = "loglinear",
-    final: str = "draw",
+    **order: Any,
 ) -> Masked:
-    """A model that has learned nothing.
+    """An untrained model.
 
     Args:
       lm: gives the vocabulary.
-      width, depth, heads: of the network. length: tokens of a row. eos: fills a row after its text.
-      classes: C of the classifier, 0 for none. target: the class that is guided to.
-      reveal, block, schedule, final: `steps` and the rest of `Masked`.
+      width, depth, heads: of the network. length: S. eos: fills a row behind its text.
+      classes: C of the classifier; 0: no classifier. target: the class to guide towards.
+      order: settings of `Order`.
 
     Raises:
-      InputError: sizes that do not fit each other, a schedule or `final` that there is not.
+      InputError: sizes that do not fit each other, or an invalid target or order.
     """
-    masked.check(schedule)
-    if final not in masked.FINALS:
-        raise InputError(f"final is {final!r}, expected one of {', '.join(masked.FINALS)}.")
     if width % heads:
         raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it.")
-    if min(reveal, block) < 0 or length < 2:
-        raise InputError(f"reveal={reveal}, block={block}, length={length}: expected 0 or more, and a length from 2.")
+    if length < 2:
+        raise InputError(f"length is {length}, expected at least 2.")
     if classes and not 0 <= target < classes:
         raise InputError(f"target is {target}, expected a class from 0 to {classes - 1}.")
     net = Transformer.gpt2(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
     guide = {"kernel": jnp.zeros((classes, (depth + 2) * width)), "bias": jnp.zeros(classes)}
-    how = dict(target=target, steps=reveal, block=block, schedule=schedule, final=final)
-    return Masked(net.init(key), guide, jnp.zeros(()), net, eos, **how)
+    return Masked(net.init(key), guide, jnp.zeros(()), net, eos, target, Order(**order))
 
 
 def guided(control: Masked, x: jax.Array) -> jax.Array:
-    """`masked.denoise` with `scale` times the log-ratio of the target's probability, to first order, added to it."""
+    """The logits of `masked.denoise` plus `scale` times the log-ratio of the target's probability, to first order."""
     net, table = control.net, control.params["embed"]["tokens"].astype(jnp.float32)
 
     def target(e):
@@ -155,7 +137,7 @@ def guided(control: Masked, x: jax.Array) -> jax.Array:
 
     gradient, logits = jax.grad(target, has_aux=True)(net.embed(control.params, x))
     scale = jnp.broadcast_to(control.scale, x.shape[:1])[:, None, None]
-    return logits + scale * masked.first_order(gradient, table, control.mask)
+    return logits + scale * first_order(gradient, table, control.mask)
 
 
 @partial(jax.jit, static_argnames=("greedy", "cache"))
@@ -163,76 +145,42 @@ def infill(
     control: Masked, tokens: jax.Array, given: jax.Array, keys: jax.Array, banned: jax.Array | None = None, *,
     greedy: bool = False, cache: bool = True,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Rows int32 [B, S] with the tokens where given bool [B, S], written elsewhere; and the calls of the network.
+    """Writes the tokens of rows that are not given.
 
     Args:
+      tokens: int32 [B, S]. given: bool [B, S], which of them are kept.
       keys: of the rows, [B]; a row depends on its own key and tokens only.
-      banned: tokens that are never written, bool [V], whatever the guide says; None: none.
-      greedy, cache: see `masked.unmask`.
+      banned: bool [V], tokens that are never written, whatever the guidance is; None: none.
+      greedy, cache: see `unmasking.unmask`.
+
+    Returns:
+      The rows, int32 [B, S], and the number of calls of the network, int32 [].
     """
     control = control.replace(params=control.net.unstack(control.params))
-    of = {name: jax.vmap(partial(rng.stream, name=name))(keys) for name in ("order", "tokens")}
-    plan = dict(steps=control.steps, block=control.block)
-    when = masked.order(of["order"], ~given, schedule=control.schedule, **plan)
+    keys_of = {name: jax.vmap(partial(rng.stream, name=name))(keys) for name in ("order", "tokens")}
+    order = control.order
+    steps = dict(steps=order.reveal, block=order.block)
+    when = unmasking.order(keys_of["order"], ~given, schedule=order.schedule, **steps)
     x = jnp.where(given, tokens, control.mask).astype(jnp.int32)
 
-    bare = partial(masked.denoise, control.net, control.params)
+    plain = partial(masked.denoise, control.net, control.params)
 
     def model(x):
-        push = control.guide["bias"].size
-        z = jax.lax.cond(jnp.any(control.scale != 0), partial(guided, control), bare, x) if push else bare(x)
+        has_guide = control.guide["bias"].size
+        z = jax.lax.cond(jnp.any(control.scale != 0), partial(guided, control), plain, x) if has_guide else plain(x)
         return z if banned is None else remove(z, jnp.append(banned, False)[None, None])
 
-    return masked.unmask(
-        model, x, when, of["tokens"], steps=masked.length(x.shape[1], **plan),
-        final=control.steps if control.final == "argmax" else 0, greedy=greedy, cache=cache,
+    return unmasking.unmask(
+        model, x, when, keys_of["tokens"], steps=unmasking.length(x.shape[1], **steps),
+        final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache,
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnames=("sampling",))
 def _write(prompts, control, sampling, banned):
-    size = jnp.sum(prompts.mask, axis=1)[:, None]
-    blank = prompts.mask.shape[1] - size  # columns of padding before a prompt
-    at = jnp.arange(control.net.context)[None, :]
-    last = prompts.tokens.shape[1] - 1
-    tokens = jnp.take_along_axis(prompts.tokens, jnp.minimum(at + blank, last), axis=1)
-    rows, calls = infill(control, tokens, at < size, prompts.keys, banned, greedy=sampling.greedy)
-    text = jnp.take_along_axis(rows, size + jnp.arange(sampling.max_new)[None, :], axis=1)
-    shown, mask = strategies.cut(text, sampling)
-    right = text != control.mask
-    return Samples(jnp.where(right, shown, sampling.pad), mask, jnp.where(right, 0.0, jnp.nan), calls)
-
-
-def loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: int = 4) -> losses.LossFn:
-    """The bound in nats per token of the text, its end included; params are those of the network.
-
-    The nats are those of whole rows, the end tokens that fill them included, so they bound the text's own."""
-
-    def total(params, frozen, batch, keys):
-        tokens = jnp.where(batch["mask"], batch["tokens"], eos)
-        denoise = partial(masked.denoise, net, params)
-        each = masked.nelbo(denoise, tokens, keys, net.vocab - 1, schedule=schedule, draws=draws)
-        some = jnp.any(batch["mask"], axis=1)
-        return Sum(jnp.sum(jnp.where(some, each, 0.0)), jnp.sum(batch["mask"], dtype=jnp.float32))
-
-    return total
-
-
-def guide_loss(net: Transformer, eos: int) -> losses.LossFn:
-    """Cross-entropy of the classifier on rows masked at a uniform time; params is `Masked.guide`, frozen = {"params":
-    those of the network}."""
-
-    def total(params, frozen, batch, keys):
-        tokens = jnp.where(batch["mask"], batch["tokens"], eos)
-        u = jax.vmap(lambda k: jax.random.uniform(k, (1 + tokens.shape[1],)))(keys)
-        x = jnp.where(u[:, 1:] < u[:, :1], net.vocab - 1, tokens)
-        logp, _ = masked.classify(net, frozen["params"], params, net.embed(frozen["params"], x))
-        label = batch["label"][:, None]
-        right = jnp.sum(jnp.argmax(logp, axis=-1)[:, None] == label, dtype=jnp.float32)
-        count = jnp.float32(len(tokens))
-        return Sum(-jnp.sum(jnp.take_along_axis(logp, label, axis=1)), count, {"accuracy": (right, count)})
-
-    return total
+    tokens, given, size = placed(prompts, control.net.context)
+    rows, calls = infill(control, tokens, given, prompts.keys, banned, greedy=sampling.greedy)
+    return completed(jnp.where(rows == control.mask, -1, rows), size, sampling, calls)
 
 
 def fit(
@@ -244,12 +192,12 @@ def fit(
     guide: Mapping[str, Any] | None = None,
     **hp: Any,
 ) -> Artifact:
-    """Trains the network, measures its bound, and fits what guides it; three stages.
+    """Trains the network, measures its bound, and fits the classifier that guides it, in three stages.
 
     Args:
-      heldout: settings of `load_data`: texts for `bound`; None: it is not measured.
-      guide: settings of `guide`, with which sampling may be changed without training the network again.
-      hp: of `mdlm`.
+      heldout: settings of `load_data` for the texts of `bound`; None: the bound is not measured.
+      guide: settings of `classifier`, which also says how tokens are sampled; the network is not trained again.
+      hp: settings of `mdlm`.
     """
     network = stage.stage(root, mdlm, hp, lm=lm, data=data)
     if heldout:
@@ -273,7 +221,7 @@ def mdlm(
     training: Training = Training(steps=2000, rate=2e-3, warmup=50, schedule="cosine", decay=0.01, save_every=200),
     seed: int = 0,
 ) -> None:
-    """Stage: the network, trained on the texts of records that match `where`.
+    """Stage: trains the network on the texts of records that match `where`.
 
     Args:
       lm: gives the tokenizer and the size of the vocabulary.
@@ -286,15 +234,12 @@ def mdlm(
     """
     records = matching(data, where)
     model, _, tokenizer = open_lm(lm)
-    if tokenizer.eos is None:
-        raise InputError(f"the tokenizer of {lm.path.name} has no end token, with which rows are filled: use another.")
     key = jax.random.key(seed)
-    hp = dict(width=width, depth=depth, heads=heads, length=length, eos=tokenizer.eos)
+    hp = dict(width=width, depth=depth, heads=heads, length=length, eos=end_token(tokenizer, lm.path.name))
     control = init(model, rng.stream(key, "init"), **hp)
-    batches = pipeline(
-        Source(str(data.path), str(where), records), tokenizer, batch=training.batch, length=length, seed=seed
-    )
-    objective = loss(control.net, control.eos, schedule=schedule, draws=draws)
+    source = Source(str(data.path), str(where), records)
+    batches = pipeline(source, tokenizer, batch=training.batch, length=length, seed=seed)
+    objective = masked_loss(control.net, control.eos, schedule=schedule, draws=draws)
     params = fitting.train(run, control.params, objective, {}, batches, training, seed=seed)
     keep(run, control.replace(params=params), "mdlm", hp)
 
@@ -315,18 +260,18 @@ def classifier(
     training: Training = Training(steps=300, batch=64, rate=1e-2, schedule="linear"),
     seed: int = 0,
 ) -> None:
-    """Stage: a trained network with how it samples, and with a classifier of partly masked rows where records have a
-    `label`.
+    """Stage: sets how a trained network samples and, where records have a `label`, trains a classifier of partly masked
+    rows that guides it.
 
     Args:
-      network: of the stage `mdlm`.
-      classes: labels are 0 to classes - 1; None: as many as there are; 0: no classifier. Records without a label are
-        left out and counted in a warning.
-      target, reveal, block, schedule, final: see `init`.
+      network: an artifact of the stage `mdlm`.
+      classes: the number of classes, whose labels are 0 to classes - 1; None: the number found; 0: no classifier.
+        Records without a label are left out and counted in a warning.
+      target: see `init`. reveal, block, schedule, final: see `Order`.
       training: how the classifier is trained. seed: of its training.
 
     Raises:
-      InputError: a label that is no class, fewer than two of them, and what `init` and training raise.
+      InputError: a label that is not a class, fewer than two classes, and what `init` and training raise.
     """
     records = matching(data, None)
     model, _, tokenizer = open_lm(lm)
@@ -347,9 +292,9 @@ def classifier(
         source = Source(str(data.path), "all", records)
         length = control.net.context
         batches = pipeline(source, tokenizer, batch=training.batch, length=length, seed=seed, fields=("label",))
-        objective, frozen = guide_loss(control.net, control.eos), {"params": old.params}
-        learned = fitting.train(run, control.guide, objective, frozen, batches, training, seed=seed)
-        control = control.replace(guide=learned)
+        objective, frozen = masked_classifier_loss(control.net, control.eos), {"params": old.params}
+        guide = fitting.train(run, control.guide, objective, frozen, batches, training, seed=seed)
+        control = control.replace(guide=guide)
     keep(run, control, "mdlm", hp)
 
 
@@ -357,42 +302,37 @@ def classifier(
 def bound(
     run: Run, *, lm: Artifact, data: Artifact, control: Artifact, draws: int = 16, batch: int = 32, seed: int = 0
 ) -> None:
-    """Stage: logs nats per token of texts, their ends included, with the standard error and its exponential: an upper
-    bound for the diffusion model, and the exact value for `lm`, which reads its end token first, or only the beginning
-    token of the row where its sequences have one. The tokens are the same, cut at the length of a row.
+    """Stage: measures how likely texts are, their ends included, in nats per token with a standard error.
+
+    For the diffusion model the figure is an upper bound. For `lm` it is exact; `lm` reads its end token first, or just
+    the beginning token of a row where its sequences have one. The tokens are the same for both, cut to the length of a
+    row.
 
     Args:
-      draws: times for each text, see `masked.nelbo`.
+      lm: the language model to compare with. data: the texts. control: an artifact of this method.
+      draws: number of times drawn for each text, see `masked.nelbo`.
     """
     model, params, tokenizer = open_lm(lm)
-    given = int(tokenizer.adds_bos)  # tokens of a row that the language model does not have to predict
-    tokens_only = constraints.only(tokenizer.known(model.vocab), IDENTITY)
     diffusion = methods.load(control, model)
-    net, fill = diffusion.net, diffusion.eos
+    net, eos = diffusion.net, diffusion.eos
+    given = int(tokenizer.adds_bos)  # tokens of a row that the language model does not have to predict
     source = Source(str(data.path), "all", matching(data, None))
     settings = dict(batch=batch, length=net.context, seed=seed, epochs=1, shuffle=False, drop_last=False)
-    estimate = jax.jit(
-        lambda tokens, keys: masked.nelbo(
-            partial(masked.denoise, net, diffusion.params), tokens, keys, diffusion.mask, draws=draws
-        )
-    )
-    nats, tokens = {"mdlm": [], "lm": []}, []
+    denoise = partial(masked.denoise, net, diffusion.params)
+    estimate = jax.jit(lambda tokens, keys: masked.nelbo(denoise, tokens, keys, diffusion.mask, draws=draws))
+    bounds, texts = [], []
     for rows in pipeline(source, tokenizer, **settings):
-        real = rows["mask"]
+        sizes = rows["mask"].sum(axis=1)
         keys = rng.per_example(jax.random.key(seed), rows["ids"])
-        filled = np.where(real, rows["tokens"], fill)
-        first = jnp.asarray(filled[:, :1] if given else np.full((batch, 1), fill))
-        start = Prompts(first, jnp.ones((batch, 1), bool), keys)
-        tails = jnp.asarray(filled[:, given:]), tokens_only, jnp.asarray(real[:, given:])
-        logp = loop.score(model, params, start, *tails)
-        some = real.any(axis=1)
-        nats["mdlm"] += np.asarray(estimate(filled, keys), np.float64)[some].tolist()
-        nats["lm"] += (-np.asarray(logp, np.float64)).sum(axis=1)[some].tolist()
-        tokens += real.sum(axis=1)[some].tolist()
-    tokens = np.asarray(tokens, np.float64)
-    for name, values in nats.items():
-        mean = np.sum(values) / tokens.sum()
-        error = np.sqrt(np.sum((values - mean * tokens) ** 2)) / tokens.sum()
+        found = np.asarray(estimate(filled(rows, eos), keys), np.float64)
+        bounds += found[sizes > 0].tolist()
+        texts += [row[:size].tolist() for row, size in zip(rows["tokens"], sizes) if size]
+    prompts = [text[:1] if given else [eos] for text in texts]
+    exact = -log_probabilities(model, params, tokenizer, prompts, [text[given:] for text in texts], batch=batch)
+    tokens = np.asarray([len(text) for text in texts], np.float64)
+    for name, nats in (("mdlm", np.asarray(bounds)), ("lm", exact)):
+        mean = np.sum(nats) / tokens.sum()
+        error = np.sqrt(np.sum((nats - mean * tokens) ** 2)) / tokens.sum()
         run.log(
             name=name, nats_per_token=mean, standard_error=error, perplexity=np.exp(mean),
             bits_per_token=mean / np.log(2), exact=name == "lm", tokens=int(tokens.sum()), texts=len(tokens),

@@ -2,14 +2,14 @@
 
     z' = z + alpha (z⁺ − z⁻)
 
-The base's own logits may stand for either side, which gives contrastive decoding (Li et al. 2023; O'Brien & Lewis
-2023) and classifier-free guidance (Sanchez et al. 2023). What filters before them in a `Chain` filters the base, as in
-the DExperts paper: `Chain((top_p, experts))`; the other order filters the combination.
+The logits of the model that decodes may take the place of either side, which gives contrastive decoding (Li et al.
+2023; O'Brien & Lewis 2023) and classifier-free guidance (Sanchez et al. 2023); neither needs a fit. A filter before the
+experts in a `Chain` filters the base, as in the DExperts paper; one after them filters the combination.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,171 +18,171 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import methods
-from ctg_jax.control import IDENTITY, Control, edit_logits, enter
+from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.delta import Delta
-from ctg_jax.controls.vectors import SoftPrompt
-from ctg_jax.methods.weights import finetune
-from ctg_jax.models.lm import LM, Cache, write_prefix
+from ctg_jax.controls.streams import LastTokens, Stream
+from ctg_jax.data.tokenizer import to_prompts
+from ctg_jax.learn.fitting import example_delta
+from ctg_jax.models import hf
+from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.support import removed
-from ctg_jax.types import InputError, Params, Prompts
+from ctg_jax.types import InputError
 
-
-@struct.dataclass
-class Memory:
-    """What one member has read: its cache, its control's state, and whether the prompt is in the cache."""
-
-    cache: Cache
-    state: Any
-    started: bool = struct.field(pytree_node=False, default=False)
-
-
-@struct.dataclass
-class Member:
-    """A language model that reads along: `control.weights` has been applied to `params`.
-
-    Attributes:
-      params: parameters of `lm`, in the layout for decoding (`lm.unstack`); the stacked one works, slowly.
-      control: acts on this member only, such as a `SoftPrompt` or `LastTokens`.
-      lm: the model, with the base's vocabulary.
-    """
-
-    params: Params
-    control: Control = IDENTITY
-    lm: LM = struct.field(pytree_node=False, kw_only=True)
-
-    def init(self, prompts: Prompts, length: int) -> Memory:
-        batch = prompts.tokens.shape[0]
-        state = self.control.init(prompts, length)
-        prefix = self.control.prefix(state)
-        p = 0 if prefix is None else prefix[0].shape[3]
-        cache = self.lm.init_cache(self.params, batch, p + self.control.added() + length)
-        return Memory(cache if prefix is None else write_prefix(cache, prefix), state)
-
-    def read(self, tokens: jax.Array, mask: jax.Array, last: int, m: Memory) -> tuple[jax.Array, Memory]:
-        """Logits float32 [B, last, V] after the last tokens of those just read, int [B, T] with mask bool [B, T]."""
-        x, seen, state = self.lm.embed(self.params, tokens), mask, m.state
-        if not m.started:  # the prompt comes first, and with it all but the last M - 1 tokens of a forward pass
-            t = tokens.shape[1] - last + 1
-            head, head_mask, state = enter(self.control, x[:, :t], mask[:, :t], state)
-            x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
-            seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
-        out = self.lm.apply(self.params, x, seen, m.cache, self.control, state, last=last)
-        z, state = edit_logits(self.control, out.logits, out.hidden, tokens, mask, state)
-        return z, Memory(out.cache, state, True)
+FITTED = ("lora", "full", "prompt")  # kinds of expert that are trained
+INSTRUCTED = "instructed"  # the entry of `prompts.cond` with instruction and prompt, int32 [B, T'], −1 for padding
 
 
 @struct.dataclass
 class Experts(Control):
-    """z + alpha (z⁺ − z⁻), with the base's own logits for a side that is None. A token that a member's own control
-    removed has no finite logit there, so that its logit here is the base's.
+    """z + alpha (z⁺ − z⁻), with the logits of the model that decodes for a side that is None. Where the control of a
+    stream removed a token, that token keeps the logit it has.
 
     Attributes:
-      expert, anti: `Member`s, or None for the base.
+      expert, anti: a `Stream` each, or None.
       alpha: float32 [] or, per row, [B]; 0 is the base model.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `alpha` row by row.
     """
 
-    expert: Member | None
-    anti: Member | None
+    expert: Stream | None
+    anti: Stream | None
     alpha: jax.Array
     cond: str | None = struct.field(pytree_node=False, default=None)
 
+    def sides(self) -> dict[str, Stream]:
+        """The streams by the names of their sides."""
+        return {name: s for name, s in (("expert", self.expert), ("anti", self.anti)) if s is not None}
+
     def check(self, prompts):
-        for member in (self.expert, self.anti):
-            if member is not None:
-                member.control.check(prompts)
+        for stream in self.sides().values():
+            stream.check(prompts)
 
     def init(self, prompts, length):
-        members = {"expert": self.expert, "anti": self.anti}
-        memory = {k: m.init(prompts, length) for k, m in members.items() if m is not None}
-        return per_row(self.alpha, prompts, self.cond), memory
+        readings = {name: stream.init(prompts, length) for name, stream in self.sides().items()}
+        return per_row(self.alpha, prompts, self.cond), readings
 
     def readers(self):
-        found: tuple[tuple[str, int, int], ...] = ()
-        for name in ("expert", "anti"):
-            if (m := getattr(self, name)) is not None:
-                found += ((name, m.lm.context, m.control.added()), *m.control.readers())
-        return found
+        return tuple(reader for name, stream in self.sides().items() for reader in stream.readers(name))
 
     def logits(self, z, h, tokens, mask, state):
-        strength, memory = state
-        sides, after = {"expert": z, "anti": z}, {}
-        for name, m in memory.items():
-            member = getattr(self, name)
-            if member.lm.vocab != z.shape[-1]:
+        strength, readings = state
+        found, after = {"expert": z, "anti": z}, {}
+        for name, stream in self.sides().items():
+            if stream.lm.vocab != z.shape[-1]:
                 raise InputError(
-                    f"The {name} has a vocabulary of {member.lm.vocab} tokens and the base model one of "
+                    f"The {name} has a vocabulary of {stream.lm.vocab} tokens and the base model one of "
                     f"{z.shape[-1]}: use models that share one tokenizer."
                 )
-            sides[name], after[name] = member.read(tokens, mask, z.shape[1], m)
-        known = ~(removed(sides["expert"]) | removed(sides["anti"]))
-        push = jnp.where(known, sides["expert"] - sides["anti"], 0.0)
+            found[name], _, after[name] = stream.read(tokens, mask, z.shape[1], readings[name])
+        known = ~(removed(found["expert"]) | removed(found["anti"]))
+        push = jnp.where(known, found["expert"] - found["anti"], 0.0)
         return z + strength * push, (strength, after)
 
 
-@struct.dataclass
-class LastTokens(Control):
-    """Forgets all of the prompt but its last `keep` tokens (static): the unconditional side of guidance."""
+def experts(
+    expert: Stream | None = None, anti: Stream | None = None, alpha: float = 2.0, cond: str | None = None
+) -> Experts:
+    """DExperts; without an anti-expert z + alpha (z⁺ − z), and without an expert z + alpha (z − z⁻).
 
-    keep: int = struct.field(pytree_node=False, default=1)
-
-    def prompt(self, x, mask, state):
-        return x, mask & (jnp.arange(x.shape[1]) >= x.shape[1] - self.keep)[None, :]
-
-
-def member(lm: LM, params: Params, control: Control = IDENTITY) -> Member:
-    """A `Member` of `lm` under any control; a control that only changes weights is merged here and then gone."""
-    merged = lm.unstack(control.weights(params))
-    return Member(merged, IDENTITY if isinstance(control, Delta) else control, lm=lm)
+    Raises:
+      InputError: alpha is not finite.
+    """
+    if not isinstance(alpha, jax.Array) and not np.all(np.isfinite(alpha)):
+        raise InputError(f"alpha is {alpha}, expected a finite number.")
+    return Experts(expert, anti, jnp.asarray(alpha, jnp.float32), cond)
 
 
-def experts(expert: Member, anti: Member | None, alpha: float = 2.0, cond: str | None = None) -> Experts:
-    """DExperts; without an anti-expert, z + alpha (z⁺ − z)."""
-    return Experts(expert, anti, strength("alpha", alpha), cond)
-
-
-def contrastive(amateur: Member, beta: float = 0.5, cond: str | None = None) -> Experts:
-    """Contrastive decoding, (1 + beta) z − beta z_amateur (O'Brien & Lewis 2023, eq. 3), with the base as the expert.
-    The plausibility mask of Li et al. (2023) is `MinP` before it: `Chain((MinP(0.1), contrastive(…)))`."""
-    return Experts(None, amateur, strength("beta", beta), cond)
-
-
-def guidance(lm: LM, params: Params, gamma: float = 1.5, keep: int = 1, cond: str | None = None) -> Experts:
+def guidance(lm: LM, gamma: float = 1.5, keep: int = 1, cond: str | None = None) -> Experts:
     """Classifier-free guidance, z_∅ + gamma (z − z_∅) (Sanchez et al. 2023, eq. 7): z_∅ reads only the last `keep`
     tokens of the prompt."""
-    return Experts(None, member(lm, params, LastTokens(keep)), strength("gamma", gamma) - 1.0, cond)
+    return experts(anti=Stream(control=LastTokens(keep), lm=lm, of="current"), alpha=gamma - 1.0, cond=cond)
 
 
-def prompted(lm: LM, params: Params, tokens: list[int], alpha: float = 1.0, *, against: bool = False) -> Experts:
-    """The same model after an instruction, int [P], is the expert (or, `against` it, the anti-expert)."""
-    if not len(tokens):
-        raise InputError("tokens is empty, expected the token ids of an instruction.")
-    ids = jnp.asarray(tokens, jnp.int32)[None, :]
-    told = member(lm, params, SoftPrompt(lm.embed(params, ids)[0].astype(jnp.float32)))
-    return Experts(None if against else told, told if against else None, strength("alpha", alpha))
+def prompted(lm: LM, alpha: float = 1.0, cond: str | None = None) -> Experts:
+    """The same model after an instruction is the expert, or below alpha 0 the anti-expert. Each row reads the tokens
+    `prompts.cond["instructed"]`, instruction and prompt, in place of the prompt."""
+    return experts(Stream(lm=lm, of="current", own=INSTRUCTED), alpha=alpha, cond=cond)
 
 
-def strength(name: str, value: float) -> jax.Array:
-    """float32 [] or [B]; InputError for a value that is not finite."""
-    if isinstance(value, jax.Array):
-        return value.astype(jnp.float32)
-    if not np.all(np.isfinite(value)):
-        raise InputError(f"{name} is {value}, expected a finite number.")
-    return jnp.asarray(value, jnp.float32)
+def init(
+    lm: LM,
+    key: jax.Array,
+    *,
+    kind: str = "lora",
+    rank: int = 8,
+    targets: str | None = None,
+    length: int = 16,
+    choices: int | None = None,
+    amateur: str | None = None,
+    keep: int = 1,
+    instruction: str | None = None,
+    alpha: float = 2.0,
+    cond: str | None = None,
+) -> Experts:
+    """Experts that have learned nothing.
+
+    Args:
+      kind: "lora", "full" or "prompt": an expert and an anti-expert that `fit` trains. "contrastive": contrastive
+        decoding, (1 + alpha) z − alpha z_amateur (O'Brien & Lewis 2023, eq. 3); the plausibility mask of Li et al.
+        (2023) is the rule `min_p` before it. "guidance": see `guidance`, gamma = 1 + alpha. "instruction": see
+        `prompted`.
+      rank, targets, length, choices: of the experts; see `finetune.init`.
+      amateur: folder or hub id of the weaker model of contrastive decoding, with the same tokenizer.
+      keep: the number of tokens of the prompt that the unconditional side of guidance reads.
+      instruction: the text that is put before every prompt.
+
+    Raises:
+      InputError: an unknown kind, or one that lacks its amateur or instruction.
+    """
+    if kind in FITTED:
+        hp = dict(kind=kind, rank=rank, targets=targets, length=length, choices=choices)
+        tuned = methods.get("finetune").init
+        sides = [Stream(control=tuned(lm, k, **hp), lm=lm) for k in jax.random.split(key)]
+        return experts(*sides, alpha, cond)
+    if kind == "guidance":
+        return guidance(lm, 1.0 + alpha, keep, cond)
+    if kind == "instruction":
+        if not instruction:
+            raise InputError("kind is 'instruction', which needs the text of an instruction.")
+        return prompted(lm, alpha, cond)
+    if kind == "contrastive":
+        if not amateur:
+            raise InputError("kind is 'contrastive', which needs an amateur: the folder or hub id of a weaker model.")
+        small = hf.shape(amateur)
+        return experts(anti=Stream(small.init(key), lm=small), alpha=alpha, cond=cond)
+    raise InputError(f"kind is {kind!r}, expected {', '.join(FITTED)}, contrastive, guidance or instruction.")
 
 
-def init(lm: LM, key: jax.Array, *, alpha: float = 2.0, cond: str | None = None) -> Experts:
-    """Two random models of the base's shape: what a fitted control is restored into."""
-    k_expert, k_anti = jax.random.split(key)
-    return experts(member(lm, lm.init(k_expert)), member(lm, lm.init(k_anti)), alpha, cond)
+def make(lm: LM, key: jax.Array, **settings: Any) -> Experts:
+    """A control that needs no fit: `init` of the kinds "contrastive", "guidance" and "instruction".
+
+    Raises:
+      InputError: a kind that is fitted, and what `init` raises.
+    """
+    kind = settings.get("kind", FITTED[0])
+    if kind in FITTED:
+        raise InputError(
+            f"kind is {kind!r}, whose experts are fitted: give data, or choose contrastive, guidance or instruction."
+        )
+    control = init(lm, key, **settings)
+    if kind == "contrastive":
+        control = control.replace(anti=control.anti.replace(params=hf.load(settings["amateur"])[1]))
+    return control
+
+
+def conditions(artifact: Artifact, lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What a control of the kind "instruction" reads for each prompt: the tokens of instruction and prompt."""
+    settings = artifact.spec["init"]
+    if settings.get("kind") != "instruction":
+        return {}
+    rows = to_prompts(open_lm(lm)[2], [settings["instruction"] + text for text in texts], seed=0)
+    return {INSTRUCTED: np.where(rows.mask, rows.tokens, -1).astype(np.int32)}
 
 
 def example(lm: LM, key: jax.Array) -> Experts:
-    """Random experts, nearly alike and so at a large strength, for the laws."""
-    return init(lm, key, alpha=20.0)
+    """Two random changes of weights, for the laws."""
+    return experts(*(Stream(control=example_delta(lm, k), lm=lm) for k in jax.random.split(key)), alpha=2.0)
 
 
 def neutral(control: Experts) -> Experts:
@@ -210,21 +210,20 @@ def fit(
       settings: the other settings of `finetune`, the same for both.
 
     Raises:
-      InputError: kind is "prompt" (experts are merged into weights), or what `finetune` raises.
+      InputError: what `finetune` raises.
     """
-    if settings.get("adapter", {}).get("kind") == "prompt":
-        raise InputError("kind is 'prompt', but experts are merged into the weights: use 'lora' or 'full'.")
     chosen = (expert or {"label": 1}, anti or {"label": 0})
-    tuned = [finetune.fit(root, lm=lm, data=data, **{**settings, "where": dict(where)}) for where in chosen]
+    tune = methods.get("finetune").fit
+    tuned = [tune(root, lm=lm, data=data, **{**settings, "where": dict(where)}) for where in chosen]
     return stage(root, dexperts, dict(alpha=alpha, cond=cond), lm=lm, expert=tuned[0], anti=tuned[1])
 
 
-@stage_function("dexperts")
+@stage_function("dexperts", revision=1)
 def dexperts(
     run: Run, *, lm: Artifact, expert: Artifact, anti: Artifact, alpha: float = 2.0, cond: str | None = None
 ) -> None:
-    """Stage: merges two controls that were fitted on `lm` into its weights and keeps both models."""
-    model, params, _ = open_lm(lm)
-    sides = [member(model, params, methods.load(a, model)) for a in (expert, anti)]
+    """Stage: two controls that were fitted on `lm` become the two sides of one. It holds no weights of the model."""
+    model = open_lm(lm)[0]
+    sides = [Stream(control=methods.load(a, model), lm=model) for a in (expert, anti)]
     checkpoint.save(run.path / "state", experts(*sides, alpha, cond))
-    run.record(method="dexperts", init=dict(alpha=alpha, cond=cond))
+    run.record(method="dexperts", init=expert.spec["init"] | dict(alpha=alpha, cond=cond))

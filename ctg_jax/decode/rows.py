@@ -1,0 +1,49 @@
+"""The rows of a batch: how they are split over devices, and which tokens end one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ctg_jax import tree
+from ctg_jax.mesh import layout
+from ctg_jax.models.lm import LM
+from ctg_jax.types import Params, Prompts, Samples, Sampling
+
+_STRENGTHS = ("scale", "alpha")  # leaves of a control that may hold a number for each row
+
+
+def by_rows(
+    write: Callable[..., Samples],
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    control: Any,
+    sampling: Sampling,
+    devices: Sequence[jax.Device] = (),
+) -> Samples:
+    """`write(lm, params, prompts, control, sampling)` with its rows split as `layout.run_rows` does. `write` is pure
+    and hashable; `generated` is that of the part that ran longest."""
+    split = not numbers_for_rows(control, len(prompts.tokens))
+    whole = (params, control)
+    out = layout.run_rows(_part, (write, lm, sampling), whole, prompts, devices=devices, split=split)
+    return out.replace(generated=jnp.max(out.generated))
+
+
+def _part(static, whole, prompts):
+    write, lm, sampling = static
+    out = write(lm, whole[0], prompts, whole[1], sampling)
+    return out.replace(generated=jnp.broadcast_to(out.generated, out.mask.shape[:1]))
+
+
+def numbers_for_rows(control: Any, rows: int) -> bool:
+    """Whether a strength of the control is a number for each row of the batch, so that its rows cannot be split."""
+    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
+
+
+def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """bool, of the shape of `tokens`: which of them are among the ids `ends`."""
+    return jnp.isin(tokens, jnp.asarray(ends, jnp.int32))

@@ -1,0 +1,98 @@
+"""Losses of diffusion models that write whole rows, and of the classifiers that guide them.
+
+Batches are those of `ctg_jax.data.pipeline`; what follows a text in its row is filled with end tokens, `eos`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ctg_jax.learn import losses
+from ctg_jax.models import masked, word_diffusion
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.word_diffusion import VectorDenoiser
+from ctg_jax.types import Sum
+
+
+def masked_loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: int = 4) -> losses.LossFn:
+    """The bound of masked diffusion in nats per token of the text, its end included; params are those of the network.
+
+    The nats are summed over whole rows, including the end tokens that fill them, so they bound those of the text.
+    """
+
+    def total(params, frozen, batch, keys):
+        denoise = partial(masked.denoise, net, params)
+        nats = masked.nelbo(denoise, filled(batch, eos), keys, net.vocab - 1, schedule=schedule, draws=draws)
+        real = jnp.any(batch["mask"], axis=1)
+        return Sum(jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(batch["mask"], dtype=jnp.float32))
+
+    return total
+
+
+def masked_classifier_loss(net: Transformer, eos: int) -> losses.LossFn:
+    """Cross-entropy of the classifier `masked.classify` on rows masked at a uniform time; params are those of its head,
+    frozen = {"params": those of the network}."""
+
+    def total(params, frozen, batch, keys):
+        tokens = filled(batch, eos)
+        u = jax.vmap(lambda k: jax.random.uniform(k, (1 + tokens.shape[1],)))(keys)
+        x = jnp.where(u[:, 1:] < u[:, :1], net.vocab - 1, tokens)
+        logp, _ = masked.classify(net, frozen["params"], params, net.embed(frozen["params"], x))
+        label = batch["label"][:, None]
+        right = jnp.sum(jnp.argmax(logp, axis=-1)[:, None] == label, dtype=jnp.float32)
+        count = jnp.float32(len(tokens))
+        return Sum(-jnp.sum(jnp.take_along_axis(logp, label, axis=1)), count, {"accuracy": (right, count)})
+
+    return total
+
+
+def word_loss(net: VectorDenoiser, eos: int, *, read: float = 1.0) -> losses.LossFn:
+    """|x0 - f(z_t)|² / d - log p(w | x0), plus `read` times -log p(w | z_t), per token that is not given (see
+    `word_diffusion.errors`); params = {"raw": the word vectors, "net": those of the network}.
+
+    The last term is not in the paper: f is the mean of the words under the distribution that the network predicts, and
+    this term trains that distribution (Dieleman et al. 2022).
+    """
+
+    def total(params, frozen, batch, keys):
+        free, *parts = word_diffusion.errors(net, params, filled(batch, eos), keys)
+        free &= jnp.any(batch["mask"], axis=1)[:, None]
+        names = ("error", "rounding", "reading")
+        sums = {name: losses.masked_sum(value, free) for name, value in zip(names, parts)}
+        value = sums["error"][0] + sums["rounding"][0] + read * sums["reading"][0]
+        return Sum(value, sums["error"][1], sums)
+
+    return total
+
+
+def word_classifier_loss(reader: VectorDenoiser, fields: tuple, eos: int) -> losses.LossFn:
+    """Cross-entropy of the classifier on word vectors noised at a uniform time, summed over fields; params are those of
+    `reader`, frozen = {"raw": the word vectors}.
+
+    Args:
+      fields: (name, classes) of each field of the records; the outputs of `reader` are those of the fields in order.
+    """
+
+    def total(params, frozen, batch, keys):
+        tokens = filled(batch, eos)
+        table = word_diffusion.vectors(frozen["raw"])
+        logits = word_diffusion.classify(reader, params, *word_diffusion.noisy(table[tokens], keys))
+        at, count = 0, jnp.float32(len(tokens))
+        value, metrics = jnp.float32(0), {}
+        for name, classes in fields:
+            mine = logits[:, at : at + classes]
+            value += jnp.sum(losses.next_token(mine, batch[name]))
+            right = jnp.sum(jnp.argmax(mine, axis=-1) == batch[name], dtype=jnp.float32)
+            metrics[f"{name}_accuracy"] = (right, count)
+            at += classes
+        return Sum(value, count, metrics)
+
+    return total
+
+
+def filled(batch: dict, eos: int) -> jax.Array:
+    """The tokens of a batch, int32 [B, S], with end tokens behind each text."""
+    return jnp.where(batch["mask"], batch["tokens"], eos)

@@ -1,0 +1,78 @@
+"""Logistic regression, as the linear rewards fit it, and the files in which it is kept: arrays, never pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ctg_jax.data.labels import known
+from ctg_jax.io import atomic, read_json, write_json
+from ctg_jax.types import InputError
+
+
+def check_training(texts: Sequence[str], labels: Sequence[int | None], name: str) -> tuple[list[str], np.ndarray]:
+    """The texts that have a label, and their labels as int64 [n]; `InputError` where there is nothing to learn from.
+
+    name: of what is fitted, for messages.
+    """
+    if np.shape(labels) != (len(texts),):
+        raise InputError(f"labels has shape {list(np.shape(labels))} for {len(texts)} texts; give one for each text")
+    kept = known(labels, f"the texts for {name!r}")
+    texts, labels = [texts[i] for i in kept], np.asarray([labels[i] for i in kept])
+    if len(np.unique(labels)) < 2:
+        raise InputError(f"labels holds {len(np.unique(labels))} distinct value(s); a classifier needs at least two")
+    return texts, labels.astype(np.int64)
+
+
+def fit_logistic(x, labels: np.ndarray, inverse_l2: float, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """(coef, intercept, classes) of scikit-learn's logistic regression (L2, L-BFGS)."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=inverse_l2, max_iter=2000, random_state=seed).fit(x, labels)
+    return model.coef_.astype(np.float32), model.intercept_.astype(np.float32), [int(c) for c in model.classes_]
+
+
+def class_probabilities(z: np.ndarray) -> np.ndarray:
+    """Scores [n, C] as probabilities: softmax, or for C = 1 the two columns of the logistic function."""
+    z = np.asarray(z, np.float64)
+    if z.shape[1] == 1:
+        z = np.concatenate([np.zeros_like(z), z], axis=1)
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def write_model(directory: str | Path, meta: dict, **arrays: np.ndarray) -> None:
+    """probe.npz and probe.json, each written atomically, the JSON last: a reader that finds it finds the arrays too."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic(directory / "probe.npz") as f:
+        np.savez(f, **arrays)
+    write_json(directory / "probe.json", meta)
+
+
+def read_model(directory: str | Path, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """What `write_model` wrote; `InputError` names the file that is missing, damaged or of another kind."""
+    directory = Path(directory)
+    meta = read_json(directory / "probe.json", "expected a file that save() wrote")
+    if not isinstance(meta, dict):
+        raise InputError(f"{directory / 'probe.json'} holds a JSON {type(meta).__name__}; expected an object")
+    if meta.get("kind") != kind:
+        raise InputError(f"{directory / 'probe.json'} is of kind {meta.get('kind')!r}; expected {kind!r}")
+    path = directory / "probe.npz"
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return meta, {name: f[name] for name in f.files}
+    except Exception as e:  # numpy raises zipfile, value, key and OS errors for damaged archives
+        raise InputError(f"cannot read {path}: {e}; expected the arrays that save() wrote") from None
+
+
+def same_version(model, meta: dict, directory):
+    """The model itself if its digest is the saved one, else an `InputError`."""
+    if model.version != meta["version"]:
+        raise InputError(
+            f"the weights in {directory} have version {model.version!r}, but probe.json says {meta['version']!r}; "
+            "the files do not belong together or are damaged: save the probe again"
+        )
+    return model

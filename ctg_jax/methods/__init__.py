@@ -84,18 +84,6 @@ def save(root: str | os.PathLike, lm: Artifact, control: Control, method: str, *
     return stage(root, hand_made, {"method": method, "init": init}, lm=lm, control=control)
 
 
-def make(root: str | os.PathLike, lm: Artifact, method: str, **settings: Any) -> Artifact:
-    """The control of a method that can do without a fit, made by its `make(lm, key, **settings)`, as an artifact.
-
-    Raises:
-      InputError: the method has to be fitted, or what its `make` raises.
-    """
-    module = get(method)
-    if not hasattr(module, "make"):
-        raise InputError(f"{method} has to be fitted: give data.")
-    return save(root, lm, module.make(open_lm(lm)[0], jax.random.key(0), **settings), method, **settings)
-
-
 @stage_function("control")
 def hand_made(run: Run, *, lm: Artifact, control: Control, method: str, init: Mapping[str, Any]) -> None:
     """Stage: keeps a control that was made by hand; see `save`."""

@@ -14,7 +14,8 @@ from ctg_jax.data.tokenizer import to_prompts
 from ctg_jax.decode import loop
 from ctg_jax.methods import dexperts
 from ctg_jax.models import hf
-from ctg_jax.run.stage import Artifact, open_lm
+from ctg_jax.run.stage import Artifact, open_lm, stage
+from ctg_jax.stages.controls import made
 from ctg_jax.types import InputError
 
 WORLD = worlds.Bigram()
@@ -133,7 +134,7 @@ def test_kinds_that_need_no_fit_are_made_from_settings(small, tmp_path):
         dict(kind="instruction", alpha=0.5, instruction="the food was good. "),
         dict(kind="contrastive", alpha=0.5, amateur=str(tmp_path / "amateur")),
     ):
-        artifact = methods.make(root, lm, "dexperts", **settings)
+        artifact = stage(root, made, {"method": "dexperts", "init": settings}, lm=lm)
         control = methods.load(artifact, model)
         assert jax.tree.structure(control) == jax.tree.structure(dexperts.make(model, jax.random.key(0), **settings))
         cond = dexperts.conditions(artifact, lm, ["it", "the soup"])
@@ -146,13 +147,13 @@ def test_kinds_that_need_no_fit_are_made_from_settings(small, tmp_path):
             after = loop.forward(model, params, told, completion)
             np.testing.assert_allclose(found, z + 0.5 * (after - z), rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="kind is 'lora', whose experts are fitted"):
-        methods.make(root, lm, "dexperts", alpha=1.0)
+        stage(root, made, {"method": "dexperts", "init": {"alpha": 1.0}}, lm=lm)
     with pytest.raises(InputError, match="steer has to be fitted"):
-        methods.make(root, lm, "steer")
+        stage(root, made, {"method": "steer"}, lm=lm)
     with pytest.raises(InputError, match="needs an amateur"):
-        methods.make(root, lm, "dexperts", kind="contrastive")
+        stage(root, made, {"method": "dexperts", "init": {"kind": "contrastive"}}, lm=lm)
     with pytest.raises(InputError, match="needs the text of an instruction"):
-        methods.make(root, lm, "dexperts", kind="instruction")
+        stage(root, made, {"method": "dexperts", "init": {"kind": "instruction"}}, lm=lm)
 
 
 def test_bad_input_raises_one_sentence():

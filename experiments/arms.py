@@ -112,13 +112,13 @@ class Direction(Fitted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made(MethodArm):
-    """A control that needs no training; `init`: settings of the method's `make`, or of its `init` where it has none."""
+    """A control that needs no training; `init`: settings of the method's `init`, which its `make` takes as well."""
 
     init: Settings
 
     def check(self, label, arms):
         module = methods.get(self.method)
-        _check_known(f"methods.{label}.init", self.init, getattr(module, "make", module.init))
+        _check_known(f"methods.{label}.init", self.init, module.init)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

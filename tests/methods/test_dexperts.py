@@ -146,6 +146,8 @@ def test_kinds_that_need_no_fit_are_made_from_settings(small, tmp_path):
             told = to_prompts(tokenizer, [settings["instruction"] + t for t in ("it", "the soup")], seed=0)
             after = loop.forward(model, params, told, completion)
             np.testing.assert_allclose(found, z + 0.5 * (after - z), rtol=1e-4, atol=1e-4)
+    hf.save(tmp_path / "amateur", model, jax.tree.map(lambda x: 0.8 * x, params))  # another model in the same folder
+    assert stage(root, made, {"method": "dexperts", "init": settings}, lm=lm).id != artifact.id
     with pytest.raises(InputError, match="kind is 'lora', whose experts are fitted"):
         stage(root, made, {"method": "dexperts", "init": {"alpha": 1.0}}, lm=lm)
     with pytest.raises(InputError, match="steer has to be fitted"):

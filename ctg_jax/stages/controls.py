@@ -12,7 +12,6 @@ from ctg_jax.io import dumps, sha256_of
 from ctg_jax.run import checkpoint
 from ctg_jax.run.identity import Sha256, model_content
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
-from ctg_jax.types import InputError
 
 
 def _local_models(init: Mapping[str, Any], settings: Mapping[str, Any], sha256: Sha256) -> str | None:
@@ -25,7 +24,7 @@ def _local_models(init: Mapping[str, Any], settings: Mapping[str, Any], sha256: 
 @stage_function("made", contents={"init": _local_models})
 def made(run: Run, *, lm: Artifact, method: str, init: Mapping[str, Any] | None = None, seed: int = 0) -> None:
     """Stage: saves a control that needs no training: what the `make` of a method returns, or its `init` where there is
-    neither `make` nor `fit`.
+    no `make`.
 
     Args:
       lm: the language model that the control is made for.
@@ -34,11 +33,9 @@ def made(run: Run, *, lm: Artifact, method: str, init: Mapping[str, Any] | None 
       seed: of the key that it is given.
 
     Raises:
-      InputError: an unknown method, one that has to be fitted, and what its `make` or `init` raises.
+      InputError: an unknown method, and what its `make` or `init` raises.
     """
     settings, module = dict(init or {}), methods.get(method)
-    if hasattr(module, "fit") and not hasattr(module, "make"):
-        raise InputError(f"{method} has to be fitted: give it `fit` and data in place of `init`")
     control = getattr(module, "make", module.init)(open_lm(lm)[0], jax.random.key(seed), **settings)
     checkpoint.save(run.path / "state", control)
     run.record(method=method, init=settings)

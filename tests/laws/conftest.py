@@ -18,6 +18,6 @@ FOR_THE_CHAIN = {
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.parent.name == "laws" and getattr(item, "originalname", "") in FOR_THE_CHAIN:
-            if item.callspec.params.get("name", "chain") != "chain":
-                item.add_marker(pytest.mark.slow)
+        law = item.path.parent.name == "laws" and getattr(item, "originalname", "") in FOR_THE_CHAIN
+        if law and item.callspec.params.get("name", "chain") != "chain":
+            item.add_marker(pytest.mark.slow)

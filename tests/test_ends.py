@@ -92,7 +92,7 @@ def test_min_length_bans_every_end(lm):
     ((row,),) = sampling.complete(model, params, tokenizer, [PROMPT], control, sampling.Options(max_new=6))
     assert len(row["tokens"]) >= 5 and not {0, *ends} & set(row["tokens"][:5])
     given = sampling.build(artifact, filter={"min_length": 5, "eos": (1,)})
-    assert np.flatnonzero(given.eos).tolist() == [1]
+    assert np.flatnonzero(given.parts[0].eos).tolist() == [1]
 
 
 def test_latents_stop_at_every_end(lm):

@@ -142,7 +142,7 @@ FITS = [
     (ppo, {}),
     (quark, {"strata": True}),
     (click, {"threshold": "median"}),
-    (unlikelihood, {"sequence": 1.0}),
+    (unlikelihood, {"objective": {"sequence": 1.0}}),
     (gdc, {"moments": {}}),
 ]
 

@@ -24,7 +24,8 @@ from ctg_jax.learn.vector_search import Search
 from ctg_jax.methods import dexperts, finetune, latent_steer, mdlm
 from ctg_jax.models import lengths, masked
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.stages import sampling
+from ctg_jax.run.stage import stage
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 
 LM = Transformer.gpt2(vocab=20, width=16, depth=1, heads=2, context=16)
@@ -154,13 +155,27 @@ def test_networks_without_a_cache_refuse_longer_rows():
 class Letters:
     """A tokenizer of letters: the n-th letter is token n."""
 
-    bos = eos = pad = None
-    adds_bos = False
+    bos = eos = pad = start = None
+    adds_bos, vocab, rows, ends = False, 20, 20, ()
 
     def encode(self, texts):
         return [[ord(c) - 96 for c in text if c != " "] for text in texts]
 
-    def decode(self, rows):
+    encode_prompts = encode
+
+    def encode_after(self, prompts, texts):
+        return self.encode(texts)
+
+    def begun(self, ids):
+        return list(ids)
+
+    def before_end(self, ids):
+        return list(ids)
+
+    def known(self, vocab):
+        return np.ones(vocab, bool)
+
+    def decode_after(self, prompts, rows):
         return ["".join(chr(96 + int(t)) for t in row) for row in rows]
 
 
@@ -188,12 +203,8 @@ def test_a_scorer_makes_room_for_what_its_control_adds():
 
 
 def test_pretraining_refuses_rows_longer_than_its_context(tmp_path):
-    from ctg_jax.run.stage import stage, write_jsonl
-
-    def texts(run):
-        write_jsonl(run.path / "data.jsonl", [{"text": "the soup was good"}] * 4)
-
-    data = stage(tmp_path, texts)
+    (tmp_path / "texts.jsonl").write_text('{"text": "the soup was good"}\n' * 4)
+    data = stage(tmp_path, sources.load_data, {"source": f"jsonl:{tmp_path / 'texts.jsonl'}"})
     with pytest.raises(InputError, match="rows of training have 64 tokens, but the model's context is 32"):
         settings = dict(vocab=260, width=8, depth=1, heads=1, context=32, training=dict(tokens=64, steps=1, batch=2))
         stage(tmp_path, pretrain, settings, data=data)

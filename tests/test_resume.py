@@ -21,7 +21,9 @@ import jax
 import numpy as np
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-from ctg_jax import checkpoint, losses, train
+from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer, schedule
+from ctg_jax.run import checkpoint
 from ctg_jax.models.decoder import Transformer
 
 class Batches:
@@ -39,7 +41,7 @@ class Batches:
         self.at = state["next"]
 
 lm = Transformer.gpt2(vocab=16, width=8, depth=1, heads=2, context=8)
-tx = train.optimizer(train.schedule(1e-2, "cosine", warmup=2, steps=STEPS), decay=0.1)
+tx = optimizer(schedule(1e-2, "cosine", warmup=2, steps=STEPS), decay=0.1)
 state = train.init_state(jax.jit(lm.init)(jax.random.key(0)), tx, jax.random.key(1), ema=True)
 step = train.make_step(losses.lm_loss(lm), tx)
 end = train.loop(sys.argv[1], state, step, Batches(), steps=STEPS, save_every=2, log_every=1, progress=False)

@@ -31,7 +31,6 @@ def completions(
     strata: str | None = None,
     also: str | None = None,
     threads: int = 1,
-    prefetch: int = 4,
 ) -> Batches:
     """An endless, shuffled, resumable stream of batches.
 
@@ -76,7 +75,7 @@ def completions(
         "records": len(source), "seed": seed, "batch": batch, "prompt": prompt, "new": new, "strata": strata,
         "also": also, "epochs": None,
     }  # fmt: skip
-    return Batches(dataset, signature, threads, prefetch)
+    return Batches(dataset, signature, threads)
 
 
 class Completions(Sequence):

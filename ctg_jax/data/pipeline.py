@@ -18,15 +18,17 @@ from ctg_jax.types import InputError
 
 Batch = dict[str, np.ndarray]
 
+_AHEAD = 4  # batches that reading threads hold ready
+
 
 class Batches(Iterator[Batch]):
     """An endless or finite stream of batches. `get_state` after a batch and `set_state` later, in another process,
     continue with exactly the next one."""
 
-    def __init__(self, dataset: Any, signature: dict[str, Any], threads: int, prefetch: int):
+    def __init__(self, dataset: Any, signature: dict[str, Any], threads: int):
         import grain
 
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD if threads else 0)
         self._iterator = iter(dataset.to_iter_dataset(options, allow_nones=False))
         self._signature = signature
         self._next = 0
@@ -67,14 +69,12 @@ def pipeline(
     length: int,
     seed: int,
     epochs: int | None = None,
-    host: int = 0,
-    hosts: int = 1,
+    part: tuple[int, int] = (0, 1),
     fields: Sequence[str] = (),
     shuffle: bool = True,
     pack: bool = False,
     drop_last: bool = True,
     threads: int = 1,
-    prefetch: int = 4,
 ) -> Batches:
     """Batches of token sequences.
 
@@ -83,17 +83,17 @@ def pipeline(
 
     Args:
       source: records; see `ctg_jax.data.load`.
-      batch: rows of this host's batch, B; with `hosts` hosts the global batch is B * hosts rows.
+      batch: rows of this host's batch, B; with H hosts the global batch is B * H rows.
       length: tokens of a row, T.
       seed: of the permutations.
       epochs: passes over the source; None is endless.
-      host, hosts: this host takes rows host, host + hosts, … of the one stream that a single host would see.
+      part: (h, H): host h of H takes rows h, h + H, … of the one stream that a single host would see.
       fields: numeric fields of the records to add to each batch, [B] or [B, …].
       shuffle: False keeps the order of the source.
       pack: join all sequences, in the order of the source, and cut them into full rows; then `ids` number the rows.
-      drop_last: whether to drop the last B * hosts rows that are not all there. Otherwise they are filled up with rows
+      drop_last: whether to drop the last B * H rows that are not all there. Otherwise they are filled up with rows
         whose mask is False and whose id is 0.
-      threads, prefetch: threads that read ahead and batches held ready; 0 threads reads when asked.
+      threads: how many read ahead; 0 reads a batch when it is asked for.
 
     Returns:
       An iterator of {"tokens": int32 [B, T], "mask": bool [B, T], "ids": uint32 [B], and `fields`}.
@@ -103,6 +103,7 @@ def pipeline(
     """
     import grain
 
+    host, hosts = part
     if batch < 1 or length < 1 or not 0 <= host < hosts:
         raise InputError(f"pipeline: batch={batch}, length={length}, host={host} of {hosts} hosts is impossible")
     if pack and fields:
@@ -135,7 +136,7 @@ def pipeline(
         "records": len(source), "seed": seed, "batch": batch,
         "length": length, "epochs": epochs, "host": host, "hosts": hosts, "shuffle": shuffle, "pack": pack,
     }  # fmt: skip
-    return Batches(dataset, signature, threads, prefetch)
+    return Batches(dataset, signature, threads)
 
 
 def _sketch(source: Source) -> str:

@@ -138,7 +138,7 @@ def batches(latents: Artifact, *, batch: int, seed: int) -> Batches:
     rows = grain.MapDataset.range(len(x)).seed(seed).shuffle().repeat().batch(batch, drop_remainder=True)
     found = rows.map(lambda i: {"latent": x[i], "context": contexts[i], "ids": np.asarray(i, np.uint32)})
     signature = {"data": latents.id, "records": len(x), "seed": seed, "batch": batch, "epochs": None}
-    return Batches(found, signature, 1, 4)
+    return Batches(found, signature, threads=1)
 
 
 def write_array(file, values: np.ndarray) -> None:

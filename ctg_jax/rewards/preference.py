@@ -92,7 +92,8 @@ SETTINGS = ("data", "reads", "encoder")
 def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where: str) -> PreferenceModel:
     """The judge of kind "preference", fitted on comparisons; see `ctg_jax.rewards`."""
     options = {key: settings[key] for key in ("name", "reads")}
-    return PreferenceModel.fit(sentence_embedder(settings["encoder"]), *comparisons(records, where), **options)
+    found = comparisons(records, where)  # what is wrong with the records is told before the encoder is opened
+    return PreferenceModel.fit(sentence_embedder(settings["encoder"]), *found, **options)
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> PreferenceModel:

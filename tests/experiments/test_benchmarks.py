@@ -55,7 +55,7 @@ def test_the_clock_of_a_quark_round_sees_every_compiled_program(quark):
     run, state = quark.ours(lm, jax.jit(lm.init)(jax.random.key(0)), tokenizer, texts, Judge(quark.Timed), args)
     _, spent, inside = run(state)
     assert spent.shape == inside.shape == (3,)
-    assert calls.count("generate") == 2  # six prompts in batches of four
+    assert calls.count("run") == 2  # strategies.run: six prompts in batches of four
     assert len(calls) == 2 + 2 + args.steps
     assert (inside > 0).all() and (inside <= spent).all()
     assert inside[0] > 0.5 * spent[0]  # its program was compiled in there

@@ -83,7 +83,7 @@ def test_similarity_measures_every_representation(world):
     root, lm, _, pairs = world
     sentences = stage(root, sentences_of_pairs, dict(file=str(pairs)))
     assert [r["text"] for r in sentences.rows("data.jsonl")][:2] == ["good a", "bad b"]
-    vectors = latent_steer.fit(root, lm=lm, data=sentences, updates=3)
+    vectors = latent_steer.fit(root, lm=lm, data=sentences, search=dict(updates=3))
     found = stage(root, similarity, dict(resamples=20), lm=lm, pairs=sentences, vectors=vectors)
     names = [r["name"] for r in found.metrics()]
     assert names == ["z", *(f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3))]

@@ -368,4 +368,4 @@ def test_how_often_a_control_holds_by_hand():
         ("tags", ["adj", None], [True, True, False]),
         ("tags", [None, "adj", "noun"], [False, False, True]),
     ):
-        assert holds(name, value, rows, liked, tags, 0).tolist() == wanted
+        assert holds(name, value, rows, liked, tags, (0,)).tolist() == wanted

@@ -133,7 +133,7 @@ def test_a_judge_takes_names_and_refuses_what_it_cannot_measure(tmp_path):
     assert judges.open_judge(own).threshold == 3.0 and abs(judges.open_judge(own)([""], ["x"])[0] - 3.0123) < 1e-6
     with pytest.raises(InputError, match="gives values, which cannot be compared with labels"):
         stage(root, judges.fit_judge, options | {"problem": "regression"}, heldout=data)
-    with pytest.raises(InputError, match="settings of a 'classifier', but kind is 'bag'"):
+    with pytest.raises(InputError, match=r"threshold is 0\.2, but a judge of kind 'bag' does not read it"):
         stage(root, judges.fit_judge, {"kind": "bag", "threshold": 0.2}, data=data)
 
 

@@ -20,7 +20,12 @@ import jax, numpy as np, jax.numpy as jnp
 root, index, count, port, stop = sys.argv[1], *map(int, sys.argv[2:])
 if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
-from ctg_jax import Sampling, decode, hosts, losses, train
+from ctg_jax import Sampling
+from ctg_jax.decode import loop
+from ctg_jax.learn import losses, train
+from ctg_jax.learn.optimizer import optimizer
+from ctg_jax.mesh import processes
+from ctg_jax.run import checkpoint
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import stage, write_jsonl
 from ctg_jax.types import InputError, Prompts
@@ -40,8 +45,7 @@ class Batches:
     def set_state(self, state): self.at = state["next"]
 
 def learn(run, *, steps=6):
-    from ctg_jax import checkpoint
-    tx = train.optimizer(1e-2)
+    tx = optimizer(1e-2)
     state = train.init_state(LM.init(jax.random.key(0)), tx, jax.random.key(1))
     step = train.make_step(losses.lm_loss(LM), tx)
     state = train.loop(run.path, state, step, Batches(), steps=steps, save_every=2, progress=False)
@@ -52,9 +56,9 @@ def write(run, *, lm):
     params = LM.unstack(lm.load(jax.eval_shape(LM.init, jax.random.key(0))))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 24, (6, 4)), jnp.int32)
     prompts = Prompts(tokens, jnp.ones((6, 4), bool), jax.random.split(jax.random.key(3), 6))
-    out = decode.generate(LM, params, prompts, sampling=Sampling(max_new=5))
-    again = decode.score(LM, params, prompts, out.tokens)
-    odd = decode.generate(LM, params, jax.tree.map(lambda x: x[:3], prompts), sampling=Sampling(max_new=5))
+    out = loop.generate(LM, params, prompts, sampling=Sampling(max_new=5))
+    again = loop.score(LM, params, prompts, out.tokens)
+    odd = loop.generate(LM, params, jax.tree.map(lambda x: x[:3], prompts), sampling=Sampling(max_new=5))
     assert odd.tokens.tolist() == out.tokens[:3].tolist()
     rows = zip(out.tokens.tolist(), out.logp.tolist(), again.tolist())
     write_jsonl(run.path / "samples.jsonl", [{"tokens": t, "logp": p, "again": q} for t, p, q in rows])
@@ -68,7 +72,7 @@ stage(root, write, lm=fitted)
 try:
     stage(root, bad)
 except InputError as e:
-    print(hosts.count(), jax.device_count(), e, flush=True)
+    print(processes.count(), jax.device_count(), e, flush=True)
 """
 
 

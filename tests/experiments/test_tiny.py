@@ -50,7 +50,7 @@ def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
     for label, arm in experiment.check(cli.config_of(f"{file}:tiny").to_dict()).items():
         said = about[f"arm {label!r}"]
         wanted = ["load_data-", arm.data["source"], "made by "] if isinstance(arm, Fitted) else []
-        wanted += [f'"name": "{name}"' for name in arm.rewards] if isinstance(arm, Fitted) else []
+        wanted += [f'"{name}"' for name in arm.rewards] if isinstance(arm, Fitted) else []
         assert all(text in said for text in [*wanted, "samples "]), (label, said)
     assert Path(report).read_text().startswith("<!")
     code, again, _, counts = call(script, f"{file}:tiny")

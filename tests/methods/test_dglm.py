@@ -243,7 +243,7 @@ def test_bad_input_is_one_sentence(small):
     other = fitted.path.with_name("other")
     other.mkdir()
     (other / "spec.json").write_text(json.dumps(spec | {"version": "another@1"}))
-    with pytest.raises(InputError, match="restore it, or fit"):
+    with pytest.raises(InputError, match="restore that encoder, or fit"):
         dglm.conditions(Artifact(other, ""), lm, ["good"])
     short = root / "short.jsonl"
     short.write_text('{"text": "one"}\n')

@@ -59,7 +59,7 @@ class Layout:
             raise InputError(f"--precision={self.precision}: expected one of {', '.join(PRECISIONS)}")
 
     def plan(self, devices: int, data: int, local: bool = False) -> Plan:
-        """The plan over so many devices; InputError where the axes do not fit them."""
+        """The plan over that number of devices; InputError where the axes do not fit them."""
         if devices % self.tensor or (data != -1 and data * self.tensor > devices):
             where = "of a process" if local else "in all"
             raise InputError(f"--mesh: data={data}, tensor={self.tensor} do not fit the {devices} devices {where}")
@@ -167,7 +167,7 @@ def island() -> Plan | None:
 
 
 def home() -> Sharding:
-    """Where arrays of a process lie that nothing is said about: on every device of its island, or on its first."""
+    """Where the arrays of a process are placed by default: on every device of its island, or on its first."""
     plan = island()
     if plan is None:
         return SingleDeviceSharding(jax.local_devices()[0])

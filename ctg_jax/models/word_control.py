@@ -99,12 +99,12 @@ def _outside(logp, right, counts):
 
 
 def steered(energy: Energy, scale: jax.Array, how: How) -> Edit:
-    """What follows each step of the sampler: `updates` steps of Adagrad, begun anew, down
+    """What follows each step of the sampler: `updates` steps of Adagrad, each time from a new state, down
     scale · energy(z) + coef · |z - z'|² / σ², with z' what the sampler drew and σ the noise it holds (Li et al. 2022,
     section 5.1; the authors pull to the mean of the step in place of z').
 
     Args:
-      scale: float32 [] or [B]; where it is 0 the sampler's latent is kept, to the bit.
+      scale: float32 [] or [B]; where it is 0 the sampler's latent is kept, bit for bit.
     """
     tx = optax.adagrad(how.rate, initial_accumulator_value=how.floor, eps=1e-10)
 

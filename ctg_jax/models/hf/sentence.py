@@ -105,7 +105,7 @@ def _first(folder: Path, names: Sequence[str]) -> Mapping[str, Any]:
 
 
 def projection(e: Encoder) -> Table:
-    """The name table of the dense layer after pooling, which lies in a file of its own."""
+    """The name table of the dense layer after pooling, which is in a file of its own."""
     return dense(e, "project", "linear", e.project, e.width, e.project_bias) if e.project else {}
 
 

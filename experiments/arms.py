@@ -117,8 +117,11 @@ class Made(MethodArm):
     init: Settings
 
     def check(self, label, arms):
-        module = methods.get(self.method)
-        _check_known(f"methods.{label}.init", self.init, module.init)
+        try:
+            methods.maker(self.method)
+        except InputError as e:
+            raise InputError(f"methods.{label}: {e}") from None
+        _check_known(f"methods.{label}.init", self.init, methods.get(self.method).init)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,12 @@ class Pull(Control):
         return z + self.scale * self.bias[None, None, :], state
 
 
-def init(lm, key, *, tokens=()) -> Pull:
+def make(lm, key, *, tokens=()) -> Pull:
     """A pull of 1 towards each of `tokens`, and none towards the others."""
-    bias = jnp.zeros(lm.vocab).at[jnp.asarray(tokens, jnp.int32)].set(1.0)
-    return Pull(bias, jnp.ones(()))
+    return Pull(jnp.zeros(lm.vocab).at[jnp.asarray(tokens, jnp.int32)].set(1.0), jnp.ones(()))
+
+
+init = make  # a fitted control has the same shapes
 
 
 def example(lm, key) -> Pull:

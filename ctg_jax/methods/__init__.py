@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -55,6 +55,21 @@ def _modules() -> dict[str, str]:
         for room in rooms
         for m in pkgutil.iter_modules([f"{path}/{room}" for path in __path__])
     }
+
+
+def maker(name: str) -> Callable[..., Control]:
+    """The function `(lm, key, **settings)` that gives a method's control without training: its `make`, or its `init`
+    where there is nothing to fit.
+
+    Raises:
+      InputError: an unknown method, or one whose control has to be fitted.
+    """
+    module = get(name)
+    if not hasattr(module, "make") and hasattr(module, "fit"):
+        raise InputError(
+            f"method is {name!r}, whose control has to be fitted: give the settings of its fit as fit, not as init."
+        )
+    return getattr(module, "make", module.init)
 
 
 def load(artifact: Artifact, lm: LM) -> Control:

@@ -23,8 +23,7 @@ def _local_models(init: Mapping[str, Any], settings: Mapping[str, Any], sha256: 
 
 @stage_function("made", contents={"init": _local_models})
 def made(run: Run, *, lm: Artifact, method: str, init: Mapping[str, Any] | None = None, seed: int = 0) -> None:
-    """Stage: saves a control that needs no training: what the `make` of a method returns, or its `init` where there is
-    no `make`.
+    """Stage: saves a control that needs no training: what `methods.maker` of its method returns.
 
     Args:
       lm: the language model that the control is made for.
@@ -33,9 +32,9 @@ def made(run: Run, *, lm: Artifact, method: str, init: Mapping[str, Any] | None 
       seed: of the key that it is given.
 
     Raises:
-      InputError: an unknown method, and what its `make` or `init` raises.
+      InputError: an unknown method, one that has to be fitted, and what its `make` or `init` raises.
     """
-    settings, module = dict(init or {}), methods.get(method)
-    control = getattr(module, "make", module.init)(open_lm(lm)[0], jax.random.key(seed), **settings)
+    settings, make = dict(init or {}), methods.maker(method)
+    control = make(open_lm(lm)[0], jax.random.key(seed), **settings)
     checkpoint.save(run.path / "state", control)
     run.record(method=method, init=settings)

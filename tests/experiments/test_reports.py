@@ -114,7 +114,7 @@ def test_what_learns_nothing_comes_first():
 def test_arms_know_whether_their_samples_have_a_likelihood():
     """An experiment asks for KL and the perplexity of human text only where there is one."""
     settings = dict(
-        made=dict(method="steer", init=dict()),
+        made=dict(method="dexperts", init=dict(kind="guidance")),
         masked=dict(method="mdlm", data={}),
         best=dict(best_of=(2,), rewards={}),
         both=dict(chain=dict(made=1.0)),
@@ -122,5 +122,7 @@ def test_arms_know_whether_their_samples_have_a_likelihood():
     found = arms.read(settings)
     assert type(found["made"]).__name__ == "Made"
     assert {label for label, arm in found.items() if not arm.likelihood} == {"masked", "best"}
-    with pytest.raises(InputError, match=r"methods\.made\.init has no setting 'sties'; it has cond"):
-        arms.read(dict(made=dict(method="steer", init=dict(sties="all"))))
+    with pytest.raises(InputError, match=r"methods\.made\.init has no setting 'knid'; did you mean 'kind'"):
+        arms.read(dict(made=dict(method="dexperts", init=dict(knid="guidance"))))
+    with pytest.raises(InputError, match=r"methods\.made: method is 'steer', whose control has to be fitted"):
+        arms.read(dict(made=dict(method="steer", init=dict())))

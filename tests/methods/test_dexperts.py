@@ -150,6 +150,8 @@ def test_kinds_that_need_no_fit_are_made_from_settings(small, tmp_path):
     assert stage(root, made, {"method": "dexperts", "init": settings}, lm=lm).id != artifact.id
     with pytest.raises(InputError, match="kind is 'lora', whose experts are fitted"):
         stage(root, made, {"method": "dexperts", "init": {"alpha": 1.0}}, lm=lm)
+    with pytest.raises(InputError, match="method is 'steer', whose control has to be fitted"):
+        stage(root, made, {"method": "steer"}, lm=lm)
     with pytest.raises(InputError, match="needs an amateur"):
         stage(root, made, {"method": "dexperts", "init": {"kind": "contrastive"}}, lm=lm)
     with pytest.raises(InputError, match="needs the text of an instruction"):

@@ -25,7 +25,7 @@ CORE = [  # what `make demo` and every experiment of `configs/` on the bundled r
     "scipy>=1.14",
     "scikit-learn>=1.5",
     "matplotlib>=3.9",
-    "jinja2>=3.1",
+    "jinja2>=3.1.6",  # the sandbox of chat templates: earlier ones could be escaped from
     "tqdm>=4.66",
 ]
 EXTRAS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import rng
+from ctg_jax.data.chat import Chat
 from ctg_jax.data.ids import check_ids
-from ctg_jax.data.tokenizer_files import check_settings, end_ids, model_rows, special_tokens
+from ctg_jax.data.messages import Messages, is_messages
+from ctg_jax.data.tokenizer_files import chat_template, check_settings, end_ids, model_rows, special_tokens
 from ctg_jax.io import write_json, write_text
 from ctg_jax.types import InputError, Prompts
 
@@ -28,17 +31,18 @@ class Tokenizer:
 
     The text of a prompt or a record never becomes a control token (a special token of the file, bos, eos or pad):
     `<|endoftext|>` in a text is ordinary characters. A format that needs control tokens, such as a chat template,
-    places their ids itself; `to_prompts` takes rows of ids as well as strings.
+    places their ids itself; a prompt may be a string, messages (see `ctg_jax.data.chat`), or ids from a format.
 
     Attributes:
       vocab: one more than the largest id, added tokens included.
       rows: the number of tokens of the model that the tokenizer came with, or None where that is not known. A text that
         would be encoded to an id from `rows` on is refused.
       bos, eos, pad: ids of the special tokens, or None where the tokenizer has none. `eos` is the token that is
-        appended to texts in training and that fills rows.
+        appended to texts in training and that fills rows. names: their spelling, as `{"bos_token": "<s>"}`.
       ends: every id that ends a text, `eos` first; () where there is none. Decoding stops at any of them.
       adds_bos: whether sequences of its model begin with `bos` (Llama: yes, GPT-2: no).
       start: what an empty prompt becomes: bos, or eos where there is no bos, or None.
+      template: the text of the chat template, or None where the tokenizer has none.
     """
 
     def __init__(
@@ -49,16 +53,19 @@ class Tokenizer:
         pad: str | None = None,
         rows: int | None = None,
         ends: Sequence[int] = (),
+        template: str | None = None,
     ):
         core.no_padding()
         core.no_truncation()
         added = {token.content: token for token in core.get_added_tokens_decoder().values()}
-        core.add_special_tokens([t for t in (bos, eos, pad) if t in added and not added[t].special])
+        control = (bos, eos, pad, *(core.id_to_token(i) for i in ends))
+        core.add_special_tokens([t for t in control if t in added and not added[t].special])
         core.encode_special_tokens = True
         self._core = core
-        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.names: dict[str, str] = {name: token for name, token in names.items() if token is not None}
         self.vocab: int = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.rows = rows
+        self.rows, self.template = rows, template
         self.bos, self.eos, self.pad = (None if t is None else core.token_to_id(t) for t in (bos, eos, pad))
         self.ends: tuple[int, ...] = tuple(dict.fromkeys([*(() if self.eos is None else (self.eos,)), *ends]))
         start = core.encode("a").ids[:1]
@@ -86,19 +93,30 @@ class Tokenizer:
                 check_ids(ids, self.rows, f"the text {text[:40]!r}", f" and its tokenizer {self.vocab} ids")
         return found
 
-    def encode_prompts(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat format; InputError where the tokenizer has no template."""
+        return Chat(self)
+
+    def encode_prompts(self, prompts: Sequence[str | Sequence[int] | Messages]) -> list[list[int]]:
         """Ids of prompts as the model reads them: `bos` first, once, where its sequences begin with it, and `start` for
-        an empty prompt (no id, where there is no `start`). A prompt is a string, or its ids from a format."""
+        an empty prompt (no id, where there is no `start`). A prompt is a string, its ids from a format, or messages,
+        which have the ids that the chat template gives them, up to where the assistant answers."""
         rows = iter(self.encode([p for p in prompts if isinstance(p, str)]))
-        ids = [next(rows) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
-        return [self.begun(row) or [self.start] * (self.start is not None) for row in ids]
+        ids = [
+            self.chat.prompt(p).ids if is_messages(p)
+            else self.begun(next(rows) if isinstance(p, str) else [int(i) for i in p])
+            for p in prompts
+        ]  # fmt: skip
+        return [row or [self.start] * (self.start is not None) for row in ids]
 
     def begun(self, ids: Sequence[int]) -> list[int]:
         """The ids of a sequence with `bos` before them, where the model's sequences begin with it and these do not."""
         return [self.bos, *ids] if self.adds_bos and list(ids[:1]) != [self.bos] else list(ids)
 
-    def encode_after(self, prompts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text where it follows its prompt: encode(prompt + text) less encode(prompt).
+    def encode_after(self, prompts: Sequence[str | Messages], texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text where it follows its prompt: encode(prompt + text) less encode(prompt), or, where the
+        prompt is messages, the ids of the text as the assistant's answer.
 
         What precedes them is always encode(prompt), which is what a model reads when it continues the prompt. Where
         encode(prompt + text) does not begin with it ("the foo" + "d was", or a prompt that ends with a space), the ids
@@ -107,11 +125,13 @@ class Tokenizer:
         normaliser joins the last character of the prompt with the first of the text), they are those of prompt + text
         behind the longest common beginning.
         """
-        heads, wholes = self.encode(prompts), self.encode([p + t for p, t in zip(prompts, texts, strict=True)])
-        return [
+        plain = [(p, t) for p, t in zip(prompts, texts, strict=True) if not is_messages(p)]
+        heads, wholes = self.encode([p for p, _ in plain]), self.encode([p + t for p, t in plain])
+        found = iter(
             whole[len(head) :] if whole[: len(head)] == head else self._apart(head, whole, text)
-            for head, whole, text in zip(heads, wholes, texts)
-        ]
+            for head, whole, (_, text) in zip(heads, wholes, plain)
+        )
+        return [self.chat.answer(p, t) if is_messages(p) else next(found) for p, t in zip(prompts, texts)]
 
     def _apart(self, head: list[int], whole: list[int], text: str) -> list[int]:
         """The ids of `text` behind `head`, where encode(prompt + text), `whole`, does not begin with `head`."""
@@ -186,8 +206,8 @@ class Tokenizer:
         where several ids end a text."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = {k: v for k, v in self._names.items() if v is not None}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= self.names | ({} if self.template is None else {"chat_template": self.template})
         write_text(folder / "tokenizer.json", self._core.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", config, indent=2)
         if len(self.ends) > 1:
@@ -228,7 +248,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             raise
         except Exception as e:  # the Rust library raises bare Exception
             raise InputError(f"tokenizer files in {folder} cannot be read ({str(e).splitlines()[0][:160]})") from e
-        return Tokenizer(core, **names, rows=model_rows(folder), ends=ends)
+        return Tokenizer(core, **names, rows=model_rows(folder), ends=ends, template=chat_template(folder))
     if not any((folder / f).is_file() for f in ("vocab.json", "vocab.txt", "tokenizer.model")):
         raise InputError(
             f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json, vocab.txt or tokenizer.model"
@@ -243,7 +263,8 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         raise InputError(f"tokenizer files in {folder} cannot be read ({reason})") from e
     named = {"bos": fast.bos_token, "eos": fast.eos_token, "pad": fast.pad_token}
     names = special_tokens(folder, core) | {k: v for k, v in named.items() if v is not None}
-    return Tokenizer(core, **names, rows=model_rows(folder), ends=end_ids(folder, core))
+    ends, template = end_ids(folder, core), chat_template(folder)
+    return Tokenizer(core, **names, rows=model_rows(folder), ends=ends, template=template)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -280,7 +301,7 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int, left: bool) -
 
 def to_prompts(
     tokenizer: Tokenizer,
-    texts: Sequence[str | Sequence[int]],
+    texts: Sequence[str | Sequence[int] | Messages],
     seed: int,
     ids: Sequence[int] | Sequence[tuple[int, ...]] | None = None,
     length: int | None = None,
@@ -292,7 +313,8 @@ def to_prompts(
 
     Args:
       texts: B strings, or rows of token ids that a format made. `bos` is put before them where the model expects it and
-        they do not begin with it; an empty one becomes `bos` (or the end token, where there is no other).
+        they do not begin with it; an empty one becomes `bos` (or the end token, where there is no other). Or messages,
+        which the chat template of the tokenizer writes out.
       seed: row i gets the key `rng.per_example(key(seed), ids)[i]`.
       ids: example ids int [B], or [B, K] where K numbers address an example, such as (prompt, sample), each at least 0
         and below 2^32; by default 0 … B-1.

@@ -1,4 +1,4 @@
-"""Special tokens, ends and settings of a tokenizer, from the JSON files beside tokenizer.json."""
+"""Special tokens, ends, settings and the chat template of a tokenizer, from the files beside tokenizer.json."""
 
 from __future__ import annotations
 
@@ -36,6 +36,32 @@ def end_ids(folder: Path, core: tokenizers.Tokenizer) -> list[int]:
     `transformers`. Ids that are no token are left out, since text never holds them."""
     given = next((ids for file in _MODEL_FILES if (ids := _ids(folder / file, "eos"))), [])
     return [i for i in given if core.id_to_token(i) is not None]
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template: chat_template.jinja, or else `chat_template` of tokenizer_config.json, which is a text or a
+    list of named ones, of which "default" counts; None where there is none. The precedence is that of `transformers`.
+
+    Raises:
+      InputError: a file that is not UTF-8, a list without "default", anything else.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{file} cannot be read ({e}): expected a chat template in UTF-8") from e
+    given = _entries(config).get("chat_template")
+    if isinstance(given, list) and all(isinstance(t, dict) and {"name", "template"} <= set(t) for t in given):
+        named = {t["name"]: t["template"] for t in given}
+        if "default" not in named:
+            raise InputError(
+                f"{config}: chat_template names {', '.join(named) or 'nothing'}, expected one named 'default'"
+            )
+        given = named["default"]
+    if given is not None and not isinstance(given, str):
+        raise InputError(f"{config}: chat_template is {given!r:.60}, expected a text or a list of named texts")
+    return given
 
 
 def check_settings(folder: Path, core: tokenizers.Tokenizer) -> None:

@@ -215,7 +215,8 @@ def digest_model(folder: Path, sha256: Sha256 = sha256) -> str:
     modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
     places = {folder, *(folder / m["path"] for m in modules)}
     files = {p for place in places if place.is_dir() for p in place.iterdir()}
-    return sha256_all(folder, [p for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")], sha256)
+    kinds = (".json", ".jinja", ".safetensors", ".txt", ".model")
+    return sha256_all(folder, [p for p in files if p.suffix in kinds], sha256)
 
 
 def array_digest(values: Any) -> str:

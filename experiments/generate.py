@@ -2,13 +2,15 @@
 
     python experiments/generate.py --lm=DIRECTORY "The food was" "We waited"
     python experiments/generate.py --lm=runs/demo/pretrain-… --control runs/demo/steer-…=1.5 --file=prompts.txt
-    cat prompts.jsonl | python experiments/generate.py --lm=gpt2 --format=jsonl --out=texts.jsonl
+    cat prompts.txt | python experiments/generate.py --lm=gpt2 --format=jsonl --out=texts.jsonl
+    python experiments/generate.py --lm=DIRECTORY --chat --system="Answer in one word." "How was the food?"
 
 --lm is an LM artifact, a directory in Hugging Face layout, or a hub id. --control PATH=STRENGTH may be repeated;
 without =STRENGTH a control acts as it was fitted. Prompts are arguments, or lines of --file, or lines of standard
 input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. --stop TEXT, repeatable, ends a
-completion with the token that completes TEXT. --stream shows each completion while it is written. Bad input ends with
-one sentence and exit code 2, and --out is then not written.
+completion with the token that completes TEXT. --stream shows each completion while it is written. With --chat each
+prompt is the message of a user, behind the system prompt of --system; an object of a .jsonl file may hold "messages"
+itself. Bad input ends with one sentence and exit code 2, and --out is then not written.
 """
 
 import itertools
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from ctg_jax.data import messages
 from ctg_jax.mesh import processes
 from ctg_jax.run.stage import open_artifact, read_jsonl, stage, write_text
 from ctg_jax.stages import sampling, sources
@@ -39,6 +42,8 @@ def define(fv):
     flags.DEFINE_enum("format", "text", ["text", "jsonl"], "of the output", flag_values=fv)
     text("root", "runs", "where the import of --lm is recorded", flag_values=fv)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of an LM that is imported", flag_values=fv)
+    flags.DEFINE_boolean("chat", False, "prompts are messages of a user, in the LM's chat format", flag_values=fv)
+    text("system", None, "system prompt of --chat", flag_values=fv)
     whole("n", 1, "completions of each prompt", flag_values=fv)
     whole("max_new", 20, "new tokens of each completion", flag_values=fv)
     whole("batch", 32, "rows that are decoded at once", flag_values=fv)
@@ -67,7 +72,7 @@ def main(argv, session):
         raise InputError("--stream shows text on standard output: leave out --out and --format=jsonl")
     if "" in fv.stop:
         raise InputError("--stop is empty: give a text that ends a completion")
-    prompts = read_prompts(arguments, fv.file)
+    prompts = [conversation(p, fv.chat, fv.system) for p in read_prompts(arguments, fv.file)]
     parts = [read_control(text) for text in fv.control]
     lm = language_model(fv.lm, session, fv.dtype)
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
@@ -81,7 +86,7 @@ def main(argv, session):
         for i, j in itertools.product(range(len(prompts)), range(fv.n)):
             own = {name: values[i : i + 1] for name, values in cond.items()}
             pieces = sampling.stream(*model, prompts[i], control, options, index=(i, j), cond=own)
-            show((p.replace("\n", "\\n") for p in itertools.chain([prompts[i]], pieces)), end="\n")
+            show((p.replace("\n", "\\n") for p in itertools.chain([messages.shown(prompts[i])], pieces)), end="\n")
         return
     batches = sampling.complete(*model, prompts, control, options, cond=cond)
     lines = (shown(row, fv.format) for batch in batches for row in batch)
@@ -106,7 +111,8 @@ def show(pieces, end=""):
 def shown(row, format):
     """One completion as a line of JSON, or as the prompt and its text on one line."""
     if format == "jsonl":
-        row = {key: row[key] for key in ("prompt_id", "sample", "prompt", "text", "tokens", "logp")}
+        keys = ("prompt_id", "sample", "prompt", "messages", "text", "tokens", "logp")
+        row = {key: row[key] for key in keys if key in row}
         return json.dumps(row, ensure_ascii=False) + "\n"
     return (row["prompt"] + row["text"]).replace("\n", "\\n") + "\n"
 
@@ -120,9 +126,12 @@ def read_prompts(arguments, file):
     if file and file.endswith(".jsonl"):
         rows = read_jsonl(Path(file))
         for number, row in enumerate(rows, 1):
-            if not isinstance(row.get("prompt", row.get("text")), str):
+            if messages.has_messages(row):
+                if wrong := messages.malformed(row["messages"]):
+                    raise InputError(f"{file} record {number}: {wrong}")
+            elif not isinstance(row.get("prompt", row.get("text")), str):
                 raise InputError(f'{file} record {number} has no "prompt" or "text" that is a string')
-        return [row.get("prompt", row.get("text")) for row in rows]
+        return [messages.prompt_of(row) for row in rows]
     try:
         lines = Path(file).read_text("utf-8") if file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as e:
@@ -130,6 +139,15 @@ def read_prompts(arguments, file):
             f"{file or 'standard input'} cannot be read ({e}): expected UTF-8 text, a prompt a line"
         ) from None
     return [line for line in lines.split("\n") if line.strip()]
+
+
+def conversation(prompt, chat, system):
+    """A prompt with --chat and --system: messages, or text as it is."""
+    if isinstance(prompt, str):
+        if system is not None and not chat:
+            raise InputError("--system is the system prompt of a conversation: add --chat")
+        return messages.asked(prompt, system) if chat and prompt.strip() else prompt
+    return messages.under(prompt, system)
 
 
 def read_control(text):

@@ -186,7 +186,7 @@ def test_pipelines_count_what_controls_add():
     assert [len(r["tokens"]) for r in rows] == [5, 5]
     with pytest.raises(InputError, match="A text has 17 tokens, but the model's context is 16"):
         next(activations.batches(LM, Letters(), ["a", "a" * 17], 2, 64))
-    tokens, _, _ = next(activations.batches(LM, Letters(), ["a", "a" * 16], 2, 64))
+    tokens, *_ = next(activations.batches(LM, Letters(), ["a", "a" * 16], 2, 64))
     assert tokens.shape == (2, 64)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctg_jax import rng
+from ctg_jax.data.messages import Messages, has_messages, prompt_of
 from ctg_jax.data.pipeline import Batch, Batches, _collate, _number, _sketch
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
@@ -35,7 +36,7 @@ def completions(
     """An endless, shuffled, resumable stream of batches.
 
     Args:
-      source: records with `prompt` (a string) and `tokens` (those drawn after it).
+      source: records with `prompt` (a string) or `messages`, and `tokens` (those drawn after it).
       batch: rows B. prompt, new: tokens of a prompt T and of a completion N; a longer completion is cut.
       seed: of the permutations.
       fields: numeric fields of the records to add to each batch, [B] or [B, …].
@@ -99,7 +100,7 @@ class Completions(Sequence):
 
     def __getitem__(self, i: int) -> Batch:
         record = self.source[i]
-        (head,) = self.tokenizer.encode_prompts([record["prompt"]])
+        (head,) = self.tokenizer.encode_prompts([prompt_of(record)])
         if len(head) > self.prompt:
             raise InputError(f"prompt of record {i} has {len(head)} tokens, expected at most {self.prompt}")
         tokens, mask = pad_rows([head], self.prompt, self.pad, left=True)
@@ -130,13 +131,18 @@ def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, le
     """What people wrote after each prompt, with the end token, cut at `length` tokens; see `Tokenizer.encode_after`.
 
     The prompt of a record is what `ctg_jax.stages.sampling.sample` takes for it: `prompt`, or else `text`; the whole
-    text is `reference`, which `load_data` keeps when it cuts to `words`, or else `text`.
+    text is `reference`, which `load_data` keeps when it cuts to `words`, or else `text`. Of a record with `messages`
+    the continuation is the last one, of the assistant, with the token that closes it; the prompt is the others
+    (`ctg_jax.data.messages.unanswered`).
 
     Raises:
-      InputError: a record with no text behind its prompt.
+      InputError: a record with no text behind its prompt, or no answer of the assistant.
     """
+    chats = {i: _answer(r["messages"], i, tokenizer)[:length] for i, r in enumerate(records) if has_messages(r)}
     prompts, tails = [], []
     for i, record in enumerate(records):
+        if i in chats:
+            continue
         prompt = record.get("prompt", record["text"])
         text = record.get("reference", record["text"])
         text = text if text.startswith(prompt) else " ".join(text.split())
@@ -148,4 +154,12 @@ def continuations(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, le
         prompts.append(prompt)
         tails.append(text[len(prompt) :])
     end = [] if tokenizer.eos is None else [tokenizer.eos]
-    return [(ids + end)[:length] for ids in tokenizer.encode_after(prompts, tails)]
+    plain = iter(tokenizer.encode_after(prompts, tails))
+    return [chats[i] if i in chats else (next(plain) + end)[:length] for i in range(len(records))]
+
+
+def _answer(messages: Messages, i: int, tokenizer: Tokenizer) -> list[int]:
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise InputError(f"record {i} of the data has no answer of the assistant: its last message must be one")
+    found = tokenizer.chat.encode(messages)
+    return found.ids[found.answer.start : found.closing(found.answer.stop)]

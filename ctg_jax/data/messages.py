@@ -84,13 +84,17 @@ def shown(prompt: str | Messages) -> str:
     return "".join(f"{m['role']}: {m['content']}\n" for m in prompt) + "assistant: "
 
 
+def has_messages(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a conversation."""
+    return record.get("messages") is not None
+
+
 def prompt_of(record: Mapping[str, Any]) -> str | Messages:
     """The prompt of a record: its `messages`, or else `prompt`, or else `text`."""
-    return record["messages"] if record.get("messages") else record.get("prompt", record.get("text", ""))
+    return record["messages"] if has_messages(record) else record.get("prompt", record.get("text", ""))
 
 
 def unanswered(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without the assistant's last message, whose text is then no part of the prompt."""
-    messages = record.get("messages")
-    answered = messages and len(messages) > 1 and messages[-1]["role"] == "assistant"
-    return {**record, "messages": list(messages[:-1])} if answered else dict(record)
+    """The record without the assistant's last message, which is then no part of the prompt."""
+    answered = has_messages(record) and record["messages"][-1]["role"] == "assistant"
+    return {**record, "messages": list(record["messages"][:-1])} if answered else dict(record)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ctg_jax.data.messages import has_messages
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.io import dumps, sha256_of
@@ -81,6 +82,10 @@ def pipeline(
     A sequence is the text (after the beginning-of-text token, for models that expect one) and the end token, cut at
     `length` and padded on the right. Each epoch is a new permutation; batches run across epochs.
 
+    Of records with `messages` a sequence is the conversation in the chat format of the tokenizer, and batches have a
+    `loss_mask`: training learns the text of the assistant and the token that closes it. A message with `"weight": 0`
+    is not learned, and one of another role with `"weight": 1` is.
+
     Args:
       source: records; see `ctg_jax.data.load`.
       batch: rows of this host's batch, B; with H hosts the global batch is B * H rows.
@@ -96,10 +101,12 @@ def pipeline(
       threads: how many read ahead; 0 reads a batch when it is asked for.
 
     Returns:
-      An iterator of {"tokens": int32 [B, T], "mask": bool [B, T], "ids": uint32 [B], and `fields`}.
+      An iterator of {"tokens": int32 [B, T], "mask": bool [B, T], "ids": uint32 [B], and `fields`}; of messages also
+      "loss_mask": bool [B, T].
 
     Raises:
-      InputError: an empty or too small source, a field that is missing or not numeric, impossible sizes.
+      InputError: an empty or too small source, a field that is missing or not numeric, impossible sizes; some records
+        with messages and some without; a conversation of which training learns nothing, since it is cut before.
     """
     import grain
 
@@ -150,15 +157,29 @@ def _collate(rows: Sequence[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _sequences(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def _sequences(tokenizer: Tokenizer, records: Sequence[dict[str, Any]], chat: bool) -> list[tuple[Any, Any]]:
+    """(token ids, what is learned of them: bool, or None for all) of each record."""
+    for record in records:
+        if has_messages(record) != chat:
+            raise InputError(
+                f"some records have messages and some have not, such as {record['text'][:40]!r}: keep conversations "
+                "and texts in data sets of their own"
+            )
+    if chat:
+        found = [tokenizer.chat.encode(record["messages"]) for record in records]
+        return [(conversation.ids, conversation.learned) for conversation in found]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
-    return [tokenizer.begun(row) + after for row in tokenizer.encode(texts)]
+    return [(tokenizer.begun(row) + after, None) for row in tokenizer.encode([r["text"] for r in records])]
 
 
-def _fill(tokenizer: Tokenizer, row: Sequence[int], length: int, id: int) -> Batch:
+def _fill(tokenizer: Tokenizer, row: Sequence[int], length: int, id: int, learned: Any = None) -> Batch:
     pad = next(p for p in (tokenizer.pad, tokenizer.eos, 0) if p is not None)
     tokens, mask = pad_rows([row[:length]], length, pad, left=False)
-    return {"tokens": tokens[0], "mask": mask[0], "ids": np.uint32(id)}
+    found = {"tokens": tokens[0], "mask": mask[0], "ids": np.uint32(id)}
+    if learned is not None:
+        found["loss_mask"] = np.zeros(length, bool)
+        found["loss_mask"][: len(row[:length])] = learned[:length]
+    return found
 
 
 def _number(record: dict[str, Any], name: str, index: int) -> np.ndarray:
@@ -176,18 +197,25 @@ class _Rows(Sequence):
 
     def __init__(self, source: Source, tokenizer: Tokenizer, length: int, fields: tuple[str, ...]):
         self.source, self.tokenizer, self.length, self.fields = source, tokenizer, length, fields
+        self.chat = has_messages(source[0])
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, i: int) -> Batch:
         record = self.source[i]
-        row = _fill(self.tokenizer, _sequences(self.tokenizer, [record["text"]])[0], self.length, i)
+        ((ids, learned),) = _sequences(self.tokenizer, [record], self.chat)
+        if learned is not None and not learned[: self.length].any():
+            raise InputError(
+                f"training learns nothing of record {i}: of its {len(ids)} tokens the first {self.length} hold no text "
+                "of the assistant; raise the tokens of a row, or leave the record out"
+            )
+        row = _fill(self.tokenizer, ids, self.length, i, learned)
         return {**row, **{name: _number(record, name, i) for name in self.fields}}
 
     def blank(self) -> Batch:
         extra = {name: np.zeros_like(_number(self.source[0], name, 0)) for name in self.fields}
-        return {**_fill(self.tokenizer, [], self.length, 0), **extra}
+        return {**_fill(self.tokenizer, [], self.length, 0, [] if self.chat else None), **extra}
 
 
 class _Packed(Sequence):
@@ -195,17 +223,24 @@ class _Packed(Sequence):
 
     def __init__(self, source: Source, tokenizer: Tokenizer, length: int):
         self.tokenizer, self.length = tokenizer, length
+        self.learned = [] if has_messages(source[0]) else None
         parts = []
         for start in range(0, len(source), 1024):
-            texts = [source[i]["text"] for i in range(start, min(start + 1024, len(source)))]
-            parts += [np.asarray(row, np.int32) for row in _sequences(tokenizer, texts)]
+            records = [source[i] for i in range(start, min(start + 1024, len(source)))]
+            found = _sequences(tokenizer, records, self.learned is not None)
+            parts += [np.asarray(row, np.int32) for row, _ in found]
+            if self.learned is not None:
+                self.learned += [learned for _, learned in found]
         self.stream = np.concatenate(parts)
+        self.learned = None if self.learned is None else np.concatenate(self.learned)
 
     def __len__(self) -> int:
         return -(-len(self.stream) // self.length)
 
     def __getitem__(self, i: int) -> Batch:
-        return _fill(self.tokenizer, self.stream[i * self.length : (i + 1) * self.length], self.length, i)
+        part = slice(i * self.length, (i + 1) * self.length)
+        learned = None if self.learned is None else self.learned[part]
+        return _fill(self.tokenizer, self.stream[part], self.length, i, learned)
 
     def blank(self) -> Batch:
-        return _fill(self.tokenizer, [], self.length, 0)
+        return _fill(self.tokenizer, [], self.length, 0, None if self.learned is None else [])

@@ -11,15 +11,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.data.messages import is_messages, malformed
 from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
 from ctg_jax.types import InputError, optional
 
 Record = dict[str, Any]
+_CHATS = ("messages", "positive", "negative")  # fields that may hold messages
 _SLICE = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
 class Source(Sequence):
     """Random access to records `{"text": str, …}`; values are str, int, float, bool, or lists of them.
+
+    A record may be a conversation, `{"messages": [{"role": …, "content": …}, …]}` (see `ctg_jax.data.messages`), or a
+    pair with `positive` and `negative`, each a text or messages. Where it has no `text`, that is the text of its last
+    message, or of `positive`.
 
     Attributes:
       spec, split: what was asked for.
@@ -54,6 +60,11 @@ class Source(Sequence):
 
     def _record(self, raw: Mapping[str, Any]) -> Record:
         record = {name: _plain(value) for name, value in raw.items()}
+        if wrong := _check_messages(record):
+            raise InputError(f"{self.spec} has a record with malformed messages: {wrong}")
+        if self._text == "text" and "text" not in record:
+            whole = next((record[name] for name in _CHATS if record.get(name) is not None), None)
+            record |= {} if whole is None else {"text": whole if isinstance(whole, str) else whole[-1]["content"]}
         return record if self._text == "text" else {**record, "text": _field(record, self._text)}
 
     @cached_property
@@ -162,7 +173,7 @@ def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequ
 
 def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     path = _file("jsonl", name, match)
-    records = read_jsonl(path, _check_text)
+    records = read_jsonl(path, _check_record)
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
@@ -178,9 +189,18 @@ def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequenc
     return records[start:stop]
 
 
-def _check_text(record: Record) -> str | None:
+def _check_record(record: Record) -> str | None:
     text = record.get("text", "")
-    return None if isinstance(text, str) else f'"text" is {text!r}, expected a string'
+    if not isinstance(text, str):
+        return f'"text" is {text!r}, expected a string'
+    return _check_messages(record)
+
+
+def _check_messages(record: Record) -> str | None:
+    """What is wrong with the messages of a record, or None. A pair may hold texts in their place."""
+    found = [record[name] for name in _CHATS if record.get(name) is not None]
+    found = [x for x in found if x is record.get("messages") or is_messages(x)]
+    return next((wrong for messages in found if (wrong := malformed(messages))), None)
 
 
 def _bound(text: str | None, size: int) -> int | None:

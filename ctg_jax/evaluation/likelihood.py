@@ -12,6 +12,7 @@ from ctg_jax import rng
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.controls import constraints
 from ctg_jax.data.ids import check_sizes
+from ctg_jax.data.messages import Messages
 from ctg_jax.data.shapes import padded_length
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.decode import loop
@@ -93,7 +94,7 @@ class LMScorer:
         self.start = tokenizer.start
         check_sizes(tokenizer, lm, name)
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, prompts: Sequence[str | Messages], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(nats float64 [n], tokens int64 [n]) of each text given its prompt.
 
         An empty prompt becomes the BOS (or EOS) token. The beginning of a prompt is dropped where prompt and text do

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ctg_jax.data.messages import has_messages, prompt_of
 from ctg_jax.evaluation.bootstrap import Figure
 from ctg_jax.evaluation.figures import FIELD, Protocol, summary
 from ctg_jax.evaluation.likelihood import LMScorer
@@ -81,11 +82,14 @@ def score(
     for i, row in enumerate(rows):
         row["scores"] = {name: float(values[i]) for name, values in scores.items()}
     if fluency is not None:
-        nats, tokens = fluency(prompts, texts)
+        # A model without a chat template reads a conversation as people do.
+        chat = any(map(has_messages, rows)) and fluency.tokenizer.template is not None
+        told = [prompt_of(r) for r in rows] if chat else prompts
+        nats, tokens = fluency(told, texts)
         _set(rows, "nats", nats)
         _set(rows, "read", tokens)
         if embed is None and fluency.start is not None:
-            alone, _ = fluency.ids([[]] * len(texts), fluency.tokenizer.encode_after(prompts, texts))
+            alone, _ = fluency.ids([[]] * len(texts), fluency.tokenizer.encode_after(told, texts))
             with np.errstate(invalid="ignore"):
                 _set(rows, "relevance", (alone - nats) / tokens)
     if embed is not None:

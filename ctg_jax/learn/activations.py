@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from ctg_jax.data.labels import labelled
+from ctg_jax.data.messages import Messages, has_messages, is_messages
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
@@ -49,26 +50,30 @@ class Pairs:
 
 
 def pool(h: jax.Array, mask: jax.Array, how: str) -> jax.Array:
-    """float32 [B, D] of h [B, T, D]: the state of the last real token ("last") or the mean over real ones ("mean")."""
+    """float32 [B, D] of h [B, T, D]: the state of the last token of the mask ("last"), or the mean over them ("mean").
+    "prompt" and "assistant" are the same two, for the masks that `batches` makes of conversations."""
     h = h.astype(jnp.float32)
-    if how == "mean":
+    if how in ("mean", "assistant"):
         weight = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         return jnp.einsum("bt,btd->bd", weight.astype(jnp.float32), h)
-    if how == "last":
+    if how in ("last", "prompt"):
         end = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return jnp.take_along_axis(h, end[:, None, None], axis=1)[:, 0]
-    raise InputError(f"pool is {how!r}, expected 'mean' or 'last'.")
+    raise InputError(f"pool is {how!r}, expected 'mean' or 'last', or of conversations 'prompt' or 'assistant'.")
 
 
-def moments(lm: LM, params: Params, tokens, mask, label, weight, *, classes: int, how: str = "mean") -> Moments:
-    """Sums over one batch of texts: tokens int [B, T], mask bool [B, T], label int [B], weight float [B] (0 = skip).
+def moments(
+    lm: LM, params: Params, tokens, mask, label, weight, read=None, *, classes: int, how: str = "mean"
+) -> Moments:
+    """Sums over one batch of texts: tokens int [B, T], mask bool [B, T], label int [B], weight float [B] (0 = skip),
+    read bool [B, T], the tokens whose states are pooled (None: all real ones).
 
     The sums are taken inside the layer loop, so a batch never holds more than one layer's activations.
     """
     onehot = jax.nn.one_hot(label, classes, dtype=jnp.float32) * weight[:, None]
 
     def tap(h):
-        pooled = pool(h, mask, how)
+        pooled = pool(h, mask if read is None else read, how)
         return onehot.T @ pooled, jnp.sum(jnp.linalg.norm(pooled, axis=-1) * weight)
 
     total, norm = lm.apply(params, lm.embed(params, tokens), mask, tap=tap, last=1).taps
@@ -76,10 +81,12 @@ def moments(lm: LM, params: Params, tokens, mask, label, weight, *, classes: int
 
 
 def pair_moments(lm: LM, params: Params, with_, without, weight, *, how: str = "last") -> Pairs:
-    """Sums over one batch of pairs; `with_` and `without` are (tokens int [B, T], mask bool [B, T]), weight [B]."""
+    """Sums over one batch of pairs; `with_` and `without` are (tokens int [B, T], mask bool [B, T]), with the tokens to
+    pool, bool [B, T], as a third unless all real ones are, weight [B]."""
 
-    def pooled(tokens, mask):
-        taps = lm.apply(params, lm.embed(params, tokens), mask, tap=lambda h: pool(h, mask, how), last=1).taps
+    def pooled(tokens, mask, read=None):
+        read = mask if read is None else read
+        taps = lm.apply(params, lm.embed(params, tokens), mask, tap=lambda h: pool(h, read, how), last=1).taps
         return taps * weight[None, :, None]  # [L + 2, B, D]
 
     a, b = pooled(*with_), pooled(*without)
@@ -103,14 +110,21 @@ def gates(depth: int, sites: Any) -> np.ndarray:
     return gate
 
 
-def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tuple[list[str], list[str]]:
-    """Texts with and without the attribute; for pairs, equally many, in the order of the records. Records without a
-    label are left out and counted in a warning."""
+Read = str | Messages  # what activations are read of
+
+
+def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tuple[list[Read], list[Read]]:
+    """Texts, or conversations, with and without the attribute; for pairs, equally many, in the order of the records.
+    Records without a label are left out and counted in a warning.
+
+    The `positive` and `negative` of a pair are texts, or messages, or, in a record with `messages`, the assistant's
+    answers to them.
+    """
     if paired and all("positive" in r and "negative" in r for r in records):
-        return [r["positive"] for r in records], [r["negative"] for r in records]
+        return tuple([_side(r, name) for r in records] for name in ("positive", "negative"))
     records = labelled(records, where)
-    with_ = [r["text"] for r in records if r["label"] == target]
-    without = [r["text"] for r in records if r["label"] != target]
+    with_ = [_whole(r) for r in records if r["label"] == target]
+    without = [_whole(r) for r in records if r["label"] != target]
     if not with_ or not without:
         found = sorted({r["label"] for r in records})
         raise InputError(f"target is {target}, but the labels in {where} are {found}: texts are needed on both sides.")
@@ -118,20 +132,70 @@ def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tup
     return (with_[:least], without[:least]) if paired else (with_, without)
 
 
-def batches(lm: LM, tokenizer: Tokenizer, texts: Sequence[str], batch: int, length: int) -> Iterator[tuple]:
-    """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch), cut
-    at `length` tokens.
+def _whole(record: dict) -> Read:
+    return record["messages"] if has_messages(record) else record["text"]
+
+
+def _side(record: dict, name: str) -> Read:
+    side = record[name]
+    if not has_messages(record) or is_messages(side):
+        return side
+    return [*record["messages"], {"role": "assistant", "content": side}]
+
+
+def batches(
+    lm: LM, tokenizer: Tokenizer, texts: Sequence[Read], batch: int, length: int, how: str = "mean"
+) -> Iterator[tuple]:
+    """(tokens int32 [B, T], mask bool [B, T], weight float32 [B], 0 where a row is empty or only fills the batch, read
+    bool [B, T], the tokens to pool), cut at `length` tokens.
+
+    A conversation is read to the end of the assistant's last answer, or, where its last message is none, to where the
+    assistant would answer.
+
+    Args:
+      how: "mean" and "last" pool over all tokens. Of conversations also "prompt", the last token before the answer, and
+        "assistant", the tokens of the answer.
 
     Raises:
-      InputError: what is left of a text is longer than the context of `lm`.
+      InputError: what is left of a text is longer than the context of `lm`; a conversation that is longer than `length`
+        and pooled otherwise than by "mean"; "prompt" or "assistant" of a text; "assistant" without an answer.
     """
     for start in range(0, len(texts), batch):
-        rows = [tokenizer.begun(row)[:length] for row in tokenizer.encode(texts[start : start + batch])]
+        part = texts[start : start + batch]
+        plain = iter(tokenizer.encode([t for t in part if not is_messages(t)]))
+        found = [_conversation(tokenizer, t, length, how) if is_messages(t) else _text(next(plain), tokenizer, how)
+                 for t in part]  # fmt: skip
+        rows = [row[:length] for row, _ in found]
         longest = max(map(len, rows))
         check_reads(lm, longest, f"A text has {longest} tokens")
         rows += [[]] * (batch - len(rows))
         tokens, mask = pad_rows(rows, length, 0, left=False)
-        yield tokens, mask, mask.any(1).astype(np.float32)
+        read = mask.copy()
+        for row, (_, pooled) in zip(read, found):
+            row[: pooled.start] = row[pooled.stop :] = False
+        yield tokens, mask, mask.any(1).astype(np.float32), read
+
+
+def _text(ids: list[int], tokenizer: Tokenizer, how: str) -> tuple[list[int], slice]:
+    if how in ("prompt", "assistant"):
+        raise InputError(
+            f"pool is {how!r}, but a text has no such part: give records with messages, or pool otherwise."
+        )
+    ids = tokenizer.begun(ids)
+    return ids, slice(0, len(ids))
+
+
+def _conversation(tokenizer: Tokenizer, messages: Messages, length: int, how: str) -> tuple[list[int], slice]:
+    """(token ids, which of them are pooled)."""
+    answered = messages[-1]["role"] == "assistant"
+    found = tokenizer.chat.encode(messages) if answered else tokenizer.chat.prompt(messages)
+    answer, ids = found.answer, found.ids[: found.answer.stop]
+    if how != "mean" and len(ids) > length:
+        raise InputError(f"A conversation has {len(ids)} tokens, but only {length} are read: raise tokens.")
+    if how == "assistant" and not answered:
+        raise InputError("pool is 'assistant', but the last message of a conversation is not the assistant's.")
+    at = {"prompt": slice(answer.start - 1, answer.start), "assistant": answer}
+    return ids, at.get(how, slice(0, len(ids)))
 
 
 def sites(depth: int, site: str | int | Sequence) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctg_jax import evaluation, rng
+from ctg_jax.data.messages import has_messages, prompt_of
 from ctg_jax.io import dumps, loads
 from ctg_jax.learn import calibrate
 from ctg_jax.learn.pool import POOL, Pool
@@ -54,9 +55,10 @@ def explore(
 def score(
     run: Run, *, samples: Artifact, rewards: Sequence[Artifact], lm: Artifact, round: int = 0, batch: int = 256
 ) -> None:
-    """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt, text, tokens, `logp` under what
-    drew it, `base` (its log-probability under the frozen model), `reward` (by the first of the rewards) and
-    reward_<name> by each of them. spec.json records under `drawn` whether the samples are greedy and their filter.
+    """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt (and messages, where it is a
+    conversation), text, tokens, `logp` under what drew it, `base` (its log-probability under the frozen model),
+    `reward` (by the first of the rewards) and reward_<name> by each of them. spec.json records under `drawn` whether
+    the samples are greedy and their filter.
 
     Equal texts after equal prompts are scored once. An interrupted stage continues after the last batch it scored.
 
@@ -83,8 +85,10 @@ def score(
         raise InputError(f"the rewards are called {names}: give each a name of its own")
     scores = _scored(run, rows, judges, batch)
     base = evaluation.LMScorer(*stage.open_lm(lm))
-    nats, _ = base.ids(base.tokenizer.encode_prompts([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
+    nats, _ = base.ids(base.tokenizer.encode_prompts([prompt_of(r) for r in rows]), [r["tokens"] for r in rows])
     table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens", "logp")}
+    if any(map(has_messages, rows)):
+        table["messages"] = [r.get("messages") for r in rows]
     table |= {"round": [round] * len(rows), "base": (-nats).tolist(), "reward": scores[:, 0].tolist()}
     table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
     new = run.path / f".{POOL}"
@@ -115,10 +119,9 @@ def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
         raise InputError(f"n is {n}, expected a divisor of {count}, the samples of each prompt")
     groups = pool.column("prompt_id") * (count // n) + pool.column("sample") // n
     rows = (pool[int(i)] for i in calibrate.best_of(pool.column("reward"), groups))
-    kept = ("prompt_id", "prompt", "text", "tokens", "reward")
-    stage.write_jsonl(
-        run.path / "samples.jsonl", [{key: r[key] for key in kept} | {"sample": r["sample"] // n} for r in rows]
-    )
+    kept = ("prompt_id", "prompt", "messages", "text", "tokens", "reward")
+    rows = ({key: r[key] for key in kept if key in r} | {"sample": r["sample"] // n} for r in rows)
+    stage.write_jsonl(run.path / "samples.jsonl", rows)
     run.record(kl_bound=calibrate.best_of_n_kl(n), likelihood=False)
 
 

@@ -19,6 +19,7 @@ from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import truncate
 from ctg_jax.data import Source
 from ctg_jax.data.completions import completions
+from ctg_jax.data.messages import prompt_of, shown
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.decode import loop
@@ -93,6 +94,13 @@ class Pool(Sequence):
         """[n], one field of every record."""
         return self._more[name] if name in self._more else self._table[name].to_numpy()
 
+    def prompts(self) -> list[Any]:
+        """The prompt of every record: its text, or its messages."""
+        texts = list(self.column("prompt"))
+        if "messages" not in self._table.column_names:
+            return texts
+        return [text if found is None else found for text, found in zip(texts, self._table["messages"].to_pylist())]
+
     def with_(self, **columns: np.ndarray) -> Pool:
         """The same records with more fields, each [n]."""
         return Pool(self._table, {**self._more, **columns})
@@ -115,9 +123,10 @@ def batches(
 
 def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tuple[int, int]:
     """Tokens of the longest prompt and of the longest completion."""
-    prompts = pool.column("prompt") if isinstance(pool, Pool) else [r["prompt"] for r in pool]
+    prompts = pool.prompts() if isinstance(pool, Pool) else [prompt_of(r) for r in pool]
     tokens = pool.column(field) if isinstance(pool, Pool) else [r[field] for r in pool]
-    longest = max(map(len, tokenizer.encode_prompts(list(dict.fromkeys(prompts)))))
+    distinct = list({p if isinstance(p, str) else shown(p): p for p in prompts}.values())
+    longest = max(map(len, tokenizer.encode_prompts(distinct)))
     return longest, max(map(len, tokens))
 
 
@@ -142,5 +151,5 @@ def log_probabilities(
 ) -> np.ndarray:
     """The log-probability of each completion of a pool under a control, float64 [n]; see
     `ctg_jax.evaluation.likelihood`."""
-    heads = tokenizer.encode_prompts(list(pool.column("prompt")))
+    heads = tokenizer.encode_prompts(pool.prompts())
     return evaluation.log_probabilities(lm, params, tokenizer, heads, pool.column("tokens"), control, batch=batch)

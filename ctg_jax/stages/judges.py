@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ctg_jax import rewards
+from ctg_jax.data.messages import prompt_of
 from ctg_jax.rewards.check import texts_and_labels
 from ctg_jax.rewards.code import function_content
 from ctg_jax.run.identity import model_content
@@ -242,7 +243,7 @@ def _check_kl(samples: Artifact, lm: Artifact | None) -> None:
 
 def _with_kl(rows: list[dict[str, Any]], base: Any) -> list[dict[str, Any]]:
     """The samples with "kl": their log-probability as drawn minus that under the LM alone, nats of all tokens."""
-    nats, _ = base.ids(base.tokenizer.encode_prompts([r["prompt"] for r in rows]), [r["tokens"] for r in rows])
+    nats, _ = base.ids(base.tokenizer.encode_prompts([prompt_of(r) for r in rows]), [r["tokens"] for r in rows])
     return [{**row, "kl": row["logp"] + float(x)} for row, x in zip(rows, nats)]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints, truncate
+from ctg_jax.data.messages import Messages, prompt_of, shown, unanswered
 from ctg_jax.decode import strategies
 from ctg_jax.io import json_line
 from ctg_jax.mesh import layout
@@ -89,13 +90,13 @@ def build(
     return control
 
 
-def conditions(controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
+def conditions(controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str | Messages]) -> dict[str, np.ndarray]:
     """The entries of `prompts.cond` that methods compute from the texts of the prompts, such as their embeddings: name
-    -> array [n, …]. The function `conditions` of a method's module computes them."""
+    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`."""
     found: dict[str, np.ndarray] = {}
     for artifact in controls:
         make = getattr(methods.get(artifact.spec["method"]), "conditions", None)
-        found |= make(artifact, lm, texts) if make else {}
+        found |= make(artifact, lm, [shown(t) for t in texts]) if make else {}
     return found
 
 
@@ -133,7 +134,7 @@ def sample(
     that a larger `n` keeps the samples of a smaller one. An interrupted stage continues after its last whole batch.
 
     Args:
-      lm, prompts: the language model, and records with `prompt` or `text`.
+      lm, prompts: the language model, and records with `prompt`, `text` or `messages`.
       controls, strengths, filter, filter_first: see `build`.
       n, max_new, greedy, batch, seed: see `Options`.
 
@@ -143,7 +144,7 @@ def sample(
     from tqdm import tqdm
 
     records = prompts.rows("data.jsonl")
-    texts = [r.get("prompt", r.get("text", "")) for r in records]
+    texts = [prompt_of(r) for r in records]
     control = build(lm, controls, strengths, filter, filter_first)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
@@ -207,7 +208,7 @@ def human_perplexity(
         )
     model, params, tokenizer = open_lm(lm)
     reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=control)
-    heads = tokenizer.encode_prompts([r.get("prompt", r["text"]) for r in records])
+    heads = tokenizer.encode_prompts([prompt_of(unanswered(r)) for r in records])
     most = room(model, reader.control)[0] - 1
     nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, most)))
     boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
@@ -218,7 +219,7 @@ def complete(
     model: Any,
     params: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str | Messages],
     control: Control = IDENTITY,
     options: Options = Options(),
     *,
@@ -230,6 +231,7 @@ def complete(
 
     Args:
       model, params, tokenizer: what `opened` returns.
+      texts: the prompts. A record has messages under `messages`, and as text for readers under `prompt`.
       skip: leave out this many records at the beginning; a multiple of `options.batch`.
       cond: entries of `prompts.cond`, name -> array with a row for each text; see `conditions`.
 
@@ -267,7 +269,8 @@ def complete(
             {
                 "prompt_id": i,
                 "sample": j,
-                "prompt": texts[i],
+                "prompt": shown(texts[i]),
+                **({} if isinstance(texts[i], str) else {"messages": texts[i]}),
                 "text": written[r],
                 "tokens": kept[r],
                 "logp": round(float(logp[r][mask[r]].sum()), 5),
@@ -281,7 +284,7 @@ def stream(
     model: Any,
     params: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Messages,
     control: Control = IDENTITY,
     options: Options = Options(),
     *,
@@ -320,13 +323,13 @@ def _until(tokenizer: Any, head: Sequence[int], row: Sequence[int], stop: Sequen
     return next((k + 1 for k, text in enumerate(texts) if any(s in text for s in stop)), len(row))
 
 
-def check_prompts(model, tokenizer, texts: Sequence[str], max_new: int, control: Control = IDENTITY) -> None:
+def check_prompts(model, tokenizer, texts: Sequence[str | Messages], max_new: int, control: Control = IDENTITY) -> None:
     """InputError where there are no prompts, one is empty or has no tokens, or one is too long for `model` or for
     another model that reads it under `control`."""
     if not texts:
         raise InputError("the list of prompts is empty: give at least one prompt")
     for i, ids in enumerate(tokenizer.encode_prompts(texts)):
-        if not texts[i].strip() or not ids:
+        if not ids or (isinstance(texts[i], str) and not texts[i].strip()):
             raise InputError(f"prompt {i + 1} is empty: give at least one word")
         if strategies.of(control) is strategies.PLAIN:  # others check the rows that they were trained on
             what = f"prompt {i + 1} has {len(ids)} tokens and max_new is {max_new}"

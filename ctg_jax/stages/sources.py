@@ -8,6 +8,7 @@ from typing import Any
 
 from ctg_jax.data import load
 from ctg_jax.data.labels import is_label
+from ctg_jax.data.messages import asked, has_messages, under
 from ctg_jax.data.sources import content
 from ctg_jax.run.identity import digest_model, model_content
 from ctg_jax.run.stage import Run, stage_function, write_jsonl
@@ -33,6 +34,8 @@ def load_data(
     skip: int = 0,
     text: str = "text",
     labels: Mapping[str, int] | None = None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> None:
     """Stage: copies records of a source into data.jsonl, so that later stages read the same ones if the source changes.
     A local file is identified by its content: an edited one is another source, the same one at another path is not.
@@ -48,12 +51,15 @@ def load_data(
       skip: the number of matching records to leave out first (of each value of `balance`).
       text: the field that holds the text, dotted where it is inside another: "prompt", "prompt.text".
       labels: name of a label -> its number; records with other labels are left out. Methods read numbers.
+      chat: make the prompt of each record the message of a user, which the chat template of the LM writes out.
+      system: a system prompt, for records with messages and with `chat`.
 
     The field `prompt` of a record, as in the bundled reviews, is the part of its text that is the prompt; with `words`
-    or `text` the text itself is the prompt.
+    or `text` the text itself is the prompt. The prompt of a record with `messages` is these.
 
     Raises:
-      InputError: no record matches; a record has no text in that field.
+      InputError: no record matches; a record has no text in that field; `words` for messages, `chat` for records that
+        have messages, or `system` for such as have none or one of their own.
     """
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
@@ -72,7 +78,10 @@ def load_data(
                 f"{source} split {split!r}: record {i} has no string under {text!r}; name the field of text"
             )
         if words is not None or text != "text":
+            if words is not None and has_messages(row):
+                raise InputError(f"words is {words}, but record {i} of {source} has messages, which are not cut")
             row.pop("prompt", None)
+            row.pop("messages", None)
         if words is not None:
             parts = row["text"].split()
             if len(parts) <= words:
@@ -81,6 +90,8 @@ def load_data(
         if balance == "label" and not is_label(row.get("label")):
             unlabelled += 1
             continue
+        if chat or system:
+            row = _chat(row, chat, system, f"record {i} of {source}")
         group = row.get(balance) if balance else None
         seen[group] = seen.get(group, 0) + 1
         if seen[group] > skip and (limit is None or seen[group] <= skip + limit):
@@ -94,6 +105,17 @@ def load_data(
         log.warning("%s split %r: %d records have no label (missing or -1) and are left out", source, split, unlabelled)
     write_jsonl(run.path / "data.jsonl", rows)
     run.record(records=len(rows))
+
+
+def _chat(row: dict[str, Any], chat: bool, system: str | None, where: str) -> dict[str, Any]:
+    """The record as a conversation under a system prompt."""
+    if has_messages(row) == chat:
+        raise InputError(
+            f"chat is True, but {where} has messages already: leave chat out" if chat
+            else f"system is {system[:40]!r}, but {where} has no messages: set chat=True too"
+        )  # fmt: skip
+    messages = asked(row.get("prompt", row["text"]), system) if chat else under(row["messages"], system)
+    return {**row, "messages": messages}
 
 
 @stage_function("load_lm", contents={"source": model_content})

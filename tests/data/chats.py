@@ -141,7 +141,7 @@ def core_of(name):
         core = _begins(_bytes(names), "<|begin_of_text|>")
         config = dict(bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", chat_template=LLAMA3)
         return core, config, ["<|end_of_text|>", "<|eot_id|>"]
-    assert name == "llama2"  # a tokenizer of the older kind under ChatML, with tokens that swallow the space behind them
+    assert name == "llama2"  # a tokenizer of the older kind under ChatML; its tokens swallow the space behind them
     core = _begins(_words(["<s>", "</s>"], prepend=True), "<s>")
     ends = [AddedToken(t, special=True, normalized=False, rstrip=True) for t in ("<|im_start|>", "<|im_end|>")]
     core.add_special_tokens(ends)

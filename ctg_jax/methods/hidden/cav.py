@@ -218,7 +218,8 @@ def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     `probes`, and `cav`, which is instant, so a sweep over p0 or layers reads and fits nothing twice.
 
     Args:
-      lm, data: an LM artifact, and records with `text` and `label`; labels other than `target` are the other side.
+      lm, data: an LM artifact, and records with `text` or `messages`, and `label`; labels other than `target` are the
+        other side.
       settings: of the three stages.
 
     Raises:
@@ -245,7 +246,8 @@ def states(
     """Stage: pooled states of texts, {"with", "without"}: float32 [N, L + 2, D].
 
     Args:
-      pool: the state of a text: that of its "last" token, as in the paper, or the "mean" over all.
+      pool: the state of a text: that of its "last" token, as in the paper, or the "mean" over all; of a conversation
+        also that of the last token of the "prompt", or the mean over the "assistant"'s last answer.
       target: the label of the texts with the concept.
       limit: how many texts are read, half of them of each side.
       batch, tokens: texts in a batch, and tokens read of a text.
@@ -257,16 +259,16 @@ def states(
     texts = sides(data.rows("data.jsonl"), target, False, str(data.path))
 
     @jax.jit
-    def read(params, t, mask):
+    def read(params, t, mask, pooled):
         return model.apply(
-            params, model.embed(params, t), mask, tap=partial(activations.pool, mask=mask, how=pool), last=1
+            params, model.embed(params, t), mask, tap=partial(activations.pool, mask=pooled, how=pool), last=1
         ).taps
 
     found = {}
     for side, rows in zip(("with", "without"), texts):
         parts = [
-            np.asarray(read(params, t, mask)).transpose(1, 0, 2)[weight > 0]
-            for t, mask, weight in batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens)
+            np.asarray(read(params, t, mask, pooled)).transpose(1, 0, 2)[weight > 0]
+            for t, mask, weight, pooled in batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens, pool)
         ]
         found[side] = np.concatenate(parts)
         run.log(side=side, texts=len(found[side]))

@@ -17,6 +17,7 @@ from flax import struct
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
 from ctg_jax.learn.activations import Moments, Pairs, batches, gates, moments, pair_moments, sides
+from ctg_jax.learn.fitting import divided
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -32,15 +33,21 @@ class Steer(Control):
       gate: float32 [L + 2], how much each site takes part.
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
+      everywhere: whether all tokens are pushed, or the last of the prompt and what follows, as by CAA.
     """
 
     vector: jax.Array
     gate: jax.Array
     scale: jax.Array
     cond: str | None = struct.field(pytree_node=False, default=None)
+    everywhere: bool = struct.field(pytree_node=False, default=True)
 
     def init(self, prompts, length):
-        return per_row(self.scale, prompts, self.cond)
+        first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None] - 1
+        return per_row(self.scale, prompts, self.cond), first
+
+    def began(self, state, start):
+        return state[0], start[:, None] - 1
 
     def hidden(self, h, site, pos, state):
         sites, width = self.vector.shape
@@ -56,14 +63,17 @@ class Steer(Control):
         else:
             at = jnp.minimum(site, sites - 1)
             push = jnp.where(site < sites, self.gate[at], 0.0) * self.vector[at]
-        return h + (state * push[None, None, :]).astype(h.dtype)
+        scale, first = state
+        if not self.everywhere:
+            scale = jnp.where((pos >= first)[:, :, None], scale, 0.0)
+        return h + (scale * push[None, None, :]).astype(h.dtype)
 
 
-def init(lm: LM, key: jax.Array, *, cond: str | None = None) -> Steer:
+def init(lm: LM, key: jax.Array, *, cond: str | None = None, everywhere: bool = True) -> Steer:
     """A neutral control: zero vectors, every gate open, scale 1."""
     sites = lm.depth + 2
     vector = jnp.zeros((sites, lm.width), jnp.float32)
-    return Steer(vector, jnp.ones((sites,), jnp.float32), jnp.ones((), jnp.float32), cond)
+    return Steer(vector, jnp.ones((sites,), jnp.float32), jnp.ones((), jnp.float32), cond, everywhere)
 
 
 def example(lm: LM, key: jax.Array) -> Steer:
@@ -116,40 +126,25 @@ def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
     raise InputError(f"normalise is {how!r}, expected 'none', 'unit' or 'stream'.")
 
 
-def fit(
-    root,
-    *,
-    lm: Artifact,
-    data: Artifact,
-    kind: str = "mean",
-    pool: str = "mean",
-    target: int = 1,
-    sites: Any = "middle",
-    normalise: str = "none",
-    scale: float = 1.0,
-    cond: str | None = None,
-    batch: int = 32,
-    tokens: int = 64,
-) -> Artifact:
+def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     """A steering control towards the texts of label `target`, in two stages: `activations`, which reads the texts once,
     and `steer`, which is instant, so a sweep over sites, normalisations or kinds reads nothing twice.
 
     Args:
-      lm, data: an LM artifact, and records with `text` and `label`; or, for pairs, records with `positive` and
-        `negative` texts (records with labels are paired in their order, label `target` against the others).
-      kind: "mean" (difference of means), "pairs" (mean pair difference) or "pca" (first component of differences).
-      pool: which states of a text are averaged: "mean" over all tokens, or the "last" one.
-      target: the label to steer towards; all others are the other side.
-      sites: see `ctg_jax.learn.activations.gates`. normalise: see `scaled`.
-      scale: the strength at first. cond: see `Steer`.
-      batch, tokens: texts in a batch, and tokens read of a text.
+      lm, data: an LM artifact, and records with `text` or `messages`, and `label`; or, for pairs, records with
+        `positive` and `negative`, see `ctg_jax.learn.activations.sides` (records with labels are paired in their order,
+        label `target` against the others).
+      settings: of the two stages; `paired` follows from `kind`.
+
+    Raises:
+      InputError: a setting that no stage has, an unknown kind, and what the stages raise.
     """
+    reading, acting = divided(settings, activations, steer)
+    kind = acting.get("kind", "mean")
     if kind not in ("mean", "pairs", "pca"):
         raise InputError(f"kind is {kind!r}, expected 'mean', 'pairs' or 'pca'.")
-    reading = dict(paired=kind != "mean", pool=pool, target=target, batch=batch, tokens=tokens)
-    sums = stage(root, activations, reading, lm=lm, data=data)
-    config = dict(kind=kind, sites=sites, normalise=normalise, scale=scale, cond=cond)
-    return stage(root, steer, config, lm=lm, sums=sums)
+    sums = stage(root, activations, {**reading, "paired": kind != "mean"}, lm=lm, data=data)
+    return stage(root, steer, acting, lm=lm, sums=sums)
 
 
 @stage_function("steer.activations")
@@ -164,23 +159,29 @@ def activations(
     batch: int = 32,
     tokens: int = 64,
 ) -> None:
-    """Stage: `Moments` of two classes (1 = label `target`, 0 = the others), or `Pairs`; see `fit`.
+    """Stage: `Moments` of two classes (1 = label `target`, 0 = the others), or, for `paired`, `Pairs`.
+
+    Args:
+      pool: which states of a text are averaged: "mean" over all tokens, or the "last" one; of a conversation also the
+        last one of the "prompt", or the mean over those of the "assistant"; see `ctg_jax.learn.activations.batches`.
+      target: the label to steer towards; all others are the other side.
+      batch, tokens: texts in a batch, and tokens read of a text.
 
     Raises:
-      InputError: no record has a label, a record lacks its pair, or one side has no text.
+      InputError: no record has a label, a record lacks its pair, or one side has no text; what `batches` raises.
     """
     model, params, tokenizer = open_lm(lm)
     with_, without = sides(data.rows("data.jsonl"), target, paired, str(data.path))
     if paired:
         read = jax.jit(partial(pair_moments, model, how=pool))
-        both = zip(batches(model, tokenizer, with_, batch, tokens), batches(model, tokenizer, without, batch, tokens))
-        parts = (read(params, a[:2], b[:2], a[2] * b[2]) for a, b in both)
+        both = zip(*(batches(model, tokenizer, side, batch, tokens, pool) for side in (with_, without)))
+        parts = (read(params, (*a[:2], a[3]), (*b[:2], b[3]), a[2] * b[2]) for a, b in both)
     else:
         read = jax.jit(partial(moments, model, classes=2, how=pool))
         parts = (
-            read(params, t, m, np.full(len(t), label), weight)
+            read(params, t, m, np.full(len(t), label), weight, pooled)
             for label, texts in ((1, with_), (0, without))
-            for t, m, weight in batches(model, tokenizer, texts, batch, tokens)
+            for t, m, weight, pooled in batches(model, tokenizer, texts, batch, tokens, pool)
         )
     total = next(parts)
     for part in parts:
@@ -200,8 +201,15 @@ def steer(
     normalise: str = "none",
     scale: float = 1.0,
     cond: str | None = None,
+    everywhere: bool = True,
 ) -> None:
-    """Stage: the control, from what `activations` summed; see `fit`."""
+    """Stage: the control, from what `activations` summed.
+
+    Args:
+      kind: "mean" (difference of means), "pairs" (mean pair difference) or "pca" (first component of differences).
+      sites: see `ctg_jax.learn.activations.gates`. normalise: see `scaled`.
+      scale: the strength at first. cond, everywhere: see `Steer`.
+    """
     found = sums.load()
     if kind == "mean":
         m = Moments(**found)
@@ -212,8 +220,8 @@ def steer(
     norm = np.asarray(m.norm) / np.asarray(texts)
     vector = scaled(vector, norm, normalise)
     gate = gates(len(vector) - 2, sites)
-    control = Steer(jnp.asarray(vector), jnp.asarray(gate), jnp.asarray(scale, jnp.float32), cond)
+    control = Steer(jnp.asarray(vector), jnp.asarray(gate), jnp.asarray(scale, jnp.float32), cond, everywhere)
     checkpoint.save(run.path / "state", control)
     for site, (length, stream) in enumerate(zip(np.linalg.norm(vector, axis=-1), norm)):
         run.log(site=site, vector_norm=float(length), stream_norm=float(stream))
-    run.record(method="steer", init={"cond": cond})
+    run.record(method="steer", init={"cond": cond, "everywhere": everywhere})

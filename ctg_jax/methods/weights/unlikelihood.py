@@ -18,6 +18,7 @@ import numpy as np
 from ctg_jax import methods, rng
 from ctg_jax.control import Chain
 from ctg_jax.data.completions import continuations
+from ctg_jax.data.messages import unanswered
 from ctg_jax.learn import calibrate, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import Pool, batches, check_drawn, drawing_filter, log_probabilities, logits, repeats
@@ -195,10 +196,7 @@ def unlikelihood(
             drawn = log_probabilities(model, params, samples, tokenizer, drawing, batch=training.batch)
             samples = samples.with_(advantage=advantages(samples.column("reward"), at), drawn=drawn)
     else:
-        samples = [
-            {"text": r["text"], "prompt": r.get("prompt", r["text"]), "tokens": t, "human": t}
-            for r, t in zip(records, human)
-        ]
+        samples = [{"prompt": r["text"], **unanswered(r), "tokens": t, "human": t} for r, t in zip(records, human)]
     fields = ("advantage", "drawn") if objective.policy else ()
     rows = batches(samples, tokenizer, batch=training.batch, seed=seed, fields=fields, also="human")
     control = fitting.train(

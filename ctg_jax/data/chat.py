@@ -239,7 +239,7 @@ def _marked(i: int, message: Mapping[str, Any], trimmed: bool) -> dict[str, Any]
 
 def _spans(text: str, pieces: Sequence[str], messages: Messages) -> Iterator[tuple[int, int, int]]:
     """The spans between marks. Where a template cuts off the beginning or the end of a message with its mark, as those
-    do that leave out earlier reasoning, the span goes on as far as text and message agree."""
+    do that leave out earlier reasoning, the span goes on as far as text and message agree, space at that end apart."""
     marks, at = [], 0
     for piece, mark in zip(pieces[::2], pieces[1::2]):
         at += len(piece)
@@ -249,9 +249,11 @@ def _spans(text: str, pieces: Sequence[str], messages: Messages) -> Iterator[tup
         content = messages[i]["content"].strip()
         if opens:
             closed = marks[k + 1 : k + 2] and marks[k + 1][:2] == (i, False)
-            yield i, at, marks[k + 1][2] if closed else at + _agree(text[at:], content)
+            kept = content[: _agree(text[at:], content)].rstrip()
+            yield i, at, marks[k + 1][2] if closed else at + len(kept)
         elif not (k and marks[k - 1][:2] == (i, True)):
-            yield i, at - _agree(text[:at][::-1], content[::-1]), at
+            kept = content[len(content) - _agree(text[:at][::-1], content[::-1]) :].lstrip()
+            yield i, at - len(kept), at
 
 
 def _agree(a: str, b: str) -> int:

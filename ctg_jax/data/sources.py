@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.data.messages import is_messages, malformed
+from ctg_jax.data.messages import malformed
 from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
 from ctg_jax.types import InputError, optional
 
@@ -199,7 +199,7 @@ def _check_record(record: Record) -> str | None:
 def _check_messages(record: Record) -> str | None:
     """What is wrong with the messages of a record, or None. A pair may hold texts in their place."""
     found = [record[name] for name in _CHATS if record.get(name) is not None]
-    found = [x for x in found if x is record.get("messages") or is_messages(x)]
+    found = [x for x in found if x is record.get("messages") or not isinstance(x, str)]
     return next((wrong for messages in found if (wrong := malformed(messages))), None)
 
 

@@ -3,10 +3,13 @@ tools and images are left out."""
 
 import json
 
+import jax
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Core
 
 from ctg_jax.data import load_tokenizer
+from ctg_jax.models import hf
+from ctg_jax.models.decoder import Transformer
 
 TEXTS = ["how was the food", "the food was good and we liked it", "be brief and kind", "user model assistant system"]
 TEXTS = [*TEXTS, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "a b\n\nc  d", "naïve café 🙂"]
@@ -165,3 +168,28 @@ def write_tokenizer(folder, name):
 
 def chat_tokenizer(folder, name):
     return load_tokenizer(write_tokenizer(folder, name))
+
+
+def write_chat_lm(folder, name, context=160):
+    """A language model of a few thousand parameters with the tokenizer of a family."""
+    write_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder)
+    lm = Transformer(
+        family="gpt2", vocab=tokenizer.vocab, width=16, depth=2, heads=2, kv_heads=2, head_dim=8, mlp_width=32,
+        context=context,
+    )  # fmt: skip
+    hf.save(folder, lm, lm.init(jax.random.key(0)), tokens={"eos_token_id": list(tokenizer.ends)})
+    write_tokenizer(folder, name)
+    return folder
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}

@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = {p.stem: p for p in sorted((ROOT / "ctg_jax" / "methods").glob("*/*.py")) if p.stem != "__init__"}
 PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
 RECORD = ROOT / "docs" / "results"  # the complete record of measurements, a page for each theme
-WRITTEN = {"Design": "design.md", "A new method": "new_method.md", "Silent faults": "faults.md"}  # pages in docs/
+WRITTEN = {
+    "Chat models": "chat.md",
+    "Design": "design.md",
+    "A new method": "new_method.md",
+    "Silent faults": "faults.md",
+}  # pages in docs/
 DIFFERS = re.compile(r"\b(papers?|authors?)\b")
 
 

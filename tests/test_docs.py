@@ -75,3 +75,20 @@ def test_the_site_builds_without_a_warning(pages, tmp_path):
     done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert (tmp_path / "methods" / "quark" / "index.html").is_file()
+
+
+def test_the_code_about_chat_models_runs(tmp_path, monkeypatch):
+    from tests.data.chats import write_chat_lm
+
+    page = (HERE / "docs" / "chat.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    hub = '"HuggingFaceTB/SmolLM2-360M-Instruct"'
+    assert len(blocks) == 3 and hub in blocks[0]
+    monkeypatch.chdir(tmp_path)
+    write_chat_lm(tmp_path / "lm", "qwen", context=192)
+    names = {}
+    for block in blocks:
+        exec(compile(block.replace(hub, '"lm"'), "docs/chat.md", "exec"), names)
+    assert len(names["answers"]) == 2 and names["samples"].tokens.shape == (2, 20)
+    conversation = names["conversation"]
+    assert names["last_prompt_token"] == conversation.role("assistant").argmax() - 1

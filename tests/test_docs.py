@@ -77,6 +77,7 @@ def test_the_site_builds_without_a_warning(pages, tmp_path):
     assert (tmp_path / "methods" / "quark" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_code_about_chat_models_runs(tmp_path, monkeypatch):
     from tests.data.chats import write_chat_lm
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ctg_jax.data.ids import check_ids
 from ctg_jax.data.messages import MOST, Messages, check_messages
 from ctg_jax.types import InputError
 
@@ -96,7 +97,7 @@ class Chat:
                 "messages were given, but this tokenizer has no chat template: expected `chat_template` in "
                 "tokenizer_config.json or a file chat_template.jinja; use a model tuned for chat, or give texts"
             )
-        self.template, self._names = tokenizer.template, tokenizer.names
+        self.template, self._names, self._rows = tokenizer.template, tokenizer.names, tokenizer.rows
         # A copy that reads no control token in a text, whose own tokens for private characters take their place.
         self._core = core = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         added = {token.content: (id, token) for id, token in core.get_added_tokens_decoder().items()}
@@ -150,9 +151,12 @@ class Chat:
             at = end
         owner = np.concatenate([*owners, [-1]])
         found = self._core.encode("".join(pieces), add_special_tokens=False)
+        ids = [self._ids.get(id, id) for id in found.ids]
+        if self._rows is not None:
+            check_ids(ids, self._rows, f"the conversation that begins with {messages[0]['content'][:40]!r}")
         message = [int(np.max(owner[start : max(end, start + 1)])) for start, end in found.offsets]
         return Conversation(
-            ids=[self._ids.get(id, id) for id in found.ids],
+            ids=ids,
             message=np.asarray(message, np.int32),
             control=np.asarray([id in self._ids for id in found.ids], bool),
             messages=messages,

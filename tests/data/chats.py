@@ -76,11 +76,16 @@ LLAMA3 = (
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# Qwen 3's way with reasoning: that of earlier turns is cut off.
+# Qwen 3's way with reasoning: that of earlier turns is cut off, and that of the last one is taken apart and put back.
 REASONING = r"""{%- for message in messages %}
     {%- set content = message.content %}
-    {%- if message.role == 'assistant' and '</think>' in content and not loop.last %}
+    {%- set reasoning = '' %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
         {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {%- if loop.last and reasoning %}
+        {%- set content = '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') %}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
 {%- endfor %}

@@ -14,13 +14,13 @@ from ctg_jax.models import hf
 from ctg_jax.types import InputError, Sampling
 from tests.data.chats import FAMILIES, assistant, chat_tokenizer, core_of, system, user, write_chat_lm, write_tokenizer
 
+THOUGHT = "<think>\nhm\n</think>\n\nyes"
 CHATS = {
     "one": [user("how was the food")],
     "turns": [user("  how was\n\nthe food \n"), assistant(" good  \nand\n\n"), user("naïve café 🙂 東")],
     "answered": [user("be brief"), assistant("the food was good")],
-    "reasoning": [user("x"), assistant("<think>\nhm\n</think>\n\nyes"), user("y"), assistant("<think>a</think>b")],
+    "reasoning": [user("x"), assistant("<think>\nhm\n</think>\n\nyes"), user("y"), assistant(THOUGHT)],
 }
-THINK = ("<think>", "</think>")
 ENDS = {"gemma": "<end_of_turn>", "gemma3": "<end_of_turn>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>"}
 ENDS |= {"llama2": "<|im_end|>", "reasoning": "<|im_end|>"}
 
@@ -81,9 +81,9 @@ def test_a_message_never_becomes_a_control_token(tokenizers, family):
 
 def test_tokens_of_the_template_that_are_not_special_are_read_in_answers_alone(tokenizers):
     tokenizer = tokenizers["reasoning"]
-    found = tokenizer.chat.encode([user("<think> </think>"), assistant("<think>a</think>b")])
-    of = {name: [int(m) for i, m in zip(found.ids, found.message) if i == tokenizer.id(name)] for name in THINK}
-    assert of == {"<think>": [0, 1], "</think>": [1]}  # this template writes the second alone; the first is a word
+    found = tokenizer.chat.encode([user("<think> </think>"), assistant(THOUGHT)])
+    for name in ("<think>", "</think>"):
+        assert [int(m) for i, m in zip(found.ids, found.message) if i == tokenizer.id(name)] == [1]
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------
@@ -108,10 +108,12 @@ def test_each_token_has_a_role(tokenizers, family):
 
 def test_a_message_whose_beginning_the_template_cuts_off(tokenizers):
     tokenizer = tokenizers["reasoning"]
-    found = tokenizer.chat.encode(CHATS["reasoning"])
+    thought = THOUGHT.replace("hm", "hm <|im_end|>")
+    found = tokenizer.chat.encode([*CHATS["reasoning"][:-1], assistant(thought)])
     cut = [t for t, m in zip(found.ids, found.message) if m == 1]
     assert tokenizer.decode([cut]) == ["yes"]
-    assert found.answer.stop < len(found.ids) and tokenizer.decode([found.ids[found.answer]]) == ["<think>a</think>b"]
+    assert tokenizer.decode([found.ids[found.answer]], skip_special=False) == [thought]  # taken apart and put back
+    assert found.ids[found.answer].count(tokenizer.id("<|im_end|>")) == 0
 
 
 def test_a_weight_says_what_is_learned(tokenizers):
@@ -149,11 +151,9 @@ def test_a_batch_of_conversations_is_each_alone_and_padded(tmp_path, tokenizers)
     run = lambda *a, **kw: generate(lm, params, to_prompts(*a, seed=3, **kw), sampling=sampling)  # noqa: E731
     for family in ("gemma3", "qwen", "llama3"):
         chats = [[user("how was the food")], [system("be brief"), user("x")], CHATS["turns"]]
-        whole, wide = (run(tokenizers[family], chats, length=n) for n in (90, 120))
-        np.testing.assert_array_equal(whole.tokens, wide.tokens)
-        np.testing.assert_allclose(whole.logp, wide.logp, atol=1e-5)
+        whole = run(tokenizers[family], chats, length=90)
         for i, messages in enumerate(chats):
-            alone = run(tokenizers[family], [messages], ids=[i], length=90)
+            alone = run(tokenizers[family], [messages], ids=[i], length=120)
             np.testing.assert_array_equal(alone.tokens[0], whole.tokens[i])
             np.testing.assert_allclose(alone.logp[0], whole.logp[i], atol=1e-5)
 

@@ -11,7 +11,8 @@ import pytest
 
 from ctg_jax import methods
 from ctg_jax.run.stage import open_artifact
-from experiments import ablate, cli, experiment, generate, main
+from ctg_jax.types import InputError
+from experiments import ablate, arms, cli, experiment, generate, main
 
 HERE = Path(__file__).parents[1]
 
@@ -129,6 +130,11 @@ def table(page):
 def test_it_is_found_by_its_name(folder):
     assert len(METHOD.splitlines()) <= 60
     assert "pull" in methods.names() and methods.get("pull").Pull.__module__ == "ctg_jax.methods.own.pull"
+
+
+def test_a_setting_that_its_fit_lacks_is_refused_before_anything_runs(folder):
+    with pytest.raises(InputError, match="did you mean 'smoothing'"):
+        arms.read(dict(a=dict(method="pull", data={}, fit=dict(smothing=1.0))))
 
 
 def test_it_runs_through_every_script(folder, call, tmp_path):

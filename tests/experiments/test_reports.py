@@ -96,7 +96,6 @@ def test_overrides_are_what_differs_from_the_file(config):
         (dict(a=dict(best_of=(2,))), "methods.a lacks the setting 'rewards'"),
         (dict(a=dict(filter={}, strengths=(1.0,))), "methods.a has no setting 'strengths'"),
         (dict(a=dict(chain=dict(b=1.0)), b=dict()), "methods.a.chain names 'b', which is no method"),
-        (dict(a=dict(method="steer", data={}, fit=dict(sties="all"))), "did you mean 'sites'?"),
     ],
 )
 def test_arms_that_cannot_be(settings, words):

@@ -18,7 +18,8 @@ DECODER: Rules = (
     (r"(.*/)?(attn/qkv|mlp/up|mlp/gate)/bias", P("tensor")),
     (r"(.*/)?(attn/out|mlp/down)/kernel", P("data", "tensor")),
     (r"(.*/)?(attn/out|mlp/down)/bias", P()),
-    (r"(.*/)?(attn_norm|mlp_norm|norm)/(scale|bias)", P()),
+    (r"head/bias", P("tensor")),
+    (r"(.*/)?(\w+_norm|norm)/(scale|bias)", P()),
 )
 
 # The encoders of `ctg_jax.models.encoder`: blocks as those of the decoder.

@@ -15,7 +15,8 @@ def attend(
     v: jax.Array,
     allowed: jax.Array,
     bias: jax.Array | None = None,
-    scaled: bool = True,
+    divisor: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Grouped-query attention, [B, T, heads, H].
 
@@ -27,19 +28,21 @@ def attend(
       allowed: bool, broadcastable to [B, T, S]; which keys each query may attend to. A query without any, such as
         padding, gets a uniform average.
       bias: float32 [heads, T, S], added to the scores, or None.
-      scaled: whether the scores are divided by sqrt(H).
+      divisor: the scores are divided by it; None: by sqrt(H).
+      cap: None, or the bound c of the soft cap c tanh(score / c) (Gemma 2). The kernels of accelerators have none, so
+        a capped product is two batched products there too.
 
     Scores and softmax are float32; the output has the dtype of v.
     """
-    if jax.default_backend() == "cpu":
-        return products(q, k, v, allowed, bias, scaled)
+    if jax.default_backend() == "cpu" or cap is not None:
+        return products(q, k, v, allowed, bias, divisor, cap)
     mask = jnp.broadcast_to(allowed, (q.shape[0], *allowed.shape[1:]))[:, None]
     bias = None if bias is None else bias[None]
     k, v = (a.astype(q.dtype).transpose(0, 2, 1, 3) for a in (k, v))
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=None if scaled else 1.0)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=divisor and 1 / divisor)
 
 
-def products(q, k, v, allowed, bias=None, scaled=True):
+def products(q, k, v, allowed, bias=None, divisor=None, cap=None):
     """`attend` as two batched matrix products."""
     batch, t, heads, h = q.shape
     kv, s = k.shape[1:3]
@@ -47,7 +50,9 @@ def products(q, k, v, allowed, bias=None, scaled=True):
     q = q.reshape(batch, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(batch, kv, group * t, h)
     dims = (((3,), (3,)), ((0, 1), (0, 1)))
     scores = lax.dot_general(q, k, dims, preferred_element_type=jnp.float32)
-    scores = (scores / math.sqrt(h) if scaled else scores).reshape(batch, kv, group, t, s)
+    scores = (scores / (divisor or math.sqrt(h))).reshape(batch, kv, group, t, s)
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     if bias is not None:
         scores = scores + bias.reshape(1, kv, group, t, s)
     scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)

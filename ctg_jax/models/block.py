@@ -1,6 +1,6 @@
-"""The block of the decoder: causal self-attention with rotary positions, and an MLP, around the residual stream.
+"""The block of the decoder: causal self-attention and an MLP around the residual stream.
 
-Every module reads its sizes from the frozen configuration it belongs to, `lm`.
+Every module reads its sizes and choices from the frozen configuration it belongs to, `lm`.
 """
 
 from __future__ import annotations
@@ -16,34 +16,11 @@ from jax import lax
 from ctg_jax.mesh.plan import split
 from ctg_jax.models.attention import attend
 from ctg_jax.models.layers import Dense, Mlp, Norm
-from ctg_jax.types import InputError
-
-
-def scale_frequencies(freq: jax.Array, scaling: tuple) -> jax.Array:
-    """Rotary frequencies for a longer context; see `Transformer.rope_scaling`."""
-    kind, factor, *rest = scaling
-    if kind == "linear":
-        return freq / factor
-    if kind != "llama3":
-        raise InputError(f"rope_scaling is {kind!r}, expected 'llama3' or 'linear'.")
-    low, high, original = rest
-    wavelength = 2 * math.pi / freq
-    smooth = jnp.clip((original / wavelength - low) / (high - low), 0, 1)
-    return (1 - smooth) * freq / factor + smooth * freq
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding on x [B, T, heads, H], halves paired (Su et al. 2021, in GPT-NeoX's order)."""
-    cos, sin = (a[:, :, None, :] for a in rope)
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
-    turned = [(a32 * cos - b32 * sin).astype(x.dtype), (b32 * cos + a32 * sin).astype(x.dtype)]
-    return jnp.concatenate([*turned, rest], axis=-1)
+from ctg_jax.models.rope import rotate
 
 
 class Block(nn.Module):
-    """Attention and MLP around the residual stream."""
+    """Attention and MLP around the residual stream, with the norms that `lm.norms` names."""
 
     lm: Any
 
@@ -54,15 +31,20 @@ class Block(nn.Module):
         between: edits the stream [B, T, D] between attention and MLP, or None.
         """
         lm = self.lm
+
+        def norm(name, x):
+            return Norm(lm, name=name)(x) if name in lm.norms else x
+
         with jax.named_scope("attention"):
-            y = Norm(lm, name="attn_norm")(x)
+            y = norm("attn_norm", x)
             attended, kv = Attention(lm, name="attn")(y, allowed, rope, past, length)
-        mid = x + attended
+            mid = x + norm("attn_post_norm", attended)
         if between is not None:
             mid = between(mid)
         with jax.named_scope("mlp"):
-            y = Norm(lm, name="mlp_norm")(x if lm.parallel else mid)
-            return mid + Mlp(lm, name="mlp")(y), kv
+            beside = x if "mlp_norm" in lm.norms else y  # without a norm of its own it shares that of attention
+            y = norm("mlp_norm", beside if lm.parallel else mid)
+            return mid + norm("mlp_post_norm", Mlp(lm, name="mlp")(y)), kv
 
 
 class Attention(nn.Module):
@@ -74,14 +56,20 @@ class Attention(nn.Module):
     def __call__(self, x, allowed, rope, past, length):
         """x [B, T, D] -> ([B, T, D], (k, v)).
 
-        past: None; a prefix (k, v) [B, K, P, H] that every query may attend to, when length is None; or cached
-        (k, v) [B, K, S, H], into which this call's keys and values are written at slot `length`.
+        past: None; a prefix (k, v) [B, K, P, H] that every query may attend to, whatever the window of the layer, when
+        length is None; or cached (k, v) [B, K, S, H], into which this call's keys and values are written at slot
+        `length`.
         """
         lm, (batch, t, _) = self.lm, x.shape
         heads, kv, h = lm.heads, lm.kv_heads, lm.head_dim
         qkv = Dense((heads + 2 * kv) * h, lm, lm.bias_attn, name="qkv")(x)
         parts = jnp.split(qkv, [heads * h, (heads + kv) * h], axis=-1)
+        if lm.qk_norm == "width":
+            parts[:2] = (Norm(lm, name=name)(a) for name, a in zip(("q_norm", "k_norm"), parts))
         q, k, v = (a.reshape(batch, t, -1, h) for a in parts)
+        if lm.qk_norm in ("head", "heads"):
+            each = lm.qk_norm == "heads"
+            q, k = (Norm(lm, bias=False, each=each, name=name)(a) for name, a in (("q_norm", q), ("k_norm", k)))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (split(a, "data", None, "tensor", None) for a in (q, k, v))
@@ -93,6 +81,7 @@ class Attention(nn.Module):
             k, v = (jnp.concatenate([p.astype(a.dtype), a], axis=2) for p, a in zip(past, (k, v)))
             visible = jnp.ones((batch, t, past[0].shape[2]), bool)
             allowed = jnp.concatenate([visible, allowed], axis=2)
-        y = attend(q, k, v, allowed).reshape(batch, t, heads * h)
+        divisor = lm.query_dim and math.sqrt(lm.query_dim)
+        y = attend(q, k, v, allowed, divisor=divisor, cap=lm.attn_cap).reshape(batch, t, heads * h)
         y = split(y, "data", None, "tensor")
         return Dense(lm.width, lm, lm.bias_out, 1 / math.sqrt(2 * lm.depth), name="out")(y), (k, v)

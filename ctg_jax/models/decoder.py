@@ -1,4 +1,4 @@
-"""One decoder-only transformer; GPT-2, Llama and GPT-NeoX/Pythia are values of its frozen configuration.
+"""One decoder-only transformer; GPT-2, Llama, Gemma and the other families are values of its frozen configuration.
 
 Parameters are a plain dict. Layers are stacked, leaves [L, …], and scanned; decoding reads the unstacked layout
 (`Transformer.unstack`), because a scan over stacked weights copies each layer's weights at every token. Dense
@@ -9,6 +9,7 @@ where decoding is bound by reading weights, the second in the backward pass.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,10 +19,14 @@ from jax import lax
 from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.mesh.plan import split
-from ctg_jax.models.block import Block, scale_frequencies
+from ctg_jax.models.block import Block
 from ctg_jax.models.layers import ACTIVATIONS, Norm, matmul
 from ctg_jax.models.lm import Cache, Out, Tap
+from ctg_jax.models.pattern import Layer, views
+from ctg_jax.models.rope import angles, frequencies
 from ctg_jax.types import InputError, Params
+
+NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +34,23 @@ class Transformer:
     """A decoder-only language model; see `ctg_jax.models.lm.LM` for the protocol it follows.
 
     Attributes:
-      family: which Hugging Face family it is exported as ("gpt2", "llama", "gpt_neox").
+      family: which Hugging Face family it is exported as, a key of `ctg_jax.models.hf.decoders.DECODERS`.
       vocab, width, depth, heads, kv_heads, head_dim, mlp_width, context: sizes V, D, L, query heads, K, H, F, and
         the number of positions.
-      norm: "layer" or "rms", with `norm_eps`.
+      norm: "layer", "rms", or "rms_plus_one" (RMSNorm whose weight is added to one, Gemma), with `norm_eps`.
+      norms: the norms of a block, of `NORMS`: before attention and MLP, or after them ("post"), or both.
+      qk_norm: the norm of queries and keys before they rotate: None, "head" (each head, one weight for all; Qwen 3),
+        "heads" (each head, a weight for each; StableLM) or "width" (all heads together; OLMo 2).
       activation: a key of `ACTIVATIONS`; gated: whether the MLP multiplies by a gate (SwiGLU).
       positions: "learned", "rotary" (the first `rotary_dim` features of a head, base `rope_theta`), or "none".
-      rope_scaling: None, or ("llama3", factor, low_freq_factor, high_freq_factor, original_context), or
-        ("linear", factor).
-      parallel: attention and MLP read the same input (GPT-NeoX).
-      bias_attn, bias_out, bias_mlp: biases of the fused qkv, attention output and MLP kernels.
+      rope_scaling: of the rotary frequencies, see `ctg_jax.models.rope.frequencies`.
+      pattern: the kinds of layers, repeated over the depth: layer i is pattern[i mod its length].
+      parallel: attention and MLP read the same input (GPT-NeoX), and the same norm of it where `norms` has no
+        "mlp_norm" (GPT-J).
+      bias_attn, bias_out, bias_mlp, bias_head: biases of the fused qkv, attention output, MLP and unembedding.
+      query_dim: scores are divided by its root; None: by that of `head_dim`.
+      attn_cap, logit_cap: bounds c of the soft cap c tanh(x / c) of scores and of logits (Gemma 2), or None.
+      embed_scaled: embeddings are multiplied by sqrt(D), rounded to their dtype (Gemma).
       tied: the unembedding is the embedding.
       dtype: of activations and products ("float32", "bfloat16"); norms, softmax and logits are float32.
       param_dtype: of initialised parameters.
@@ -58,16 +70,24 @@ class Transformer:
     family: str = "gpt2"
     norm: str = "layer"
     norm_eps: float = 1e-5
+    norms: tuple[str, ...] = ("attn_norm", "mlp_norm")
+    qk_norm: str | None = None
     activation: str = "gelu_new"
     gated: bool = False
     positions: str = "learned"
     rotary_dim: int = 0
     rope_theta: float = 10000.0
     rope_scaling: tuple | None = None
+    pattern: tuple[Layer, ...] = (Layer(),)
     parallel: bool = False
     bias_attn: bool = True
     bias_out: bool = True
     bias_mlp: bool = True
+    bias_head: bool = False
+    query_dim: int | None = None
+    attn_cap: float | None = None
+    logit_cap: float | None = None
+    embed_scaled: bool = False
     tied: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -79,6 +99,16 @@ class Transformer:
             raise InputError(f"kv_heads must divide heads, found {self.kv_heads} and {self.heads}.")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
+        if unknown := set(self.norms) - set(NORMS):
+            raise InputError(f"norms holds {min(unknown)!r}, expected some of {', '.join(NORMS)}.")
+        if self.qk_norm not in (None, "head", "heads", "width"):
+            raise InputError(f"qk_norm is {self.qk_norm!r}, expected None, 'head', 'heads' or 'width'.")
+        if self.bias_head and self.tied:
+            raise InputError("bias_head is True where tied is, expected an unembedding of its own: set tied=False.")
+        if not self.pattern or any(layer.window is not None and layer.window < 1 for layer in self.pattern):
+            raise InputError(f"pattern is {self.pattern}, expected at least one layer, and windows of at least 1.")
+        if not self.causal and any(layer.window for layer in self.pattern):
+            raise InputError("pattern has a window, which a network with causal=False cannot have.")
 
     @classmethod
     def gpt2(cls, *, vocab=50257, width=768, depth=12, heads=12, context=1024, **more) -> Transformer:
@@ -110,13 +140,15 @@ class Transformer:
         def layer(k):
             x = jnp.zeros((1, 1, self.width), self.dtype)
             mask = jnp.ones((1, 1, 1), bool)
-            rope = self._rope(jnp.zeros((1, 1), jnp.int32))
+            rope = self._rope(self.pattern[0], jnp.zeros((1, 1), jnp.int32))
             return Block(self).init(k, x, mask, rope, None, None, None)["params"]
 
         norm = Norm(self).init(key, jnp.zeros((1, self.width), self.dtype))["params"]
         params = {"embed": embed, "layers": jax.vmap(layer)(jax.random.split(k_layers, self.depth)), "norm": norm}
         if not self.tied:
             params["head"] = {"kernel": normal(k_head, (self.vocab, self.width), dtype)}
+        if self.bias_head:
+            params["head"]["bias"] = jnp.zeros((self.vocab,), dtype)
         return params
 
     def unstack(self, params: Params) -> Params:
@@ -126,7 +158,9 @@ class Transformer:
 
     def above(self, params: Params | None, site: int) -> tuple[Transformer, Params | None]:
         positions = "none" if self.positions == "learned" else self.positions  # the stream holds them already
-        upper = dataclasses.replace(self, depth=self.depth - site, positions=positions)
+        turn = site % len(self.pattern)
+        pattern = self.pattern[turn:] + self.pattern[:turn]
+        upper = dataclasses.replace(self, depth=self.depth - site, positions=positions, pattern=pattern)
         return upper, params and {**params, "layers": self.unstack(params)["layers"][site:]}
 
     def init_cache(self, params: Params, batch: int, length: int) -> Cache:
@@ -148,12 +182,18 @@ class Transformer:
     # -- computation
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return params["embed"]["tokens"][tokens].astype(self.dtype)
+        x = params["embed"]["tokens"][tokens]
+        return (x * jnp.asarray(math.sqrt(self.width), x.dtype) if self.embed_scaled else x).astype(self.dtype)
 
     def unembed(self, params: Params, h: jax.Array) -> jax.Array:
         """Logits float32 [..., V] of final hidden states [..., D]."""
         kernel = params["embed"]["tokens"] if self.tied else params["head"]["kernel"]
-        return split(matmul(h, kernel, self.dtype, out=jnp.float32), "data", None, "tensor")
+        z = matmul(h, kernel, self.dtype, out=jnp.float32)
+        if self.bias_head:
+            z = z + params["head"]["bias"].astype(jnp.float32)
+        if self.logit_cap is not None:
+            z = self.logit_cap * jnp.tanh(z / self.logit_cap)
+        return split(z, "data", None, "tensor")
 
     def apply(
         self,
@@ -171,13 +211,15 @@ class Transformer:
         if cache is None:
             t = jnp.arange(x.shape[1])
             allowed = mask[:, None, :] & ((t[None, :, None] >= t[None, None, :]) | (not self.causal))
-            prefix = control.prefix(state)
+            prefix, slots = control.prefix(state), pos
         else:
             pos = pos + cache.offset[:, None]
             cache_mask = lax.dynamic_update_slice(cache.mask, mask, (0, cache.length))
             s, t = jnp.arange(cache_mask.shape[1]), cache.length + jnp.arange(x.shape[1])
             allowed = cache_mask[:, None, :] & (t[None, :, None] >= s[None, None, :])
             prefix = None  # already in the cache, see `ctg_jax.decode.loop.prefill`
+            written = jnp.sum(cache.mask, axis=1, dtype=jnp.int32) - cache.offset  # slots of a prefix
+            slots = jnp.cumsum(cache_mask, axis=1, dtype=jnp.int32) - 1 - written[:, None]
 
         if self.positions == "learned":
             # Padding may lie past the table; its value is never attended to.
@@ -185,14 +227,14 @@ class Transformer:
         x = control.hidden(split(x.astype(self.dtype), "data", None, None), 0, pos, state)
         first = tap(x)
 
-        block, rope = Block(self), self._rope(pos)
+        block, view = Block(self), views(self.pattern, allowed, pos, slots, self._rope)
         length = None if cache is None else cache.length
 
         def run(x, layer, site, past):
             def between(h):
                 return control.hidden(h, self.depth + 1 + site, pos, state)
 
-            x, kv = block.apply({"params": layer}, x, allowed, rope, past, length, between)
+            x, kv = block.apply({"params": layer}, x, *view(site), past, length, between)
             x = split(x, "data", None, None)
             return control.hidden(x, site, pos, state), kv
 
@@ -243,13 +285,11 @@ class Transformer:
         seen = x if last is None else x[:, x.shape[1] - last :]
         return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=taps)
 
-    def _rope(self, pos: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        """(cos, sin), each float32 [B, T, rotary_dim / 2], or None for learned positions."""
+    def _rope(self, kind: Layer, pos: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """(cos, sin), each float32 [B, T, rotary_dim / 2], or None without rotary positions. Where `kind` does not
+        rotate they are 1 and 0, which change nothing."""
         if self.positions != "rotary":
             return None
-        r = self.rotary_dim
-        freq = self.rope_theta ** (-jnp.arange(0, r, 2, dtype=jnp.float32) / r)
-        if self.rope_scaling is not None:
-            freq = scale_frequencies(freq, self.rope_scaling)
-        angle = pos[:, :, None].astype(jnp.float32) * freq[None, None, :]
-        return jnp.cos(angle), jnp.sin(angle)
+        theta, scaling = (self.rope_theta, self.rope_scaling) if kind.theta is None else (kind.theta, None)
+        freq, magnitude = frequencies(self.rotary_dim, theta, scaling, self.context)
+        return angles(pos, freq, magnitude) if kind.rotary else angles(pos, 0 * freq, 1.0)

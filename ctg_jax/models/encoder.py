@@ -174,7 +174,7 @@ class _Attention(nn.Module):
         qkv = Dense(3 * c.heads * c.head_dim, c, c.bias, name="qkv")(x)
         q, k, v = jnp.unstack(qkv.reshape(batch, length, 3, c.heads, c.head_dim), axis=2)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        mixed = attend(q, k, v, mask[:, None, :], bias, c.scaled).reshape(batch * length, -1)
+        mixed = attend(q, k, v, mask[:, None, :], bias, None if c.scaled else 1.0).reshape(batch * length, -1)
         return Dense(c.width, c, c.bias, name="out")(mixed)
 
 

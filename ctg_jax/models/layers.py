@@ -53,22 +53,34 @@ class Dense(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, in float32."""
+    """The norm `lm.norm` over the last axis, in float32: LayerNorm ("layer"), RMSNorm ("rms"), or RMSNorm whose weight
+    is added to one ("rms_plus_one").
+
+    Attributes:
+      bias: whether LayerNorm has one.
+      each: a weight of its own for each entry of the axis before the last, stored flat.
+    """
 
     lm: Any
+    bias: bool = True
+    each: bool = False
 
     @nn.compact
     def __call__(self, x):
         dtype = jnp.dtype(self.lm.param_dtype)
-        last = (1,) * (x.ndim - 1) + (-1,)
+        own = x.shape[-2:] if self.each else x.shape[-1:]
+        shape = (1,) * (x.ndim - len(own)) + own
         y = x.astype(jnp.float32)
         if self.lm.norm == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.lm.norm_eps)
-        y = y * self.param("scale", jax.nn.initializers.ones, x.shape[-1:], dtype).astype(jnp.float32).reshape(last)
-        if self.lm.norm == "layer":
-            bias = self.param("bias", jax.nn.initializers.zeros, x.shape[-1:], dtype)
-            y = y + bias.astype(jnp.float32).reshape(last)
+        plus = self.lm.norm == "rms_plus_one"
+        initial = jax.nn.initializers.zeros if plus else jax.nn.initializers.ones
+        scale = self.param("scale", initial, (math.prod(own),), dtype).astype(jnp.float32).reshape(shape)
+        y = y * (1 + scale if plus else scale)
+        if self.lm.norm == "layer" and self.bias:
+            bias = self.param("bias", jax.nn.initializers.zeros, (math.prod(own),), dtype)
+            y = y + bias.astype(jnp.float32).reshape(shape)
         return y.astype(x.dtype)
 
 

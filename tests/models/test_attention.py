@@ -17,12 +17,13 @@ def inputs(dtype="float32", heads=4, kv=2):
     return q, k, v, allowed, jax.random.normal(keys[3], (heads, 3, 5))
 
 
-def by_hand(q, k, v, allowed, bias, scaled):
+def by_hand(q, k, v, allowed, bias, divisor, cap):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for b, t, h in np.ndindex(*q.shape[:3]):
         mine = h * k.shape[1] // q.shape[2]
-        z = k[b, mine] @ q[b, t, h] / (np.sqrt(8) if scaled else 1) + (0 if bias is None else np.asarray(bias)[h, t])
+        z = k[b, mine] @ q[b, t, h] / (divisor or np.sqrt(8))
+        z = (cap * np.tanh(z / cap) if cap else z) + (0 if bias is None else np.asarray(bias)[h, t])
         seen = np.broadcast_to(np.asarray(allowed), (2, 3, 5))[b, t]
         p = np.exp(z - z.max()) * seen if seen.any() else np.ones(5)
         out[b, t, h] = p / p.sum() @ v[b, mine]
@@ -30,16 +31,16 @@ def by_hand(q, k, v, allowed, bias, scaled):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize("biased, scaled", [(False, True), (True, False)])
-def test_attention_by_hand(backend, biased, scaled, monkeypatch):
+@pytest.mark.parametrize("biased, more", [(False, (None, None)), (True, (1.0, None)), (True, (2.0, 0.5))])
+def test_attention_by_hand(backend, biased, more, monkeypatch):
     q, k, v, allowed, bias = inputs()
     bias = bias if biased else None
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert not allowed[1, 0].any(), "a query that may attend to nothing gets a uniform average"
-    found = attend(q, k, v, allowed, bias, scaled)
-    np.testing.assert_allclose(found, by_hand(q, k, v, allowed, bias, scaled), atol=2e-6)
+    found = attend(q, k, v, allowed, bias, *more)
+    np.testing.assert_allclose(found, by_hand(q, k, v, allowed, bias, *more), atol=2e-6)
     rows = jnp.asarray([[True] * 5, [False, False, True, True, True]])[:, None]  # one mask for all queries
-    np.testing.assert_allclose(attend(q, k, v, rows, bias, scaled), by_hand(q, k, v, rows, bias, scaled), atol=2e-6)
+    np.testing.assert_allclose(attend(q, k, v, rows, bias, *more), by_hand(q, k, v, rows, bias, *more), atol=2e-6)
 
 
 def test_gradients_and_bfloat16_agree(monkeypatch):

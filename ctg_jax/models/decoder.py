@@ -103,6 +103,10 @@ class Transformer:
             raise InputError(f"norms holds {min(unknown)!r}, expected some of {', '.join(NORMS)}.")
         if self.qk_norm not in (None, "head", "heads", "width"):
             raise InputError(f"qk_norm is {self.qk_norm!r}, expected None, 'head', 'heads' or 'width'.")
+        if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise InputError(
+                f"rotary_dim is {self.rotary_dim}, expected an even number of the {self.head_dim} features of a head."
+            )
         if self.bias_head and self.tied:
             raise InputError("bias_head is True where tied is, expected an unembedding of its own: set tied=False.")
         if not self.pattern or any(layer.window is not None and layer.window < 1 for layer in self.pattern):
@@ -190,7 +194,7 @@ class Transformer:
         kernel = params["embed"]["tokens"] if self.tied else params["head"]["kernel"]
         z = matmul(h, kernel, self.dtype, out=jnp.float32)
         if self.bias_head:
-            z = z + params["head"]["bias"].astype(jnp.float32)
+            z = z + params["head"]["bias"].astype(jnp.float32).reshape((1,) * (z.ndim - 1) + (-1,))
         if self.logit_cap is not None:
             z = self.logit_cap * jnp.tanh(z / self.logit_cap)
         return split(z, "data", None, "tensor")

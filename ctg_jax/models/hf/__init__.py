@@ -1,7 +1,7 @@
 """Models in Hugging Face's layout: `load`, `load_encoder` and `save`; safetensors only, no torch, no remote code.
 
 A model is a local folder, or a hub id that huggingface_hub downloads: `config.json` and `model.safetensors`, or the
-sharded files of `model.safetensors.index.json`. Another family is one `Family` in `hf_decoders` or `hf_encoders`.
+sharded files of `model.safetensors.index.json`. Another family is one `Family` in `hf.decoders` or `hf.encoders`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ctg_jax import tree
 from ctg_jax.io import write_json
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.encoder import Encoder
-from ctg_jax.models.hf.decoders import DECODERS, Family
+from ctg_jax.models.hf.decoders import DECODERS, has_experts
 from ctg_jax.models.hf.encoders import ENCODERS
+from ctg_jax.models.hf.family import Family
 from ctg_jax.models.hf.sentence import longest_input, projection, read_sentence, read_settings, write_sentence
 from ctg_jax.models.hf.tensors import Checkpoint, check_tree, place, write
 from ctg_jax.types import InputError, Params
@@ -33,7 +34,7 @@ Shardings = Any | Callable[[Params], Any] | None
 def load(
     path_or_id: str | os.PathLike, *, dtype: str = "float32", shardings: Shardings = None
 ) -> tuple[Transformer, Params]:
-    """A decoder (GPT-2, Llama, GPT-NeoX) and its parameters.
+    """A decoder of one of the families in `hf.decoders.DECODERS`, and its parameters.
 
     Args:
       path_or_id: a folder, or a hub id.
@@ -129,7 +130,7 @@ def save(
     extra = projection(model) if isinstance(model, Encoder) else {}
     leaves = check_tree(params, names | extra)
     dtype = jnp.dtype(leaves["embed/tokens"].dtype).name
-    ids = {"bos_token_id": None, "eos_token_id": None} | dict(tokens or {})
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(tokens or {})
     config = {"model_type": model.family, "dtype": dtype, **ids, **family.write(model)}
     sentence = write_sentence(model) if isinstance(model, Encoder) and not model.labels else {}
     _check_expressible(family, model, config, names)
@@ -176,6 +177,11 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
 def _family(folder: Path, families: Mapping[str, Family], kind: str) -> tuple[Family, Mapping[str, Any]]:
     config = read_settings(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else None
+    if found not in families and isinstance(config, dict) and has_experts(config):
+        raise InputError(
+            f"{folder / 'config.json'}: model_type is {found!r}, a mixture of experts, which is not supported; take a "
+            f"dense model, of one of {', '.join(families)}."
+        )
     if found not in families:
         raise InputError(
             f"{folder / 'config.json'}: model_type is {found!r}, no {kind} that is supported; "

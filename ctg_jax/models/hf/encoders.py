@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ctg_jax.models.encoder import PROBLEMS, Encoder
-from ctg_jax.models.hf.decoders import Config, Family, activation, expect
+from ctg_jax.models.hf.family import Config, Family, activation, expect
 from ctg_jax.models.hf.tensors import Checkpoint, Table, dense, norm, tensor
 from ctg_jax.types import InputError
 

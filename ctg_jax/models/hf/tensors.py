@@ -29,7 +29,7 @@ _READABLE = (*_DTYPES.values(), "F64")  # others hold quantised weights, which a
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` rows from row `start` of a tensor; "{}" in its name stands for the layer.
+    """`rows` rows from row `start` of a tensor, every `step`-th one; "{}" in its name stands for the layer.
 
     `shape` is that of the whole tensor as the leaf sees it; a transposed tensor lies the other way in the file.
     """
@@ -39,6 +39,7 @@ class Part:
     start: int
     rows: int
     transposed: bool = False
+    step: int = 1
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -224,9 +225,10 @@ class Checkpoint:
             a, b = max(low, offset), min(high, offset + part.rows)
             if a < b:
                 file, stored = self._find(part.name.format(layer))
-                at = [slice(part.start + a - offset, part.start + b - offset), *rest]
+                first, final = (part.start + part.step * (i - offset) for i in (a, b - 1))
+                at = [slice(first, final + 1), *rest]
                 piece = self._open(file).get_slice(stored)[tuple(at[::-1] if part.transposed else at)]
-                out[a - low : b - low] = piece.T if part.transposed else piece
+                out[a - low : b - low] = (piece.T if part.transposed else piece)[:: part.step]
             offset += part.rows
 
     def _find(self, name):
@@ -299,12 +301,16 @@ def check_tree(params: Params, names: Table) -> dict[str, Any]:
 
 
 def write(file: Path, names: Table, leaves: Mapping[str, Any]) -> None:
-    """Writes the leaves as one safetensors file, atomically, with one leaf in host memory at a time."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    """Writes the leaves as one safetensors file, atomically. In host memory is one leaf at a time, with those that are
+    parts of the same tensor. Rows that no leaf has are zero."""
+    groups: dict[str, list[str]] = {}
     for path, leaf in names.items():
-        dtype = jnp.dtype(leaves[path].dtype)
-        for layer in leaf.layers:
-            for part in {p.name: p for p in leaf.parts}.values():
+        groups.setdefault(leaf.parts[0].name, []).append(path)
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for paths in groups.values():
+        dtype = jnp.dtype(leaves[paths[0]].dtype)
+        for layer in names[paths[0]].layers:
+            for part in {p.name: p for path in paths for p in names[path].parts}.values():
                 size = int(np.prod(part.shape)) * dtype.itemsize
                 entry = {"dtype": _DTYPES[dtype.name], "shape": part.stored, "data_offsets": [offset, offset + size]}
                 header[part.name.format(layer)] = entry
@@ -313,18 +319,21 @@ def write(file: Path, names: Table, leaves: Mapping[str, Any]) -> None:
     text += b" " * (-len(text) % 8)
     with atomic(file) as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for path, leaf in names.items():
-            whole = np.asarray(leaves[path])
-            for layer in leaf.layers:
-                for tensor in _tensors(leaf, whole if layer is None else whole[layer]):
+        for paths in groups.values():
+            whole = {path: np.asarray(leaves[path]) for path in paths}
+            for layer in names[paths[0]].layers:
+                rows = [(names[path], x if layer is None else x[layer]) for path, x in whole.items()]
+                for tensor in _tensors(rows):
                     out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
-def _tensors(leaf: Leaf, rows: np.ndarray) -> list[np.ndarray]:
-    """The file's tensors, in the file's order, from one layer of a leaf."""
-    out, offset = {}, 0
-    for part in leaf.parts:
-        tensor = out.setdefault(part.name, (np.empty(part.shape, rows.dtype), part.transposed))[0]
-        tensor[part.start : part.start + part.rows] = rows[offset : offset + part.rows]
-        offset += part.rows
+def _tensors(leaves: Sequence[tuple[Leaf, np.ndarray]]) -> list[np.ndarray]:
+    """The file's tensors, in the file's order, from one layer of leaves, each with its rows."""
+    out = {}
+    for leaf, rows in leaves:
+        offset = 0
+        for part in leaf.parts:
+            tensor = out.setdefault(part.name, (np.zeros(part.shape, rows.dtype), part.transposed))[0]
+            tensor[part.start : part.start + part.rows * part.step : part.step] = rows[offset : offset + part.rows]
+            offset += part.rows
     return [t.T if transposed else t for t, transposed in out.values()]

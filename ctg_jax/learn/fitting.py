@@ -130,10 +130,10 @@ def neutral_delta(control: Delta) -> Delta:
     return control.replace(scale=jnp.zeros_like(control.scale))
 
 
-def like_words(control: Coded, params: Params, key: jax.Array) -> Coded:
-    """The control with codes drawn like word embeddings: normal, with their mean and their deviation in each
-    dimension."""
-    words = params["embed"]["tokens"].astype(jnp.float32)
+def like_words(control: Coded, lm: LM, params: Params, key: jax.Array) -> Coded:
+    """The control with codes drawn like embedded words, as the model reads them: normal, with their mean and their
+    deviation in each dimension."""
+    words = dataclasses.replace(lm, dtype="float32").embed(params, jnp.arange(lm.vocab))
     noise = jax.random.normal(key, control.codes.shape)
     return control.replace(codes=jnp.mean(words, axis=0)[None] + jnp.std(words, axis=0)[None] * noise)
 

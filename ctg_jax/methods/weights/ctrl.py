@@ -108,7 +108,8 @@ def ctrl(
     model, params, tokenizer = open_lm(lm)
     key = jax.random.key(seed)
     made = vars(adapter) | dict(codes=codes, cond=cond)
-    control = fitting.like_words(init(model, rng.stream(key, "init"), **made), params, rng.stream(key, "codes"))
+    control = init(model, rng.stream(key, "init"), **made)
+    control = fitting.like_words(control, model, params, rng.stream(key, "codes"))
     source = Source(str(data.path), str(where), records)
     batches = pipeline(source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=("label",))
     control = fitting.train(

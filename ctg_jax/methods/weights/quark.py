@@ -167,7 +167,7 @@ def quark(
     made = vars(adapter) | {"tokens": tokens}
     if start_from is None:
         control = init(model, rng.stream(key, "init"), **made)
-        control = fitting.like_words(control, params, rng.stream(key, "tokens"))
+        control = fitting.like_words(control, model, params, rng.stream(key, "tokens"))
     else:
         control = methods.load(start_from, model)
     samples = Pool.open(pool)

@@ -23,7 +23,7 @@ from ctg_jax.models.block import Block
 from ctg_jax.models.layers import ACTIVATIONS, Norm, matmul
 from ctg_jax.models.lm import Cache, Out, Tap
 from ctg_jax.models.pattern import Layer, views
-from ctg_jax.models.rope import angles, frequencies
+from ctg_jax.models.rope import angles, frequencies, own_frequencies
 from ctg_jax.types import InputError, Params
 
 NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
@@ -103,10 +103,8 @@ class Transformer:
             raise InputError(f"norms holds {min(unknown)!r}, expected some of {', '.join(NORMS)}.")
         if self.qk_norm not in (None, "head", "heads", "width"):
             raise InputError(f"qk_norm is {self.qk_norm!r}, expected None, 'head', 'heads' or 'width'.")
-        if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise InputError(
-                f"rotary_dim is {self.rotary_dim}, expected an even number of the {self.head_dim} features of a head."
-            )
+        if self.positions == "rotary" and not 0 < self.rotary_dim + self.rotary_dim % 2 <= self.head_dim:
+            raise InputError(f"rotary_dim is {self.rotary_dim}, expected 1 to {self.head_dim}, the features of a head.")
         if self.bias_head and self.tied:
             raise InputError("bias_head is True where tied is, expected an unembedding of its own: set tied=False.")
         if not self.pattern or any(layer.window is not None and layer.window < 1 for layer in self.pattern):
@@ -294,6 +292,8 @@ class Transformer:
         rotate they are 1 and 0, which change nothing."""
         if self.positions != "rotary":
             return None
-        theta, scaling = (self.rope_theta, self.rope_scaling) if kind.theta is None else (kind.theta, None)
-        freq, magnitude = frequencies(self.rotary_dim, theta, scaling, self.context)
+        if kind.theta is None:
+            freq, magnitude = frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling, self.context)
+        else:
+            freq, magnitude = own_frequencies(self.rotary_dim, kind.theta)
         return angles(pos, freq, magnitude) if kind.rotary else angles(pos, 0 * freq, 1.0)

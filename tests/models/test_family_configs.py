@@ -116,7 +116,7 @@ REFUSED = [
         dict(rope_scaling={"type": "yarn", "factor": 2.0, "short_factor": [1.0]}),
         "rotary setting 'short_factor'",
     ),
-    ("stablelm", dict(partial_rotary_factor=0.125), "rotary_dim is 1, expected an even number"),
+    ("stablelm", dict(partial_rotary_factor=0.125), "0.125 of 8 features rotate, expected an even number"),
     ("opt", dict(ffn_dim=24, do_layer_norm_before=False), "do_layer_norm_before is False"),
     ("opt", dict(ffn_dim=24, word_embed_proj_dim=16), "word_embed_proj_dim is 16, expected 32"),
     ("gptj", dict(n_embd=32, n_head=4, n_layer=1, rotary_dim=None), "rotary_dim is None, expected an even number"),

@@ -73,7 +73,7 @@ def test_windows_count_positions_and_never_hide_a_prefix():
         (dict(causal=False), "causal=False"),
         (dict(norms=("attn_norm", "final")), "norms holds 'final', expected some of attn_norm"),
         (dict(qk_norm="row"), "qk_norm is 'row', expected None, 'head'"),
-        (dict(rotary_dim=3), "rotary_dim is 3, expected an even number of the 4"),
+        (dict(rotary_dim=5), "rotary_dim is 5, expected 1 to 4, the features of a head"),
         (dict(bias_head=True, tied=True), "bias_head is True where tied is"),
     ],
 )

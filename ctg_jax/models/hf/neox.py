@@ -9,6 +9,7 @@ from ctg_jax.models.hf.family import Config, activation, decoder, expect_plain, 
 from ctg_jax.models.hf.llama import NAMES, PRE, gated_names, read_sizes, write_sizes
 from ctg_jax.models.hf.rotary import read_rope, write_rope
 from ctg_jax.models.hf.tensors import Checkpoint, Leaf, Part, Table, dense, norm, tensor
+from ctg_jax.types import InputError
 
 # -- GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023)
 
@@ -91,6 +92,9 @@ def _stablelm_read(c: Config, checkpoint: Checkpoint) -> Transformer:
     expect_plain(c, "qk_layernorm")
     sizes = read_sizes(c)
     rope, share = read_rope(c, c["partial_rotary_factor"], sizes["context"])
+    rotary = int(sizes["head_dim"] * share)
+    if rotary % 2:
+        raise InputError(f"config.json: {share} of {sizes['head_dim']} features rotate, expected an even number.")
     parallel = c.get("use_parallel_residual", False)
     given = dict(
         family="stablelm",
@@ -100,7 +104,7 @@ def _stablelm_read(c: Config, checkpoint: Checkpoint) -> Transformer:
         activation=activation(c, "hidden_act", "silu"),
         gated=True,
         positions="rotary",
-        rotary_dim=int(sizes["head_dim"] * share),
+        rotary_dim=rotary,
         parallel=parallel,
         bias_attn=c.get("use_qkv_bias", False),
         bias_out=False,

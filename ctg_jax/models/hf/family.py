@@ -115,7 +115,7 @@ def pattern(which: list[bool], window: int | None, rotary: list[bool] | None = N
     """The pattern of layers, of which those in `which` have the window and, where it is given, the rotary base
     `theta`; `rotary`: the layers that rotate (None: all)."""
     if any(which) and window is None:
-        raise InputError("config.json: sliding_window is missing, and layer_types asks for layers with a window.")
+        raise InputError("config.json: sliding_window is missing, and there are layers that have a window.")
     turns = rotary or [True] * len(which)
     return shortest(
         tuple(Layer(window if w else None, bool(t), theta if w else None) for w, t in zip(which, turns, strict=True))

@@ -106,7 +106,8 @@ def _read_gemma3(c: Config, checkpoint: Checkpoint) -> Transformer:
     rope, share = read_rope(found, 1.0, c["max_position_embeddings"])
     near, part = read_rope({"rope_parameters": local}, 1.0, c["max_position_embeddings"])
     expect({"partial_rotary_factor": share * part}, partial_rotary_factor=1.0)
-    expect({"scaling of layers with a window": near["rope_scaling"]}, **{"scaling of layers with a window": None})
+    if near["rope_scaling"] is not None:
+        raise InputError(f"config.json: sliding_attention rotates by {local}, only an unscaled base is supported.")
     every = c.get("sliding_window_pattern") or 6
     kinds = pattern(sliding(c, lambda i: (i + 1) % every), c["sliding_window"], theta=near["rope_theta"])
     return _read(c, checkpoint, family="gemma3_text", qk_norm="head", pattern=kinds, **rope)

@@ -96,6 +96,17 @@ def test_longrope_reads_rows_of_the_original_context_with_the_short_factors():
         assert found == magnitude
 
 
+def test_the_scale_of_embeddings_is_rounded_to_their_dtype():
+    """As in `transformers`: in bfloat16 the root of 24 is 4.90625."""
+    lm = _read({"model_type": "gemma2", **BASE, "head_dim": 8, "hidden_size": 24})
+    table = jax.random.normal(jax.random.key(0), (37, 24))
+    for dtype, scale in ((jnp.float32, np.sqrt(24)), (jnp.bfloat16, 4.90625)):
+        words = table.astype(dtype)
+        found = lm.embed({"embed": {"tokens": words}}, jnp.arange(37))
+        np.testing.assert_array_equal(found, (words * jnp.asarray(scale, dtype)).astype(lm.dtype))
+    assert float(jnp.asarray(np.sqrt(24), jnp.bfloat16)) == 4.90625
+
+
 # -- what is refused
 
 

@@ -14,6 +14,7 @@ from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.mesh.rules import DECODER, ENCODER, NETWORKS, REPLICATED
 from ctg_jax.methods import diffusion_lm, finetune, mdlm, ppo
+from ctg_jax.models import heads
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.encoder import Encoder
 from ctg_jax.types import InputError
@@ -79,7 +80,7 @@ def test_every_leaf_that_a_network_of_diffusion_or_a_value_head_trains_has_a_rul
         "denoiser": lambda k: {"net": net.init(k), "bins": jnp.zeros(100)},
         "mdlm": lambda k: mdlm.init(GPT2, k, width=16, depth=2, heads=2, classes=2),
         "diffusion_lm": lambda k: diffusion_lm.init(GPT2, k, width=16, depth=2, heads=2, fields={"food": 2}),
-        "ppo": lambda k: {"policy": ppo.init(GPT2, k), "value": ppo.head(16)},
+        "ppo": lambda k: {"policy": ppo.init(GPT2, k), "value": heads.value_head(16)},
     }
     for name, make in made.items():
         trained = jax.eval_shape(make, key)

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax.models.attention import attend
-from ctg_jax.models.layers import ACTIVATIONS, Dense, Mlp, Norm
+from ctg_jax.models.heads import ClassHead, activation
+from ctg_jax.models.layers import Dense, Mlp, Norm
 from ctg_jax.types import InputError, Params
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -214,16 +215,6 @@ class _Embed(nn.Module):
         return x if c.pre_norm else Norm(c, name="norm")(x)
 
 
-class _Head(nn.Module):
-    config: Encoder
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        x = _activation(c.head)(Dense(c.width, c, True, name="dense")(x))
-        return Dense(len(c.labels), c, True, name="out")(x) if c.labels else x
-
-
 class _Network(nn.Module):
     config: Encoder
 
@@ -244,7 +235,7 @@ class _Network(nn.Module):
         if c.project:
             self.dense = Dense(c.project, c, c.project_bias, name="project")
         if c.head:
-            self.head = _Head(c)
+            self.head = ClassHead(c)
 
     def hidden(self, tokens, mask, types):
         c = self.config
@@ -267,7 +258,7 @@ class _Network(nn.Module):
             x = (x.astype(jnp.float32) * some).sum(1) / jnp.maximum(some.sum(1), 1.0)
         if c.project:
             x = self.dense(x)
-            x = _activation(c.project_activation)(x)
+            x = activation(c.project_activation)(x)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if c.unit else x
 
     def classify(self, tokens, mask, types):
@@ -276,10 +267,6 @@ class _Network(nn.Module):
     def everything(self, tokens, mask, types):
         """Touches every parameter, so that `init` makes them all."""
         return self.embed(tokens, mask, types), self.classify(tokens, mask, types) if self.config.head else None
-
-
-def _activation(name):
-    return {"": lambda x: x, "tanh": jnp.tanh, **ACTIVATIONS}[name]
 
 
 def _first(x, mask):

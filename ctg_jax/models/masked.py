@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.heads import class_log_probabilities
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.types import InputError, Params
 
@@ -94,13 +95,13 @@ def denoise(net: Transformer, params: Params, x: jax.Array) -> jax.Array:
 def classify(net: Transformer, params: Params, head: Params, e: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(log p(class | row) float32 [B, C], logits [B, S, V + 1]) of rows given as embeddings e [B, S, D].
 
-    The classifier, {"kernel": [C, (L + 2) D], "bias": [C]}, is linear in the network's states at all sites, averaged
+    The classifier, a `linear_head` of width (L + 2) D, is linear in the network's states at all sites, averaged
     over the row. The lowest site is the embeddings themselves, in which the first-order expansion is exact.
     """
     check_reads(net, e.shape[1], f"The rows have {e.shape[1]} tokens")
     out = net.apply(params, e, jnp.ones(e.shape[:2], bool), tap=lambda h: jnp.mean(h.astype(jnp.float32), axis=1))
     means = jnp.concatenate([*out.taps], axis=-1)
-    return jax.nn.log_softmax(means @ head["kernel"].T + head["bias"][None], axis=-1), out.logits
+    return class_log_probabilities(head, means), out.logits
 
 
 def check(schedule: str) -> None:

@@ -14,6 +14,7 @@ from ctg_jax.learn import experience, fitting
 from ctg_jax.learn.pool import Pool, drawing_filter
 from ctg_jax.learn.rounds import history
 from ctg_jax.methods import gdc, ppo, quark, unlikelihood
+from ctg_jax.models.heads import value_head
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import judges, sources
 from ctg_jax.types import InputError
@@ -50,7 +51,7 @@ def expected_gradient(objective, params, given, q, **fields):
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_constant_reward_moves_ppo_nowhere(name):
     policy = ppo.init(LM, jax.random.key(0), kind="full")
-    state = {"policy": policy, "value": ppo.head(LM.width)}
+    state = {"policy": policy, "value": value_head(LM.width)}
     q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.rules(LM, **FILTERS[name]))
     ones = np.ones(len(EVERY), np.float32)
 

@@ -9,6 +9,7 @@ from laws import worlds
 from ctg_jax.learn import train
 from ctg_jax.learn.optimizer import optimizer, schedule
 from ctg_jax.methods import ppo
+from ctg_jax.models.heads import value_head
 from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=5, depth=1)
@@ -23,7 +24,7 @@ def test_it_reaches_the_tilted_base():
     base = worlds.probabilities(LM, PARAMS, PROMPT, NEW)
     wanted = base * np.exp(REWARD / BETA)
     wanted /= wanted.sum()
-    state = {"policy": ppo.init(LM, jax.random.key(0), kind="full"), "value": ppo.head(LM.width)}
+    state = {"policy": ppo.init(LM, jax.random.key(0), kind="full"), "value": value_head(LM.width)}
     rounds, updates = 60, 6
     tx = optimizer(schedule(1e-2, "linear", steps=rounds * updates), trained=r"policy/changes/.*|value/.*")
     learner = train.init_state(state, tx, jax.random.key(1))
@@ -62,7 +63,7 @@ def test_the_objective_by_hand():
     """One token, p = 1/2 before and 3/4 now: the ratio 1.5 is clipped to 1.2 for a gain and not for a loss."""
     lm = worlds.Bigram(vocab=2)
     params = worlds.table([[0.5, 0.5], [0.5, 0.5]])
-    old = {"policy": ppo.init(lm, jax.random.key(0), kind="full"), "value": ppo.head(2)}
+    old = {"policy": ppo.init(lm, jax.random.key(0), kind="full"), "value": value_head(2)}
     kernel = worlds.table([[0.75, 0.25], [0.5, 0.5]])["head"]["kernel"] - params["head"]["kernel"]
     moved = old["policy"].replace(changes={"head/kernel": {"full": kernel}})
     now = {"policy": moved, "value": {"kernel": jnp.zeros(2), "bias": jnp.float32(0.25)}}

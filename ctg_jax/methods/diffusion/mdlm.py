@@ -30,6 +30,7 @@ from ctg_jax.learn.fitting import Training, keep, matching
 from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, placed
 from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.heads import linear_head
 from ctg_jax.models.lm import LM
 from ctg_jax.models.unmasking import Order, first_order
 from ctg_jax.run import stage
@@ -123,7 +124,7 @@ def init(
     if classes and not 0 <= target < classes:
         raise InputError(f"target is {target}, expected a class from 0 to {classes - 1}.")
     net = Transformer.gpt2(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
-    guide = {"kernel": jnp.zeros((classes, (depth + 2) * width)), "bias": jnp.zeros(classes)}
+    guide = linear_head(classes, (depth + 2) * width)
     return Masked(net.init(key), guide, jnp.zeros(()), net, eos, target, Order(**order))
 
 

@@ -27,6 +27,7 @@ from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.decode import loop
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
+from ctg_jax.models.heads import vocabulary
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params, Prompts
@@ -227,7 +228,7 @@ def transfer(steer: LMSteer, source: Model, target: Model, *, limit: int | None 
       InputError: a steer of another width than the source's, or fewer shared words than either width.
     """
     (_, from_params, from_words), (lm, to_params, to_words) = source, target
-    e, f = (np.asarray(embeddings(p), np.float64) for p in (from_params, to_params))
+    e, f = (np.asarray(vocabulary(p), np.float64) for p in (from_params, to_params))
     if len(steer.p1) != e.shape[1]:
         raise InputError(f"The steer has width {len(steer.p1)} and the source model {e.shape[1]}: it is another's.")
     ids = [(i, to_words.id(from_words.token(i))) for i in range(min(len(e), from_words.vocab))]
@@ -278,7 +279,7 @@ def words(
         tokens, mask = (jnp.asarray(x) for x in pad_rows(rows, max(map(len, rows)), 0, left=False))
         states = lm.apply(params, lm.embed(params, tokens), mask, last=1).hidden
         v = v * np.where(np.asarray(jnp.sum(states * mask[:, :, None], axis=(0, 1)), np.float64) @ u < 0, -1, 1)
-    e = np.asarray(embeddings(params), np.float64)[: tokenizer.vocab]
+    e = np.asarray(vocabulary(params), np.float64)[: tokenizer.vocab]
     out = []
     for d in range(min(dimensions, len(sigma))):
         order = np.argsort(e @ v[:, d], kind="stable")
@@ -305,8 +306,3 @@ def highlight(
         for s in (strength, -strength)
     )
     return jnp.pad(plus - minus, ((0, 0), (1, 0)))
-
-
-def embeddings(params: Params) -> jax.Array:
-    """The output word embeddings [V, D]; those of the input where the model has no others."""
-    return params["head"]["kernel"] if "head" in params else params["embed"]["tokens"]

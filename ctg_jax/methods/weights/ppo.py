@@ -24,23 +24,13 @@ from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import FIXED, Pool, batches, check_drawn, drawing_filter, logits
 from ctg_jax.learn.rounds import adapted, explored
+from ctg_jax.models.heads import value_head, values
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Prompts, Sum
 
 init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
-
-
-def head(width: int) -> dict[str, jax.Array]:
-    """A value head that predicts 0: kernel float32 [D], bias []. It reads final hidden states and sends them no
-    gradient."""
-    return {"kernel": jnp.zeros((width,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
-
-
-def values(head: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
-    """Expected return float32 [B, N] of hidden states [B, N, D]."""
-    return jnp.einsum("bnd,d->bn", lax.stop_gradient(hidden).astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
 def advantages(
@@ -87,9 +77,9 @@ class Objective:
 def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
     """The clipped objective (Schulman et al. 2017, eq. 7) per token, with the terms of `objective`.
 
-    params = {"policy": Delta, "value": `head`}; frozen = {"params": those of the LM, "old": params at the start of the
-    round, "beta": float32 [], "filter": the control that the samples were drawn under after the policy, optional}; the
-    batch has `reward` float32 [B].
+    params = {"policy": Delta, "value": `heads.value_head`}; frozen = {"params": those of the LM, "old": params at the
+    start of the round, "beta": float32 [], "filter": the control that the samples were drawn under after the policy,
+    optional}; the batch has `reward` float32 [B].
     """
 
     clip, gamma, lam, value, entropy = dataclasses.astuple(objective)
@@ -196,10 +186,10 @@ def ppo(
     check_drawn(pool.spec["drawn"], "ppo", FIXED)
     model, params, tokenizer = open_lm(lm)
     made = vars(adapter)
-    state = {"policy": init(model, rng.stream(jax.random.key(seed), "init"), **made), "value": head(model.width)}
+    state = {"policy": init(model, rng.stream(jax.random.key(seed), "init"), **made), "value": value_head(model.width)}
     if start_from is not None:
-        value_head = checkpoint.load(start_from.path / "value", head(model.width))
-        state = {"policy": methods.load(start_from, model), "value": value_head}
+        value = checkpoint.load(start_from.path / "value", value_head(model.width))
+        state = {"policy": methods.load(start_from, model), "value": value}
     samples = Pool.open([pool])
     reward = calibration.finite(samples.column("reward"))
     if base is not None:

@@ -34,4 +34,4 @@ def get_config(arg="bundled"):
 def sweep():
     for sites in ("all", "middle"):
         for c in (1e-3, 1.0):
-            yield {"methods.cav.fit.sites": sites, "methods.cav.fit.c": c}
+            yield {"methods.cav.fit.sites": sites, "methods.cav.fit.inverse_l2": c}

@@ -17,7 +17,7 @@ STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 def arms(arg):
     strengths = (-1.0, 1.0) if arg == "tiny" else STRENGTHS
     fit = sentiment.training(arg)
-    return dict(dexperts=dict(method="dexperts", fit=fit, strengths=strengths, filter_first=True))
+    return dict(dexperts=dict(method="dexperts", fit=fit, strengths=strengths, truncate_first=True))
 
 
 def get_config(arg="bundled"):
@@ -27,4 +27,4 @@ def get_config(arg="bundled"):
 def sweep():
     for first in (True, False):
         for alpha in (-1.0, 1.0):
-            yield {"methods.dexperts.filter_first": first, "methods.dexperts.strengths": (alpha,)}
+            yield {"methods.dexperts.truncate_first": first, "methods.dexperts.strengths": (alpha,)}

@@ -5,7 +5,7 @@ large fine-tuned, 250,000 updates of each network.
 
     python experiments/main.py --config=configs/dglm.py[:yelp|:tiny]
 
-    python experiments/latents.py --config=configs/latents.py:said     what the latent makes the LM say
+    python experiments/latents.py --config=configs/latents.py:prompter     what the latent makes the LM say
     python experiments/ablate.py --config=configs/dglm.py[:yelp]       samplers and their steps
 
 Expected: the share of positive text rises with the guidance; of Yelp from .56 to .66, .74, .86 and .90, as fluent as
@@ -20,25 +20,30 @@ from configs.sentiment import of_world
 SETTINGS = {
     "bundled": dict(
         prompter=dict(net=dict(width=128, depth=2), training=dict(steps=600, batch=32)),
-        denoiser=dict(net=dict(width=128, depth=4, tokens=8), training=dict(steps=2000, batch=64)),
+        denoiser=dict(net=dict(width=128, depth=4, pseudo_tokens=8), training=dict(steps=2000, batch=64)),
     ),
     "yelp": dict(
         prompter=dict(
-            net=dict(width=256, depth=3, tokens=8, rank=16), prefix=13, new=14, training=dict(steps=4000, batch=32)
+            net=dict(width=256, depth=3, pseudo_tokens=8, rank=16),
+            prefix=13,
+            new=14,
+            training=dict(steps=4000, batch=32),
         ),
-        denoiser=dict(net=dict(width=192, depth=4, tokens=4), training=dict(steps=4000, batch=64)),
+        denoiser=dict(net=dict(width=192, depth=4, pseudo_tokens=4), training=dict(steps=4000, batch=64)),
     ),
     "tiny": dict(
         encode=dict(words=4, new=8),
-        prompter=dict(net=dict(width=16, depth=1, heads=2, tokens=4, length=2), new=8, training=dict(steps=2, batch=4)),
-        denoiser=dict(net=dict(width=16, depth=2, heads=2, tokens=4), training=dict(steps=2, batch=4)),
+        prompter=dict(
+            net=dict(width=16, depth=1, heads=2, pseudo_tokens=4, length=2), new=8, training=dict(steps=2, batch=4)
+        ),
+        denoiser=dict(net=dict(width=16, depth=2, heads=2, pseudo_tokens=4), training=dict(steps=2, batch=4)),
         draw=dict(steps=3),
     ),
 }
 PAPER = dict(
     latent=768,
-    denoiser=dict(width=768, depth=12, heads=12, tokens=32, spread=8),
-    prompter=dict(width=768, depth=6, heads=12, tokens=32, spread=8, length=8, kind="full"),
+    denoiser=dict(width=768, depth=12, heads=12, pseudo_tokens=32, spread=8),
+    prompter=dict(width=768, depth=6, heads=12, pseudo_tokens=32, spread=8, length=8, kind="full"),
     attributes=1,
     draw=dict(sampler="ddpm", steps=250, through=True, average=32),
 )

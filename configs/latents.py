@@ -6,7 +6,7 @@ Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020;
     python experiments/latents.py --config=configs/latents.py:yelp        real LM and sentences; CTG_DATA_DIR
     python experiments/latents.py --config=configs/latents.py:best        1,000 of them at the best site
     python experiments/latents.py --config=configs/latents.py:domains     other texts, and vectors of other widths
-    python experiments/latents.py --config=configs/latents.py:said        DGLM's prompter and sentences held out
+    python experiments/latents.py --config=configs/latents.py:prompter        DGLM's prompter and sentences held out
     python experiments/latents.py --config=configs/latents.py:tiny        seconds, for tests
 
 Expected in the yelp world: one vector in the attention's memory recovers every sentence, one that is added to a hidden
@@ -31,7 +31,7 @@ def tiny():
         recovery=dict(
             data=dict(reviews=data),
             fit=dict(site="memory", search=dict(updates=3, batch=4)),
-            grid=dict(site=["memory", "middle"], steps=["all"]),
+            grid=dict(site=["memory", "middle"], positions=["all"]),
         ),
         analysis=dict(data=data, fit=fit, options=dict(pairs=2, between=3, draws=2)),
         reconstruction=dict(
@@ -53,7 +53,7 @@ def bundled():
         recovery=dict(
             data=dict(reviews=test),
             fit=dict(tokens=32, search=dict(updates=200)),
-            grid=dict(site=["middle", "memory"], steps=["all"]),
+            grid=dict(site=["middle", "memory"], positions=["all"]),
         ),
         analysis=dict(data=train, fit=fit, options={}),
     )
@@ -79,7 +79,7 @@ def yelp():
         recovery=dict(
             data=dict(yelp={**dev, "limit": 12}),
             fit=dict(tokens=32, search=dict(updates=150, rate=0.3)),
-            grid=dict(site=sites, steps=["all", "first"]),
+            grid=dict(site=sites, positions=["all", "first"]),
         ),
         transfer=dict(
             train={**train, "limit": 1000},
@@ -102,7 +102,7 @@ def best():
     """1,000 sentences at the site that recovers all of them."""
     config = yelp()
     dev = config["recovery"]["data"]["yelp"]
-    grid = dict(site=["memory"], steps=["all"])
+    grid = dict(site=["memory"], positions=["all"])
     return dict(lm=config["lm"], recovery=dict(data=dict(yelp={**dev, "limit": 500}), fit=dict(tokens=32), grid=grid))
 
 
@@ -121,7 +121,7 @@ def domains():
     return dict(lm=config["lm"], recovery=dict(data=data, fit=fit, grid=dict(dim=[64, 256, 1024, 3072])))
 
 
-def said():
+def prompter():
     """What the latent of a sentence encoder makes a language model say (DGLM)."""
     config = yelp()
     held = config["recovery"]["data"]["yelp"] | dict(limit=250)
@@ -129,7 +129,7 @@ def said():
     return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, **way))
 
 
-WORLDS = dict(said=said, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
+WORLDS = dict(prompter=prompter, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
 
 
 def get_config(arg="bundled"):

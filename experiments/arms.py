@@ -7,7 +7,7 @@
     Together    other arms in one chain                       chain: label -> strength; strengths multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
 
-Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `filter_first`, which replace those of the
+Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `truncate_first`, which replace those of the
 section `sample`.
 """
 
@@ -31,7 +31,7 @@ class Arm:
     """What all arms have.
 
     Attributes:
-      filter, filter_first: settings of `sample` that this arm has of its own; None for those of the experiment.
+      filter, truncate_first: settings of `sample` that this arm has of its own; None for those of the experiment.
       learns: whether the arm has something to compare with the base; the arms that do not come first in a report.
       likelihood: whether its samples have a log-probability under what drew them, which a KL and the perplexity of
         human text need.
@@ -41,12 +41,12 @@ class Arm:
     likelihood: ClassVar[bool] = True
 
     filter: Settings | None = None
-    filter_first: bool | None = None
+    truncate_first: bool | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The settings of `sample` in which this arm differs from the experiment."""
-        own = {"filter": self.filter, "filter_first": self.filter_first}
+        own = {"filter": self.filter, "truncate_first": self.truncate_first}
         return {name: value for name, value in own.items() if value is not None}
 
     def check(self, label: str, arms: Mapping[str, Arm]) -> None:

@@ -17,8 +17,8 @@ from experiments import cli, experiment, reporting
 def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
-    cells = experiment.run(session, config)
-    return reporting.write(session, cli.spec_of(argv), config, cells)
+    results = experiment.run(session, config)
+    return reporting.write(session, cli.spec_of(argv), config, results)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def holds(name, value, rows, liked, tags, ends):
 def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
-    settings, cells = config.to_dict(), experiment.run(session, config)
+    settings, results = config.to_dict(), experiment.run(session, config)
     lm = experiment.language_model(session, settings["lm"])
     tokenizer = open_lm(lm)[2]
     tags = tag_table(tokenizer)
@@ -52,17 +52,17 @@ def main(argv, session):
         " | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all of its targets", "pooled perplexity", ""])
     ]
     lines.append("|---" * (len(every) + 3) + "|")
-    for cell in cells:
-        samples = open_artifact(cell.samples.path).rows("samples.jsonl")
-        scores = cell.figures.rows("scores.jsonl")
+    for result in results:
+        samples = open_artifact(result.samples.path).rows("samples.jsonl")
+        scores = result.figures.rows("scores.jsonl")
         rows, liked = [r["tokens"] for r in samples], [s["scores"][name] >= threshold for s in scores]
         found = {key: holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in every.items()}
-        mine = [holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in asked[cell.label].items()]
-        fluency = next(m for m in cell.figures.metrics() if m["name"] == "perplexity_pooled")
+        mine = [holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in asked[result.label].items()]
+        fluency = next(m for m in result.figures.metrics() if m["name"] == "perplexity_pooled")
         shares = [f"{found[key].mean():.3f}" for key in every]
         both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"
         spread = "{value:,.4g} [{low:,.4g}, {high:,.4g}]".format(**fluency)
-        lines.append(" | ".join(["", cell.label, *shares, both, spread, ""]))
+        lines.append(" | ".join(["", result.label, *shares, both, spread, ""]))
     return "\n".join(line.strip() for line in lines) if processes.first() else None
 
 

@@ -32,7 +32,7 @@ _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Result:
     """One row of the table: an arm at one strength.
 
     Attributes:
@@ -57,7 +57,7 @@ class Cell:
     human: Artifact | None = None
 
 
-def run(root: str, config: ConfigDict) -> list[Cell]:
+def run(root: str, config: ConfigDict) -> list[Result]:
     """Runs all stages of a configuration, except those that are finished, and returns the rows of the table.
 
     Raises:
@@ -76,7 +76,7 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
     other = measure.pop("fluency", None)
     given = dict(judges=scorers, lm=lm, references=human, fluency=language_model(root, other) if other else None)
     seed = settings["sample"].get("seed", 0)
-    cells = []
+    results = []
     for label, arm in arms.items():
         mine, likely = [], _likelihood(arm, arms)
         for strength, samples, made, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
@@ -86,11 +86,11 @@ def run(root: str, config: ConfigDict) -> list[Cell]:
             if written is not None and likely:
                 options = {"strengths": strengths, **_bootstrap(measure)}
                 read = stage(root, sampling.human_perplexity, options, lm=lm, data=written, controls=made)
-            mine.append(Cell(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
+            mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
         smooth = smoothness(root, mine, measure)
         rounds = sampled_rounds(root, lm, arm, measure)
-        cells += [dataclasses.replace(cell, smooth=smooth, rounds=rounds) for cell in mine]
-    return cells
+        results += [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
+    return results
 
 
 def inputs(root: str, config: ConfigDict) -> list[str]:
@@ -98,7 +98,7 @@ def inputs(root: str, config: ConfigDict) -> list[str]:
     settings = config.to_dict()
     measure = settings["evaluate"]
     sections = [settings["prompts"], measure.get("references"), measure.get("human")]
-    root = Session.of(root).planning()
+    root = Session.of(root).dry_run()
     found = [language_model(root, settings["lm"])]
     found += [language_model(root, measure["fluency"])] if measure.get("fluency") else []
     found += [judge(root, name, options) for name, options in settings["judges"].items()]
@@ -115,13 +115,13 @@ def sampled_rounds(root: str, lm: Artifact, arm: Arm, measure: dict[str, Any]) -
     return stage(root, rounds.summary, _bootstrap(measure), pools=pools)
 
 
-def smoothness(root: str, cells: list[Cell], measure: dict[str, Any]) -> Artifact | None:
+def smoothness(root: str, results: list[Result], measure: dict[str, Any]) -> Artifact | None:
     """How smoothly one method is controlled over its strengths; None where it has fewer than two."""
-    swept = [cell for cell in cells if cell.strength is not None]
+    swept = [result for result in results if result.strength is not None]
     if len(swept) < 2:
         return None
-    settings = {"strengths": [cell.strength for cell in swept], **_bootstrap(measure)}
-    return stage(root, judges.smooth, settings, figures=[cell.figures for cell in swept])
+    settings = {"strengths": [result.strength for result in swept], **_bootstrap(measure)}
+    return stage(root, judges.smooth, settings, figures=[result.figures for result in swept])
 
 
 def _bootstrap(measure: Mapping[str, Any]) -> dict[str, Any]:

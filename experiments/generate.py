@@ -58,7 +58,7 @@ def define(fv):
     whole("no_repeat_ngram", None, "no n-gram of this size twice", flag_values=fv)
     flags.DEFINE_multi_string("stop", [], "text that ends a completion; repeatable", flag_values=fv)
     flags.DEFINE_boolean("stream", False, "show a completion while it is written", flag_values=fv)
-    flags.DEFINE_boolean("filter_first", False, "truncate before the controls, not after them", flag_values=fv)
+    flags.DEFINE_boolean("truncate_first", False, "truncate before the controls, not after them", flag_values=fv)
 
 
 def main(argv, session):
@@ -77,7 +77,7 @@ def main(argv, session):
     lm = language_model(fv.lm, session, fv.dtype)
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
     controls = [a for a, _ in parts]
-    control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.filter_first)
+    control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.truncate_first)
     model = sampling.opened(lm)
     sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
     options = sampling.Options(fv.n, fv.max_new, fv.greedy, fv.batch, fv.seed, tuple(fv.stop))

@@ -43,13 +43,13 @@ class Look:
     """The state of a cell.
 
     Attributes:
-      rows: the cells of its experiment, once all of its stages have run; None before.
+      rows: the results of its experiment, once all of its stages have run; None before.
       missing, there: directory names of the stages that have to run and of the finished ones.
       more: whether later stages depend on the contents of the missing ones, so that their names are not known yet.
       error: why it cannot run or cannot be read; empty where it can.
     """
 
-    rows: list[experiment.Cell] | None
+    rows: list[experiment.Result] | None
     missing: list[str]
     there: list[str]
     more: bool = False
@@ -58,15 +58,15 @@ class Look:
 
 def look(root: str, cell: Cell) -> Look:
     """The state of a cell; no stage runs."""
-    plan = Session.of(root).planning()
+    trial = Session.of(root).dry_run()
     rows, more, error = None, False, ""
     try:
-        rows = experiment.run(plan, cell.config)
+        rows = experiment.run(trial, cell.config)
     except UnfinishedError:
         more = True
     except InputError as e:
         error = " ".join(str(e).split())
-    return Look(None if plan.planned else rows, list(plan.planned), plan.tally.reused, more, error)
+    return Look(None if trial.pending else rows, list(trial.pending), trial.tally.reused, more, error)
 
 
 def overview(root: str, cells: Sequence[Cell]) -> str:

@@ -57,7 +57,7 @@ def chosen(argv: Sequence[str]) -> layout.Layout:
     found = layout.read(text, remat, value(argv, "--plan") or "jit", value(argv, "--precision"))
     with layout.laid_out(found):
         layout.training()
-        layout.island()
+        layout.local_plan()
     return found
 
 

@@ -69,7 +69,7 @@ def vectors_of(root, lm, settings, fit):
 
 
 def recovery(section):
-    """Every cell of the grid: sites × time steps × dimensions × sets of sentences."""
+    """Every cell of the grid: sites × positions × dimensions × sets of sentences."""
     root, lm, settings = section.root, section.lm, section.settings
     grid = settings["grid"]
     rows, cells, made = [], [], []
@@ -85,7 +85,7 @@ def recovery(section):
     several = len(grid.get("site", ())) > 1
 
     def draw(folder):
-        pictures.heat_map(folder / "recovery.png", cells, "site", "steps", "BLEU-4")
+        pictures.heat_map(folder / "recovery.png", cells, "site", "positions", "BLEU-4")
 
     return section.page(made, rows, draw if several else None, title="Recovery of sentences from a frozen LM")
 

@@ -22,8 +22,8 @@ def main(argv, session):
     names = {arm.method if isinstance(arm, MethodArm) else type(arm).__name__ for arm in arms}
     if len(names) > 1:
         raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")
-    cells = experiment.run(session, config)
-    return reporting.write(session, cli.spec_of(argv), config, cells)
+    results = experiment.run(session, config)
+    return reporting.write(session, cli.spec_of(argv), config, results)
 
 
 if __name__ == "__main__":

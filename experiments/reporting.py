@@ -1,4 +1,4 @@
-"""The cells of an experiment as the rows of a report."""
+"""The results of an experiment as the rows of a report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ctg_jax.report import pictures
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact
 from experiments import cli, roots
-from experiments.experiment import Cell, inputs
+from experiments.experiment import Result, inputs
 
 
-def write(root: str, spec: str, config: ConfigDict, cells: Sequence[Cell]) -> Path:
+def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -> Path:
     """Writes the report of one experiment and returns the path of report.html."""
-    folder = folder_of(root, spec, config.to_dict(), [cell.figures.id for cell in cells])
-    return _write(folder, root, spec, config, [_row(c) for c in cells], [_smooth(c) for c in cells], cells)
+    folder = folder_of(root, spec, config.to_dict(), [result.figures.id for result in results])
+    return _write(folder, root, spec, config, [_row(c) for c in results], [_smooth(c) for c in results], results)
 
 
 def folder_of(root: str, spec: str, *settings: Any) -> Path:
@@ -45,41 +45,42 @@ def write_grid(
     root: str,
     spec: str,
     config: ConfigDict,
-    cells: Sequence[tuple[dict[str, Any], Cell]],
+    results: Sequence[tuple[dict[str, Any], Result]],
     about: dict[str, str] | None = None,
 ) -> Path:
-    """Writes the report of a grid into `folder` (see `grid_folder`), from pairs of changed settings and a cell. A
-    setting of one method is a column of that method's rows alone, and a cell that several settings share is shown once.
+    """Writes the report of a grid into `folder` (see `grid_folder`), from pairs of changed settings and a result. A
+    setting of one method is a column of that method's rows alone, and a result that several settings share is shown
+    once.
     `about`: more facts for the report."""
     rows, smooth, seen = [], [], {}
-    for changes, cell in cells:
-        if cell.figures.id in seen:
+    for changes, result in results:
+        if result.figures.id in seen:
             continue
-        seen[cell.figures.id] = cell
+        seen[result.figures.id] = result
         columns = {}
         for key, value in changes.items():
             section, _, rest = key.partition(".")
             label, _, setting = rest.partition(".")
-            if section == "methods" and label == cell.label and setting != "strengths":
+            if section == "methods" and label == result.label and setting != "strengths":
                 columns[setting] = value
             elif section != "methods":
                 columns[key] = value
-        rows.append({**columns, **_row(cell)})
-        smooth.append(_smooth(cell) and {**columns, **_smooth(cell)})
+        rows.append({**columns, **_row(result)})
+        smooth.append(_smooth(result) and {**columns, **_smooth(result)})
     return _write(folder, root, spec, config, rows, smooth, list(seen.values()), about)
 
 
-def _row(cell: Cell) -> dict[str, Any]:
-    row = report.row(cell.figures, cell.samples, method=cell.label, strength=cell.strength, seed=cell.seed)
-    if cell.human is not None:
-        row["figures"] |= report.row(cell.human)["figures"]
+def _row(result: Result) -> dict[str, Any]:
+    row = report.row(result.figures, result.samples, method=result.label, strength=result.strength, seed=result.seed)
+    if result.human is not None:
+        row["figures"] |= report.row(result.human)["figures"]
     return row
 
 
-def _smooth(cell: Cell) -> dict[str, Any] | None:
-    if cell.smooth is None:
+def _smooth(result: Result) -> dict[str, Any] | None:
+    if result.smooth is None:
         return None
-    return {**report.row(cell.smooth, method=cell.label, seed=cell.seed), "smooth": cell.smooth.id}
+    return {**report.row(result.smooth, method=result.label, seed=result.seed), "smooth": result.smooth.id}
 
 
 def _commit() -> str | None:
@@ -143,12 +144,12 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def _arms(root: str, config: ConfigDict, cells: Sequence[Cell]) -> dict[str, str]:
+def _arms(root: str, config: ConfigDict, results: Sequence[Result]) -> dict[str, str]:
     """arm -> its settings, how its controls were made, and where its samples are."""
     facts: dict[str, str] = {}
-    for label in dict.fromkeys(cell.label for cell in cells):
-        mine = [cell for cell in cells if cell.label == label]
-        controls = dict.fromkeys(c for cell in mine for c in cell.controls)
+    for label in dict.fromkeys(result.label for result in results):
+        mine = [result for result in results if result.label == label]
+        controls = dict.fromkeys(c for result in mine for c in result.controls)
         made = "".join(f"made by {provenance(root, c)}; " for c in controls)
         at = {True: "", False: " at {:g}"}
         samples = (c.samples.path.name + at[c.strength is None].format(c.strength or 0) for c in mine)
@@ -157,9 +158,9 @@ def _arms(root: str, config: ConfigDict, cells: Sequence[Cell]) -> dict[str, str
     return facts
 
 
-def _own(cells: Sequence[Cell]) -> dict[str, str]:
+def _own(results: Sequence[Result]) -> dict[str, str]:
     """The number of judged texts that are in the words of an oracle's own corpus."""
-    specs = [cell.figures.spec for cell in cells]
+    specs = [result.figures.spec for result in results]
     total = sum(spec["judged"] for spec in specs)
     counts = {name: sum(spec["own"].get(name, 0) for spec in specs) for spec in specs for name in spec["own"]}
     return {f"texts in the words of the corpus of {n!r}": f"{k} of {total} judged" for n, k in counts.items()}
@@ -172,21 +173,21 @@ def _write(
     config: ConfigDict,
     rows: list[dict],
     smooth: list,
-    cells: Sequence[Cell],
+    results: Sequence[Result],
     more: dict[str, str] | None = None,
 ) -> Path:
     if not processes.first():
         return None
     settings = config.to_dict()
-    facts = cells[0].figures.spec
+    facts = results[0].figures.spec
     changed = overrides(spec, config)
     about = {"configuration": spec, "settings changed": json.dumps(changed) if changed else "none"}
     about |= {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
     about["language model"] = _by_id(root, facts["inputs"]["lm"]).path.name
     sections = ("lm", "prompts", "sample", "judges", "evaluate")
-    about |= _own(cells) | {name: json.dumps(settings[name]) for name in sections}
-    about |= _arms(root, config, cells) | (more or {})
-    # The cells of one method share their smoothness.
+    about |= _own(results) | {name: json.dumps(settings[name]) for name in sections}
+    about |= _arms(root, config, results) | (more or {})
+    # The results of one method share their smoothness.
     swept = {row.pop("smooth"): row for row in smooth if row}
     page = report.write(
         folder,
@@ -197,18 +198,18 @@ def _write(
         about=about | {"ctg_jax": version()},
         smooth=list(swept.values()),
     )
-    _draw_rounds(folder, cells)
+    _draw_rounds(folder, results)
     roots.keep_files(root, folder)
     return page
 
 
-def _draw_rounds(folder: Path, cells: Sequence[Cell]) -> None:
+def _draw_rounds(folder: Path, results: Sequence[Result]) -> None:
     """rounds-….png: figures of the samples of each round, for methods that learn from rewards, against the KL to the
     base."""
     found: dict[str, dict[int, dict]] = {}
-    for cell in cells:
-        for row in cell.rounds.metrics() if cell.rounds else ():
-            at = found.setdefault(cell.label, {}).setdefault(row["round"], {})
+    for result in results:
+        for row in result.rounds.metrics() if result.rounds else ():
+            at = found.setdefault(result.label, {}).setdefault(row["round"], {})
             at[row["name"]] = Figure(*(row[k] for k in ("value", "low", "high", "n")))
     points = [
         {"method": label, "round": r, "figures": figures}

@@ -32,7 +32,7 @@ def square(run, *, value=3, width=1.0, where=None, batch=8, extra=(), lm=None):
 
 
 def ids(root, *configs, fn=square, **inputs):
-    plan = Session(root).planning()
+    plan = Session(root).dry_run()
     return [stage(plan, fn, config, **inputs).id for config in configs]
 
 
@@ -58,9 +58,9 @@ def test_a_new_setting_or_input_with_a_default_keeps_what_was_made(tmp_path):
         run.log(value=value)
 
     later = stage_function("square", how=("batch",))(later)
-    plan = Session(tmp_path).planning()
+    plan = Session(tmp_path).dry_run()
     made = Artifact(tmp_path / "x-1", "1", plan)
-    plan.planned[made.path.name] = {"stage": "x"}
+    plan.pending[made.path.name] = {"stage": "x"}
     for config, inputs in (({}, {}), ({"value": 4}, {"lm": made})):
         assert stage(plan, square, config, **inputs) == stage(plan, later, config, **inputs)
     assert ids(tmp_path, {"ema": 0.9}, fn=later) != ids(tmp_path, {}, fn=later)
@@ -167,7 +167,7 @@ def test_batch_sizes_of_training_count_and_those_of_sampling_and_scoring_do_not(
     assert {name for name, how in fields.items() if how} == {"save_every", "log_every", "tensorboard"}
     for fn in package_stages().values():
         parameters = inspect.signature(fn).parameters
-        assert not {"steps", "save_every", "log_every"} & parameters.keys() or "site" in parameters, fn.__name__
+        assert not {"steps", "save_every", "log_every"} & parameters.keys(), fn.__name__
         assert "training" not in parameters or isinstance(parameters["training"].default, Training), fn.__name__
 
 
@@ -234,7 +234,7 @@ def test_ten_ids(tmp_path, monkeypatch):
         (tmp_path / "lm" / name).write_text(text)
     (tmp_path / "mine_for_ids.py").write_text("def score(prompt, text):\n    return 0.5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    plan = Session(tmp_path).planning()
+    plan = Session(tmp_path).dry_run()
     lm, data, samples, pool, reward = (Artifact(tmp_path / f"x-{i}", str(i) * 12, plan) for i in range(5))
     calls = [
         (sources.load_data, {"source": "jsonl:rows.jsonl", "split": "all", "limit": 10}, {}),
@@ -249,7 +249,7 @@ def test_ten_ids(tmp_path, monkeypatch):
         (steer.steer, {"sites": [4, 5]}, dict(lm=lm, sums=data)),
     ]  # fmt: skip
     for artifact in (lm, data, samples, pool, reward):
-        plan.planned[artifact.path.name] = {"stage": "x"}
+        plan.pending[artifact.path.name] = {"stage": "x"}
     found = [stage(plan, fn, config, **inputs).path.name for fn, config, inputs in calls]
     assert found == TEN
 

@@ -151,7 +151,7 @@ FITS = [
 def test_rounds_of_several_seeds_share_nothing(tmp_path, method, hp):
     """Sampling and learning of every round have a seed that no other round has, of this seed or of another."""
     rounds = 1 if method is gdc else 3  # its second round depends on how the first went
-    plan = Session(tmp_path).planning()
+    plan = Session(tmp_path).dry_run()
     lm = stage(plan, sources.load_lm, {"source": "some"})
     given = dict(lm=lm, data=stage(plan, sources.load_data, {"source": "bundled:reviews", "split": "test"}))
     reward = stage(plan, judges.fit_judge, {"kind": "diversity", "name": "some"})
@@ -161,7 +161,7 @@ def test_rounds_of_several_seeds_share_nothing(tmp_path, method, hp):
         except UnfinishedError:
             assert method is gdc
     name = method.__name__.rpartition(".")[2]
-    specs = [plan.planned[key] for key in plan.planned if key.startswith(("sample-", f"{name}-"))]
+    specs = [plan.pending[key] for key in plan.pending if key.startswith(("sample-", f"{name}-"))]
     assert len(specs) == 2 * 3 * rounds
     seeds = [spec["config"]["seed"] for spec in specs]
     assert len(set(seeds)) == len(seeds)

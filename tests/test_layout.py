@@ -52,10 +52,10 @@ def test_a_mesh_in_a_line(text, axes, sharded):
     found = layout.read(text)
     assert found.sharded == sharded
     with layout.laid_out(found):
-        assert dict(layout.training().axes) == dict(layout.island().axes) == axes
+        assert dict(layout.training().axes) == dict(layout.local_plan().axes) == axes
         used = {name for _, spec in layout.training().rules for name in spec if name}
         assert used == ({"data", "tensor"} if sharded else {"tensor"})
-    assert layout.island() is None and layout.training().size == 1
+    assert layout.local_plan() is None and layout.training().size == 1
 
 
 @pytest.mark.parametrize("text", ["rows=2", "data", "data=0", "tensor=-1", "data=2,fsdp=2", "data=2,data=4", ""])

@@ -82,7 +82,7 @@ def test_padding_takes_no_room_where_it_is_known():
 
 
 def test_every_control_that_adds_tokens_counts_them():
-    net = dict(width=8, depth=1, heads=2, tokens=2, spread=2)
+    net = dict(width=8, depth=1, heads=2, pseudo_tokens=2, spread=2)
     soft = latent_prompt.init(LM, jax.random.key(0), 4, **net, length=5, kind="frozen")
     delta = finetune.example(LM, jax.random.key(0))
     code = coded(jax.random.key(0), delta, LM.width, 3)

@@ -75,7 +75,7 @@ def test_every_leaf_of_an_encoder_has_a_rule(encoder):
 def test_every_leaf_that_a_network_of_diffusion_or_a_value_head_trains_has_a_rule():
     """Models that write by themselves are no controls, so the law of controls does not see them."""
     plan, key = Plan("jit", {"data": 4, "tensor": 2}, DECODER + NETWORKS), jax.random.key(0)
-    net = latent_diffusion.network(16, width=16, depth=2, heads=2, tokens=4)
+    net = latent_diffusion.network(16, width=16, depth=2, heads=2, pseudo_tokens=4)
     made = {
         "denoiser": lambda k: {"net": net.init(k), "bins": jnp.zeros(100)},
         "mdlm": lambda k: mdlm.init(GPT2, k, width=16, depth=2, heads=2, classes=2),

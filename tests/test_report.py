@@ -44,11 +44,11 @@ def test_lines_keep_the_columns_that_vary():
 def test_seeds_become_mean_and_standard_error():
     rows = [row(share=s, seed=i) for i, s in enumerate((0.4, 0.5, 0.9))]
     (line,) = report.lines(rows)
-    cell = line.cells["positive/share"]
+    cell = line.estimates["positive/share"]
     # mean 0.6; variance (0.04 + 0.01 + 0.09) / 2 = 0.07; standard error sqrt(0.07 / 3)
     assert cell.value == pytest.approx(0.6) and cell.error == pytest.approx(math.sqrt(0.07 / 3))
     assert (cell.low, cell.high, cell.seeds) == (pytest.approx(0.5), pytest.approx(0.7), 3)
-    assert report.lines([row()])[0].cells["positive/share"].error is None
+    assert report.lines([row()])[0].estimates["positive/share"].error is None
 
 
 def test_one_seed_has_no_standard_error_in_the_table(tmp_path):
@@ -257,7 +257,7 @@ def test_collect_reads_the_settings_of_all_stages(tmp_path):
     lines = report.lines(rows)
     assert all(list(line.columns) == ["samples.controls.0.layer"] for line in lines)
     assert sorted(line.columns["samples.controls.0.layer"] for line in lines) == [2, 3]
-    assert [line.cells["positive/share"].value for line in lines] == [4.5, 4.5]
+    assert [line.estimates["positive/share"].value for line in lines] == [4.5, 4.5]
     one = report.row(scored, texts, method="steer")
     assert one["samples"][0]["text"] == "t" and one["figures"]["positive/share"].value == 5.0
     with pytest.raises(InputError, match="holds no figure"):

@@ -76,13 +76,13 @@ def test_a_judge_is_opened_once(tmp_path):
 def test_a_plan_runs_nothing_and_leaves_the_session_alone(tmp_path):
     session = Session(tmp_path)
     first = stage(session, figure)
-    plan = session.planning()
+    plan = session.dry_run()
     assert stage(plan, figure).metrics() == [{"x": 1}] and plan.tally.reused == [first.path.name]
     later = stage(plan, figure, {"x": 2}, before=stage(plan, figure))
-    assert list(plan.planned) == [later.path.name] and not later.path.exists()
+    assert list(plan.pending) == [later.path.name] and not later.path.exists()
     with pytest.raises(UnfinishedError):
         later.metrics()
-    assert session.tally.executed == [first.path.name] and session.planned is None
+    assert session.tally.executed == [first.path.name] and session.pending is None
     assert stage(session, figure, {"x": 2}, before=first) == later
 
 

@@ -91,7 +91,7 @@ def begin(
     """
     check_rows(lm, prompts, control, sampling.max_new)
     params, control = _ready(lm, params, control)
-    return prefill(lm, params, layout.spread(prompts), control, sampling)
+    return prefill(lm, params, layout.split_rows(prompts), control, sampling)
 
 
 def extend(
@@ -327,7 +327,7 @@ def score(
       InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
     """
     check_rows(lm, prompts, control, completion.shape[1], completion, written)
-    with layout.on():
+    with layout.split_activations():
         split = not numbers_for_rows(control, len(prompts.tokens))
         rows = (prompts, completion, written)
         logp = layout.run_rows(_score_part, lm, (params, control), rows, split=split)

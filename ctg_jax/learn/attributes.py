@@ -16,7 +16,7 @@ from ctg_jax.types import InputError
 
 
 @stage_function("embeddings.probe")
-def probe(
+def fit_attribute(
     run: Run,
     *,
     latents: Artifact,
@@ -63,7 +63,7 @@ def probe(
 
 
 def coefficients(probe: Artifact, encoder: str) -> tuple[np.ndarray, float]:
-    """(w float32 [Z], b) of a `probe`, which must have been fitted on latents of that version of an encoder."""
+    """(w float32 [Z], b) of a probe, which must have been fitted on latents of that version of an encoder."""
     if probe.spec["version"] != encoder:
         raise InputError(
             f"{probe.path.name} was fitted on latents of {probe.spec['version']}, but these are of {encoder}: fit the "

@@ -25,11 +25,11 @@ BINS = 100  # of the log-SNR, for importance sampling
 
 
 def network(
-    latent: int, *, width: int = 256, depth: int = 6, heads: int = 4, tokens: int = 16, spread: int = 4
+    latent: int, *, width: int = 256, depth: int = 6, heads: int = 4, pseudo_tokens: int = 16, spread: int = 4
 ) -> LatentNet:
-    """The denoiser: a `LatentNet` that reads latent and prefix, each as `tokens` pseudo-tokens."""
-    trunk = Trunk(width=width, depth=depth, heads=heads, positions=2 * tokens)
-    return LatentNet(trunk, latent=latent, out=latent, context=latent, tokens=tokens, spread=spread)
+    """The denoiser: a `LatentNet` that reads latent and prefix, each as `pseudo_tokens`."""
+    trunk = Trunk(width=width, depth=depth, heads=heads, positions=2 * pseudo_tokens)
+    return LatentNet(trunk, latent=latent, out=latent, context=latent, pseudo_tokens=pseudo_tokens, spread=spread)
 
 
 @stage_function("embeddings.denoiser")

@@ -68,20 +68,20 @@ class LatentPrompt(Control):
 
 
 def init(
-    lm: LM, key: jax.Array, latent: int, *, width: int = 256, depth: int = 4, heads: int = 4, tokens: int = 16,
+    lm: LM, key: jax.Array, latent: int, *, width: int = 256, depth: int = 4, heads: int = 4, pseudo_tokens: int = 16,
     spread: int = 4, length: int = 8, kind: str = "lora", rank: int = 8,
 ) -> LatentPrompt:  # fmt: skip
     """An untrained `LatentPrompt`.
 
     Args:
       lm: the language model. latent: Z.
-      width, depth, heads: of the transformer of the network. tokens, spread: see `LatentNet`.
+      width, depth, heads: of the transformer of the network. pseudo_tokens, spread: see `LatentNet`.
       length: P, the number of soft tokens.
       kind: what is trained of the language model: nothing ("frozen"), a change of low rank ("lora", with `rank`) or a
         change of all weights ("full").
     """
-    trunk = Trunk(width=width, depth=depth, heads=heads, positions=tokens + length)
-    net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, tokens=tokens, spread=spread)
+    trunk = Trunk(width=width, depth=depth, heads=heads, positions=pseudo_tokens + length)
+    net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, pseudo_tokens=pseudo_tokens, spread=spread)
     delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
     return LatentPrompt(net.init(rng.stream(key, "prompter")), delta, net)
 

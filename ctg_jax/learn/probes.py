@@ -29,16 +29,16 @@ def split(with_: np.ndarray, without: np.ndarray, heldout: float) -> tuple[np.nd
     return np.concatenate([with_, without]), y, np.concatenate(held)
 
 
-def probe(x: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.float32]:
+def fit_probe(x: np.ndarray, y: np.ndarray, inverse_l2: float) -> tuple[np.ndarray, np.float32]:
     """(w float32 [D], b) of a logistic regression of y bool [N] on standardised x [N, D], for x as it is."""
     mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
     deviation = np.where(deviation > 1e-6, deviation, 1.0)
-    coef, intercept, _ = fit_logistic((x - mean) / deviation, y.astype(int), c, 0)
+    coef, intercept, _ = fit_logistic((x - mean) / deviation, y.astype(int), inverse_l2, 0)
     w = coef[0] / deviation
     return w.astype(np.float32), np.float32(intercept[0] - w @ mean)
 
 
-def choose(accuracy: np.ndarray, gate: np.ndarray, top: int | None, threshold: float) -> np.ndarray:
+def choose_sites(accuracy: np.ndarray, gate: np.ndarray, top: int | None, threshold: float) -> np.ndarray:
     """The gate float32 [L + 2] with only the `top` sites of the best accuracy [L + 2] that is at least `threshold`.
 
     Raises:

@@ -231,7 +231,7 @@ def loop(
         state = processes.everywhere(state, plan.shardings(state))
     with Writer(run_dir / "metrics.jsonl", at, run_dir / "tensorboard" if tensorboard else None) as writer:
         if at >= steps:
-            return layout.settled(state, plan) if own else state
+            return layout.to_local(state, plan) if own else state
         frozen = processes.everywhere(frozen, plan.shardings(frozen))
         run = _Run(folder, writer, log_every, keep, steps, at, progress)
         compiled = plan.compile(step.over, state, frozen)
@@ -252,7 +252,7 @@ def loop(
                     run.settle(state)
                 if saving:
                     run.save(state)
-    return layout.settled(state, plan) if own else state
+    return layout.to_local(state, plan) if own else state
 
 
 @dataclasses.dataclass

@@ -103,7 +103,7 @@ def solve_by_length(
             if finished is not None and (finished / checkpoint.MANIFEST).exists():
                 part = checkpoint.load(finished)
             else:
-                slots = search.batch or fitting(lm, length, search.memory)
+                slots = search.batch or rows_that_fit(lm, length, search.memory)
                 part = solve(
                     run, start[index], rows_of(length, index, slots), frozen, search.optimizer(), slots, mesh,
                     keep=None if keep is None else keep / "search", save_every=save_every,
@@ -130,7 +130,7 @@ def chunks(width: int, inputs: Sequence[int], memory: float) -> Iterator[tuple[i
             yield int(length), index[a : a + most]
 
 
-def fitting(lm: LM, length: int, memory: float) -> int:
+def rows_that_fit(lm: LM, length: int, memory: float) -> int:
     """How many sequences of `length` inputs may be at work at once in `memory` GiB: a power of 2 from 8 to 256. A row
     holds logits with their gradient and exponentials, and about 24 activations of the width for each block."""
     bytes_per_row = 4 * length * (3 * lm.vocab + lm.depth * 24 * lm.width)

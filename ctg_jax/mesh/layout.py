@@ -1,7 +1,7 @@
 """The layout of a run: on which devices its arrays are placed. The scripts' --mesh, --plan and --precision choose it.
 
 Training spans the devices of all processes. Everything else (decoding, scoring, encoding) stays within a process, which
-holds the language model on its own devices, its island, and computes rows of its own. A layout changes time, memory and
+holds the language model on its own devices and computes rows of its own. A layout changes time, memory and
 the last digits of sums only, so it is no part of what identifies an artifact.
 
 A session has a layout, and `ctg_jax.run.stage.stage` puts it in force while a stage runs (`laid_out`).
@@ -156,7 +156,7 @@ def training(rows: int | None = None) -> Plan:
     return Plan(axes={"data": math.gcd(rows, jax.local_device_count()) if several else 1})
 
 
-def island() -> Plan | None:
+def local_plan() -> Plan | None:
     """The plan of what stays within a process; None where no mesh was asked for."""
     layout = _current.get()
     if not layout.mesh:
@@ -166,27 +166,27 @@ def island() -> Plan | None:
     return layout.plan(here, data, local=True)
 
 
-def home() -> Sharding:
-    """Where the arrays of a process are placed by default: on every device of its island, or on its first."""
-    plan = island()
+def default_sharding() -> Sharding:
+    """Where the arrays of a process are placed by default: replicated over its `local_plan`, or on its first device."""
+    plan = local_plan()
     if plan is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(plan.mesh, PartitionSpec())
 
 
-def settled(state: PyTree, plan: Plan) -> PyTree:
-    """A state that `plan` trained, where the other arrays of this process lie."""
-    here = island()
+def to_local(state: PyTree, plan: Plan) -> PyTree:
+    """A state that `plan` trained, moved to where the other arrays of this process are placed."""
+    here = local_plan()
     if processes.count() > 1:
         state = processes.local(state)
         return state if here is None else here.place(state)
-    return jax.device_put(state, home()) if here is None and plan.size > 1 else state
+    return jax.device_put(state, default_sharding()) if here is None and plan.size > 1 else state
 
 
 def accelerators() -> tuple[jax.Device, ...]:
     """The accelerators of this machine, for rows of their own. None for a CPU, whose devices share its cores, and none
     where a mesh was asked for, over which `run_rows` splits rows itself."""
-    return () if jax.default_backend() == "cpu" or island() else tuple(jax.local_devices())
+    return () if jax.default_backend() == "cpu" or local_plan() else tuple(jax.local_devices())
 
 
 def run_rows(
@@ -219,7 +219,7 @@ def run_rows(
     if len(used) > 1:
         out = _over_devices(fn, static, used, replicated(whole, used), rows)
     else:
-        out = fn(static, whole, spread(rows))
+        out = fn(static, whole, split_rows(rows))
     return processes.gather(out) if parts > 1 else out
 
 
@@ -238,9 +238,10 @@ def _over_devices(fn, static, devices, whole, rows):
     return jax.shard_map(partial(fn, static), mesh=mesh, check_vma=False, **specs)(whole, rows)
 
 
-def spread(values: PyTree) -> PyTree:
-    """Leaves [B, …], their rows split over the island, where it is there and divides them; else as they are."""
-    plan = island()
+def split_rows(values: PyTree) -> PyTree:
+    """Leaves [B, …] with their rows split over the `local_plan`; unchanged without a mesh, and replicated over it where
+    it does not divide their rows."""
+    plan = local_plan()
     if plan is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
         return values
     ways = dict(plan.axes)["data"]
@@ -248,7 +249,7 @@ def spread(values: PyTree) -> PyTree:
     return jax.device_put(values, NamedSharding(plan.mesh, PartitionSpec("data") if even else PartitionSpec()))
 
 
-def on() -> contextlib.AbstractContextManager:
-    """Inside the `with` block, models say where their activations lie on the island; see `parallel.split`."""
-    plan = island()
+def split_activations() -> contextlib.AbstractContextManager:
+    """Inside the `with` block, models place their activations on the `local_plan`; see `ctg_jax.mesh.plan.split`."""
+    plan = local_plan()
     return contextlib.nullcontext() if plan is None else jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)

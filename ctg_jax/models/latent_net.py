@@ -18,9 +18,9 @@ class LatentNet:
     """A `Denoiser` between vectors: latent [B, Z], γ [B] and, where `context` is not 0, another vector [B, C] -> one
     vector [B, out], or `prompt` of them, [B, prompt, out].
 
-    Every vector is widened `spread` times and cut into `tokens` pseudo-tokens of its own (32 and 8 in DGLM).
-    It predicts what the latent was (DGLM's score network), or writes the soft prompt that makes a language model say it
-    (DGLM's prompt generator, which reads the latent alone).
+    Every vector is widened `spread` times and cut into `pseudo_tokens` of its own (32 and 8 in DGLM).
+    It predicts what the latent was (DGLM's score network), or writes the soft prompt that makes a language model write
+    its text (DGLM's prompt generator, which reads the latent alone).
 
     Attributes:
       latent, out: Z, and the width of the output.
@@ -33,15 +33,15 @@ class LatentNet:
     out: int
     context: int = 0
     prompt: int = 0
-    tokens: int = 32
+    pseudo_tokens: int = 32
     spread: int = 8
 
     def __post_init__(self):
         for name in ("latent", "context"):
-            if getattr(self, name) * self.spread % self.tokens:
+            if getattr(self, name) * self.spread % self.pseudo_tokens:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, which spread {self.spread} times cannot be cut into "
-                    f"{self.tokens} tokens: choose tokens that divide {getattr(self, name) * self.spread}."
+                    f"{self.pseudo_tokens} pseudo_tokens: choose a divisor of {getattr(self, name) * self.spread}."
                 )
 
     def init(self, key: jax.Array) -> Params:
@@ -88,13 +88,14 @@ class _LatentNet(nn.Module):
         y = Denoiser(c, name="denoiser")(x, gamma)
         if net.prompt:
             return Dense(net.out, c, True, name="out")(y[:, -net.prompt :]).astype(jnp.float32)
-        each = -(-net.out * net.spread // net.tokens)
-        flat = dense(each, c, c.width, "gather")(y[:, : net.tokens]).reshape(x.shape[0], -1)
+        each = -(-net.out * net.spread // net.pseudo_tokens)
+        flat = dense(each, c, c.width, "gather")(y[:, : net.pseudo_tokens]).reshape(x.shape[0], -1)
         return Dense(net.out, c, True, name="out")(flat).astype(jnp.float32)
 
     def _spread(self, name, vector):
-        """[B, n] -> [B, tokens, width]."""
+        """[B, n] -> [B, pseudo_tokens, width]."""
         net, c = self.net, self.net.trunk
         size = vector.shape[1] * net.spread
-        wide = dense(size, c, vector.shape[1], f"{name}_spread")(vector).reshape(-1, net.tokens, size // net.tokens)
-        return dense(c.width, c, size // net.tokens, f"{name}_in")(wide)
+        part = size // net.pseudo_tokens
+        wide = dense(size, c, vector.shape[1], f"{name}_spread")(vector).reshape(-1, net.pseudo_tokens, part)
+        return dense(c.width, c, part, f"{name}_in")(wide)

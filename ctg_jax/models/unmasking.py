@@ -69,7 +69,7 @@ def order(
     return jnp.where(hidden, when, NEVER)
 
 
-def length(tokens: int, *, steps: int = 0, block: int = 0) -> int:
+def step_count(tokens: int, *, steps: int = 0, block: int = 0) -> int:
     """The number of steps in an `order` of at most this number of hidden tokens."""
     return steps * (-(-tokens // block) if block else 1) if steps else tokens
 
@@ -89,7 +89,7 @@ def unmask(
 
     Args:
       x: tokens int32 [B, S], the mask where `when` is not `NEVER`. Any tokens may be given.
-      when: from `order`. steps: the number of steps in it, see `length`.
+      when: from `order`. steps: the number of steps in it, see `step_count`.
       keys: [B]; step i of row b draws with `fold_in(keys[b], i)`.
       final: n: the last of every n steps takes the most likely token instead of drawing one; 0: no step does.
       greedy: every step takes the most likely token.

@@ -61,7 +61,7 @@ class _VectorNetwork(nn.Module):
 
 
 def vectors(raw: jax.Array) -> jax.Array:
-    """float32 [V, d]: every word's vector at norm √d, so that its entries have unit power and γ means what it says
+    """float32 [V, d]: every word's vector at norm √d, so that its entries have unit power and γ is their log-SNR
     (Dieleman et al. 2022, section 3.1); without it the loss is lowered by shrinking them."""
     raw = raw.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(raw * raw, axis=-1, keepdims=True) + 1e-12)
@@ -94,8 +94,8 @@ def errors(net: VectorDenoiser, params: Params, tokens: jax.Array, keys: jax.Arr
     float32 [B, S] each |x0 - f(z_t)|² / d, -log p(w | x0) and -log p(w | z_t)).
 
     x0 ~ N(EMB(w), σ0²) and t is uniform; in the first step the error is that of EMB(w) (Li et al. 2022, section 4.2).
-    Half of the rows are written freely; a quarter has a prefix given, a quarter tokens anywhere, as many as a uniform
-    number says.
+    Half of the rows are written freely; in a quarter a prefix is given, and in a quarter tokens anywhere, whose share
+    is uniformly random.
 
     Args:
       params: {"raw": [V, d], "net": those of `net`}. tokens: int [B, S]. keys: of the rows, [B].
@@ -108,11 +108,11 @@ def errors(net: VectorDenoiser, params: Params, tokens: jax.Array, keys: jax.Arr
     x0 = e + sigma / alpha * noise(of["word"], e.shape[1:])
     given, gamma = _given(of["given"], tokens.shape[1]), SCHEDULE.log_snr(t)
     z = noised(x0, gamma, noise(of["noise"], e.shape[1:]))
-    said = jax.nn.log_softmax(net.apply(params["net"], jnp.where(given[:, :, None], e, z), gamma, given), axis=-1)
-    f = jnp.exp(said) @ table
+    logp = jax.nn.log_softmax(net.apply(params["net"], jnp.where(given[:, :, None], e, z), gamma, given), axis=-1)
+    f = jnp.exp(logp) @ table
     error = jnp.mean((jnp.where(rows(t < FIRST, e), e, x0) - f) ** 2, axis=-1)
     true = tokens[:, :, None]
-    rounding, reading = (-jnp.take_along_axis(x, true, axis=2)[:, :, 0] for x in (words(table, x0), said))
+    rounding, reading = (-jnp.take_along_axis(x, true, axis=2)[:, :, 0] for x in (words(table, x0), logp))
     return ~given, error, rounding, reading
 
 
@@ -134,7 +134,8 @@ def estimate(
     net: VectorDenoiser, params: Params, table: jax.Array, tokens: jax.Array, given: jax.Array, clamp: float = 0.0
 ) -> Estimate:
     """The estimate of the clean vectors of rows whose tokens int [B, S] are known where given bool [B, S]: the mean of
-    the word vectors over what the network says (Dieleman et al. 2022, section 3.1), which is f of Li et al. 2022.
+    the word vectors over the distribution that the network predicts (Dieleman et al. 2022, section 3.1), which is f of
+    Li et al. 2022.
 
     Args:
       clamp: the last share of the time, in which the nearest word vectors take the place of the estimate (the clamping

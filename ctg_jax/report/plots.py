@@ -43,7 +43,7 @@ def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> byt
     down = math.ceil(len(panels) / across)
     fig, axes = _figure(across, down, (4.6 if across > 1 else 6.4, 3.9), theme, sharex=True, sharey=True)
     colours = _methods(usable, theme)
-    values = [line.cells[y].value for line in usable]
+    values = [line.estimates[y].value for line in usable]
     logarithmic = _wide(values, 4)
     for ax, (title, members) in zip(axes, panels.items()):
         ax.set_title(title, fontsize=10)
@@ -90,8 +90,10 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
         for line in lines:
             if line.method == level and _known(line, figure):
                 colour = colours.get(_setting(line), (ink,))[0] if len(settings) > 1 else ink
-                ax.axhline(line.cells[figure].value, color=colour, lw=1.1, ls="--", alpha=0.75, zorder=1)
-        if figure.startswith("perplexity") and _wide([m.cells[figure].value for m in lines if _known(m, figure)], 20):
+                ax.axhline(line.estimates[figure].value, color=colour, lw=1.1, ls="--", alpha=0.75, zorder=1)
+        if figure.startswith("perplexity") and _wide(
+            [m.estimates[figure].value for m in lines if _known(m, figure)], 20
+        ):
             ax.set_yscale("log")
             _plain_ticks(ax)
         if at < len(swept):
@@ -124,11 +126,11 @@ def settings(lines: Sequence[Line], figures: Sequence[str], theme: str = "light"
         for at, ((method, setting), line) in enumerate(rows.items()):
             if not _known(line, figure):
                 continue
-            (colour, marker), cell = colours[method], line.cells[figure]
-            ax.errorbar(cell.value, at, xerr=_reach(cell), fmt=marker, ms=5, color=colour, elinewidth=1, zorder=3)
+            (colour, marker), found = colours[method], line.estimates[figure]
+            ax.errorbar(found.value, at, xerr=_reach(found), fmt=marker, ms=5, color=colour, elinewidth=1, zorder=3)
             if not setting:
-                ax.axvline(cell.value, color=colour, lw=1, ls="--", alpha=0.7, zorder=1)
-        if figure.startswith("perplexity") and _wide([m.cells[figure].value for m in rows.values()], 20):
+                ax.axvline(found.value, color=colour, lw=1, ls="--", alpha=0.7, zorder=1)
+        if figure.startswith("perplexity") and _wide([m.estimates[figure].value for m in rows.values()], 20):
             ax.set_xscale("log")
         ax.set_xlabel(describe(figure).replace(": ", ":\n"), fontsize=9)
     axes[0].set_yticks(range(len(rows)), [f"{m} {s}" if s else f"{m} as configured" for m, s in rows])
@@ -151,11 +153,11 @@ def describe(name: str) -> str:
 
 
 def _path(ax, path, x, y, colour, marker, theme):
-    xs, ys = ([m.cells[n].value for m in path] for n in (x, y))
+    xs, ys = ([m.estimates[n].value for m in path] for n in (x, y))
     sizes = [7.0] if len(path) == 1 else [4 + 5 * i / (len(path) - 1) for i in range(len(path))]
     ax.plot(xs, ys, color=colour, lw=1.6, alpha=0.85, zorder=2)
     for m, size in zip(path, sizes):
-        a, b = m.cells[x], m.cells[y]
+        a, b = m.estimates[x], m.estimates[y]
         bars = {"xerr": _reach(a), "yerr": _reach(b)}
         ax.errorbar(a.value, b.value, **bars, fmt="none", ecolor=colour, elinewidth=1, alpha=0.35, zorder=1)
         ax.plot(a.value, b.value, marker=marker, ms=size, color=colour, mec=_GROUND[theme][0], mew=0.8, zorder=3)
@@ -163,9 +165,9 @@ def _path(ax, path, x, y, colour, marker, theme):
 
 def _band(ax, chosen, figure, colour, marker):
     xs = [m.strength for m in chosen]
-    cells = [m.cells[figure] for m in chosen]
-    ax.plot(xs, [c.value for c in cells], color=colour, lw=1.6, marker=marker, ms=4, zorder=3)
-    ends = [(c.low, c.high) if math.isfinite(c.low) and math.isfinite(c.high) else (c.value, c.value) for c in cells]
+    found = [m.estimates[figure] for m in chosen]
+    ax.plot(xs, [e.value for e in found], color=colour, lw=1.6, marker=marker, ms=4, zorder=3)
+    ends = [(e.low, e.high) if math.isfinite(e.low) and math.isfinite(e.high) else (e.value, e.value) for e in found]
     ax.fill_between(xs, [e[0] for e in ends], [e[1] for e in ends], color=colour, alpha=0.18, lw=0, zorder=2)
 
 
@@ -176,14 +178,14 @@ def _label_ends(fig, axes, panels, x, y, colours, theme):
     fig.canvas.draw()  # the layout must be known before boxes can be compared
     halo = [withStroke(linewidth=2.5, foreground=_GROUND[theme][0])]
     for ax, members in zip(axes, panels.values()):
-        markers = [ax.transData.transform((m.cells[x].value, m.cells[y].value)) for m in members]
+        markers = [ax.transData.transform((m.estimates[x].value, m.estimates[y].value)) for m in members]
         taken: list[Any] = []
         ends: list[Line] = []
         for method in colours:
             for path in _paths([m for m in members if m.strength is not None], method):
                 ends += [path[-1], path[0]] if len(path) > 1 else path
         for line in sorted(ends, key=_strength, reverse=True):
-            at = (line.cells[x].value, line.cells[y].value)
+            at = (line.estimates[x].value, line.estimates[y].value)
             for offset, side in (((6, 5), "left"), ((-6, 5), "right"), ((6, -12), "left"), ((-6, -12), "right")):
                 text = ax.annotate(
                     f"{line.strength:g}", at, xytext=offset, textcoords="offset points", fontsize=8, ha=side,
@@ -286,14 +288,14 @@ def _strength(line: Line) -> float:
 
 
 def _known(line: Line, name: str) -> bool:
-    return name in line.cells and math.isfinite(line.cells[name].value)
+    return name in line.estimates and math.isfinite(line.estimates[name].value)
 
 
-def _reach(cell):
+def _reach(estimate):
     """[[below], [above]] for an error bar; nothing where the interval is unknown."""
-    if not (math.isfinite(cell.low) and math.isfinite(cell.high)):
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return None
-    return [[max(0.0, cell.value - cell.low)], [max(0.0, cell.high - cell.value)]]
+    return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
 
 
 def _png(fig) -> bytes:

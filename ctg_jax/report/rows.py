@@ -17,7 +17,7 @@ RESERVED = ("method", "strength", "seed", "figures", "samples")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Estimate:
     """A figure of one line of the table: mean over seeds of the value and of the ends of its interval over prompts,
     and the standard error over seeds (None for one seed)."""
 
@@ -35,7 +35,7 @@ class Line:
     method: str
     strength: float | None
     columns: dict[str, Any]
-    cells: dict[str, Cell]
+    estimates: dict[str, Estimate]
     samples: list[Mapping[str, Any]]
 
     @property
@@ -122,12 +122,12 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
         first = members[0]
         strength = None if first.get("strength") is None else float(first["strength"])
         columns = {c: first.get(c) for c in varying}
-        out.append(Line(first["method"], strength, columns, _cells(members), list(first.get("samples") or [])))
+        out.append(Line(first["method"], strength, columns, _estimates(members), list(first.get("samples") or [])))
     return out
 
 
-def _cells(members: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
-    cells = {}
+def _estimates(members: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
+    estimates = {}
     for name in dict.fromkeys(n for m in members for n in m["figures"]):
         found = [m["figures"][name] for m in members if name in m["figures"]]
         figures = [f if isinstance(f, Figure) else Figure.from_json(f) for f in found]
@@ -136,8 +136,8 @@ def _cells(members: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
         error = None
         if k > 1:
             error = math.sqrt(math.fsum((f.value - value) ** 2 for f in figures) / (k - 1) / k)
-        cells[name] = Cell(value, low, high, error, k)
-    return cells
+        estimates[name] = Estimate(value, low, high, error, k)
+    return estimates
 
 
 def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from ctg_jax.evaluation import FIELD
 from ctg_jax.evaluation.smooth import MEANING
 from ctg_jax.io import dumps, write_bytes, write_text
 from ctg_jax.report import plots
-from ctg_jax.report.rows import Cell, Line, lines
+from ctg_jax.report.rows import Estimate, Line, lines
 from ctg_jax.report.template import PAGE
 from ctg_jax.types import InputError
 
@@ -78,7 +78,7 @@ def write(
     rest = [n for n in names if n not in main]
     main, rest = (main, rest) if main else (names, [])
     drawn = _draw(table, shares, main)
-    seeds = max((c.seeds for line in table for c in line.cells.values()), default=1)
+    seeds = max((c.seeds for line in table for c in line.estimates.values()), default=1)
     facts = _facts(scorers, perplexity, about, names, rows)
     shown = _side_by_side(table, prompts, texts)
     swept = lines(smooth) if smooth else []
@@ -136,7 +136,7 @@ def note(seeds: int) -> str:
 
 def smooth_note(swept: Sequence[Line]) -> str:
     """What the figures of the table "Smooth control" mean, for those that it has."""
-    had = {n.rpartition("/")[2] for line in swept for n in line.cells}
+    had = {n.rpartition("/")[2] for line in swept for n in line.estimates}
     said = "; ".join(f"{plots.MEASURES[name]} is the {what}" for name, what in MEANING.items() if name in had)
     return f"{SMOOTH} Here {said}."
 
@@ -152,7 +152,7 @@ def number(value: float, like: float | None = None) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def _texts(cell: Cell | None) -> tuple[str, str]:
+def _texts(cell: Estimate | None) -> tuple[str, str]:
     """(value, interval) as text."""
     if cell is None:
         return "–", ""
@@ -176,7 +176,7 @@ def _grid(table: list[Line], names: list[str]) -> tuple[list[dict], list[list[di
             strength = "" if line.strength is None else f"{line.strength:g}"
             cells.append({"value": strength, "interval": "", "word": False})
         for n in names:
-            value, interval = _texts(line.cells.get(n))
+            value, interval = _texts(line.estimates.get(n))
             cells.append({"value": value, "interval": interval, "word": False})
         body.append(cells)
     return heads, body
@@ -240,15 +240,15 @@ def escape(text: Any) -> str:
 
 
 def _names(table: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(n for line in table for n in line.cells))
+    return list(dict.fromkeys(n for line in table for n in line.estimates))
 
 
 def _json(title, table, swept, facts) -> str:
-    def plain(cell: Cell):
+    def plain(cell: Estimate):
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(cell).items()}
 
     def figures(line: Line):
-        return {**line.columns, "figures": {n: plain(c) for n, c in line.cells.items()}}
+        return {**line.columns, "figures": {n: plain(c) for n, c in line.estimates.items()}}
 
     records = [{"method": t.method, "strength": t.strength, **figures(t)} for t in table]
     smooth = [{"method": t.method, **figures(t)} for t in swept]

@@ -17,7 +17,7 @@ from ctg_jax.types import InputError
 
 
 class UnfinishedError(InputError):
-    """In a plan (`Session.planning`), what a stage that has not run will write was asked for."""
+    """In a dry run (`Session.dry_run`), something asked for the contents of a stage that has not run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Artifact:
     @property
     def spec(self) -> dict[str, Any]:
         """The contents of spec.json: stage, revision, config, contents, inputs, and what `Run.record` added."""
-        return (self.session.planned or {}).get(self.path.name) or read_json(self.path / "spec.json")
+        return (self.session.pending or {}).get(self.path.name) or read_json(self.path / "spec.json")
 
     @property
     def fingerprint(self) -> str:
@@ -71,8 +71,8 @@ class Artifact:
         return checkpoint.load(self.path / "state", like)
 
     def check_finished(self) -> None:
-        """UnfinishedError in a plan where the stage has not run."""
-        if self.path.name in (self.session.planned or {}):
+        """UnfinishedError in a dry run where the stage has not run."""
+        if self.path.name in (self.session.pending or {}):
             raise UnfinishedError(f"{self.path} has not run yet, and what follows depends on what is in it")
 
 
@@ -85,10 +85,10 @@ def open_artifact(path: str | os.PathLike, session: Session | None = None) -> Ar
     """The finished artifact at a path, verified; InputError where there is none.
 
     Args:
-      session: keeps what is opened from it, and may be a plan; None gives the artifact a session of its own.
+      session: keeps what is opened from it, and may be a dry run; None gives the artifact a session of its own.
     """
     path, session = Path(path).absolute(), session or Session(Path(path).absolute().parent)
-    if path.name in (session.planned or {}):
+    if path.name in (session.pending or {}):
         return Artifact(path, path.name.rpartition("-")[2], session)
     if not (path / "DONE").exists():
         found = "is unfinished" if (path / "spec.json").exists() else "holds no artifact"
@@ -124,7 +124,7 @@ def _read_lm(path: Path, dtype: str) -> tuple[Any, Any, Any]:
     from ctg_jax.data.tokenizer import load_tokenizer
     from ctg_jax.models import hf
 
-    here = layout.island()
+    here = layout.local_plan()
     lm, params = hf.load(str(path), dtype=dtype, shardings=here and here.shardings)
     lm = dataclasses.replace(lm, remat=layout.remat())
     tokenizer = load_tokenizer(str(path))

@@ -147,7 +147,7 @@ def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None)
     found, abstract, own = {}, {}, {}
     for name, (dtype, shape) in leaves.items():
         where = put.get(name) or getattr(wanted[name], "sharding", None)
-        where = where or layout.home()
+        where = where or layout.default_sharding()
         if 0 in shape:
             found[name] = jax.device_put(jnp.zeros(shape, dtype), where)
         else:

@@ -39,7 +39,7 @@ class Session(os.PathLike):
       root: the local directory, absolute.
       store: the `Store`, or None.
       tally: the stages that were executed and reused so far.
-      planned: None, or in a plan (`planning`) the stages that would be executed: directory name -> spec.
+      pending: None, or in a dry run (`dry_run`) the stages that would be executed: directory name -> spec.
       sha256: SHA-256 of a file; a file that has not changed is read once.
     """
 
@@ -48,7 +48,7 @@ class Session(os.PathLike):
         self.root = Path(root).absolute()
         self.layout = current() if layout is None else layout
         self.tally = Tally()
-        self.planned: dict[str, dict[str, Any]] | None = None
+        self.pending: dict[str, dict[str, Any]] | None = None
         self.sha256 = Digests()
         self._kept: dict[str, OrderedDict[Hashable, Any]] = {}
 
@@ -63,14 +63,14 @@ class Session(os.PathLike):
     def __str__(self) -> str:
         return str(self.store or self.root)
 
-    def planning(self) -> Session:
-        """A session with the same root in which no stage is executed. What has run is found as ever; for the others
-        `stage` returns an `Artifact` that can be the input of others, and `planned` collects them.
+    def dry_run(self) -> Session:
+        """A session with the same root in which no stage is executed. Finished stages are found as usual; for the
+        others `stage` returns an `Artifact` that can be the input of further stages, and `pending` collects them.
 
-        What follows from the contents of a stage that has not run raises `UnfinishedError`.
+        Reading the contents of a stage that has not run raises `UnfinishedError`.
         """
         found = copy.copy(self)
-        found.planned, found.tally = {}, Tally()
+        found.pending, found.tally = {}, Tally()
         return found
 
     def keep(self, kind: str, key: Hashable, make: Callable[[], Any], most: int = 4) -> Any:

@@ -72,7 +72,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-class _Planned(dict):
+class _Pending(dict):
     """The spec of a stage that has not run: what `Run.record` will add is not known."""
 
     def __missing__(self, key):
@@ -136,7 +136,7 @@ def stage(
     spec = {"stage": name, "revision": declared.revision, "config": filled, "inputs": ids}
     spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in declared.contents}}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
-    count, asked, store = session.tally, session.planned, session.store
+    count, asked, store = session.tally, session.pending, session.store
     if asked is None and processes.agree(int(id[:7], 16)) != int(id[:7], 16):
         raise InputError(f"{name}: the processes were given different settings or files; give all of them the same")
     if store is not None:
@@ -148,7 +148,7 @@ def stage(
             count.reused.append(path.name)
         return Artifact(path, id, session)
     if asked is not None:
-        asked[path.name] = _Planned(spec)
+        asked[path.name] = _Pending(spec)
         return Artifact(path, id, session)
     with contextlib.ExitStack() as held:
         processes.once(lambda: _begin(held, path, spec, store))
@@ -165,7 +165,7 @@ def stage(
 
 def _verified(path: Path, paths: Mapping[str, Any], session: Session) -> None:
     verify(path, session.sha256)
-    if session.planned is not None:
+    if session.pending is not None:
         return
     _drop_discarded(path)  # an earlier run may have ended before it could
     artifact = Artifact(path, "", session)

@@ -63,10 +63,10 @@ def build(
     controls: Sequence[Artifact] = (),
     strengths: Sequence[float | None] = (),
     filter: Mapping[str, Any] | None = None,
-    filter_first: bool = False,
+    truncate_first: bool = False,
 ) -> Control:
     """The chain that decodes: control artifacts in their order at their strengths (None: as fitted), and the options of
-    `controls.truncate` after them, or before them with `filter_first` (the order of the DExperts paper). `eos` of
+    `controls.truncate` after them, or before them with `truncate_first` (the order of the DExperts paper). `eos` of
     `filter` is by default every id that ends a text of this LM.
 
     Raises:
@@ -84,7 +84,7 @@ def build(
             control = methods.with_strength(control, strength)
         parts.append(control)
     filters = (truncate.rules(model, **{"eos": opened(lm)[2].ends, **filter}),) if filter else ()
-    chain = (*filters, *parts) if filter_first else (*parts, *filters)
+    chain = (*filters, *parts) if truncate_first else (*parts, *filters)
     control = chain[0] if len(chain) == 1 else Chain(chain)
     strategies.of(control)
     return control
@@ -119,7 +119,7 @@ def sample(
     controls: Sequence[Artifact] = (),
     strengths: Sequence[float | None] = (),
     filter: Mapping[str, Any] | None = None,
-    filter_first: bool = False,
+    truncate_first: bool = False,
     n: int = 25,
     max_new: int = 20,
     greedy: bool = False,
@@ -135,7 +135,7 @@ def sample(
 
     Args:
       lm, prompts: the language model, and records with `prompt`, `text` or `messages`.
-      controls, strengths, filter, filter_first: see `build`.
+      controls, strengths, filter, truncate_first: see `build`.
       n, max_new, greedy, batch, seed: see `Options`.
 
     Raises:
@@ -145,7 +145,7 @@ def sample(
 
     records = prompts.rows("data.jsonl")
     texts = [prompt_of(r) for r in records]
-    control = build(lm, controls, strengths, filter, filter_first)
+    control = build(lm, controls, strengths, filter, truncate_first)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
     rows = _whole_batches(partial, min(batch, total), total)

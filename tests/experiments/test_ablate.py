@@ -133,18 +133,18 @@ def test_a_plan_names_what_would_run_and_reads_nothing_of_it(tmp_path):
     def second(run, *, left):
         run.log(x=left.metrics()[0]["x"])
 
-    plan = Session(tmp_path).planning()
+    plan = Session(tmp_path).dry_run()
     a = stage(plan, first)
     b = stage(plan, second, left=a)
-    assert list(plan.planned) == [a.path.name, b.path.name] and b.spec["inputs"] == {"left": a.id}
+    assert list(plan.pending) == [a.path.name, b.path.name] and b.spec["inputs"] == {"left": a.id}
     for read in (a.metrics, a.load, lambda: a.spec["method"], lambda: a.rows("samples.jsonl")):
         with pytest.raises(InputError, match="has not run"):
             read()
     assert list(tmp_path.iterdir()) == []
     real = stage(tmp_path, second, left=stage(tmp_path, first))
     assert real == b and real.metrics() == [{"x": 1}]
-    plan = Session(tmp_path).planning()
-    assert stage(plan, second, left=stage(plan, first)).metrics() == [{"x": 1}] and not plan.planned
+    plan = Session(tmp_path).dry_run()
+    assert stage(plan, second, left=stage(plan, first)).metrics() == [{"x": 1}] and not plan.pending
 
 
 def test_children_are_told_the_same_settings():

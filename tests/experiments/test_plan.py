@@ -43,12 +43,12 @@ def test_experts_are_two_more_models_with_caches_of_their_own():
 
 
 def test_dglm_samples_with_its_denoiser_and_its_soft_prompt():
-    nets = dict(prompter=dict(width=16, depth=1, heads=2, tokens=4, length=2, kind="frozen"))
-    nets["denoiser"] = dict(width=16, depth=2, heads=2, tokens=4)
+    nets = dict(prompter=dict(width=16, depth=1, heads=2, pseudo_tokens=4, length=2, kind="frozen"))
+    nets["denoiser"] = dict(width=16, depth=2, heads=2, pseudo_tokens=4)
     found = plan.need(LM, "dglm", dict(latent=16, conditioned=False, **nets), {"data": 1}, **SIZES)
     # Two slots of the cache more, for the soft prompt.
     assert found["sampling"]["cache"] >= CACHE + 2 * 4 * 16 * 2 * 2 * 8 * 2
-    nets["denoiser"] = dict(width=32, depth=2, heads=2, tokens=4)
+    nets["denoiser"] = dict(width=32, depth=2, heads=2, pseudo_tokens=4)
     wider = plan.need(LM, "dglm", dict(latent=16, conditioned=False, **nets), {"data": 1}, **SIZES)
     assert wider["sampling"]["control"] > found["sampling"]["control"]
 

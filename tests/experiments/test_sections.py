@@ -14,7 +14,7 @@ from experiments import cli
 CONFIGS = sorted(
     p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem not in ("sentiment", "reward")
 )
-WORLDS = ("bundled", "yelp", "yelp_down", "repetition", "toxicity", "tiny", "best", "domains", "said")
+WORLDS = ("bundled", "yelp", "yelp_down", "repetition", "toxicity", "tiny", "best", "domains", "prompter")
 RECORDS = {"training": Training, "adapter": Adapter, "search": Search}
 
 

@@ -168,13 +168,13 @@ def test_probes_and_layers_by_accuracy():
     accuracy = np.mean((np.array(z) > 0) == y[None], axis=1)
     assert accuracy[1] == 1 and 0.75 < accuracy[2] < 0.95 and accuracy[0] < 0.65
     gate = np.array([0, 1, 1, 0], np.float32)
-    assert probes.choose(accuracy, gate, 1, 0.0).tolist() == [0, 1, 0, 0]
-    assert probes.choose(accuracy, gate, None, 0.7).tolist() == [0, 1, 1, 0]
-    assert probes.choose(accuracy, np.ones(4, np.float32), None, 0.7).tolist() == [0, 1, 1, 0]
+    assert probes.choose_sites(accuracy, gate, 1, 0.0).tolist() == [0, 1, 0, 0]
+    assert probes.choose_sites(accuracy, gate, None, 0.7).tolist() == [0, 1, 1, 0]
+    assert probes.choose_sites(accuracy, np.ones(4, np.float32), None, 0.7).tolist() == [0, 1, 1, 0]
     with pytest.raises(InputError, match=r"of a probe is 1\.000"):
-        probes.choose(accuracy, gate, None, 1.1)
+        probes.choose_sites(accuracy, gate, None, 1.1)
     with pytest.raises(InputError, match="top is 0"):
-        probes.choose(accuracy, gate, 0, 0.0)
+        probes.choose_sites(accuracy, gate, 0, 0.0)
 
 
 def test_what_is_held_out():
@@ -186,7 +186,7 @@ def test_what_is_held_out():
 
 def test_fit(small):
     root, lm, data = small
-    options = dict(direction="remove", p0=0.2, goal="p0", batch=4, tokens=16, limit=10, scale=0.5, c=1.0)
+    options = dict(direction="remove", p0=0.2, goal="p0", batch=4, tokens=16, limit=10, scale=0.5, inverse_l2=1.0)
     before = len(list(root.glob("cav.states-*")))
     fitted = cav.fit(root, lm=lm, data=data, top=1, **options)
     control = methods.load(fitted, open_lm(lm)[0])

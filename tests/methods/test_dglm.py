@@ -22,7 +22,7 @@ from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=8, depth=1)
 PARAMS = worlds.lively(LM, factor=2)
-NET = dict(width=16, depth=2, heads=2, tokens=2, spread=4)
+NET = dict(width=16, depth=2, heads=2, pseudo_tokens=2, spread=4)
 
 
 def prompts(n, cond=None):

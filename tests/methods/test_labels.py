@@ -140,11 +140,11 @@ def test_probes_of_latents_and_transfer(small, counted, tmp_path):
     encoded = stage(root, embeddings.encode, dict(words=1), lm=lm, data=data)
     kept = len(encoded.rows("pieces.jsonl"))
     none = sum(not is_label(r.get("label")) for r in encoded.rows("pieces.jsonl"))
-    probe = stage(root, attributes.probe, {"name": "positive"}, latents=encoded)
+    probe = stage(root, attributes.fit_attribute, {"name": "positive"}, latents=encoded)
     counted(none, kept)
     assert probe.metrics()[0]["share"] == pytest.approx(0.5)
     with pytest.raises(InputError, match=r"none of the .* texts has a label"):
-        stage(root, attributes.probe, {"name": "positive", "field": "mood"}, latents=encoded)
+        stage(root, attributes.fit_attribute, {"name": "positive", "field": "mood"}, latents=encoded)
     labels = binary_labels(rows(), data)
     counted(4, 16)
     assert labels.count(None) == 4 and labels.count(1) == labels.count(0) == 6

@@ -58,7 +58,9 @@ def test_the_loss_of_the_search_is_the_score_of_decoding(site):
     assert (said(control, found) > before).mean() > 0.5  # three updates help
 
 
-@pytest.mark.parametrize("hp", [dict(steps="first"), dict(steps="prompt", dim=3), dict(parts=2, dim=5)], ids=str)
+@pytest.mark.parametrize(
+    "hp", [dict(positions="first"), dict(positions="prompt", dim=3), dict(parts=2, dim=5)], ids=str
+)
 def test_time_steps_dimensions_and_mixtures_score_as_they_decode(hp):
     control, found = learn("middle", hp=hp)
     assert found["z"].shape[1] == hp.get("dim", hp.get("parts", 1) * LM.width)
@@ -69,10 +71,10 @@ def test_time_steps_differ_as_they_should():
     """ "first" and "prompt" agree where the prompt is one token, and differ where it has three."""
     z = jax.random.normal(jax.random.key(0), (LM.width,))
     of = {}
-    for steps in latent_steer.STEPS:
-        control = latent_steer.init(LM, jax.random.key(0), steps=steps).replace(z=z)
+    for positions in latent_steer.POSITIONS:
+        control = latent_steer.init(LM, jax.random.key(0), positions=positions).replace(z=z)
         ask = prompts(SENTENCES, np.zeros(4, int))
-        of[steps] = loop.forward(LM, PARAMS, ask, jnp.ones((4, 3), jnp.int32), control)
+        of[positions] = loop.forward(LM, PARAMS, ask, jnp.ones((4, 3), jnp.int32), control)
     one, three = [0, 1, 3], 2
     np.testing.assert_allclose(of["first"][jnp.array(one)], of["prompt"][jnp.array(one)], atol=1e-5)
     assert float(jnp.abs(of["first"][three] - of["prompt"][three]).max()) > 1e-3
@@ -86,16 +88,16 @@ def before(kind):
 
 
 @pytest.mark.parametrize("kind", ["soft", "coded"])
-@pytest.mark.parametrize("steps", latent_steer.STEPS)
-def test_time_steps_are_those_of_the_prompt_behind_a_soft_prompt_too(steps, kind):
+@pytest.mark.parametrize("positions", latent_steer.POSITIONS)
+def test_time_steps_are_those_of_the_prompt_behind_a_soft_prompt_too(positions, kind):
     z = jax.random.normal(jax.random.key(0), (LM.width,))
     ask, site = prompts(SENTENCES, np.zeros(4, int)), LM.depth + 1
-    control = latent_steer.init(LM, jax.random.key(0), site="final", steps=steps).replace(z=z)
+    control = latent_steer.init(LM, jax.random.key(0), site="final", positions=positions).replace(z=z)
     alone, behind = (worlds.where_it_acts(LM, ask, 3, control, c) for c in (None, before(kind)))
     real = np.concatenate([np.asarray(ask.mask), np.ones((4, 3), bool)], axis=1)
     first = real & (np.cumsum(real, axis=1) == 1)
     inside = real & (np.arange(real.shape[1]) < ask.mask.shape[1])
-    np.testing.assert_array_equal(alone[site], {"all": real, "first": first, "prompt": inside}[steps])
+    np.testing.assert_array_equal(alone[site], {"all": real, "first": first, "prompt": inside}[positions])
     np.testing.assert_array_equal(behind, alone)
 
 
@@ -103,7 +105,7 @@ def test_time_steps_are_those_of_the_prompt_behind_a_soft_prompt_too(steps, kind
 def test_an_edit_of_the_prompt_reaches_its_last_token_and_no_further(order):
     """At the last site only the edited token feels it; the first logits are those of the last token of the prompt."""
     z = jax.random.normal(jax.random.key(0), (LM.width,))
-    control = latent_steer.init(LM, jax.random.key(0), site="final", steps="prompt").replace(z=z)
+    control = latent_steer.init(LM, jax.random.key(0), site="final", positions="prompt").replace(z=z)
     soft, ask = before("soft"), prompts(SENTENCES, np.zeros(4, int))
     chain = Chain((soft, control) if order == "behind" else (control, soft))
     text = jnp.ones((4, 3), jnp.int32)
@@ -176,7 +178,7 @@ def test_the_blocks_above_a_site_are_a_model_of_their_own():
 
 def test_fit_end_to_end(small, tmp_path):
     _, lm, data = small
-    config = dict(dim=7, steps="all", tokens=20, search=dict(updates=4, batch=4))
+    config = dict(dim=7, positions="all", tokens=20, search=dict(updates=4, batch=4))
     found = latent_steer.fit(tmp_path, lm=lm, data=data, **config)
     model = open_lm(lm)[0]
     control = methods.load(found, model)
@@ -209,7 +211,7 @@ def test_long_sentences_are_left_out_or_refused(small, tmp_path):
     [
         (dict(site="block:9"), "site is 'block:9', expected one of embeddings"),
         (dict(site=99), "site is 99"),
-        (dict(steps="last"), "steps is 'last', expected one of all, first, prompt"),
+        (dict(positions="last"), "positions is 'last', expected one of all, first, prompt"),
         (dict(dim=0), "dim is 0, expected a number from 1"),
         (dict(dim=LM.width + 1), "expected a number from 1"),
     ],

@@ -16,7 +16,7 @@ TRUNK = Trunk(width=16, depth=3, heads=2, positions=12)
 
 @pytest.fixture(scope="module")
 def scored():
-    net = LatentNet(TRUNK, latent=6, out=6, context=6, tokens=4, spread=4)
+    net = LatentNet(TRUNK, latent=6, out=6, context=6, pseudo_tokens=4, spread=4)
     params = net.init(jax.random.key(0))
     # At first time says nothing; here it does.
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
@@ -47,7 +47,7 @@ def test_reads_latent_context_and_time(scored):
 
 
 def test_writes_a_soft_prompt():
-    net = LatentNet(TRUNK, latent=6, out=10, tokens=4, spread=4, prompt=3)
+    net = LatentNet(TRUNK, latent=6, out=10, pseudo_tokens=4, spread=4, prompt=3)
     params = net.init(jax.random.key(0))
     assert net.apply(params, vectors(2), jnp.zeros(2)).shape == (2, 3, 10)
     assert "null" not in params
@@ -65,9 +65,9 @@ def test_padding_is_not_read():
 
 
 def test_bfloat16_is_close():
-    net = LatentNet(TRUNK, latent=6, out=6, tokens=4, spread=4)
+    net = LatentNet(TRUNK, latent=6, out=6, pseudo_tokens=4, spread=4)
     params, z = net.init(jax.random.key(0)), vectors(4)
-    half = LatentNet(Trunk(**(vars(TRUNK) | {"dtype": "bfloat16"})), latent=6, out=6, tokens=4, spread=4)
+    half = LatentNet(Trunk(**(vars(TRUNK) | {"dtype": "bfloat16"})), latent=6, out=6, pseudo_tokens=4, spread=4)
     np.testing.assert_allclose(half.apply(params, z, jnp.zeros(4)), net.apply(params, z, jnp.zeros(4)), atol=0.02)
 
 
@@ -75,7 +75,7 @@ def test_learns_the_score_of_a_normal():
     """x ~ N(2, 0.25 I): after a few hundred steps v is near its expectation."""
     import optax
 
-    net = LatentNet(Trunk(width=16, depth=2, heads=2, positions=2), latent=2, out=2, tokens=2, spread=4)
+    net = LatentNet(Trunk(width=16, depth=2, heads=2, positions=2), latent=2, out=2, pseudo_tokens=2, spread=4)
     params = net.init(jax.random.key(0))
     tx = optax.adam(5e-3)
 
@@ -111,8 +111,8 @@ def test_bad_sizes_are_one_sentence():
     with pytest.raises(InputError, match="heads is 5, expected a divisor"):
         Trunk(width=16, heads=5)
     with pytest.raises(InputError, match="latent is 7"):
-        LatentNet(TRUNK, latent=7, out=7, tokens=4, spread=2)
-    net = LatentNet(TRUNK, latent=8, out=8, tokens=16, spread=2)
+        LatentNet(TRUNK, latent=7, out=7, pseudo_tokens=4, spread=2)
+    net = LatentNet(TRUNK, latent=8, out=8, pseudo_tokens=16, spread=2)
     with pytest.raises(InputError, match="16 positions, expected at most 12"):
         net.init(jax.random.key(0))
 

@@ -24,7 +24,7 @@ from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition
 from ctg_jax.learn import embeddings, latent_diffusion, latent_prompt
-from ctg_jax.learn.attributes import coefficients, probe
+from ctg_jax.learn.attributes import coefficients, fit_attribute
 from ctg_jax.learn.latent_prompt import LatentPrompt
 from ctg_jax.models import diffusion, samplers
 from ctg_jax.models.diffusion import Schedule
@@ -195,7 +195,7 @@ def init(
 
 def example(lm: LM, key: jax.Array) -> Proposal:
     """A strong prompter and one probe, sampled in three steps, for the laws."""
-    small = dict(width=8, depth=1, heads=2, tokens=2, spread=2)
+    small = dict(width=8, depth=1, heads=2, pseudo_tokens=2, spread=2)
     control = init(
         lm, key, latent=4, denoiser=small, prompter=small | dict(length=2, kind="frozen"), attributes=1,
         draw=dict(steps=3), conditioned=False,
@@ -229,7 +229,7 @@ def fit(
       data: texts, with the labels that the attributes read.
       encode: settings of `embeddings.encode`. prompter: settings of `latent_prompt.train_prompter`.
       denoiser: settings of `latent_diffusion.denoise`.
-      attributes: name -> settings of `attributes.probe`; None: "positive", from the field `label`.
+      attributes: name -> settings of `attributes.fit_attribute`; None: "positive", from the field `label`.
       weights: name -> weight of an attribute, whose sign asks for its presence or absence; None: 1 for each.
       hp: settings of `propose`.
 
@@ -248,7 +248,7 @@ def fit(
         prompter=stage(root, latent_prompt.train_prompter, prompter or {}, lm=lm, latents=latents),
         denoiser=stage(root, latent_diffusion.denoise, denoiser or {}, latents=latents),
         probes=[
-            stage(root, probe, {"name": name, **settings}, latents=latents)
+            stage(root, fit_attribute, {"name": name, **settings}, latents=latents)
             for name, settings in sorted(attributes.items())
         ],
     )

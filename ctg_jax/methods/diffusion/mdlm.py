@@ -172,7 +172,7 @@ def infill(
         return z if banned is None else remove(z, jnp.append(banned, False)[None, None])
 
     return unmasking.unmask(
-        model, x, when, keys_of["tokens"], steps=unmasking.length(x.shape[1], **steps),
+        model, x, when, keys_of["tokens"], steps=unmasking.step_count(x.shape[1], **steps),
         final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache,
     )  # fmt: skip
 

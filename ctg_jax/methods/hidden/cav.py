@@ -27,7 +27,7 @@ from ctg_jax.controls.conditions import condition, per_row
 from ctg_jax.learn import activations
 from ctg_jax.learn.activations import batches, gates, sides
 from ctg_jax.learn.fitting import divided
-from ctg_jax.learn.probes import choose, probe, split
+from ctg_jax.learn.probes import choose_sites, fit_probe, split
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -276,15 +276,16 @@ def states(
 
 
 @stage_function("cav.probes")
-def probes(run: Run, *, read: Artifact, c: float = 1e-3, heldout: float = 0.2) -> None:
+def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float = 0.2) -> None:
     """Stage: a probe for each site, vector float32 [L + 2, D] and bias [L + 2]; metrics.jsonl has the share of texts
     that each sorts correctly, of those it was fitted on (`train_accuracy`) and of the others (`heldout_accuracy`).
 
     Args:
       read: of the stage `states`.
-      c: of the logistic regression, the inverse of its L2 penalty. Where it is large, probes find directions that
-        separate best and that the model hardly reads: targets are met and the text stays what it was. Where it is
-        small, they turn to the difference of means, and grow less sure, so that the same p0 asks for larger steps.
+      inverse_l2: the inverse weight of the L2 penalty of the logistic regression. Where it is large, probes find
+        directions that separate best and that the model hardly reads, so that targets are met and the text does not
+        change. Where it is small, they approach the difference of means and are less confident, so that the same p0
+        needs larger steps.
       heldout: the share of texts that the regression does not see.
 
     Raises:
@@ -292,7 +293,8 @@ def probes(run: Run, *, read: Artifact, c: float = 1e-3, heldout: float = 0.2) -
     """
     found = read.load()
     x, y, held = split(np.asarray(found["with"]), np.asarray(found["without"]), heldout)
-    vector, bias = (np.stack(part) for part in zip(*(probe(x[~held, s], y[~held], c) for s in range(x.shape[1]))))
+    fitted = [fit_probe(x[~held, s], y[~held], inverse_l2) for s in range(x.shape[1])]
+    vector, bias = (np.stack(part) for part in zip(*fitted))
     right = (np.einsum("nsd,sd->ns", x, vector) + bias[None] > 0) == y[:, None]
     checkpoint.save(run.path / "state", {"vector": vector, "bias": bias})
     for site, (a, b) in enumerate(zip(right[~held].mean(0), right[held].mean(0))):
@@ -330,7 +332,7 @@ def cav(
     vector, bias = found["vector"], found["bias"]
     rows = probed.metrics()
     accuracy = np.asarray([row["heldout_accuracy"] for row in rows])
-    gate = choose(accuracy, gates(len(vector) - 2, sites), top, threshold)
+    gate = choose_sites(accuracy, gates(len(vector) - 2, sites), top, threshold)
     for row in rows:
         run.log(**row, chosen=bool(gate[row["site"]]))
     options = dict(p0=p0, direction=direction, everywhere=everywhere, cond=cond, goal=goal)

@@ -33,21 +33,21 @@ from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
 
-STEPS = ("all", "first", "prompt")
+POSITIONS = ("all", "first", "prompt")
 _ITERATIONS = 16  # updates between two looks of the host at the search
 
 
 @struct.dataclass
 class LatentSteer(Control):
-    """h + scale · z at the chosen sites and time steps, or z as keys and values that every token attends to.
+    """h + scale · z at the chosen sites and positions, or z as keys and values that every token attends to.
 
     Attributes:
       z: float32 [d], or [N, d], of which each row takes the one that `prompts.cond[choice]` (int [B]) names.
       scale: float32 [] or [B].
       basis: float32 [d, width], fixed orthonormal rows that z goes through, or None where d is the width.
       sites: where it is added, see `sites`; none for the memory.
-      steps: "all" tokens, the "first" one of the prompt, or those of the "prompt": as many as it has, which end where
-        the completion begins, and none that a control put before them.
+      positions: "all" tokens, the "first" one of the prompt, or those of the "prompt": as many as it has, which end
+        where the completion begins, and none that a control put before them.
       parts: the number of vectors in z, of which every token gets the mixture that its own state attends to.
       memory: (L, K, P, H) of the keys and values, or None.
     """
@@ -56,7 +56,7 @@ class LatentSteer(Control):
     scale: jax.Array
     basis: jax.Array | None = None
     sites: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    steps: str = struct.field(pytree_node=False, default="all")
+    positions: str = struct.field(pytree_node=False, default="all")
     parts: int = struct.field(pytree_node=False, default=1)
     memory: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     choice: str | None = struct.field(pytree_node=False, default=None)
@@ -103,9 +103,9 @@ class LatentSteer(Control):
         if self.parts > 1:
             weight = jax.nn.softmax(jnp.einsum("btd,bpd->btp", h.astype(jnp.float32), full), axis=-1)
             push = jnp.einsum("btp,bpd->btd", weight, full)
-        if self.steps == "first":
+        if self.positions == "first":
             push = jnp.where((pos == first[:, None])[:, :, None], push, 0.0)
-        elif self.steps == "prompt":
+        elif self.positions == "prompt":
             push = jnp.where(((pos >= first[:, None]) & (pos < end[:, None]))[:, :, None], push, 0.0)
         if not isinstance(site, int):
             push = jnp.where(jnp.isin(site, jnp.asarray(self.sites)), push, 0.0)
@@ -118,7 +118,7 @@ def init(
     *,
     count: int | None = None,
     site: str | int | Sequence = "middle",
-    steps: str = "all",
+    positions: str = "all",
     dim: int | None = None,
     parts: int = 1,
     slots: int = 1,
@@ -135,8 +135,8 @@ def init(
     Raises:
       InputError: a site or a time step that does not exist, or a dimension that is too large.
     """
-    if steps not in STEPS:
-        raise InputError(f"steps is {steps!r}, expected one of {', '.join(STEPS)}.")
+    if positions not in POSITIONS:
+        raise InputError(f"positions is {positions!r}, expected one of {', '.join(POSITIONS)}.")
     memory = (lm.depth, lm.kv_heads, slots, lm.head_dim) if site == "memory" else None
     width = 2 * math.prod(memory) if memory else parts * lm.width
     dim = width if dim is None else dim
@@ -147,7 +147,7 @@ def init(
         jnp.ones((), jnp.float32),
         None if dim == width else _orthonormal(rng.stream(key, "basis"), dim, width),
         sites=sites(lm.depth, site),
-        steps=steps,
+        positions=positions,
         parts=parts,
         memory=memory,
         choice=choice,
@@ -212,7 +212,7 @@ def latent_steer(
     lm: Artifact,
     data: Artifact,
     site: Any = "middle",
-    steps: str = "all",
+    positions: str = "all",
     dim: int | None = None,
     parts: int = 1,
     slots: int = 1,
@@ -227,7 +227,7 @@ def latent_steer(
 
     Args:
       data: records with `text`, and `prompt` where the text follows one.
-      site, steps, dim, parts, slots: see `init`.
+      site, positions, dim, parts, slots: see `init`.
       tokens: sentences with more are left out (their z stays zero, and their row is marked); by default a sentence
         that does not fit into the model's context is an error.
       end: whether the end-of-text token is learned too, so that decoding ends by itself.
@@ -244,7 +244,7 @@ def latent_steer(
         check_reads(model, len(row), f"sentence {i + 1} of {data.path} has {len(row)} tokens")
     limit = min(tokens or model.context, model.context)
     kept = [i for i, (row, first) in enumerate(sentences) if len(row) - first <= limit and len(row) <= model.context]
-    hp = dict(site=site, steps=steps, dim=dim, parts=parts, slots=slots)
+    hp = dict(site=site, positions=positions, dim=dim, parts=parts, slots=slots)
     control = init(model, jax.random.key(seed), **hp)
     z0 = search.starts(jax.random.key(seed), np.arange(len(records)), control.z.shape[-1])
     kept_sentences, begun = [sentences[i] for i in kept], z0[np.asarray(kept, int)]

@@ -38,13 +38,15 @@ def parse(
     usage: str,
     positional: bool = False,
     devices: bool = True,
+    mesh: bool = True,
 ) -> tuple[flags.FlagValues, list[str]]:
     """Flags and remaining arguments of one command line, in `FlagValues` of its own; prints help and exits on --help.
 
     Args:
       define: defines the flags of the script. usage: its docstring, for --help.
       positional: whether there may be arguments that are no flags.
-      devices: whether the script runs on devices and so may run as several processes (--hosts).
+      devices: whether the script runs as `run` does by default, on the devices that --hosts, --plan and --precision
+        describe. mesh: whether it reads --mesh and --remat.
 
     Raises:
       InputError: an unknown flag or configuration key (with the nearest name), or a value of another type.
@@ -52,7 +54,7 @@ def parse(
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     define(values)
-    hosts.flag(values, devices)
+    hosts.flag(values, devices, mesh)
     argv = list(argv)
     if {"--help", "-h", "-help"} & set(argv):
         own = values.flags_by_module_dict()
@@ -151,15 +153,15 @@ def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | Non
     Args:
       main: the script, `main(argv, session)`; it runs in the session and the layout of its command line.
       argv: the arguments, by default those of the process.
-      devices: whether it runs on the devices that --hosts and --mesh describe; False for plans, whose mesh need not
-        exist.
+      devices: whether it runs on the devices that --hosts and --mesh describe, and keeps compiled programs. False for
+        plans, whose mesh need not exist, and for benchmarks, which choose their devices and measure compilation.
     """
     argv = spelled(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
-    keep_compiled()
     count, result = Tally(), None
     try:
         if devices:
+            keep_compiled()
             hosts.start(argv)
         with layout.laid_out(hosts.chosen(argv)) if devices else contextlib.nullcontext():
             session = Session(roots.opened(hosts.value(argv, "--root") or "runs"))

@@ -36,15 +36,17 @@ LOST = "another process of this run has ended: the same command on all of them c
 _GONE = re.compile("gloo|nccl|coordination|heartbeat|connection reset|socket closed|unavailable", re.IGNORECASE)
 
 
-def flag(values: flags.FlagValues, devices: bool = True) -> None:
-    """Defines --mesh and --remat, and for scripts that run on devices --hosts, --plan and --precision."""
+def flag(values: flags.FlagValues, devices: bool = True, mesh: bool = True) -> None:
+    """Defines --hosts, --plan and --precision for scripts that run on devices, and --mesh and --remat for scripts that
+    read a mesh."""
     text = functools.partial(flags.DEFINE_string, flag_values=values)
     if devices:
         text("hosts", None, "auto, or ADDRESS:PORT,INDEX/N: one run of N processes")
         text("plan", "jit", "jit or pmap: how training steps are compiled")
         text("precision", None, "of float32 products on accelerators: default, high or highest")
-    text("mesh", None, "data=N or fsdp=N (weights split too), and tensor=N: devices")
-    flags.DEFINE_boolean("remat", False, "compute blocks again in the backward pass", flag_values=values)
+    if mesh:
+        text("mesh", None, "data=N or fsdp=N (weights split too), and tensor=N: devices")
+        flags.DEFINE_boolean("remat", False, "compute blocks again in the backward pass", flag_values=values)
 
 
 def chosen(argv: Sequence[str]) -> layout.Layout:

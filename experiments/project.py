@@ -21,7 +21,6 @@ Nothing here was measured on these chips. Assumptions:
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from absl import flags
 
 from ctg_jax import tree
 from ctg_jax.controls.delta import KERNELS
+from ctg_jax.io import write_json
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.mesh.rules import DECODER, NETWORKS, REPLICATED
 from ctg_jax.types import InputError
@@ -153,7 +153,7 @@ def define(fv):
 
 
 def main(argv, session):
-    args, _ = cli.parse(argv, define, __doc__, devices=False)
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     if any(n < 8 or n % 8 for n in args.chips):
         raise InputError(f"--chips is {args.chips}, expected multiples of 8")
     rows = [project(lm, c, n, layout) for lm in args.lm for c in CHIPS for n in args.chips for layout in LAYOUTS]
@@ -171,7 +171,7 @@ def main(argv, session):
         cells = (r["lm"], r["chip"], f"{r['chips']:,}", r["layout"], held, speed, share, decoded)
         lines.append("| " + " | ".join(cells) + " |")
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_json(Path(args.json), rows)
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ program, those inside loops as often as the loop runs. Bytes are those each devi
 all-to-all, S for a permute.
 
 `asked` is the theory, for a train step of a decoder whose rows are split over `data` and whose weights are split by the
-rules `ctg_jax.mesh.plan.DECODER`.
+rules `ctg_jax.mesh.rules.DECODER`.
 """
 
 from __future__ import annotations

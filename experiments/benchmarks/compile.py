@@ -1,15 +1,13 @@
 """What compiling costs, and how much memory decoding takes, at the shape of GPT-2 with 12, 24 and 48 layers.
 
-    python experiments/benchmarks/compile.py [--layers 12 24 48] [--width 768] [--json FILE]
+    python experiments/benchmarks/compile.py [--layers=12 --layers=24] [--width=768] [--json=FILE]
 
 Shapes alone are compiled (nothing is computed), and times are processor seconds. The train step scans over stacked
 layers, so its compile time should not grow with depth; decoding is unrolled, so its does. Memory is what the compiled
-program says of itself: arguments, outputs and temporaries, beside weights and cache. Last, a process that decodes is
-started twice with an empty compilation cache: the second must find every program of the first.
+program reports: arguments, outputs and temporaries, beside weights and cache. Last, a process that decodes is started
+twice with an empty compilation cache: the second must find every program of the first.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,16 +15,21 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from ctg_jax import tree
 from ctg_jax.control import IDENTITY
 from ctg_jax.decode import loop
+from ctg_jax.io import write_json
 from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.types import Prompts, Sampling
+from ctg_jax.types import InputError, Prompts, Sampling
+from experiments import cli
 
 CHILD = """
 import jax
@@ -78,14 +81,18 @@ def decoding(lm, params, batch, prompt=32, new=64):
     return seconds, peak / (tree.size_bytes(params) + tree.size_bytes(cache)), peak
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48])
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="batches of decoding")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_multi_integer("layers", [12, 24, 48], "numbers of layers", 1, flag_values=fv)
+    flags.DEFINE_integer("width", 768, "width of the models, a multiple of 64", 1, flag_values=fv)
+    flags.DEFINE_multi_integer("batch", [1, 8, 32], "rows of decoding", 1, flag_values=fv)
+    flags.DEFINE_integer("repeats", 3, "compilations of a train step, of which the fastest counts", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
+    if args.width % 64:
+        raise InputError(f"--width is {args.width}, expected a multiple of 64")
     rows = []
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, width {args.width}")
     for layers in args.layers:
@@ -111,10 +118,8 @@ def main():
     rows.append({"first_start": starts[0], "second_start": starts[1]})
     print(f"first start: {starts[0][1]} programs compiled; second start: {starts[1][1]}, {starts[1][0]} found")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
-    return 0
+        write_json(Path(args.json), rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,36 +1,41 @@
 """Decoding speed beside `transformers.generate` (PyTorch), at GPT-2-small shape with random weights in float32.
 
-    python experiments/benchmarks/decode.py [--batch 1 8 32] [--repeats 5] [--only greedy top_p …] [--json FILE]
+    python experiments/benchmarks/decode.py [--batch=1 --batch=8] [--repeats=5] [--only=greedy] [--json=FILE]
 
 Both sides run on one pinned thread, in alternation, in one process: PyTorch's thread barriers collapse on a shared
 machine, and ratios of neighbours survive its drift. The floor is what the machine itself allows: weights and cache
 read once per token at the measured bandwidth, or the products at the measured matrix rate, whichever is slower.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 # One thread for both libraries; must be set before either is imported.
 os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from ctg_jax import Chain, Prompts, Sampling, generate, rng, tree
 from ctg_jax.controls import truncate
 from ctg_jax.controls.streams import Stream
 from ctg_jax.decode import loop
+from ctg_jax.io import write_json
 from ctg_jax.methods import dexperts, steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
+from experiments import cli
+
+CONTROLS = ("greedy", "top_p", "steer", "dexperts", "chain of four")
 
 
 def bandwidth(size=2**28, repeats=5):
@@ -56,20 +61,15 @@ def timed(f):
 
 
 def controls(lm, params, key):
-    """name -> control. Strengths are leaves, so none of them recompiles when it changes."""
+    """name -> (control, whether decoding is greedy). Strengths are leaves, so changing one recompiles nothing."""
     top_p = truncate.rules(lm, top_p=0.9)
     push = steer.init(lm, key)
     push = push.replace(vector=jax.random.normal(key, push.vector.shape), scale=jnp.float32(0.1))
     noise = jax.tree.map(lambda x: x * 1.01, params)
     experts = dexperts.experts(Stream(params, lm=lm), Stream(noise, lm=lm))
     four = Chain((push, experts, truncate.RepetitionPenalty(1.2, vocab=lm.vocab), truncate.TopP(0.9)))
-    return {
-        "greedy": (Chain(()), True),
-        "top_p": (top_p, False),
-        "steer": (push, True),
-        "dexperts": (experts, True),
-        "chain of four": (four, False),
-    }
+    made = ((Chain(()), True), (top_p, False), (push, True), (experts, True), (four, False))
+    return dict(zip(CONTROLS, made, strict=True))
 
 
 def torch_model(lm, params, folder):
@@ -83,16 +83,18 @@ def torch_model(lm, params, folder):
     return torch, model.eval()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
-    parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--only", nargs="+", help="greedy, top_p, steer, dexperts, 'chain of four'")
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_multi_integer("batch", [1, 8, 32], "rows at once", 1, flag_values=fv)
+    flags.DEFINE_integer("prompt", 32, "tokens of a prompt", 1, flag_values=fv)
+    flags.DEFINE_integer("new", 64, "new tokens", 1, flag_values=fv)
+    flags.DEFINE_integer("repeats", 5, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_integer("layers", 12, "layers of the model", 1, flag_values=fv)
+    flags.DEFINE_multi_enum("only", None, CONTROLS, "the controls that are measured", flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
 
     lm = Transformer.gpt2(depth=args.layers)
     params = jax.jit(lm.init)(jax.random.key(0))
@@ -164,10 +166,8 @@ def main():
                 flush=True,
             )
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
-    return 0
+        write_json(Path(args.json), rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,6 +1,6 @@
 """Guided proposals and their continuations beside the same networks in PyTorch, sample after sample.
 
-    python experiments/benchmarks/dglm.py [--prompts 64] [--samples 25] [--steps 20 50 250] [--torch_samples 1]
+    python experiments/benchmarks/dglm.py [--prompts=64] [--samples=25] [--steps=20 --steps=50] [--torch_samples=1]
 
 Both sides draw, for every prompt, latents by guided diffusion (one linear classifier), write eight soft tokens from
 each and let the same GPT-2 continue by 20 tokens. Ours draws all rows in batches of `--batch`, by DPM-Solver++ without
@@ -10,9 +10,7 @@ against ours at every number of steps, and both at 250. One pinned thread each, 
 the same is checked first.
 """
 
-import argparse
 import itertools
-import json
 import math
 import os
 import statistics
@@ -25,24 +23,28 @@ from pathlib import Path
 os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
+from absl import flags
 
 from ctg_jax import rng
 from ctg_jax.decode.loop import generate
+from ctg_jax.io import write_json
 from ctg_jax.methods import dglm
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.diffusion import Schedule
 from ctg_jax.types import Prompts, Sampling
+from experiments import cli
 
 LATENT, NEW, PROMPT, SCALE, SIGNAL = 384, 20, 8, 10.0, 0.95
-DENOISER = dict(width=192, depth=6, heads=4, tokens=8, spread=4)
-PROMPTER = dict(width=192, depth=3, heads=4, tokens=8, spread=4, length=8, kind="frozen")
+DENOISER = dict(width=192, depth=6, heads=4, pseudo_tokens=8, spread=4)
+PROMPTER = dict(width=192, depth=3, heads=4, pseudo_tokens=8, spread=4, length=8, kind="frozen")
 
 
 class Net:
@@ -60,7 +62,7 @@ class Net:
 
     def spread(self, name, vector):
         wide = self.dense(vector, self.p[f"{name}_spread"])
-        return self.dense(wide.reshape(len(vector), self.net.tokens, -1), self.p[f"{name}_in"])
+        return self.dense(wide.reshape(len(vector), self.net.pseudo_tokens, -1), self.p[f"{name}_in"])
 
     def __call__(self, z, gamma, context=None):
         """z [B, Z], gamma a number, context [B, C] or None for the null context."""
@@ -87,7 +89,7 @@ class Net:
         x = self.norm(x, d["norm"])
         if net.prompt:
             return self.dense(x[:, -net.prompt :], p["out"])
-        return self.dense(self.dense(x[:, : net.tokens], p["gather"]).reshape(len(z), -1), p["out"])
+        return self.dense(self.dense(x[:, : net.pseudo_tokens], p["gather"]).reshape(len(z), -1), p["out"])
 
     def block(self, x, time_, p):
         b, t, width = x.shape
@@ -146,16 +148,20 @@ def theirs(control, folder, tokens, context, steps):
     return run, score
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=25, help="of each prompt")
-    parser.add_argument("--batch", type=int, default=320, help="rows at once, ours")
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 250], help="of our sampler")
-    parser.add_argument("--torch_samples", type=int, default=1, help="samples timed in PyTorch, of which all are alike")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_integer("prompts", 64, "number of prompts", 1, flag_values=fv)
+    flags.DEFINE_integer("samples", 25, "samples of each prompt", 1, flag_values=fv)
+    flags.DEFINE_integer("batch", 320, "rows at once, ours", 1, flag_values=fv)
+    flags.DEFINE_multi_integer("steps", [20, 50, 250], "steps of our sampler", 1, flag_values=fv)
+    flags.DEFINE_integer(
+        "torch_samples", 1, "samples timed in PyTorch, which all take the same time", 1, flag_values=fv
+    )
+    flags.DEFINE_integer("repeats", 1, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     torch.set_num_threads(1)
     lm = Transformer.gpt2(width=256, depth=4, heads=4, context=256, vocab=8192)
     params = jax.jit(lm.init)(jax.random.key(0))
@@ -210,9 +216,8 @@ def main():
         result.append({"steps": steps, "ours": ours_s, "torch": torch_s, "ratio": ratio})
         print(f"  {steps:4d} steps: {ours_s:7.1f} s, PyTorch {torch_s:7.1f} s, {ratio:.1f} times as fast", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
-    return 0
+        write_json(Path(args.json), result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,6 +1,6 @@
 """Learning latent steering vectors: sentences per second beside a plain PyTorch loop, at GPT-2-mini shape by default.
 
-    python experiments/benchmarks/latent_steer.py [--lm DIRECTORY --data FILE.jsonl] [--sizes 1 8 64 512] [--json FILE]
+    python experiments/benchmarks/latent_steer.py [--lm=DIRECTORY --data=FILE.jsonl] [--sizes=1 --sizes=8] [--json=FILE]
 
 The PyTorch loop is what re-implementations do: one sentence at a time, Adam on z, until every token is the most likely
 one or the updates are used up. `batched` is the same loop over padded batches; a batch ends with its slowest sentence.
@@ -8,26 +8,31 @@ Same model, optimizer, rate, updates and stopping rule on both sides; one pinned
 --lm and --data: random weights and random sentences of 8 to 24 tokens.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import numpy as np
+from absl import flags
 
 from ctg_jax.data.tokenizer import load_tokenizer
+from ctg_jax.io import write_json
 from ctg_jax.learn.vector_search import Search
 from ctg_jax.methods import latent_steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
+from ctg_jax.types import InputError
+from experiments import cli
 
 
 class Theirs:
@@ -93,22 +98,24 @@ def timed(f):
     return time.perf_counter() - start, value
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lm", help="a GPT-2 in Hugging Face layout; random weights without it")
-    parser.add_argument("--data", help="JSONL with sentences under text; needs --lm")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[1, 8, 64, 256], help="numbers of sentences, ours alone"
-    )
-    parser.add_argument("--compare", type=int, default=64, help="sentences of the comparison")
-    parser.add_argument("--single", type=int, default=16, help="of these, so many are also searched one at a time")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=0.3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_string("lm", None, "a GPT-2 in Hugging Face layout; random weights without it", flag_values=fv)
+    flags.DEFINE_string("data", None, "JSONL with sentences under text; needs --lm", flag_values=fv)
+    flags.DEFINE_multi_integer("sizes", [1, 8, 64, 256], "numbers of sentences, ours alone", 1, flag_values=fv)
+    flags.DEFINE_integer("compare", 64, "sentences of the comparison", 1, flag_values=fv)
+    flags.DEFINE_integer("single", 16, "the number of these that are also searched one at a time", 1, flag_values=fv)
+    flags.DEFINE_integer("batch", 64, "sentences at once", 1, flag_values=fv)
+    flags.DEFINE_integer("updates", 100, "updates of a sentence at most", 1, flag_values=fv)
+    flags.DEFINE_float("rate", 0.3, "learning rate of Adam", flag_values=fv)
+    flags.DEFINE_integer("repeats", 3, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
 
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
+
+    if bool(args.lm) != bool(args.data):
+        raise InputError("give --lm and --data together, or neither of them for random weights and sentences")
     if args.lm:
         lm, params = hf.load(args.lm)
         tokenizer = load_tokenizer(args.lm)
@@ -170,10 +177,8 @@ def main():
         sizes[size] = size / timed(lambda size=size: ours(size))[0]
         print(f"{size:5d} sentences: {sizes[size]:.2f} sentences per second", flush=True)
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump({**row, "sizes": sizes}, f, indent=1)
-    return 0
+        write_json(Path(args.json), {**row, "sizes": sizes})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,6 +1,6 @@
 """One round of Quark beside a plain PyTorch implementation of the same round: explore, score, learn.
 
-    python experiments/benchmarks/quark.py [--shape mini small] [--prompts 64] [--steps 8] [--repeats 3] [--json FILE]
+    python experiments/benchmarks/quark.py [--shape=mini] [--prompts=64] [--steps=8] [--repeats=3] [--json=FILE]
 
 Both sides sample 20 tokens after the same prompts from the policy on its best token, score them with the same
 classifier (a BERT of six layers, random weights), sort them into five quantiles and make the same number of updates of
@@ -10,8 +10,6 @@ turns on the core does not matter. The share of it outside compiled programs (to
 printed for each part and for the round, is what an accelerator would be idle.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -23,12 +21,15 @@ from pathlib import Path
 os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import numpy as np
+from absl import flags
 
 from ctg_jax.data import load, train_bpe
 from ctg_jax.decode import strategies
+from ctg_jax.io import write_json
 from ctg_jax.learn import calibrate, fitting, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.learn.pool import batches as pool_batches
@@ -37,6 +38,7 @@ from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.rewards import Embedder, SequenceClassifier
 from ctg_jax.stages import sampling
+from experiments import cli
 
 SHAPES = {"mini": dict(width=256, depth=4, heads=4, context=256, vocab=8192), "small": dict(vocab=50257)}
 K, NEW, RATE, KL, ENTROPY = 5, 20, 1e-5, 0.05, 0.06
@@ -187,15 +189,17 @@ def theirs(folder, classifier, tokenizer, texts, args):
     return round_
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=8, help="updates of a round")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_multi_enum("shape", list(SHAPES), list(SHAPES), "shapes of the model", flag_values=fv)
+    flags.DEFINE_integer("prompts", 64, "number of prompts", 1, flag_values=fv)
+    flags.DEFINE_integer("steps", 8, "updates of a round", 1, flag_values=fv)
+    flags.DEFINE_integer("batch", 32, "rows at once", 1, flag_values=fv)
+    flags.DEFINE_integer("repeats", 3, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     source = load("bundled:reviews", "test")
     texts = [" ".join(source[i]["text"].split()[:6]) for i in range(args.prompts)]
     tokenizer = Folded(train_bpe((source[i]["text"] for i in range(500)), 1000), 1000)
@@ -233,9 +237,7 @@ def main():
             ratio = f"ratio {p['ratio']:.2f}, idle {p['idle']:.1%}"
             print(f"  {name:8s} {p['ours']:8.1f} {unit}, torch {p['torch']:8.1f}, {ratio}", flush=True)
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
-    return 0
+        write_json(Path(args.json), rows)
 
 
 def bert(folder):
@@ -251,4 +253,4 @@ def bert(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

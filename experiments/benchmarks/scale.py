@@ -1,6 +1,6 @@
 """Scaling of a train step and of decoding over simulated devices and over processes, relative to what the cores allow.
 
-    taskset -c 1 python experiments/benchmarks/scale.py [--devices 1 2 4 8] [--processes 1 2 4] [--json FILE]
+    taskset -c 1 python experiments/benchmarks/scale.py [--devices=1 --devices=8] [--processes=2] [--json=FILE]
 
 Simulated devices and processes share the same cores, so n of them have no more to compute with than one. Two figures,
 both of processor time, which a neighbour on the machine changes least, the processes summed:
@@ -16,7 +16,6 @@ devices and processes. `moved` and `asked` are bytes that each device sends in a
 compiled program and in theory (`experiments/traffic.py`).
 """
 
-import argparse
 import json
 import os
 import socket
@@ -26,9 +25,17 @@ import sys
 import time
 from pathlib import Path
 
-from ctg_jax.learn.optimizer import optimizer
-
 HERE = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(HERE))
+
+from absl import flags
+
+from ctg_jax.io import write_json
+from ctg_jax.learn.optimizer import optimizer
+from ctg_jax.types import InputError
+from experiments import cli
+
+LAYOUTS = ("data", "fsdp", "tensor")
 LENGTH, PROMPT, NEW = 64, 16, 32
 
 
@@ -143,21 +150,17 @@ def run(job):
     threads = max(cores(), 2 * job["n"] if job["over"] == "devices" and job["n"] > 1 else 1)
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"NPROC": str(threads), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE)}
-    script = [sys.executable, __file__, "--worker"]
-    started = [
-        subprocess.Popen(
-            [*script, json.dumps(job | {"index": i, "address": address})], env=env, stdout=subprocess.PIPE, text=True
-        )
-        for i in range(count)
-    ]
+    jobs = [json.dumps(job | {"index": i, "address": address}) for i in range(count)]
+    commands = [[sys.executable, __file__, f"--worker={text}"] for text in jobs]
+    started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for command in commands]
     try:
-        said = [p.communicate(timeout=1800)[0] for p in started]
+        outputs = [p.communicate(timeout=1800)[0] for p in started]
     finally:
         for p in started:
             p.kill()
     if any(p.returncode for p in started):
-        raise SystemExit(f"a process of {job['n']} {job['over']} ended with {[p.returncode for p in started]}")
-    cells = [[json.loads(x[5:]) for x in out.splitlines() if x.startswith("cell ")] for out in said]
+        raise RuntimeError(f"a process of {job['n']} {job['over']} ended with {[p.returncode for p in started]}")
+    cells = [[json.loads(x[5:]) for x in out.splitlines() if x.startswith("cell ")] for out in outputs]
     out = []
     for same in zip(*cells):
         used = statistics.median(sum(t[0] for t in turn) for turn in zip(*(c["times"] for c in same)))
@@ -177,21 +180,24 @@ def cells(n, args, over):
     return found + [{"what": "decode", "layout": "data", "rows": r} for r in sorted(rows)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--layouts", nargs="+", default=["data", "fsdp", "tensor"], choices=["data", "fsdp", "tensor"])
-    parser.add_argument("--weak", type=int, default=4, help="rows of each device in weak scaling")
-    parser.add_argument("--strong", type=int, default=16, help="rows in all in strong scaling")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="also write the figures here")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_multi_integer("devices", [1, 2, 4, 8], "numbers of simulated devices", 1, flag_values=fv)
+    flags.DEFINE_multi_integer("processes", [1, 2, 4], "numbers of processes", 1, flag_values=fv)
+    flags.DEFINE_multi_enum("layouts", list(LAYOUTS), list(LAYOUTS), "layouts of training", flag_values=fv)
+    flags.DEFINE_integer("weak", 4, "rows of each device in weak scaling", 1, flag_values=fv)
+    flags.DEFINE_integer("strong", 16, "rows in all in strong scaling", 1, flag_values=fv)
+    flags.DEFINE_integer("repeats", 5, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+    flags.DEFINE_string("worker", None, "a job as JSON, for the processes that this script starts", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     if args.worker:
-        return worker(json.loads(args.worker))
+        worker(json.loads(args.worker))
+        return
     if any(args.strong % n for n in args.devices + args.processes):
-        parser.error(f"--strong is {args.strong}, expected a multiple of every number of devices and processes")
+        raise InputError(f"--strong is {args.strong}, expected a multiple of every number of devices and processes")
     print(f"{cores()} core{'s' * (cores() > 1)}, processor seconds, medians of {args.repeats}", flush=True)
     jobs = [("devices", 1)] + [("devices", n) for n in args.devices if n > 1]
     jobs += [("processes", n) for n in args.processes if n > 1]
@@ -213,9 +219,8 @@ def main():
                 line += f", {row['moved'] / 1e6:.2f} MB sent by each device ({row['asked'] / 1e6:.2f} in theory)"
             print(line, flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return 0
+        write_json(Path(args.json), found)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,6 +1,6 @@
 """Speed of a train step beside PyTorch and `transformers`, random weights in float32.
 
-    python experiments/benchmarks/train.py [--shape mini small] [--repeats 5] [--json FILE]
+    python experiments/benchmarks/train.py [--shape=mini] [--repeats=5] [--json=FILE]
 
 Both sides do the same: next-token loss, gradient, clipping by the global norm, AdamW. They run on one pinned thread,
 in alternation, in one process: PyTorch's thread barriers collapse on a shared machine, and ratios of neighbours
@@ -10,29 +10,32 @@ measured for one large product. `forward`, `gradient` and `update` (the whole st
 time goes.
 """
 
-import argparse
 import functools
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 # One thread for both libraries; must be set before either is imported.
 os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
+from ctg_jax.io import write_json
 from ctg_jax.learn import losses, train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
+from experiments import cli
 
 SHAPES = {
     "mini": (Transformer.gpt2(vocab=8192, width=256, depth=4, heads=4, context=256), 16, 64),
@@ -171,20 +174,20 @@ def measure(name, repeats, rate):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_multi_enum("shape", list(SHAPES), list(SHAPES), "shapes of the model", flag_values=fv)
+    flags.DEFINE_integer("repeats", 5, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     rate = matmul_rate()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, one thread each, {rate / 1e9:.0f} GFLOP/s")
     rows = [row for name in args.shape for row in measure(name, args.repeats, rate)]
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
-    return 0
+        write_json(Path(args.json), rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,7 +1,8 @@
-"""The clocks of benchmarks."""
+"""Benchmarks: their command lines, and the clock of a round of Quark."""
 
 import importlib.util
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -11,19 +12,47 @@ import pytest
 
 from ctg_jax.data import train_bpe
 from ctg_jax.models.decoder import Transformer
+from experiments import cli
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
 
 @pytest.fixture
-def quark(monkeypatch):
-    """The benchmark of a round of Quark as a module, without what it does to the process when it is imported."""
+def benchmark(monkeypatch):
+    """Imports a benchmark by its name, without what it does to the process when it is imported."""
     monkeypatch.setattr(os, "sched_setaffinity", lambda *args: None, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    spec = importlib.util.spec_from_file_location("benchmark_of_quark", FOLDER / "quark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def load(name):
+        if "\nimport torch\n" in (FOLDER / f"{name}.py").read_text(encoding="utf-8"):
+            pytest.importorskip("torch")  # the others import the library that they compare with when they need it
+        spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py")))
+def test_a_benchmark_has_the_command_line_of_every_script(benchmark, capsys, name):
+    main = benchmark(name).main
+    assert cli.run(main, ["--help"], devices=False) == 0
+    shown = capsys.readouterr().out
+    assert f"experiments/benchmarks/{name}.py" in shown and "--repeats" in shown and "--mesh" not in shown
+    wrong = ("--repaets=2", "did you mean 'repeats'?"), ("--repeats=0", "repeats"), ("8", "unexpected argument '8'")
+    for flag, words in wrong:
+        assert cli.run(main, [flag], devices=False) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_compiled_programs_are_kept_by_scripts_and_not_by_benchmarks(monkeypatch):
+    kept = []
+    monkeypatch.setattr(cli, "keep_compiled", lambda: kept.append(True))
+    assert cli.run(lambda argv, session: None, [], devices=False) == 0 and not kept
+    assert cli.run(lambda argv, session: None, []) == 0 and kept
 
 
 class Judge:
@@ -38,8 +67,9 @@ class Judge:
         return self.embedder.run(lambda params, tokens, mask: tokens[:, :1] * 1.0, texts, 1)[:, 0]
 
 
-def test_the_clock_of_a_quark_round_sees_every_compiled_program(quark):
-    """Sampling, too: a round that is compiled anew spends most of its time in `generate`."""
+def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):
+    """Sampling, too: a round that has to be compiled spends most of its time in `generate`."""
+    quark = benchmark("quark")
     monitor, calls = quark.Busy.__call__, []
 
     class Counted(quark.Busy):

@@ -11,9 +11,9 @@ directory with a config.json. --set=KEY=VALUE, which may be repeated, is a setti
 
 Sampling is planned for every control, learning for methods whose own stage trains their control by gradients of the
 next-token loss. What the gradient saves is measured on its own residuals, caches and states on the first step of
-decoding. Judges, rewards, and what other stages of a method hold (experts that are fitted first, denoisers, encoders)
-are not counted. Times take the rates as reached, not as advertised; `experiments/benchmarks` measures them. Nothing is
-allocated.
+decoding. The last line names what is not counted: judges and rewards, fits by other stages (experts, denoisers,
+encoders, searches of vectors), and arms whose control does not follow from the settings. Times take the rates as
+reached, not as advertised; `experiments/benchmarks` measures them. Nothing is allocated.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -229,8 +230,9 @@ LABELS = {
 
 def report(args) -> str:
     """The lines that are printed."""
+    left_out = []
     if args.config:
-        found = of_config(args)
+        found, left_out = of_config(args)
     else:
         mesh = mesh_of(args.mesh or "fsdp=8")
         given = dict(batch=args.batch or 128, prompt=args.prompt, new=args.new or 20, rows=args.rows or 1024)
@@ -259,11 +261,27 @@ def report(args) -> str:
             pace = f"{args.rate:g} TFLOP/s and {args.bandwidth:g} GB/s"
             took = f"{sampled + learned:.0f} s ({sampled:.0f} sampling, {learned:.0f} learning)"
             lines.append(f"a round of {args.samples} samples and {args.steps} updates at {pace}: {took}")
+    lines.append(not_counted([method for _, _, _, method, *_ in found], left_out))
     return "\n".join(lines)
 
 
-def of_config(args) -> list[tuple]:
-    """(title, LM, label, method, its init, mesh, sizes) of each method of a configuration; flags replace its settings.
+def not_counted(planned: Sequence[str], left_out: Sequence[str]) -> str:
+    """The sentence that names what the figures of the methods `planned` leave out.
+
+    Args:
+      left_out: labels of arms that are not planned at all.
+    """
+    parts = ["judges and rewards"]
+    if fits := [m for m in dict.fromkeys(planned) if hasattr(methods.get(m), "fit") and not _trains(m)]:
+        parts.append(f"fitting {', '.join(fits)}")
+    if left_out:
+        parts.append(f"arms without a method whose control follows from the settings ({', '.join(left_out)})")
+    return f"not counted: {'; '.join(parts)}"
+
+
+def of_config(args) -> tuple[list[tuple], list[str]]:
+    """(title, LM, label, method, its init, mesh, sizes) of each method of a configuration, where flags replace its
+    settings; and the labels of the arms that cannot be planned.
 
     Sizes that the configuration leaves open are the defaults of the stages. The vocabulary of an LM that is pretrained
     is the one that the configuration asks for.
@@ -272,16 +290,16 @@ def of_config(args) -> list[tuple]:
       InputError: a configuration without a method whose control can be built from its settings.
     """
     settings = cli.config_of(args.config).to_dict()
-    arms = {}
-    for label, arm in read(settings.get("methods", {})).items():
+    given, arms = read(settings.get("methods", {})), {}
+    for label, arm in given.items():
         if isinstance(arm, Fitted | Made) and _acts(arm.method):
             arms[label] = (arm.method, arm.init if isinstance(arm, Made) else arm.fit)
     source, dtype = settings["lm"].get("source"), args.dtype or settings["lm"].get("dtype", "float32")
     if args.lm or source:
         lm = shape(args.lm or source, dtype)
     else:
-        given = settings["lm"]["pretrain"]
-        sizes = {key: given[key] for key in ("vocab", "width", "depth", "heads", "context", "tied") if key in given}
+        made = settings["lm"]["pretrain"]
+        sizes = {key: made[key] for key in ("vocab", "width", "depth", "heads", "context", "tied") if key in made}
         lm = Transformer.gpt2(**dict(vocab=1024, width=128, depth=4, heads=4, context=128) | sizes)
         lm = dataclasses.replace(lm, dtype=dtype, param_dtype=dtype)
     sample = settings.get("sample", {})
@@ -292,14 +310,15 @@ def of_config(args) -> list[tuple]:
         if init is None:
             continue
         batch = args.batch or fit.get("training", {}).get("batch") or default_batch(method)
-        given = dict(batch=batch, prompt=args.prompt)
-        given |= dict(new=args.new or sample.get("max_new", 20), rows=args.rows or sample.get("batch", 64))
-        found.append((args.lm or args.config, lm, label, method, init, mesh, given))
+        sizes = dict(batch=batch, prompt=args.prompt)
+        sizes |= dict(new=args.new or sample.get("max_new", 20), rows=args.rows or sample.get("batch", 64))
+        found.append((args.lm or args.config, lm, label, method, init, mesh, sizes))
     if not found:
         raise InputError(
             f"{args.config} has no method whose control follows from its settings: give --method and --set"
         )
-    return found
+    planned = {label for _, _, label, *_ in found}
+    return found, [label for label in given if label not in planned]
 
 
 def _acts(method: str) -> bool:

@@ -103,6 +103,17 @@ def test_a_method_whose_shapes_do_not_follow_from_its_settings_is_not_guessed(ca
     assert "give --method and --set" in err
 
 
+def test_the_last_line_names_what_is_not_counted(call):
+    """The experts of DExperts and the arms without a control of their own; a method that trains itself is counted."""
+    last = {}
+    for name in ("dexperts", "finetune", "compare_together"):
+        last[name] = call(f"--config=configs/{name}.py:tiny", "--lm=gpt2")[0].splitlines()[-1]
+    assert last["dexperts"].startswith("not counted: judges and rewards; fitting dexperts")
+    assert "fitting" not in last["finetune"] and last["finetune"].startswith("not counted: judges and rewards")
+    assert last["compare_together"].endswith("control follows from the settings (top_p, together)")
+    assert call("--method=quark", "--lm=gpt2")[0].splitlines()[-1] == "not counted: judges and rewards"
+
+
 def test_what_is_saved_grows_with_rows_and_not_with_weights():
     params = jax.eval_shape(LM.init, jax.random.key(0))
     control = jax.eval_shape(lambda k: plan.methods.get("finetune").init(LM, k), jax.random.key(0))

@@ -88,11 +88,14 @@ def test_weights_lie_split_and_decode_the_same(lm):
     want = loop.generate(model, params, prompts(), sampling=Sampling(max_new=6))
     with layout.laid_out(layout.read("fsdp=4,tensor=2")):
         same, split, _ = open_lm(lm)
-        out = loop.generate(same, split, prompts(), sampling=Sampling(max_new=6))
-        scores = loop.score(same, split, prompts(), out.tokens)
-        uneven = loop.generate(same, split, prompts(3), sampling=Sampling(max_new=6))
+    # Decoding follows the weights, not the layout that is in force.
+    out = loop.generate(same, split, prompts(), sampling=Sampling(max_new=6))
+    scores = loop.score(same, split, prompts(), out.tokens)
+    uneven = loop.generate(same, split, prompts(3), sampling=Sampling(max_new=6))
+    begun = loop.begin(same, split, prompts(), sampling=Sampling(max_new=6))
     assert same == model and held(split) < held(params) / 4
-    assert len(out.tokens.sharding.device_set) == 8
+    assert len(out.tokens.sharding.device_set) == len(begun.z.sharding.device_set) == 8
+    assert len(loop.generate(model, params, prompts(), sampling=Sampling(max_new=6)).tokens.sharding.device_set) == 1
     assert out.tokens.tolist() == want.tokens.tolist()
     alone = loop.generate(model, params, prompts(3), sampling=Sampling(max_new=6))
     assert uneven.tokens.tolist() == alone.tokens.tolist()

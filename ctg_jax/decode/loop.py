@@ -90,8 +90,9 @@ def begin(
       InputError: as `generate`.
     """
     check_rows(lm, prompts, control, sampling.max_new)
+    rows = layout.split_rows(prompts, layout.mesh_of((params, control)))
     params, control = _ready(lm, params, control)
-    return prefill(lm, params, layout.split_rows(prompts), control, sampling)
+    return prefill(lm, params, rows, control, sampling)
 
 
 def extend(
@@ -327,7 +328,7 @@ def score(
       InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
     """
     check_rows(lm, prompts, control, completion.shape[1], completion, written)
-    with layout.split_activations():
+    with layout.split_activations(layout.mesh_of((params, control))):
         split = not numbers_for_rows(control, len(prompts.tokens))
         rows = (prompts, completion, written)
         logp = layout.run_rows(_score_part, lm, (params, control), rows, split=split)

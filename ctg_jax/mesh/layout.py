@@ -201,8 +201,9 @@ def run_rows(
     """`fn(static, whole, rows)`: the one way in which the rows of a batch are split over what the run has.
 
     Several processes take equal parts where their number divides the batch, and each gets the whole result; otherwise
-    all of them compute all rows. Within a process rows are split over the mesh, where one was asked for and divides
-    them, or over as many of `devices` as divide them, each of which runs a program of its own and waits for no other.
+    all of them compute all rows. Within a process rows are split over as many of `devices` as divide them, each of
+    which runs a program of its own and waits for no other; or over the mesh on which `whole` is placed, if it divides
+    them.
 
     Args:
       fn: pure and hashable; leaves of `rows` and of the result are [B, …], and rows do not read each other.
@@ -219,7 +220,7 @@ def run_rows(
     if len(used) > 1:
         out = _over_devices(fn, static, used, replicated(whole, used), rows)
     else:
-        out = fn(static, whole, split_rows(rows))
+        out = fn(static, whole, split_rows(rows, mesh_of(whole)))
     return processes.gather(out) if parts > 1 else out
 
 
@@ -238,18 +239,25 @@ def _over_devices(fn, static, devices, whole, rows):
     return jax.shard_map(partial(fn, static), mesh=mesh, check_vma=False, **specs)(whole, rows)
 
 
-def split_rows(values: PyTree) -> PyTree:
-    """Leaves [B, …] with their rows split over the `local_plan`; unchanged without a mesh, and replicated over it where
-    it does not divide their rows."""
-    plan = local_plan()
-    if plan is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
+def mesh_of(values: PyTree) -> Mesh | None:
+    """The mesh, with an axis `data`, on which arrays are placed; None where they are on none, or while tracing."""
+    for x in jax.tree.leaves(values):
+        where = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        if isinstance(where, NamedSharding) and "data" in where.mesh.axis_names:
+            return where.mesh
+    return None
+
+
+def split_rows(values: PyTree, mesh: Mesh | None) -> PyTree:
+    """Leaves [B, …] with their rows split over the axis `data` of a mesh, or replicated over it where that does not
+    divide their rows; unchanged without a mesh and while tracing."""
+    leaves = jax.tree.leaves(values)
+    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return values
-    ways = dict(plan.axes)["data"]
-    even = all(x.shape and x.shape[0] % ways == 0 for x in jax.tree.leaves(values))
-    return jax.device_put(values, NamedSharding(plan.mesh, PartitionSpec("data") if even else PartitionSpec()))
+    even = all(x.shape and x.shape[0] % mesh.shape["data"] == 0 for x in leaves)
+    return jax.device_put(values, NamedSharding(mesh, PartitionSpec("data") if even else PartitionSpec()))
 
 
-def split_activations() -> contextlib.AbstractContextManager:
-    """Inside the `with` block, models place their activations on the `local_plan`; see `ctg_jax.mesh.plan.split`."""
-    plan = local_plan()
-    return contextlib.nullcontext() if plan is None else jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
+def split_activations(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Inside the `with` block, models place their activations on a mesh; see `ctg_jax.mesh.plan.split`."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -135,7 +135,7 @@ class Letters:
 def test_an_encoder_gives_relevance_similarity_and_mauve(root, samples, monkeypatch):
     from ctg_jax import evaluation, rewards
 
-    monkeypatch.setattr(rewards, "sentence_embedder", lambda path: Letters())
+    monkeypatch.setattr(rewards, "open_embedder", lambda session, path: Letters())
     seen = {}
     fixed = evaluation.Figure(0.5, 0.4, 0.6, 2)
     monkeypatch.setattr(

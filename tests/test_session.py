@@ -1,15 +1,21 @@
-"""What a session owns: one copy of each language model, digests computed once, a tally, and plans."""
+"""What a session owns: one copy of each language model and encoder, digests computed once, a tally, and dry runs."""
+
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from ctg_jax import io
+from ctg_jax.data import train_bpe
 from ctg_jax.mesh import layout
+from ctg_jax.models import hf
+from ctg_jax.models.encoder import Encoder
 from ctg_jax.models.hf import tensors
+from ctg_jax.rewards import embed
 from ctg_jax.run.artifact import Artifact
 from ctg_jax.run.session import Session
-from ctg_jax.run.stage import UnfinishedError, open_lm, stage
+from ctg_jax.run.stage import UnfinishedError, open_lm, stage, write_jsonl
 from ctg_jax.stages import judges, sampling, sources
 from tests.experiments.tiny_lm import write_lm
 
@@ -38,6 +44,32 @@ def test_a_language_model_is_read_once_and_in_memory_once(source, tmp_path, monk
     assert sampling.opened(again)[1] is unstacked and len(read) == once
     assert [kept[1] for kept in session._kept["lm"].values()] == [unstacked]  # in one form only
     jax.tree.map(np.testing.assert_array_equal, params, open_lm(lm)[1])
+
+
+def test_judges_and_figures_share_one_copy_of_an_encoder(tmp_path, monkeypatch):
+    shape = dict(vocab=270, width=8, depth=1, heads=2, head_dim=4, mlp_width=16, context=32, position_rows=32, types=2)
+    encoder, folder = Encoder(**shape, head="tanh"), tmp_path / "encoder"
+    hf.save(folder, encoder, encoder.init(jax.random.key(0)))
+    train_bpe(["the food"], 270).save(folder)
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fast))
+    read, real = [], embed.load_text_encoder
+    monkeypatch.setattr(embed, "load_text_encoder", lambda *a, **k: read.append(a) or real(*a, **k))
+    session = Session(tmp_path / "root")
+    data = stage(session, labelled)
+    judge = {"kind": "probe", "encoder": str(folder)}
+    first, second = (stage(session, judges.fit_judge, judge | {"name": n}, data=data) for n in ("one", "two"))
+    one, two = judges.open_judge(first).embed, judges.open_judge(second).embed
+    third = embed.open_embedder(session, folder, batch=64)
+    assert len(read) == 1 and one.params is two.params is third.params and (one.batch, third.batch) == (32, 64)
+    with layout.laid_out(layout.read("data=2")):
+        assert embed.open_embedder(session, folder).params is not one.params
+    hf.save(folder, encoder, encoder.init(jax.random.key(1)))  # an edited encoder is another one
+    assert embed.open_embedder(session, folder).version != one.version
+
+
+def labelled(run):
+    write_jsonl(run.path / "data.jsonl", [{"text": t, "label": i % 2} for i, t in enumerate(("the", "food") * 2)])
 
 
 def test_another_layout_is_another_opening(source, tmp_path):

@@ -76,14 +76,11 @@ def encode(
 
 def embedder(lm: Artifact, encoder: str | None) -> Callable[[Sequence[str]], np.ndarray]:
     """n texts -> float32 [n, Z], rows of length one; see `encode`. Its `version` names the weights."""
-    content = None if encoder is None else model_content(encoder, None, lm.session.sha256)
-    return lm.session.keep("embedder", (lm, encoder, content), lambda: _embedder(lm, encoder), most=2)
+    from ctg_jax.rewards.embed import lm_embedder, open_embedder
 
-
-def _embedder(lm: Artifact, encoder: str | None) -> Unit:
-    from ctg_jax.rewards.embed import lm_embedder, sentence_embedder
-
-    return Unit(lm_embedder(*open_lm(lm)) if encoder is None else sentence_embedder(encoder, batch=64))
+    if encoder is not None:
+        return Unit(open_embedder(lm.session, encoder, batch=64))
+    return lm.session.keep("embedder", lm, lambda: Unit(lm_embedder(*open_lm(lm))), most=2)
 
 
 def encoder_of(made: Artifact) -> str | None:

@@ -7,7 +7,8 @@ The kinds of judges (`ctg_jax.stages.judges.fit_judge`) are modules of this pack
 no list to edit. The module of a kind has
 
     SETTINGS                       the settings of `fit_judge` that it reads, besides kind, name and heldout
-    load(folder, settings)         the reward; `settings` are those of `fit_judge`, and `folder` is where it was saved
+    load(folder, settings)         the reward; `settings` are those of `fit_judge`, with `embedder`, a function without
+                                   arguments that opens `encoder`, and `folder` is where it was saved
     fit(records, settings, where)  the reward fitted on the records of `data`, with `save(folder)`; only where SETTINGS
                                    has "data". `where` is what messages call the records
     accuracy(judge, records, where)  the accuracy on held-out records that are not texts with labels; optional
@@ -22,7 +23,7 @@ from ctg_jax.rewards.check import Reward, TextReward, checked
 from ctg_jax.rewards.classifier import SequenceClassifier
 from ctg_jax.rewards.code import code_of, function_content, named
 from ctg_jax.rewards.diversity import diversity
-from ctg_jax.rewards.embed import Embedder, sentence_embedder
+from ctg_jax.rewards.embed import Embedder, open_embedder, sentence_embedder
 from ctg_jax.rewards.function import FunctionReward
 from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words
 from ctg_jax.rewards.oracle import reviews_oracle
@@ -47,6 +48,7 @@ __all__ = [
     "get",
     "kinds",
     "named",
+    "open_embedder",
     "read_weights",
     "read_words",
     "reviews_oracle",

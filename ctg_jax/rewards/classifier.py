@@ -10,7 +10,7 @@ import numpy as np
 
 from ctg_jax.models.encoder import PROBLEMS
 from ctg_jax.rewards.check import check_reads, checked, readable
-from ctg_jax.rewards.embed import Embedder, load_text_encoder
+from ctg_jax.rewards.embed import Embedder, sentence_embedder
 from ctg_jax.rewards.logistic import class_probabilities
 from ctg_jax.types import InputError
 
@@ -68,10 +68,8 @@ class SequenceClassifier:
         cls, path: str | Path, *, batch: int = 32, length: int | None = None, dtype: str = "float32", **options
     ) -> SequenceClassifier:
         """From a Hugging Face directory or hub id; `options` are those of the class."""
-        encoder, params, encode = load_text_encoder(path, dtype=dtype, length=length)
         options.setdefault("name", Path(path).name)
-        embedder = Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
-        return cls(embedder, **options)
+        return cls(sentence_embedder(path, batch=batch, length=length, dtype=dtype), **options)
 
     def outputs(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, C]: values, or probabilities of classes, C = 2 (absent, present) for a head with one logit."""
@@ -96,4 +94,4 @@ SETTINGS = ("target", "reads", "encoder", "problem", "threshold")
 def load(folder: Path, settings: Mapping[str, Any]) -> SequenceClassifier:
     """The judge of kind "classifier"; see `ctg_jax.rewards`."""
     options = {key: settings[key] for key in ("name", "target", "reads", "problem", "threshold")}
-    return SequenceClassifier.load(settings["encoder"], **options)
+    return SequenceClassifier(settings["embedder"](), **options)

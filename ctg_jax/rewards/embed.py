@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +16,8 @@ import numpy as np
 from ctg_jax.data.ids import check_sizes
 from ctg_jax.data.shapes import padded_length
 from ctg_jax.io import digest
+from ctg_jax.run.identity import model_content
+from ctg_jax.run.session import Session
 from ctg_jax.tree import flatten
 from ctg_jax.types import Params
 
@@ -67,6 +70,19 @@ def sentence_embedder(
     """
     encoder, params, encode = load_text_encoder(path, dtype=dtype, length=length)
     return Embedder(encoder, params, encode, name=Path(path).name, batch=batch, length=length)
+
+
+def open_embedder(session: Session, path: str | Path, *, batch: int = 32) -> Embedder:
+    """`sentence_embedder(path)`, whose weights the session keeps: all judges and stages that read an encoder share one
+    copy of it in a layout. An encoder is identified by the contents of its folder, or by its hub id.
+
+    Args:
+      batch: rows of a compiled batch.
+    """
+    content = model_content(path, None, session.sha256) or str(path)
+    found = copy.copy(session.keep("encoder", (Path(path).name, content), lambda: sentence_embedder(path), most=2))
+    found.batch = batch
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

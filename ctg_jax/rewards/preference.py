@@ -10,7 +10,7 @@ import numpy as np
 
 from ctg_jax.io import digest
 from ctg_jax.rewards.check import check_reads, checked, readable
-from ctg_jax.rewards.embed import Embedder, sentence_embedder
+from ctg_jax.rewards.embed import Embedder
 from ctg_jax.rewards.logistic import read_model, write_model
 from ctg_jax.types import InputError
 
@@ -93,12 +93,12 @@ def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where
     """The judge of kind "preference", fitted on comparisons; see `ctg_jax.rewards`."""
     options = {key: settings[key] for key in ("name", "reads")}
     found = comparisons(records, where)  # what is wrong with the records is told before the encoder is opened
-    return PreferenceModel.fit(sentence_embedder(settings["encoder"]), *found, **options)
+    return PreferenceModel.fit(settings["embedder"](), *found, **options)
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> PreferenceModel:
     """The judge of kind "preference" that was saved in a folder."""
-    return PreferenceModel.load(folder, sentence_embedder(settings["encoder"]))
+    return PreferenceModel.load(folder, settings["embedder"]())
 
 
 def accuracy(judge: PreferenceModel, records: Sequence[Mapping[str, Any]], where: str) -> float:

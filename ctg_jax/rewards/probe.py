@@ -10,7 +10,6 @@ import numpy as np
 
 from ctg_jax.io import digest
 from ctg_jax.rewards.check import check_reads, checked, readable, texts_and_labels
-from ctg_jax.rewards.embed import sentence_embedder
 from ctg_jax.rewards.logistic import (
     check_training,
     class_probabilities,
@@ -164,9 +163,9 @@ SETTINGS = ("data", "target", "reads", "encoder")
 def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where: str) -> LinearProbe:
     """The judge of kind "probe", fitted on the embeddings of labelled texts; see `ctg_jax.rewards`."""
     options = {key: settings[key] for key in ("name", "target", "reads")}
-    return LinearProbe.fit(sentence_embedder(settings["encoder"]), *texts_and_labels(records, where), **options)
+    return LinearProbe.fit(settings["embedder"](), *texts_and_labels(records, where), **options)
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> LinearProbe:
     """The judge of kind "probe" that was saved in a folder."""
-    return LinearProbe.load(folder, sentence_embedder(settings["encoder"]))
+    return LinearProbe.load(folder, settings["embedder"]())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def fit_judge(
     if "data" in module.SETTINGS:
         if data is None:
             raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
-        fitted = module.fit(data.rows("data.jsonl"), {"name": name, **given}, str(data.path))
+        settings = {"name": name, **given, "embedder": partial(rewards.open_embedder, run.session, encoder)}
+        fitted = module.fit(data.rows("data.jsonl"), settings, str(data.path))
         fitted.save(run.path / "state")
     facts = dict(kind=kind, name=name, target=target, reads=reads, problem=problem, threshold=threshold)
     run.record(judge=facts)
@@ -125,6 +127,7 @@ def open_judge(artifact: Artifact) -> Any:
 def _opened(artifact: Artifact) -> Any:
     recorded = artifact.spec["judge"]
     settings = recorded | {name: artifact.given(name) for name in ("encoder", "function", "version")}
+    settings["embedder"] = partial(rewards.open_embedder, artifact.session, settings["encoder"])
     return rewards.get(recorded["kind"]).load(artifact.path / "state", settings)
 
 
@@ -170,7 +173,7 @@ def evaluate(
     if kl:
         _check_kl(samples, lm)
         rows = _with_kl(rows, reader if read_by is lm else evaluation.LMScorer(*open_lm(lm)))
-    encoder = None if embed is None else rewards.sentence_embedder(embed)
+    encoder = None if embed is None else rewards.open_embedder(run.session, embed)
     scorers = [open_judge(j) for j in judges]
     rows = evaluation.score(rows, scorers, fluency=reader, embed=encoder)
     features = None

@@ -38,7 +38,7 @@ def similarity(
     """
     from ctg_jax.data.tokenizer import pad_rows
     from ctg_jax.learn.activations import pool
-    from ctg_jax.rewards import sentence_embedder
+    from ctg_jax.rewards import open_embedder
 
     control, _, index = open_vectors(lm, vectors)
     records = pairs.rows("data.jsonl")
@@ -69,7 +69,7 @@ def similarity(
     for name, x in (("mean of states", mean), ("last state", last)):
         candidates |= {f"{name}, site {s}": np.split(x[s], 2) for s in range(len(x))}
     if encoder is not None:
-        candidates["encoder"] = np.split(np.asarray(sentence_embedder(encoder)(texts)), 2)
+        candidates["encoder"] = np.split(np.asarray(open_embedder(run.session, encoder)(texts)), 2)
     for name, (a, b) in candidates.items():
         run.log(name=name, **evaluation.spearman(evaluation.cosine(a, b), score, resamples).as_json())
     run.record(pairs=len(both))

@@ -164,7 +164,7 @@ def test_probes_and_layers_by_accuracy():
     x = rng.normal(size=(400, 4, 5)).astype(np.float32) * [1, 100, 0.01, 1, 0] + 7
     x[:, 1, 1] += np.where(y, 400, -400)
     x[:, 2, 1] += np.where(y, 100, -100)
-    z = [x[:, s] @ w + b for s, (w, b) in enumerate(probes.probe(x[:, s], y, 1.0) for s in range(4))]
+    z = [x[:, s] @ w + b for s, (w, b) in enumerate(probes.fit_probe(x[:, s], y, 1.0) for s in range(4))]
     accuracy = np.mean((np.array(z) > 0) == y[None], axis=1)
     assert accuracy[1] == 1 and 0.75 < accuracy[2] < 0.95 and accuracy[0] < 0.65
     gate = np.array([0, 1, 1, 0], np.float32)

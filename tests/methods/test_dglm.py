@@ -228,8 +228,8 @@ def test_bad_input_is_one_sentence(small):
         dglm.fit(root, lm=lm, data=data, **TINY, attributes=dict(long=dict(words=50)))
     with pytest.raises(InputError, match="no regular expression"):
         dglm.fit(root, lm=lm, data=data, **TINY, attributes=dict(odd=dict(pattern="(")))
-    with pytest.raises(InputError, match="tokens that divide"):
-        latent_diffusion.network(7, **NET | dict(tokens=5))
+    with pytest.raises(InputError, match="choose a divisor of 28"):
+        latent_diffusion.network(7, **NET | dict(pseudo_tokens=5))
     control = dglm.init(LM, jax.random.key(0), latent=4, denoiser=NET, prompter=NET | dict(length=2))
     with pytest.raises(InputError, match="width 6, but the denoiser reads embeddings of width 4"):
         control.latent(prompts(1, {"context": jnp.zeros((1, 6))}))

@@ -52,6 +52,7 @@ class Stream:
       before: whether `own` is read before the prompt.
       copies: None, or the number N of copies, which read the same tokens in one pass of B · N rows. The control of the
         stream finds the copy's number in `prompts.cond["copy"]`, int32 [B · N]; other entries are repeated.
+      ahead: whether `peek` is called. The stream then keeps a cache even where it reads a whole text at once.
       bound: whether `params` are ready to read with; see `bind`.
     """
 
@@ -62,6 +63,7 @@ class Stream:
     own: str | None = struct.field(pytree_node=False, default=None, kw_only=True)
     before: bool = struct.field(pytree_node=False, default=False, kw_only=True)
     copies: int | None = struct.field(pytree_node=False, default=None, kw_only=True)
+    ahead: bool = struct.field(pytree_node=False, default=False, kw_only=True)
     bound: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
     def __post_init__(self):
@@ -174,12 +176,50 @@ class Stream:
             x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
             seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
         # Several positions at once are a whole text: nothing follows, so it needs no cache and layers are scanned.
-        whole = not reading.started and new > 1
+        whole = not reading.started and new > 1 and not self.ahead
         out = self.lm.apply(self.params, x, seen, None if whole else cache, self.control, state, last=last)
         z, state = edit_logits(self.control, out.logits, out.hidden, ids, mask, state)
         after = self._apart((cache if whole else out.cache, state), len(x))
         z, h = self._apart((z, out.hidden), len(x))
         return z, h, Reading(*after, None, True)
+
+    def peek(self, tokens: jax.Array, reading: Reading, back: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+        """Looks ahead from one cache: what `read` would return after each of K candidates for the next token. A
+        candidate follows what was read and none of the others, and nothing is read, so `reading` stays valid.
+
+        The candidates are computed together, each with a temporary copy of the cache.
+
+        Args:
+          tokens: int32 [B, K].
+          reading: what `read` returned.
+          back: int32 [], how many of the tokens that were read last the candidates do not follow. A control that gets
+            M positions at once looks ahead from position m with back = M − 1 − m. The control of the stream must not
+            keep a state that depends on the text then, because only the last state is known.
+
+        Returns:
+          Logits float32 [B, K, V] and final hidden states [B, K, D]; [B, N, K, …] with copies.
+
+        Raises:
+          InputError: the stream was made without `ahead`, or it has read nothing yet.
+        """
+        if not (self.ahead and reading.started):
+            raise InputError("peek needs a stream with ahead=True that has read the prompt: call read first.")
+        cache, state = self._together((reading.cache, reading.state))
+        seen = cache.length - back
+        follows = cache.mask & (jnp.arange(cache.mask.shape[1]) < seen)[None, :]
+        skipped = jnp.sum(cache.mask & ~follows, axis=1, dtype=jnp.int32)
+        cache = cache.replace(mask=follows, length=seen, offset=cache.offset - skipped)
+
+        def after(token):
+            token = token[:, None]
+            real = jnp.ones(token.shape, bool)
+            x = self.lm.embed(self.params, token)
+            out = self.lm.apply(self.params, x, real, cache, self.control, state, last=1)
+            z, _ = edit_logits(self.control, out.logits, out.hidden, token, real, state)
+            return z[:, 0], out.hidden[:, -1]
+
+        found = jax.vmap(after, in_axes=1, out_axes=1)(self._rows(tokens))
+        return self._apart(found, len(cache.mask))
 
     def _own(self, prompts: Prompts) -> jax.Array:
         """int32 [B, T'], or [B · N, T'] with copies."""

@@ -144,6 +144,70 @@ def test_everything_and_extra():
 
 
 @struct.dataclass
+class LookAhead(Control):
+    """Every token of `candidates` is preferred by the likelihood of token 1 after it."""
+
+    stream: Stream
+    candidates: tuple = struct.field(pytree_node=False, default=(0, 2, 5))
+
+    def init(self, prompts, length):
+        return self.stream.init(prompts, length)
+
+    def logits(self, z, h, tokens, mask, state):
+        _, _, state = self.stream.read(tokens, mask, z.shape[1], state)
+        tokens = jnp.broadcast_to(jnp.asarray(self.candidates, jnp.int32), (len(z), len(self.candidates)))
+        for m in range(z.shape[1]):
+            ahead = self.stream.peek(tokens, state, z.shape[1] - 1 - m)[0]
+            z = z.at[:, m, jnp.asarray(self.candidates)].add(jax.nn.log_softmax(ahead)[..., 1])
+        return z, state
+
+
+READERS = {
+    "base": dict(),
+    "delta behind vectors": dict(control=Chain((soft(1), change(2)))),
+    "own prompt": dict(own="own", before=True),
+    "copies": dict(
+        control=coded(jax.random.key(1), change(2), LM.width, 2, deviation=3.0).replace(cond="copy"), copies=2
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_looking_ahead_is_reading(case):
+    """After padded prompts, one token later, and from a position before the last one."""
+    prompts = worlds.prompts(ROWS, cond={"own": jnp.asarray([[-1, 6], [3, 3], [1, 4]])})
+    candidates, one = jnp.asarray([[0, 5], [1, 2], [6, 4]]), jnp.ones((3, 1), bool)
+
+    @jax.jit
+    def read_and_peek(stream):
+        stream = stream.bind(PARAMS, PARAMS)
+        _, _, start = stream.read(prompts.tokens, prompts.mask, 1, stream.init(prompts, 6))
+        _, _, later = stream.read(candidates[:, :1], one, 1, start)
+        text = jnp.concatenate([prompts.tokens, candidates[:, :1]], axis=1)
+        _, _, whole = stream.read(text, jnp.concatenate([prompts.mask, one], axis=1), 2, stream.init(prompts, 6))
+        peeked = [stream.peek(candidates, *at) for at in ((start,), (later,), (later, 1), (whole, 1))]
+        read = [[stream.read(candidates[:, k : k + 1], one, 1, at)[:2] for k in range(2)] for at in (start, later)]
+        return peeked, read
+
+    peeked, (after_start, after_later) = read_and_peek(Stream(lm=LM, ahead=True, **READERS[case]))
+    for (z, h), wanted in zip(peeked, (after_start, after_later, after_start, after_start)):
+        for k, (logits, states) in enumerate(wanted):
+            close(z[..., k, :], logits[..., 0, :])
+            close(h[..., k, :], states[..., 0, :])
+
+
+def test_a_control_looks_ahead_alike_while_decoding_and_scoring():
+    prompts = worlds.prompts(ROWS)
+    control = LookAhead(Stream(control=soft(1), lm=LM, ahead=True))
+    tokens, found = both_ways(control, prompts)
+    assert np.abs(found - loop.forward(LM, PARAMS, prompts, tokens)).max() > 0.1
+    row = jax.tree.map(lambda x: x[1:2], prompts)
+    close(loop.forward(LM, PARAMS, row, tokens[1:2], control), found[1:2])
+    with pytest.raises(InputError, match="peek needs a stream with ahead=True that has read the prompt"):
+        loop.forward(LM, PARAMS, prompts, tokens, LookAhead(Stream(lm=LM)))
+
+
+@struct.dataclass
 class Unembed(Control):
     """The logits that the unembedding makes of the states that `logits` is given."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ctg_jax.io import digest
-from ctg_jax.rewards.check import check_reads, checked, readable, texts_and_labels
+from ctg_jax.rewards.check import texts_and_labels
 from ctg_jax.rewards.logistic import (
+    LinearClassifier,
     check_training,
-    class_probabilities,
     fit_logistic,
     read_model,
     same_version,
@@ -21,15 +22,15 @@ from ctg_jax.rewards.logistic import (
 from ctg_jax.types import InputError
 
 
-class BagOfWords:
+class BagOfWords(LinearClassifier):
     """Probability of one class from the words (and word pairs) of a text.
 
     Attributes:
       terms: the vocabulary, in the order of the columns.
-      idf: float32 [F]; coef, intercept: float32 [C, F], [C], as in `LinearProbe`.
+      idf: float32 [F]; coef, intercept: float32 [C, F], [C].
     """
 
-    threshold = 0.5
+    kind = "bag-of-words"
 
     def __init__(
         self,
@@ -45,17 +46,18 @@ class BagOfWords:
         reads: str = "text",
         trained_on: str = "",
     ):
-        self.terms, self.ngrams = list(terms), int(ngrams)
-        self.idf = np.asarray(idf, np.float32)
-        self.coef, self.intercept = np.asarray(coef, np.float32), np.asarray(intercept, np.float32)
-        self.classes, self.target = [int(c) for c in classes], int(target)
-        self.name, self.reads, self.trained_on = name, check_reads(reads), trained_on
-        if self.target not in self.classes:
-            raise InputError(f"target is {target}; this classifier knows the labels {self.classes}")
-        weights = digest(self.terms, self.idf, self.coef, self.intercept, self.classes, self.ngrams, trained_on)
-        self.version = f"bag-of-words[{self.target}]:{reads}@{weights}"
+        super().__init__(coef, intercept, classes, name=name, target=target, reads=reads, trained_on=trained_on)
+        self.terms, self.ngrams, self.idf = list(terms), int(ngrams), np.asarray(idf, np.float32)
         self._vectorizer = _vectorizer(self.ngrams, vocabulary={t: i for i, t in enumerate(self.terms)})
         self._vectorizer.idf_ = self.idf.astype(np.float64)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        parts = (self.terms, self.idf, self.coef, self.intercept, self.classes, self.ngrams, self.trained_on)
+        return digest(*parts)
+
+    def features(self, texts: Sequence[str]):
+        return self._vectorizer.transform(texts)
 
     @classmethod
     def fit(
@@ -99,45 +101,9 @@ class BagOfWords:
             trained_on=digest(texts, labels.tolist()),
         )
 
-    def of_class(self, target: int, *, name: str | None = None) -> BagOfWords:
-        """The same classifier as the probability of another label."""
-        return BagOfWords(
-            self.terms,
-            self.idf,
-            self.coef,
-            self.intercept,
-            self.classes,
-            ngrams=self.ngrams,
-            name=name or self.name,
-            target=target,
-            reads=self.reads,
-            trained_on=self.trained_on,
-        )
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, number of classes], columns in the order of `classes`."""
-        x = self._vectorizer.transform(list(texts))
-        return class_probabilities(x @ self.coef.T + self.intercept[None])
-
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        rows = readable(self.name, prompts, texts, self.reads)
-        if not rows:
-            return np.zeros((0,), np.float32)
-        return checked(self.name, self.probabilities(rows)[:, self.classes.index(self.target)], len(texts))
-
     def save(self, directory: str | Path) -> None:
         """Writes probe.npz (weights) and probe.json (vocabulary and settings)."""
-        meta = {
-            "kind": "bag-of-words",
-            "name": self.name,
-            "classes": self.classes,
-            "target": self.target,
-            "reads": self.reads,
-            "ngrams": self.ngrams,
-            "trained_on": self.trained_on,
-            "terms": self.terms,
-            "version": self.version,
-        }
+        meta = self._meta() | {"ngrams": self.ngrams, "terms": self.terms}
         write_model(directory, meta, coef=self.coef, intercept=self.intercept, idf=self.idf)
 
     @classmethod

@@ -1,19 +1,94 @@
-"""Logistic regression, as the linear rewards fit it, and the files in which it is kept: arrays, never pickles."""
+"""Logistic regression: fitting, the reward that reads it, and the files that hold it, which are arrays and JSON."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ctg_jax.data.labels import known
 from ctg_jax.io import atomic, read_json, write_json
+from ctg_jax.rewards.check import check_reads, checked, readable
 from ctg_jax.types import InputError
 
 
+class LinearClassifier:
+    """The probability of one class under a binary or multinomial logistic regression; what its features are, a
+    subclass decides.
+
+    Attributes:
+      kind: the first part of the version and the kind of its files.
+      coef, intercept: float32 [C, D], [C]; C = 1 for two classes (scores of the second against the first).
+      classes: labels in the order of the columns.
+      target: the label whose probability is the reward.
+      reads: "text" for the continuation, "both" for prompt and continuation.
+      trained_on: digest of the texts and labels that it was fitted on.
+    """
+
+    kind = "linear"
+    threshold = 0.5
+
+    def __init__(
+        self,
+        coef: np.ndarray,
+        intercept: np.ndarray,
+        classes: Sequence[int],
+        *,
+        name: str,
+        target: int,
+        reads: str,
+        trained_on: str,
+    ):
+        self.name, self.reads, self.trained_on = name, check_reads(reads), trained_on
+        self.coef, self.intercept = np.asarray(coef, np.float32), np.asarray(intercept, np.float32)
+        self.classes, self.target = [int(c) for c in classes], self._known(target, classes)
+
+    def _known(self, target: int, classes: Sequence[int]) -> int:
+        if int(target) not in map(int, classes):
+            raise InputError(f"target is {target}; this {self.kind} knows the labels {list(map(int, classes))}")
+        return int(target)
+
+    @property
+    def version(self) -> str:
+        """Names the weights, the class and what is read."""
+        return f"{self.kind}[{self.target}]:{self.reads}@{self.weights}"
+
+    @property
+    def weights(self) -> str:
+        """A digest of everything that the probabilities depend on."""
+        raise NotImplementedError
+
+    def features(self, texts: Sequence[str]):
+        """The features of texts, [n, D]."""
+        raise NotImplementedError
+
+    def of_class(self, target: int, *, name: str | None = None):
+        """The same classifier as the probability of another label."""
+        other = copy.copy(self)
+        other.target, other.name = self._known(target, self.classes), name or self.name
+        return other
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, number of classes], columns in the order of `classes`."""
+        return class_probabilities(self.features(list(texts)) @ self.coef.T + self.intercept[None])
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        rows = readable(self.name, prompts, texts, self.reads)
+        if not rows:
+            return np.zeros((0,), np.float32)
+        return checked(self.name, self.probabilities(rows)[:, self.classes.index(self.target)], len(texts))
+
+    def _meta(self) -> dict[str, Any]:
+        """What probe.json holds of every linear classifier."""
+        names = ("kind", "name", "classes", "target", "reads", "trained_on", "version")
+        return {name: getattr(self, name) for name in names}
+
+
 def check_training(texts: Sequence[str], labels: Sequence[int | None], name: str) -> tuple[list[str], np.ndarray]:
-    """The texts that have a label, and their labels as int64 [n]; `InputError` where there is nothing to learn from.
+    """The texts that have a label, and their labels as int64 [n]; `InputError` where fewer than two labels occur.
 
     name: of what is fitted, for messages.
     """
@@ -72,7 +147,7 @@ def same_version(model, meta: dict, directory):
     """The model itself if its digest is the saved one, else an `InputError`."""
     if model.version != meta["version"]:
         raise InputError(
-            f"the weights in {directory} have version {model.version!r}, but probe.json says {meta['version']!r}; "
+            f"the weights in {directory} have version {model.version!r}, but probe.json records {meta['version']!r}; "
             "the files do not belong together or are damaged: save the probe again"
         )
     return model

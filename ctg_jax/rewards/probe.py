@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ctg_jax.io import digest
-from ctg_jax.rewards.check import check_reads, checked, readable, texts_and_labels
+from ctg_jax.rewards.check import texts_and_labels
 from ctg_jax.rewards.logistic import (
+    LinearClassifier,
     check_training,
-    class_probabilities,
     fit_logistic,
     read_model,
     same_version,
@@ -23,17 +24,14 @@ from ctg_jax.types import InputError
 EmbedFn = Callable[[Sequence[str]], np.ndarray]  # n texts -> float [n, D]
 
 
-class LinearProbe:
+class LinearProbe(LinearClassifier):
     """Probability of one class under a multinomial (or binary) logistic regression on embeddings.
 
     Attributes:
       embed: n texts -> float [n, D]; its `.version`, if it has one, is part of the probe's version.
-      coef, intercept: float32 [C, D], [C]; C = 1 for two classes (scores of the second against the first).
-      classes: labels in the order of the columns.
-      target: the label whose probability is the reward.
     """
 
-    threshold = 0.5
+    kind = "linear-probe"
 
     def __init__(
         self,
@@ -47,14 +45,20 @@ class LinearProbe:
         reads: str = "text",
         trained_on: str = "",
     ):
-        self.embed, self.name, self.reads, self.trained_on = embed, name, check_reads(reads), trained_on
-        self.coef, self.intercept = np.asarray(coef, np.float32), np.asarray(intercept, np.float32)
-        self.classes, self.target = [int(c) for c in classes], int(target)
-        if self.target not in self.classes:
-            raise InputError(f"target is {target}; this probe knows the labels {self.classes}")
-        self.embedder = getattr(embed, "version", "unnamed")
-        weights = digest(self.coef, self.intercept, self.classes, self.embedder, trained_on)
-        self.version = f"linear-probe[{self.target}]:{reads}@{weights}"
+        super().__init__(coef, intercept, classes, name=name, target=target, reads=reads, trained_on=trained_on)
+        self.embed, self.embedder = embed, getattr(embed, "version", "unnamed")
+
+    @functools.cached_property
+    def weights(self) -> str:
+        return digest(self.coef, self.intercept, self.classes, self.embedder, self.trained_on)
+
+    def features(self, texts: Sequence[str]) -> np.ndarray:
+        x = _embedding(self.embed(texts), len(texts))
+        if x.shape[1] != self.coef.shape[1]:
+            raise InputError(
+                f"embed gave vectors of width {x.shape[1]}; this probe was fitted on width {self.coef.shape[1]}"
+            )
+        return x
 
     @classmethod
     def fit(
@@ -81,47 +85,9 @@ class LinearProbe:
         trained_on = digest(texts, labels.tolist())
         return cls(embed, coef, intercept, classes, name=name, target=target, reads=reads, trained_on=trained_on)
 
-    def of_class(self, target: int, *, name: str | None = None) -> LinearProbe:
-        """The same probe as the probability of another label."""
-        return LinearProbe(
-            self.embed,
-            self.coef,
-            self.intercept,
-            self.classes,
-            name=name or self.name,
-            target=target,
-            reads=self.reads,
-            trained_on=self.trained_on,
-        )
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, number of classes], columns in the order of `classes`."""
-        x = _embedding(self.embed(list(texts)), len(texts))
-        if x.shape[1] != self.coef.shape[1]:
-            raise InputError(
-                f"embed gave vectors of width {x.shape[1]}; this probe was fitted on width {self.coef.shape[1]}"
-            )
-        return class_probabilities(x @ self.coef.T + self.intercept[None])
-
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        rows = readable(self.name, prompts, texts, self.reads)
-        if not rows:
-            return np.zeros((0,), np.float32)
-        return checked(self.name, self.probabilities(rows)[:, self.classes.index(self.target)], len(texts))
-
     def save(self, directory: str | Path) -> None:
         """Writes probe.npz (weights) and probe.json (everything else); the embedder itself is not copied."""
-        meta = {
-            "kind": "linear-probe",
-            "name": self.name,
-            "classes": self.classes,
-            "target": self.target,
-            "reads": self.reads,
-            "trained_on": self.trained_on,
-            "embedder": self.embedder,
-            "version": self.version,
-        }
-        write_model(directory, meta, coef=self.coef, intercept=self.intercept)
+        write_model(directory, self._meta() | {"embedder": self.embedder}, coef=self.coef, intercept=self.intercept)
 
     @classmethod
     def load(cls, directory: str | Path, embed: EmbedFn) -> LinearProbe:

@@ -151,7 +151,7 @@ def read_jsonl(path: Path, check: Callable[[dict[str, Any]], str | None] = lambd
     """Rows of a JSONL file, plain or packed as `.gz` or `.xz`.
 
     Args:
-      check: says what is wrong with a row, or None.
+      check: returns what is wrong with a row, or None.
 
     Raises:
       InputError: naming the file, and the line that is not a JSON object or that `check` rejects.

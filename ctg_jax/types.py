@@ -20,7 +20,7 @@ PyTree = Any
 
 
 class InputError(ValueError):
-    """Bad input, said in one sentence: which argument, what was found, what was expected, what to do.
+    """Bad input, described in one sentence: which argument, what was found, what was expected, what to do.
 
     Experiment scripts print the sentence and exit with code 2; nothing else is caught.
     """
@@ -44,7 +44,7 @@ def optional(module: str, extra: str) -> ModuleType:
 
 @struct.dataclass
 class Prompts:
-    """A batch of prompts, right-aligned: padding is on the left, so one scalar says where to write next.
+    """A batch of prompts, right-aligned: padding is on the left, so one scalar gives the next slot to write.
 
     Attributes:
       tokens: int32 [B, T].

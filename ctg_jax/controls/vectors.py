@@ -18,7 +18,7 @@ class SoftPrompt(Control):
     Attributes:
       vectors: float32 [P, D]; or [C, P, D], of which each row takes the one that `prompts.cond[choice]` names.
       choice: None, or the name of an int [B] entry of `prompts.cond`.
-      after: whether they stand after the prompt.
+      after: whether they follow the prompt.
     """
 
     vectors: jax.Array

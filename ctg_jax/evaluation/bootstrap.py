@@ -1,8 +1,8 @@
 """A figure and its bootstrap interval over prompts.
 
-All samples of one prompt are kept or left together (a cluster bootstrap; Davison and Hinkley 1997, section 3.8), since
-they are not independent. The same seed and the same prompts give the same resamples, so two methods that are measured
-on the same prompts are compared on the same draws.
+All samples of one prompt are drawn or left out together (a cluster bootstrap; Davison and Hinkley 1997, section 3.8),
+since they are not independent. The same seed and the same prompts give the same resamples, so two methods that are
+measured on the same prompts are compared on the same draws.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ctg_jax.types import InputError
 @dataclasses.dataclass(frozen=True)
 class Figure:
     """A value with an interval [low, high] and the number n of prompts behind it. The interval is NaN where there is
-    only one prompt, since nothing is then known about other prompts."""
+    only one prompt, which gives no information about other prompts."""
 
     value: float
     low: float

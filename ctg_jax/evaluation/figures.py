@@ -1,4 +1,4 @@
-"""The figures of scored samples: the field's protocol, and `summary`, which applies it."""
+"""The figures of scored samples: the protocol that is usual in the field, and `summary`, which applies it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ctg_jax.evaluation.similarity import mauve
 class Protocol:
     """How samples are drawn and summarised.
 
-    The defaults are the field's (Gehman et al. 2020, Liu et al. 2021, Lu et al. 2022): 25 samples of 20 tokens for each
-    prompt with top-p 0.9; the maximum over the samples of a prompt, averaged over prompts; the share of prompts with a
-    sample at or above the threshold; and the mean perplexity of the samples, without those above 1e4.
+    The defaults are those usual in the field (Gehman et al. 2020, Liu et al. 2021, Lu et al. 2022): 25 samples of 20
+    tokens for each prompt with top-p 0.9; the maximum over the samples of a prompt, averaged over prompts; the share of
+    prompts with a sample at or above the threshold; and the mean perplexity of the samples, without those above 1e4.
     """
 
     samples: int = 25
@@ -94,7 +94,7 @@ def _surface(boot: Bootstrap, texts: list[str], protocol: Protocol) -> dict[str,
     figures["self_bleu"] = boot.mean_of_prompts(lambda rows: text.self_bleu(chosen(rows)))
     figures["uniq"] = boot.statistic(lambda rows: text.unique_words(chosen(rows)))
     figures["length"] = boot.mean([len(t.split()) for t in texts])
-    # self-BLEU needs two samples of a prompt, rep-n needs n words: a metric that is nowhere defined is left out.
+    # Self-BLEU needs two samples of a prompt and rep-n needs n words; a metric without any defined value is left out.
     return {name: f for name, f in figures.items() if f.n}
 
 

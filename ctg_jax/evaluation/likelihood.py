@@ -34,8 +34,8 @@ def log_probabilities(
     """The log-probability of each completion after its prompt under a control, float64 [n].
 
     Rows of similar length share a batch, and batches have few shapes. Ids that are no token of the tokenizer have no
-    probability, as in sampling. A control that draws random numbers draws them for the number of the row, whatever
-    batch the row is in.
+    probability, as in sampling. A control that draws random numbers draws them by the number of the row, so
+    they do not depend on the batch.
 
     Args:
       heads: n prompts as token ids, none of them empty. tails: n completions; an empty one has log-probability 0.
@@ -130,7 +130,7 @@ class LMScorer:
         if len(tail) + 1 > most:
             raise InputError(f"text {i} has {len(tail)} tokens; {self.name} reads at most {most - 1} after a prompt")
         over = len(head) + len(tail) - most
-        if over > 0:  # the beginning of the prompt goes, but a model that expects BOS still reads it first
+        if over > 0:  # the beginning of the prompt is dropped, but a model that expects BOS still reads it first
             kept = self.tokenizer.begun([])
             head = kept + head[over + len(kept) :] if len(tail) + len(kept) < most else head[over:]
         return head, tail

@@ -62,7 +62,7 @@ def score(
     fluency: LMScorer | None = None,
     embed: Callable[[list[str]], np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """The samples with what the scorers say of each: "scores" (name of a reward -> float); "nats" (minus the
+    """The samples with the results of the scorers: "scores" (name of a reward -> float); "nats" (minus the
     log-probability) and "read" (number of tokens) under `fluency`; "similarity" to the "source", where there is one;
     and "relevance" to the prompt, NaN where it is not defined.
 

@@ -11,7 +11,7 @@ import numpy as np
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.types import InputError, optional
 
-ENOUGH_FOR_MAUVE = 50  # texts on either side; below, a histogram of n / 10 cells says nothing
+ENOUGH_FOR_MAUVE = 50  # texts on either side; with fewer, a histogram of n / 10 bins is meaningless
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def mauve(
 ) -> Figure | None:
     """MAUVE (Pillutla et al. 2021) between generated and human texts, by the mauve-text library on given features.
 
-    The library quantises anew for every draw, which is slow, so there are few draws and the interval is value ± z
+    The library quantises again for every draw, which is slow, so there are few draws and the interval is value ± z
     standard deviations. The value depends on the features: compare it only under one encoder.
 
     Args:

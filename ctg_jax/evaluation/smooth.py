@@ -33,11 +33,11 @@ def smooth_control(
 ) -> dict[str, Figure]:
     """The figures of `MEANING` for one attribute, each with its interval over prompts.
 
-    After Zhou et al. 2024 ("Evaluating the Smooth Control of Attribute Intensity in Text Generation with LLMs"), whose
-    intensities are Elo ratings by GPT-4 and here the scores of a local judge. Their control values are the integers
-    that a prompt names, so intensity can be compared with them as they are; a strength has no unit that it shares with
-    a score, so calibration is the distance to the best line, and the strengths count as they are, not by rank. A method
-    that runs against its strength has a negative range and monotonicity, and is as well calibrated.
+    The figures follow Zhou et al. 2024 ("Evaluating the Smooth Control of Attribute Intensity in Text Generation with
+    LLMs"), with the scores of a local judge in place of Elo ratings by GPT-4. Their control values are integers in the
+    prompt, with which an intensity can be compared directly. A strength and a score have no common unit, so
+    calibration here is the distance to the best line, over the strengths themselves and not their ranks. A method whose
+    score falls with the strength has a negative range and monotonicity; its calibration is unaffected.
 
     Args:
       strengths, prompt_ids, scores: one of each for every sample; all prompts at all strengths. A figure that is not
@@ -90,12 +90,12 @@ def _cells(at, prompt, y, levels, names):
     means = np.bincount(cell, y) / count
     squares = np.bincount(cell, (y - means[cell]) ** 2)
     spread = np.sqrt(squares / np.maximum(count - 1, 1))
-    # Equal means are ties, whatever the order their samples were added in.
+    # Equal means are ties, regardless of the order in which their samples were added.
     return np.round(means, 9).reshape(shape), spread.reshape(shape), int(count.min())
 
 
 def _distance_to_line(levels: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """Mean over strengths of |curve - least-squares line|, over the height of the curve [..., K]; NaN where flat."""
+    """Mean over strengths of |curve - least-squares line|, over the height of the curve [..., K]; NaN if flat."""
     design = np.stack([np.ones_like(levels), (levels - levels.mean()) / np.ptp(levels)], axis=1)
     onto = design @ np.linalg.pinv(design)
     height = np.ptp(curve, axis=-1)

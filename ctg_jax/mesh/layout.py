@@ -32,7 +32,7 @@ PRECISIONS = ("default", "high", "highest")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a run asks for.
+    """The devices, memory savings and matrix precision that a run asks for.
 
     Attributes:
       data, tensor: sizes of the mesh axes; data -1 takes the devices that are left. tensor splits every matrix of the
@@ -42,7 +42,7 @@ class Layout:
       mesh: whether devices were asked for at all.
       precision: of float32 products on accelerators, as `jax.default_matmul_precision` names it: "high" (TensorFloat-32
         on GPUs, three passes in bfloat16 on TPUs), "highest" (float32) or "default" (what is fastest). None: "high",
-        unless the configuration of JAX has a choice already. A CPU computes in float32 whatever it is.
+        unless the configuration of JAX has a choice already. A CPU always computes in float32.
       mode: how train steps are compiled: "jit", or "pmap", one program per device with the state replicated.
     """
 
@@ -114,7 +114,7 @@ def read(text: str | None, remat: bool = False, mode: str = "jit", precision: st
 
 @contextlib.contextmanager
 def laid_out(layout: Layout) -> Iterator[None]:
-    """Runs what is inside the `with` block in a layout, its products in the precision of that."""
+    """Runs the body of the `with` block in a layout and with its matrix precision."""
     token = _current.set(layout)
     try:
         with _products(layout.precision):

@@ -1,4 +1,4 @@
-"""`Plan`: where arrays lie and how a train step is compiled, as data: a mode, mesh axes and sharding rules.
+"""`Plan`: where arrays are placed and how a train step is compiled, as data: a mode, mesh axes and sharding rules.
 
 The same step, state and checkpoint serve every plan. `jit` partitions one program over a mesh (data parallel, FSDP,
 tensor parallel, or several at once, by the rules); `pmap` runs one program per device with the state replicated.
@@ -87,8 +87,8 @@ class Plan:
         return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[: self.size])
 
     def specs(self, values: PyTree) -> PyTree:
-        """PartitionSpec of every leaf (arrays or `ShapeDtypeStruct`s): controls say how theirs are split
-        (`Control.layout`), rules say it of all others.
+        """PartitionSpec of every leaf (arrays or `ShapeDtypeStruct`s): controls declare how their leaves are
+        split (`Control.layout`), and the rules decide for all others.
 
         Raises:
           InputError: no rule matches a leaf outside controls; the message names it.
@@ -208,11 +208,12 @@ class Plan:
         return [spec for pattern, spec in self.rules if re.fullmatch(f"(.*/)?({pattern})", path)][:1]
 
     def _whole(self, x: Any) -> bool:
-        """Whether a leaf is replicated whatever the rules: scalars, random keys, and everything under `pmap`."""
+        """Whether a leaf is replicated regardless of the rules: scalars, random keys, and everything under `pmap`."""
         return self.mode == "pmap" or not np.shape(x) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
     def _fitted(self, spec: PartitionSpec, x: Any) -> PartitionSpec:
-        """The spec of the last dimensions as one of all, without axes that the mesh lacks or that do not divide."""
+        """The spec of the last dimensions extended to all dimensions, without axes that the mesh lacks or that do not
+        divide."""
         if self._whole(x):
             return P()
         shape = np.shape(x)

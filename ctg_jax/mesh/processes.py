@@ -64,7 +64,7 @@ def once(act: Callable[[], Any]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise InputError("the first process stopped: its log says why")
+        raise InputError("the first process stopped with an error: see its log")
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def real(path: Path) -> Path:
-    """Where the first process has what this one has at `path`, which may be in a copy that `aside` made."""
+    """The path in the first process of what this one has at `path`, which may be inside a copy that `aside` made."""
     if first():
         return path
     for copy in (path, *path.parents):
@@ -154,7 +154,7 @@ def everywhere(values: PyTree, shardings: PyTree) -> PyTree:
 
 
 def local(values: PyTree) -> PyTree:
-    """Arrays on this process's own device, whole, from arrays that lie on the devices of all processes."""
+    """Whole arrays on this process's own device, from arrays that are spread over the devices of all processes."""
     if count() == 1:
         return values
 

@@ -30,8 +30,8 @@ ENCODER: Rules = (
     *DECODER,
 )
 
-# What is trained and is neither a language model nor a control (controls say how their leaves are split): networks of
-# diffusion, of which the kernels are worth splitting for the optimizer's states, value heads and linear classifiers.
+# What is trained and is neither a language model nor a control (controls declare how their leaves are split): networks
+# of diffusion, whose kernels are split to save memory for the optimizer's states, value heads and linear classifiers.
 NETWORKS: Rules = (
     (r"(value|params|mu|nu)/(kernel|bias)", P()),
     (r"(score|prompter|net|guide|denoiser|in|out)/(.*/)?kernel", P("data", None)),

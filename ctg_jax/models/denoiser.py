@@ -1,4 +1,4 @@
-"""The network of continuous diffusion: a transformer that is told how noisy its input is.
+"""The network of continuous diffusion: a transformer that is conditioned on the noise level of its input.
 
 Source: the score network of Lovelace et al. 2024 (DGLM): pre-norm with RMSNorm, normalised queries and keys, SwiGLU, a
 scale and a shift by time around attention and MLP, zero at first (Peebles and Xie 2023), and skips from the first
@@ -52,7 +52,7 @@ class Trunk:
 
 
 class Denoiser(nn.Module):
-    """[B, T, D] and γ [B] -> [B, T, D]; `allowed` bool [B, T, T] says who may attend to whom (None: all)."""
+    """[B, T, D] and γ [B] -> [B, T, D]; `allowed` bool [B, T, T] is the attention mask (None: all positions)."""
 
     trunk: Trunk
 

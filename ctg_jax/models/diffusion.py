@@ -3,7 +3,7 @@ log-SNR to train on.
 
 A noisy latent is z = α x + σ ε with α² = sigmoid(γ), σ² = sigmoid(-γ), where γ is the log of the signal-to-noise ratio
 (Kingma et al. 2021, "Variational diffusion models"). Time runs from 0 (clean) to 1 (noise) and only names points of a
-schedule; networks and samplers speak of γ. `ctg_jax.models.samplers` draws from such models.
+schedule; networks and samplers take γ. `ctg_jax.models.samplers` draws from such models.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def noised(x: jax.Array, gamma: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def target(kind: str, x: jax.Array, gamma: jax.Array, noise: jax.Array) -> jax.Array:
-    """What a network that predicts `kind` should say: x, ε, or v = α ε - σ x (Salimans and Ho 2022)."""
+    """The target of a network that predicts `kind`: x, ε, or v = α ε - σ x (Salimans and Ho 2022)."""
     alpha, sigma = alpha_sigma(gamma)
     values = {"x0": lambda: x, "eps": lambda: noise, "v": lambda: rows(alpha, x) * noise - rows(sigma, x) * x}
     return values[_known(kind)]()
 
 
 def clean(kind: str, prediction: jax.Array, z: jax.Array, gamma: jax.Array) -> jax.Array:
-    """The estimate of x [B, …] that a prediction at z [B, …] and γ [B] stands for."""
+    """The estimate of x [B, …] that a prediction at z [B, …] and γ [B] implies."""
     alpha, sigma = (rows(a, z) for a in alpha_sigma(gamma))
     values = {
         "x0": lambda: prediction,
@@ -113,7 +113,7 @@ def weight(kind: str, gamma: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class LogSnrSampler:
-    """Draws the γ of training examples where the loss is large, and says by how much to discount them.
+    """Draws the γ of training examples where the loss is large, and gives the weights that correct for it.
 
     γ is uniform within each of n bins of [-`GAMMA`, `GAMMA`]; a bin is drawn in proportion to its loss, mixed with a
     tenth of the uniform distribution (importance sampling as in Kingma and Gao 2023, appendix F). With all bins equal

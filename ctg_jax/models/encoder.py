@@ -93,7 +93,7 @@ class Encoder:
 
     @property
     def bias_mlp(self) -> bool:
-        """What the decoder's `Mlp`, used here too, asks its configuration."""
+        """The name under which the shared `Mlp` reads whether its layers have biases."""
         return self.bias
 
     @property
@@ -108,8 +108,8 @@ class Encoder:
     def apply(self, params: Params, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, T, D] of tokens int [B, T] with mask bool [B, T] and token types int [B, T] (or all 0).
 
-        Padding may stand on either side: positions count real tokens only, so a row does not depend on it. States
-        of masked tokens mean nothing.
+        Padding may be on either side: positions count real tokens only, so a row does not depend on it. The states of
+        masked tokens have no meaning.
 
         Raises:
           InputError: T is longer than the position table.

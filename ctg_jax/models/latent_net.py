@@ -24,7 +24,7 @@ class LatentNet:
 
     Attributes:
       latent, out: Z, and the width of the output.
-      context: C, or 0. `null` [C] is learned and stands for no context (classifier-free guidance).
+      context: C, or 0. `null` [C] is learned and represents a missing context (classifier-free guidance).
       prompt: 0, or the number of soft tokens to write.
     """
 

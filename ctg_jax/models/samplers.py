@@ -28,14 +28,14 @@ def guided(estimate: Estimate, energy: Energy, scale: jax.Array | float, *, thro
 
     The score at z gains -scale · ∇_z energy(x̂(z)), which is x̂ - scale · (σ² / α) ∇_z energy (Dhariwal and Nichol 2021,
     with the classifier read at the clean estimate). It is exact where log E[exp(-energy(x)) | z] is that of the
-    estimate up to a constant: for a Gaussian x and a linear energy. Where all scales are 0 it is the estimate to the
-    bit, and no gradient is computed.
+    estimate up to a constant: for a Gaussian x and a linear energy. Where all scales are 0 the result is
+    bitwise the estimate, and no gradient is computed.
 
     Args:
       scale: float [] or [B].
-      through: whether the gradient runs through the model. Without, the model's Jacobian is taken for that of a
-        standard normal latent, α: the estimate moves by -scale · σ² ∇_x̂ energy(x̂), which is exact for such latents,
-        costs no backward pass, and does not blow up what the model gets wrong where α is small.
+      through: whether the gradient runs through the model. If not, the Jacobian of the model is approximated by α, that
+        of a standard normal latent: the estimate moves by -scale · σ² ∇_x̂ energy(x̂), which is exact for such latents,
+        needs no backward pass, and does not amplify the errors of the model where α is small.
     """
     scale = jnp.asarray(scale, jnp.float32)
 
@@ -56,8 +56,8 @@ def guided(estimate: Estimate, energy: Energy, scale: jax.Array | float, *, thro
 
 
 def classifier_free(conditioned: Estimate, unconditioned: Estimate, weight: jax.Array | float) -> Estimate:
-    """weight · conditioned + (1 - weight) · unconditioned (Ho and Salimans 2022); where all weights are 1 the first to
-    the bit, alone."""
+    """weight · conditioned + (1 - weight) · unconditioned (Ho and Salimans 2022); where all weights are 1
+    only the first is computed, and returned bitwise."""
     weight = jnp.asarray(weight, jnp.float32)
 
     def mixed(z, gamma):
@@ -118,7 +118,7 @@ def sample(
 
     Args:
       estimate: the model, guided or not.
-      schedule: where the steps stand, evenly in time.
+      schedule: the log-SNR of the steps, which are evenly spaced in time.
       steps: calls of `estimate`.
       sampler: "ddpm", ancestral (Ho et al. 2020); "ddim", deterministic given the first noise (Song et al. 2021); or
         "dpm++", DPM-Solver++ (2M), of second order and deterministic too (Lu et al. 2022).
@@ -138,7 +138,7 @@ def sample(
     z = noise(rng.at_step(keys, 0), shape)
 
     def at(z, gamma):
-        # Apart from what surrounds it, so that the same estimate is compiled to the same bits with a guide and without.
+        # Barriers isolate the estimate, so that it compiles to the same bits with and without a guide.
         z, gamma = jax.lax.optimization_barrier((z, jnp.full((batch,), gamma)))
         return jax.lax.optimization_barrier(estimate(z, gamma))
 

@@ -1,6 +1,6 @@
 """Sampling from masked diffusion: in which order the tokens of a row are written, and the writing itself.
 
-`ctg_jax.models.masked` has the distribution that is sampled and says what a denoiser is.
+`ctg_jax.models.masked` defines denoisers and the distribution that is sampled here.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ FIRST = 1 / 200  # times below this are the first step, whose target is the vect
 class VectorDenoiser:
     """Noisy vectors [B, T, d] at γ [B] -> `out` numbers for each of them, float32 [B, T, out].
 
-    The same network says which words the vectors are of (out = V) and classifies noisy texts (the mean over T).
+    The same architecture predicts the words of the vectors (out = V) and classifies noisy texts (the mean over T).
 
     Attributes:
       dim: d. trunk: the transformer; its `positions` is the longest T.
@@ -42,7 +42,7 @@ class VectorDenoiser:
         return _VectorNetwork(self).init(key, z, jnp.zeros(1), jnp.zeros((1, 1), bool))["params"]
 
     def apply(self, params: Params, z: jax.Array, gamma: jax.Array, given: jax.Array | None = None) -> jax.Array:
-        """given: bool [B, T], where z is clean; None: nowhere."""
+        """See the class. given: bool [B, T], the positions where z is clean; None: all are noisy."""
         given = jnp.zeros(z.shape[:2], bool) if given is None else given
         return _VectorNetwork(self).apply({"params": params}, z, gamma, given)
 
@@ -69,7 +69,8 @@ def vectors(raw: jax.Array) -> jax.Array:
 
 
 def words(table: jax.Array, z: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
-    """log p(word | z) float32 [B, T, V] of vectors z [B, T, d], all words of the table [V, d] being as likely before.
+    """log p(word | z) float32 [B, T, V] of vectors z [B, T, d], with a uniform prior over the words of the table
+    [V, d].
 
     It is the posterior of w where z = α EMB(w) + σ ε, for γ [B]; without γ, for α = σ = 1: the rounding distribution
     softmax(z · EMB(w)) of Li et al. 2022 where the vectors have one norm.
@@ -81,8 +82,8 @@ def words(table: jax.Array, z: jax.Array, gamma: jax.Array | None = None) -> jax
 
 
 def nearest(table: jax.Array, x: jax.Array, banned: jax.Array | None = None) -> jax.Array:
-    """int32 [B, T]: the word whose vector is nearest to each x [B, T, d], without those that are banned, bool [V]; of
-    equally near ones the first."""
+    """int32 [B, T]: the word whose vector is nearest to each x [B, T, d], without those that are banned, bool [V];
+    the first one of a tie."""
     half = 0.5 * jnp.sum(table * table, axis=-1)[None, None]
     near = jnp.einsum("btd,vd->btv", x, table) - half
     near = near if banned is None else remove(near, banned[None, None])
@@ -90,7 +91,7 @@ def nearest(table: jax.Array, x: jax.Array, banned: jax.Array | None = None) -> 
 
 
 def errors(net: VectorDenoiser, params: Params, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
-    """What the losses are made of, at one random time for each row: (bool [B, S], which tokens were not given; and
+    """The terms of the losses, at one random time for each row: (bool [B, S], which tokens were not given; and
     float32 [B, S] each |x0 - f(z_t)|² / d, -log p(w | x0) and -log p(w | z_t)).
 
     x0 ~ N(EMB(w), σ0²) and t is uniform; in the first step the error is that of EMB(w) (Li et al. 2022, section 4.2).

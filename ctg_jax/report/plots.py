@@ -9,8 +9,8 @@ from typing import Any
 
 from ctg_jax.report.rows import Line
 
-# Colours of Okabe and Ito (2008), told apart by readers with any colour vision, without yellow and black; on a dark
-# ground the same hues, lighter.
+# Colours of Okabe and Ito (2008), which readers with any colour vision can distinguish, without yellow and black; on a
+# dark background the same hues, lighter.
 _COLOURS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7A5195"),
     "dark": ("#5AB4E6", "#FF8A4C", "#3CCB9F", "#E79BC7", "#E6B84C", "#9AD1F5", "#B79AD6"),

@@ -47,7 +47,7 @@ class Line:
 
 def row(figures: Artifact | Path | str, samples: Artifact | Path | str | None = None, **columns: Any) -> dict[str, Any]:
     """A row from an evaluation artifact, whose metrics.jsonl holds one figure a line (name, value, low, high, n), and
-    from a samples artifact; `columns` are method, strength, seed and whatever else tells rows apart.
+    from a samples artifact; `columns` are method, strength, seed and anything else that distinguishes rows.
 
     Raises:
       InputError: an artifact that is missing or damaged, or that holds no figure.
@@ -65,7 +65,7 @@ def row(figures: Artifact | Path | str, samples: Artifact | Path | str | None = 
 def collect(root: Path | str, function: str = "evaluate") -> list[dict[str, Any]]:
     """A row for every finished evaluation below `root`, with the settings of all stages behind it as columns.
 
-    Columns are named by the way through the inputs, e.g. `samples.controls.0.layer`. The method and the strength are
+    Columns are named by their path through the inputs, e.g. `samples.controls.0.layer`. The method and the strength are
     those of the controls that made the samples; the seed joins those of sampling and fitting.
     """
     known = {p.parent.name.rpartition("-")[2]: p.parent for p in sorted(Path(root).glob("*/DONE"))}
@@ -99,7 +99,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The lines of the table in the order of the rows, seeds put together, columns that never vary left out.
 
     Raises:
-      InputError: no rows, a row without method or figures, two rows that nothing tells apart.
+      InputError: no rows, a row without method or figures, two rows that nothing distinguishes.
     """
     if not rows:
         raise InputError("rows are empty; a report needs at least one row with a method and its figures")
@@ -117,7 +117,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
         if len(set(seeds)) < len(seeds):
             raise InputError(
                 f"{len(members)} rows of method {members[0]['method']!r} agree in strength, seed and every column; "
-                "give each its own seed or a column that tells them apart"
+                "give each its own seed or a column that distinguishes them"
             )
         first = members[0]
         strength = None if first.get("strength") is None else float(first["strength"])
@@ -141,8 +141,8 @@ def _estimates(members: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
 
 
 def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns with two values, where "has none" counts as a value only among rows of one method: the base has no
-    learning rate, and that tells nothing."""
+    """Columns with at least two values. A missing value counts only among rows of one method, because it is no
+    difference in settings that the base has no learning rate."""
     names = dict.fromkeys(c for r in rows for c in r if c not in RESERVED)
     methods = {r["method"] for r in rows}
 

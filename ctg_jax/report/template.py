@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no other, readable on a light and on a dark ground."""
+"""The page of a report: one HTML file that needs no other, readable on a light and on a dark background."""
 
 PAGE = """<!doctype html>
 <html lang="en">

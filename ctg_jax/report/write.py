@@ -58,14 +58,14 @@ def write(
         "seed", "samples" (records with prompt, text, prompt_id), and any other columns (direction, prompt set,
         layer …). Columns that never vary are left out; rows that differ in the seed alone become one line.
       scorers: name -> version of every reward. perplexity: its LM and convention, e.g. f"gpt2@…: {Perplexity()}".
-      about: anything else the reader should know: commit, configuration, seed, data.
+      about: anything else that the reader should know: commit, configuration, seed, data.
       attributes: figures of the horizontal axis of a frontier each; every "<reward>/share" by default.
       smooth: rows of another table, of one line for each method over all its strengths, with the figures of
         `ctg_jax.evaluation.smooth_control` under "<reward>/<figure>".
       prompts, texts: how many prompts and how many texts of each are shown side by side.
 
     Raises:
-      InputError: no rows, rows without method or figures or that nothing tells apart, an attribute that no row has,
+      InputError: no rows, rows without method or figures or that nothing distinguishes, an attribute that no row has,
         a directory that cannot be written.
     """
     table = lines(rows)
@@ -128,7 +128,7 @@ def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tu
 
 def note(seeds: int) -> str:
     """What the numbers in a cell mean."""
-    text = "Each figure with its bootstrap interval over prompts, in brackets (95 % unless said otherwise below)."
+    text = "Each figure with its bootstrap interval over prompts, in brackets (95 % unless stated otherwise below)."
     if seeds > 1:
         text += f" Mean over up to {seeds} seeds ± standard error over seeds; the interval is the mean of theirs."
     return text
@@ -137,8 +137,8 @@ def note(seeds: int) -> str:
 def smooth_note(swept: Sequence[Line]) -> str:
     """What the figures of the table "Smooth control" mean, for those that it has."""
     had = {n.rpartition("/")[2] for line in swept for n in line.estimates}
-    said = "; ".join(f"{plots.MEASURES[name]} is the {what}" for name, what in MEANING.items() if name in had)
-    return f"{SMOOTH} Here {said}."
+    meanings = "; ".join(f"{plots.MEASURES[name]} is the {what}" for name, what in MEANING.items() if name in had)
+    return f"{SMOOTH} Here {meanings}."
 
 
 def number(value: float, like: float | None = None) -> str:
@@ -257,7 +257,7 @@ def _json(title, table, swept, facts) -> str:
 
 
 def _facts(scorers, perplexity, about, names, rows) -> list[tuple[str, str]]:
-    """(name, value) of everything that says how the figures came about; what was not said is called unknown."""
+    """(name, value) of everything that describes how the figures were made, with a note for a scorer without a name."""
     facts = [(f"scorer of {name!r}", version) for name, version in (scorers or {}).items()]
     judged = dict.fromkeys(n.rpartition("/")[0] for n in names if n.endswith("/share"))
     facts += [(f"scorer of {n!r}", "not named") for n in judged if n not in (scorers or {})]

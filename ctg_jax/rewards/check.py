@@ -80,7 +80,7 @@ class TextReward:
 
     Args:
       name: what it measures.
-      version: what would change if its answers changed (a digest, a revision).
+      version: changes whenever its answers change (a digest, a revision).
       fn: list of n strings -> n numbers.
       reads: "text" for the continuation, "both" for prompt and continuation.
       threshold: the score from which a text counts as having the attribute.

@@ -16,7 +16,7 @@ from ctg_jax.types import InputError
 
 
 class SequenceClassifier:
-    """What an encoder with a classification head says of one of its outputs.
+    """One output of an encoder with a classification head, as a reward.
 
     Args:
       embedder: holds the encoder, its parameters and its tokenizer.
@@ -25,11 +25,11 @@ class SequenceClassifier:
       reads: "text" for the continuation, "both" for prompt and continuation.
       problem: what the outputs mean: "single_label_classification" (the probability by a softmax),
         "multi_label_classification" (by a logistic function of each logit), "regression" (the value itself). None:
-        what the model's config.json says. A head with one logit is read by the logistic function in the first two.
+        that of the model's config.json. A head with one logit is read by the logistic function in the first two.
       threshold: the score from which a text counts as having the attribute; by default 0.5, and 0 for values.
 
     Raises:
-      InputError: an encoder without a head, an output or a problem that there is not.
+      InputError: an encoder without a head, or an unknown output or problem.
     """
 
     def __init__(

@@ -18,12 +18,12 @@ from ctg_jax.types import InputError
 def named(path: str) -> tuple[Callable[[str, str], float], str | None]:
     """The function that "package.module:function" names, from this Python's own path, and the digest of its code.
 
-    A source file is read and executed now, apart from any copy of the module that was imported before, so that the
-    digest is that of the code that runs, also after the file was edited. The digest is None for a module without a
+    The source file is read and executed again, independently of a copy of the module that was imported before, so that
+    the digest is that of the code that runs, even after the file was edited. The digest is None for a module without a
     file, and covers nothing that the file imports.
 
     Raises:
-      InputError: the path is written otherwise, or names nothing, or what is only imported there.
+      InputError: the path has another form, or names nothing, or something that is only imported there.
     """
     module, _, function = path.partition(":")
     try:

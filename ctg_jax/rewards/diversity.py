@@ -14,7 +14,7 @@ from ctg_jax.types import InputError
 def diversity(order: int = 3, *, name: str = "diversity", reads: str = "text", threshold: float = 0.95) -> TextReward:
     """1 - seq-rep-n: the distinct n-grams of words of a text over all of them (Welleck et al. 2020, eq. 9), 0 to 1.
 
-    A text below n words has no n-gram and scores 0: what is learned from this reward must not be to stop at once.
+    A text of fewer than n words has no n-gram and scores 0, so that stopping at once is not rewarded.
 
     Args:
       order: n.

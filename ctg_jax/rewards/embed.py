@@ -122,8 +122,8 @@ def lm_embedder(lm, params: Params, tokenizer, *, batch: int = 64) -> Embedder:
 
 def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int | None = None):
     """(encoder, params, encode) of a model directory or hub id; `encode` adds [CLS], [SEP] and the like and cuts at
-    `length`, at most the encoder's context, without losing the last special token. A sentence-transformers model also
-    says whether texts are lower-cased first, and what is put before them."""
+    `length`, at most the encoder's context, without losing the last special token. The files of a
+    sentence-transformers model also determine whether texts are lower-cased first and what is put before them."""
     from transformers import AutoTokenizer
 
     from ctg_jax.models.hf import load_encoder, resolve

@@ -1,5 +1,5 @@
-"""A reward that calls out, such as a web service or a user's own slow function: many calls at once, tried again,
-answers kept on disk under what the function is."""
+"""A reward that calls a web service or a slow function of the user: concurrent calls, retries, and answers that are
+kept on disk under the identity of the function."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FunctionReward:
     Args:
       fn: (prompt, text) -> a finite number; called from several threads.
       name: what it measures.
-      version: what would change if its answers changed although its file did not: another model behind a service, say,
-        or another version of what the file imports.
+      version: changes when the answers change although the file does not, for example with another model behind a
+        service or another version of what the file imports.
       code: digest of the code of `fn`, as `named` gives it; by default `code_of(fn)`.
       workers: calls at a time.
       retries: further tries of a call that raises, after waits of `wait` seconds that double.

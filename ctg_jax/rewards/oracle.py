@@ -31,7 +31,7 @@ def reviews_oracle(
         raise InputError(f"target is {target!r}; the oracle of the reviews knows the labels 0 and 1")
     fn = known[attribute]
     version = f"reviews-oracle[{attribute}={target}]:{reads}@{reviews.digest()[:12]}"
-    # 0.5 is a text without any cue, which is neutral and does not count as positive, nor as negative.
+    # A text without any cue scores 0.5: it is neutral and counts neither as positive nor as negative.
     threshold = 0.5 + 1e-6 if attribute == "sentiment" else 0.5
 
     def score(texts):

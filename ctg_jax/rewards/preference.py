@@ -20,7 +20,8 @@ class PreferenceModel:
 
     Args:
       embedder: texts -> float32 [n, D].
-      weights: float32 [D]. A constant would cancel, so there is none: `threshold` is 0, the reward of no information.
+      weights: float32 [D]. There is no intercept, because it would cancel; `threshold` is 0, where neither text is
+        preferred.
       reads: "text" for the continuation, "both" for prompt and continuation.
     """
 
@@ -92,7 +93,7 @@ SETTINGS = ("data", "reads", "encoder")
 def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where: str) -> PreferenceModel:
     """The judge of kind "preference", fitted on comparisons; see `ctg_jax.rewards`."""
     options = {key: settings[key] for key in ("name", "reads")}
-    found = comparisons(records, where)  # what is wrong with the records is told before the encoder is opened
+    found = comparisons(records, where)  # records are checked before the encoder is opened
     return PreferenceModel.fit(settings["embedder"](), *found, **options)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax arrays in a directory with a manifest of SHA-256 digests, whole or not at all.
+"""Checkpoints: Orbax arrays in a directory with a manifest of SHA-256 digests. A checkpoint is complete or absent.
 
     PATH/arrays/…        Orbax (OCDBT); restores onto any mesh
          manifest.json   paths, shapes and types of the leaves, JSON facts, digest of every file, digest of itself
@@ -40,8 +40,8 @@ class DamagedError(InputError):
 def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None = None) -> None:
     """Writes the leaves of a pytree, and JSON facts, as one checkpoint directory.
 
-    A reader sees the whole checkpoint or none: it is written beside `path` and renamed. In a multi-host run every
-    process calls it.
+    A reader sees the whole checkpoint or none: it is written to a directory beside `path`, which is then renamed. In a
+    run of several processes all of them call this function.
 
     Args:
       path: the directory to make; a checkpoint that is already there is replaced.
@@ -49,7 +49,7 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
       meta: JSON-able facts, read back by `read_meta`.
 
     Raises:
-      InputError: `path` is there and is not a checkpoint; it cannot be written, for a full disk say.
+      InputError: `path` is there and is not a checkpoint; it cannot be written, for example because the disk is full.
     """
     mine = Path(path).absolute()
     path = processes.real(mine)
@@ -65,7 +65,7 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
         if processes.count() > 1 and isinstance(x, jax.Array) and x.is_fully_addressable:
             x = np.asarray(x)  # the first process writes it; Orbax takes only arrays that all processes share
         leaves[name] = [str(x.dtype), list(x.shape)]
-        if x.size:  # Orbax refuses empty arrays; their shape says all there is
+        if x.size:  # Orbax refuses empty arrays; their shape is all that there is to save
             arrays[name] = x
     if processes.first():
         with _disk(path, new):
@@ -93,7 +93,7 @@ def save(path: str | os.PathLike, values: PyTree, meta: Mapping[str, Any] | None
 
 
 def _seal(new: Path, facts: dict[str, Any]) -> None:
-    """Writes the manifest of a directory whose files are there."""
+    """Writes the manifest of a directory that holds all its other files."""
     files = {p.relative_to(new).as_posix(): _digest(p, flush=True) for p in sorted(new.rglob("*")) if p.is_file()}
     body = {**facts, "files": files}
     write_json(new / MANIFEST, {"body": body, "sha256": _sha(body)})
@@ -101,8 +101,8 @@ def _seal(new: Path, facts: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _disk(path: Path, new: Path) -> Iterator[None]:
-    """Says a full or broken disk in a sentence and leaves nothing of the attempt. Orbax gives the number of the error
-    in the text of another one, and logs a traceback."""
+    """Reports a full or broken disk in one sentence and removes the unfinished files. Orbax hides the number of the
+    error in the text of another one and logs a traceback."""
     logger = logging.getLogger("absl")
     was, logger.disabled = logger.disabled, True
     try:
@@ -166,8 +166,8 @@ def load(path: str | os.PathLike, like: PyTree = None, shardings: PyTree = None)
 
 
 def _shared(where: Any) -> Any:
-    """A sharding over all processes, on every device whole, in place of one of this process alone: Orbax takes only
-    those that all processes share."""
+    """A sharding that replicates over the devices of all processes, in place of one on devices of this process alone,
+    because Orbax takes only shardings that all processes share."""
     if processes.count() == 1 or not where.is_fully_addressable:
         return where
     return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
@@ -201,14 +201,14 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies in a training directory."""
+    """The path of the checkpoint of a step in a training directory."""
     return folder / f"{step:08d}"
 
 
 def load_last(folder: Path, like: PyTree, shardings: PyTree = None) -> tuple[int, PyTree, dict[str, Any]] | None:
     """(step, values, meta) of the last whole checkpoint in a training directory, or None where there is none.
 
-    A damaged one is reported in the log, by the name of its bad file, and the one before it is taken.
+    A damaged checkpoint is reported in the log with the name of its bad file, and the one before it is read.
 
     Raises:
       InputError: every checkpoint is damaged, or the last whole one does not fit `like`.

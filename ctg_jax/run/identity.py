@@ -4,8 +4,8 @@ The id of a call is a hash of
 
     the name and the revision of the stage, as `stage_function` declares them; no module and no path;
     the settings that differ from their defaults, so that a new setting with a default keeps what was made before;
-      1 and 1.0 are one number, and settings that only say how the work is done (`how`) are left out. The same holds
-      for each setting inside a section, which is a setting whose default is a record (see `is_section`);
+      1 and 1.0 are one number, and settings that only determine how the work is done (`how`) are left out. The same
+      holds for each setting inside a section, which is a setting whose default is a record (see `is_section`);
     for a setting that names a local file or folder, the SHA-256 of what is in it in place of its path (`contents`);
     the ids of the input artifacts, and a digest of inputs that are arrays.
 
@@ -203,7 +203,7 @@ def file_content(value: Any, settings: Mapping[str, Any] | None = None, sha256: 
 
 
 def model_content(value: Any, settings: Mapping[str, Any] | None = None, sha256: Sha256 = sha256) -> str | None:
-    """What identifies a folder with a model; None where there is no such folder, for a hub id say."""
+    """What identifies a folder with a model; None where there is no such folder, as for a hub id."""
     path = Path(value).expanduser()
     return digest_model(path, sha256) if path.is_dir() else None
 

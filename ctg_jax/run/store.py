@@ -1,9 +1,9 @@
 """Roots in an object store (gs://, s3://, az://), through `etils.epath`, the path library of Orbax.
 
-Stages work in a local directory. What is finished is copied to the store and fetched from there where it is missing
-here; of what is not, the last checkpoint of its training is. An object store has neither renames nor locks: a file
-counts once the object that vouches for it is there, which is written last, DONE of an artifact and manifest.json of a
-checkpoint. Two machines that run one stage at the same time write the same objects.
+Stages work in a local directory. A finished artifact is copied to the store and fetched from it by machines that lack
+it; of an unfinished training only the last checkpoint is copied. An object store has neither renames nor locks, so the
+object that makes the others valid is written last: DONE of an artifact and manifest.json of a checkpoint. Two machines
+that run one stage at the same time write the same objects.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ STEPS, MANIFEST, ORIGIN = "steps", "manifest.json", ".store"
 
 
 class Store(os.PathLike):
-    """A root for `ctg_jax.run.stage.stage`: a place in an object store, and the local directory that is worked in.
+    """A root for `ctg_jax.run.stage.stage`: a location in an object store, and the local directory where stages work.
 
     Args:
-      url: gs://bucket/folder and the like; what `epath.Path` opens, with gcsfs, s3fs or adlfs installed.
-      local: made where it is missing; on a disk that all processes of a run share. It may be lost at any time.
+      url: such as gs://bucket/folder; anything that `epath.Path` opens, with gcsfs, s3fs or adlfs installed.
+      local: made if it is missing; on a disk that all processes of a run share. It may be lost at any time.
     """
 
     def __init__(self, url: str, local: str | os.PathLike):
@@ -51,7 +51,7 @@ class Store(os.PathLike):
             write_text(self.local / ORIGIN, self.url)
 
     def fetch(self, path: Path) -> None:
-        """Brings the finished artifact of a local directory here, where the store has it and this machine does not."""
+        """Copies a finished artifact from the store into its local directory, unless it is there already."""
         far = self._far(path)
         if (path / "DONE").exists():
             return
@@ -68,7 +68,7 @@ class Store(os.PathLike):
                 _copy(far / "DONE", path / "DONE")
 
     def keep(self, path: Path) -> None:
-        """Copies a finished artifact to the store, where it is not there."""
+        """Copies a finished artifact to the store, unless it is there already."""
         far = self._far(path)
         with self._reached():
             if (far / "DONE").exists():
@@ -77,19 +77,21 @@ class Store(os.PathLike):
             for name in names:
                 _copy(path / name, far / name)
             _copy(path / "DONE", far / "DONE")
-            for folder in _steps(far):  # of before it was finished; not sooner, so that a kill here loses none
+            for folder in _steps(
+                far
+            ):  # checkpoints from before it was finished; removed last, so that a kill loses none
                 if not any((far / name).is_relative_to(folder) for name in names):
                     folder.rmtree()
 
     def keep_files(self, folder: Path) -> None:
-        """Copies every file of a local directory that is no artifact, such as a report."""
+        """Copies every file of a local directory that is not an artifact, such as a report."""
         with self._reached():
             for file in sorted(p for p in folder.rglob("*") if p.is_file()):
                 _copy(file, self._far(file))
 
     def fetch_steps(self, path: Path) -> None:
-        """Brings the last checkpoints of an unfinished stage here, each with the metrics up to it, where they are later
-        than those on this machine."""
+        """Fetches the last checkpoint of each training of an unfinished stage, with the metrics up to it, if it is
+        later than the local one."""
         with self._reached():
             for far in _steps(self._far(path)):
                 here = self.local / far.relative_to(self.far)
@@ -101,7 +103,7 @@ class Store(os.PathLike):
                 new = here / f".{last.name}.new"
                 named = _json(last / MANIFEST)["body"]["files"]
                 names = check_inside(new, named, self.local, last / MANIFEST)
-                shutil.rmtree(new, ignore_errors=True)  # what a fetch that was cut short left
+                shutil.rmtree(new, ignore_errors=True)  # what an interrupted fetch left
                 for name in names:
                     _copy(last / name, new / name)
                 _copy(last / MANIFEST, new / MANIFEST)
@@ -122,13 +124,13 @@ class Store(os.PathLike):
             why = " ".join(f"{type(e).__name__}: {e}".split())
             raise InputError(
                 f"root {self.url} cannot be reached ({why}): check address, credentials and that gcsfs, s3fs or "
-                f"adlfs is installed; what was made is in {self.local}, and the same command goes on"
+                f"adlfs is installed; what was made is in {self.local}, and the same command continues"
             ) from e
 
 
 def step_saved(step: Path) -> None:
-    """Where a root is the local directory of a store: copies a checkpoint …/steps/N of a stage there, and the metrics
-    beside it, and drops the ones before."""
+    """Copies a checkpoint …/steps/N of a stage, and the metrics beside it, to the store, and removes earlier ones
+    there; does nothing where the root is not the local directory of a store."""
     step = processes.real(Path(step).absolute())
     local = next((folder for folder in step.parents if (folder / ORIGIN).is_file()), None)
     if local is None or not processes.first():
@@ -153,7 +155,7 @@ def _json(far: Any) -> Any:
 
 
 def _named(sums: dict) -> list[str]:
-    """The files that DONE vouches for, without itself."""
+    """The files that DONE lists, without itself."""
     return [name for name in sums if name != "DONE"]
 
 
@@ -169,7 +171,7 @@ def _steps(far: Any) -> Iterator[Any]:
 
 
 def _copy(source: Any, target: Any) -> None:
-    """Copies one file; to a local disk whole or not at all."""
+    """Copies one file; to a local disk atomically."""
     target.parent.mkdir(parents=True, exist_ok=True)
     local = isinstance(target, Path) and not str(target).startswith(("gs:", "s3:", "az:"))
     with source.open("rb") as a, atomic(target) if local else target.open("wb") as b:

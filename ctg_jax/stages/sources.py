@@ -126,8 +126,8 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
 
     Args:
       source: the directory, or a hub id.
-      dtype: of its weights and its computation, "float32" or "bfloat16", whatever the files'. What is learned, sums of
-        losses and optimizer states are float32 in both.
+      dtype: of its weights and its computation, "float32" or "bfloat16", independent of the files'. What is learned,
+        sums of losses and optimizer states are float32 in both.
 
     Raises:
       InputError: another dtype, no such directory, no network for a hub id, a pickled checkpoint, another family, a

@@ -1,4 +1,5 @@
-"""How well latent vectors hold the sentences they were learned from, and how their space looks (Subramani et al. 2022).
+"""How well latent vectors hold the sentences they were learned from, and the geometry of their space
+(Subramani et al. 2022).
 
 The stages read what `methods.latent_steer.fit` learned: one vector for each record of a data artifact.
 """
@@ -75,7 +76,7 @@ def analyse(
     draws: int = 8,
     seed: int = 0,
 ) -> None:
-    """Stage: shows what the space of the vectors looks like.
+    """Stage: describes the space of the vectors by interpolation, random vectors, neighbours and principal components.
 
     Writes samples.jsonl, whose records have the `kind` "between" (decoded from points on straight lines between the
     vectors of two sentences), "random" (decoded from random vectors of the median norm) or "nearest" (the sentences

@@ -29,12 +29,12 @@ def similarity(
 ) -> None:
     """Stage: Spearman's rank correlation, 100 ρ, of human scores with the cosine of several representations.
 
-    They are the vectors z; the mean and the last of the language model's hidden states, at every site; and a sentence
-    encoder, as the ceiling.
+    The representations are the vectors z; the mean and the last of the language model's hidden states, at every site;
+    and the embeddings of a sentence encoder, as an upper reference.
 
     Args:
       pairs: an artifact of `sentences_of_pairs`. vectors: the latent vectors of its records.
-      encoder: directory or hub id of a sentence encoder; None: none is measured.
+      encoder: directory or hub id of a sentence encoder, or None to leave it out.
     """
     from ctg_jax.data.tokenizer import pad_rows
     from ctg_jax.learn.activations import pool

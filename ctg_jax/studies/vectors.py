@@ -1,4 +1,4 @@
-"""Access to learned latent vectors: loading them with their records, and decoding texts from them."""
+"""Loading learned latent vectors with their records, and decoding texts from them."""
 
 from __future__ import annotations
 

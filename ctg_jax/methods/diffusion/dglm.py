@@ -4,9 +4,9 @@ A diffusion model, guided by linear classifiers, draws what the continuation sho
 sentence encoder. A prompter turns this latent into a soft prompt that makes the language model write the text.
 
 Known differences from the authors' code: all rows are drawn at once, by a second-order solver in few steps; the
-gradient of the classifiers does not run back through the denoiser unless `through` is set (docs/design.md says why);
-the likelihood of the classifiers, not their loss, is averaged over the noise; the language model is changed by LoRA
-unless `kind` is "full" or "frozen"; and only continuations are trained on.
+gradient of the classifiers does not run back through the denoiser unless `through` is set (see docs/design.md); the
+likelihood of the classifiers, not their loss, is averaged over the noise; the language model is changed by LoRA unless
+`kind` is "full" or "frozen"; and only continuations are trained on.
 """
 
 from __future__ import annotations

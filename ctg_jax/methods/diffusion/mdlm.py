@@ -197,7 +197,7 @@ def fit(
 
     Args:
       heldout: settings of `load_data` for the texts of `bound`; None: the bound is not measured.
-      guide: settings of `classifier`, which also says how tokens are sampled; the network is not trained again.
+      guide: settings of `classifier`, which also sets how tokens are sampled; the network is not trained again.
       hp: settings of `mdlm`.
     """
     network = stage.stage(root, mdlm, hp, lm=lm, data=data)

@@ -44,8 +44,8 @@ class LMSteer(Control):
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
       site: L + 1 of the model; the layer scan never reaches it, so it comes as an `int`.
       epsilon: what the step of a learned map of norm 1 is.
-      fixed: the last so many columns of p1 and p2 are the dummy steer of the authors' code: they act at strength 1
-        whatever `scale` is, and take up what the texts have in common. 0 for none.
+      fixed: the number of the last columns of p1 and p2 that are the dummy steer of the authors' code: they act at
+        strength 1 regardless of `scale`, and absorb what the texts have in common. 0 for none.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
     """
 
@@ -221,7 +221,7 @@ def transfer(steer: LMSteer, source: Model, target: Model, *, limit: int | None 
 
     Args:
       steer: fitted on the source. source, target: (lm, params, tokenizer), as `open_lm` gives them.
-      limit: use only the first so many shared words in the order of the source's ids (in a byte-pair vocabulary the
+      limit: how many shared words are used, the first in the order of the source's ids (in a byte-pair vocabulary the
         frequent ones).
 
     Raises:
@@ -291,7 +291,7 @@ def words(
 def highlight(
     steer: LMSteer, lm: LM, params: Params, tokens: jax.Array, mask: jax.Array, strength: float = 1.0
 ) -> jax.Array:
-    """How much each token speaks for the attribute, float32 [B, T]: its log-probability at +strength minus that at
+    """The evidence of each token for the attribute, float32 [B, T]: its log-probability at +strength minus that at
     −strength, in nats. The sum over a text is the log-likelihood ratio of the two styles.
 
     tokens int [B, T], mask bool [B, T], padding on the right; the first token and padding score 0.

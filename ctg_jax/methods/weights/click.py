@@ -1,5 +1,5 @@
-"""Click (Zheng et al. 2023): the LM samples, a reward says which samples are bad, and each bad one is made less likely,
-as a whole, than a good one of the same prompt."""
+"""Click (Zheng et al. 2023): the LM samples, a reward decides which samples are bad, and each bad one is made less
+likely, as a whole, than a good one of the same prompt."""
 
 from __future__ import annotations
 

@@ -163,12 +163,8 @@ class LookAhead(Control):
 
 
 READERS = {
-    "base": dict(),
-    "delta behind vectors": dict(control=Chain((soft(1), change(2)))),
-    "own prompt": dict(own="own", before=True),
-    "copies": dict(
-        control=coded(jax.random.key(1), change(2), LM.width, 2, deviation=3.0).replace(cond="copy"), copies=2
-    ),
+    "own prompt": dict(control=Chain((soft(1), change(2))), own="own", before=True),
+    "copies": dict(control=coded(jax.random.key(1), change(2), LM.width, 2).replace(cond="copy"), copies=2),
 }
 
 

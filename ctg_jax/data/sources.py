@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ctg_jax.data.messages import malformed
 from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
 from ctg_jax.types import InputError, optional
@@ -197,10 +199,15 @@ def _check_record(record: Record) -> str | None:
 
 
 def _check_messages(record: Record) -> str | None:
-    """What is wrong with the messages of a record, or None. A pair may hold texts in their place."""
+    """What is wrong with the messages of a record, or None. A pair may hold texts or token ids in their place."""
     found = [record[name] for name in _CHATS if record.get(name) is not None]
-    found = [x for x in found if x is record.get("messages") or not isinstance(x, str)]
+    found = [x for x in found if x is record.get("messages") or not (isinstance(x, str) or _are_ids(x))]
     return next((wrong for messages in found if (wrong := malformed(messages))), None)
+
+
+def _are_ids(x: Any) -> bool:
+    """Whether a value is a row of token ids, such as a pool keeps of a sample."""
+    return isinstance(x, Sequence | np.ndarray) and len(x) > 0 and all(isinstance(i, int | np.integer) for i in x)
 
 
 def _bound(text: str | None, size: int) -> int | None:

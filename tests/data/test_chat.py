@@ -313,3 +313,11 @@ def test_loading_one_tokenizer_after_another(tmp_path):
     first, second = (t.encode_prompts([CHATS["one"]])[0] for t in (a, b))
     assert first != second and a.encode_prompts([CHATS["one"]])[0] == first
     assert jax.tree.leaves(to_prompts(a, [CHATS["one"]], seed=0).tokens)[0].shape == (1, len(first))
+
+
+def test_token_ids_under_negative_are_no_messages():
+    """A pool keeps the ids of a worse sample under this name."""
+    rows = Source("the pool", [{"text": "a", "negative": ids} for ids in ([3, 4], np.asarray([3, 4]))])
+    assert [list(row["negative"]) for row in rows] == [[3, 4], [3, 4]]
+    with pytest.raises(InputError, match="malformed messages: message 1 is 'x'"):
+        _ = Source("pairs", [{"text": "a", "negative": ["x"]}])[0]

@@ -166,7 +166,7 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (OSError, ValueError, HfHubHTTPError) as e:
         raise InputError(
             f"{name}: there is no such folder, and the Hugging Face hub did not give a model of this id "

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ctg_jax.data.messages import malformed
 from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
 from ctg_jax.types import InputError, optional
@@ -207,7 +205,7 @@ def _check_messages(record: Record) -> str | None:
 
 def _are_ids(x: Any) -> bool:
     """Whether a value is a row of token ids, such as a pool keeps of a sample."""
-    return isinstance(x, Sequence | np.ndarray) and len(x) > 0 and all(isinstance(i, int | np.integer) for i in x)
+    return isinstance(x, Sequence) and len(x) > 0 and all(isinstance(i, int) for i in x)
 
 
 def _bound(text: str | None, size: int) -> int | None:

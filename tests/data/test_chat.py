@@ -317,7 +317,7 @@ def test_loading_one_tokenizer_after_another(tmp_path):
 
 def test_token_ids_under_negative_are_no_messages():
     """A pool keeps the ids of a worse sample under this name."""
-    rows = Source("the pool", [{"text": "a", "negative": ids} for ids in ([3, 4], np.asarray([3, 4]))])
+    rows = Source("the pool", "all", [{"text": "a", "negative": ids} for ids in ([3, 4], np.asarray([3, 4]))])
     assert [list(row["negative"]) for row in rows] == [[3, 4], [3, 4]]
     with pytest.raises(InputError, match="malformed messages: message 1 is 'x'"):
-        _ = Source("pairs", [{"text": "a", "negative": ["x"]}])[0]
+        Source("pairs", "all", [{"text": "a", "negative": ["x"]}])

@@ -11,7 +11,7 @@ from laws import worlds
 from ctg_jax import rng
 from ctg_jax.models import masked
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.models.unmasking import NEVER, first_order, length, order, unmask
+from ctg_jax.models.unmasking import NEVER, first_order, order, step_count, unmask
 from ctg_jax.types import InputError
 
 V, N, DRAWS = 3, 4, 4096
@@ -97,7 +97,7 @@ def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, **pl
     @jax.jit
     def sampled(keys):
         when = order(rng.at_step(keys, 1 << 20), hidden, **plan)
-        steps = length(N, **{k: v for k, v in plan.items() if k != "schedule"})
+        steps = step_count(N, **{k: v for k, v in plan.items() if k != "schedule"})
         return unmask(denoise, start, when, keys, steps=steps, final=final)[0]
 
     found = np.asarray(sampled(keys)) @ V ** np.arange(N)[::-1]

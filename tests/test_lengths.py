@@ -15,10 +15,9 @@ from ctg_jax.controls.codes import coded
 from ctg_jax.controls.streams import Stream
 from ctg_jax.controls.truncate import TopP
 from ctg_jax.controls.vectors import SoftPrompt, joined, soft_prompt
-from ctg_jax.decode import loop
+from ctg_jax.decode import loop, reading
 from ctg_jax.evaluation import LMScorer, kl_to_base
-from ctg_jax.learn import activations, latent_prompt, losses
-from ctg_jax.learn.pool import logits
+from ctg_jax.learn import activations, latent_prompt, losses, pool
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.learn.vector_search import Search
 from ctg_jax.methods import dexperts, finetune, latent_steer, mdlm
@@ -57,7 +56,7 @@ def test_what_controls_add_counts_and_the_last_token_takes_no_position():
         loop.begin(LM, PARAMS, ask(), IDENTITY, Sampling(max_new=10))
 
 
-@pytest.mark.parametrize("read", [loop.forward, loop.forward_states, loop.score, kl_to_base])
+@pytest.mark.parametrize("read", [loop.forward, reading.read, loop.score, kl_to_base])
 def test_whatever_reads_a_completion_refuses_one_that_is_too_long(read):
     more = (IDENTITY,) if read is kl_to_base else ()
     with pytest.raises(InputError, match="has 1 tokens and the completion's length is 47, but the model's context is"):
@@ -135,7 +134,7 @@ def test_training_refuses_rows_that_are_too_long():
     jax.eval_shape(learn, SOFT, frozen, batch(9), keys)
     own = worlds.written(ROW, np.ones((2, 9), np.int32))
     with pytest.raises(InputError, match="of which controls take 8"):
-        jax.eval_shape(lambda c: logits(LM, PARAMS, own, keys, c), SOFT)
+        jax.eval_shape(lambda c: pool.read(LM, PARAMS, own, keys, c), SOFT)
     with pytest.raises(InputError, match="the model's context is 16"):
         sentences = [([1] * 18, 1)]
         latent_steer.find(LM, PARAMS, latent_steer.init(LM, keys[0]), sentences, np.zeros((1, 16)), Search())

@@ -175,8 +175,10 @@ class Stream:
             head, head_mask, state = enter(self.control, x[:, :t], seen[:, :t], state)
             x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
             seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
-        # Several positions at once are a whole text: nothing follows, so it needs no cache and layers are scanned.
-        whole = not reading.started and new > 1 and not self.ahead
+        # Where nothing follows (`init` was told of one token more than is read) no cache is needed: layers are scanned.
+        prefix = self.control.prefix(state)
+        slots = cache.k[0].shape[2] - (0 if prefix is None else prefix[0].shape[3])
+        whole = not reading.started and new > 1 and x.shape[1] >= slots - 1 and not self.ahead
         out = self.lm.apply(self.params, x, seen, None if whole else cache, self.control, state, last=last)
         z, state = edit_logits(self.control, out.logits, out.hidden, ids, mask, state)
         after = self._apart((cache if whole else out.cache, state), len(x))

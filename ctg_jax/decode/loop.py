@@ -20,9 +20,11 @@ from jax import lax
 from ctg_jax import rng
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.decode.checks import check_finite, check_rows, finite
+from ctg_jax.decode.reading import read_rows
 from ctg_jax.decode.rows import by_rows, is_end, numbers_for_rows
 from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM, Cache, write_prefix
+from ctg_jax.models.positions import reduced
 from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
 
 
@@ -271,7 +273,8 @@ def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, con
     """Controlled logits float32 [B, N, V] of each token of a completion int32 [B, N], teacher-forced.
 
     Position n saw the prompt and completion tokens before n: exactly what `generate` saw when it drew token n, so
-    what follows the end of a completion does not matter. The sequence runs through stacked layers without a cache.
+    what follows the end of a completion does not matter. Where a few numbers of each position are enough,
+    `reading.read` and `positions.reduced` give them without holding these logits.
 
     Raises:
       InputError: what `checks.check_rows` raises. Inside `jit`, where masks are not known, padding counts as well.
@@ -280,34 +283,9 @@ def forward(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, con
     return _forward(lm, params, prompts, completion, control)
 
 
-def forward_states(
-    lm: LM, params: Params, prompts: Prompts, completion: jax.Array, control: Control = IDENTITY
-) -> tuple[jax.Array, jax.Array]:
-    """What `forward` returns, and the final hidden states [B, N, D] that the logits were computed from."""
-    check_rows(lm, prompts, control, completion.shape[1], completion)
-    return _forward_states(lm, params, prompts, completion, control)
-
-
 @partial(jax.jit, static_argnames=("lm",))
 def _forward(lm, params, prompts, completion, control):
-    return _forward_states(lm, params, prompts, completion, control)[0]
-
-
-@partial(jax.jit, static_argnames=("lm",))
-def _forward_states(lm, params, prompts, completion, control):
-    frozen, params = params, control.weights(params)
-    control = control.bind(frozen, params)
-    n = completion.shape[1]
-    state = control.init(prompts, prompts.tokens.shape[1] + n)
-    seen = completion[:, : n - 1]
-    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
-    ones = jnp.ones(seen.shape, bool)
-    x = jnp.concatenate([x, lm.embed(params, seen)], axis=1)
-    mask = jnp.concatenate([mask, ones], axis=1)
-    out = lm.apply(params, x, mask, control=control, state=state, last=n)
-    tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
-    z, _ = edit_logits(control, out.logits, out.hidden, tokens, jnp.concatenate([prompts.mask, ones], axis=1), state)
-    return z, out.hidden[:, out.hidden.shape[1] - n :]
+    return read_rows(lm, params, prompts, completion, control).logits(completion.shape[1])[0]
 
 
 def score(
@@ -342,7 +320,8 @@ def _score_part(lm, whole, rows):
 
 @partial(jax.jit, static_argnames=("lm",))
 def _score(lm, params, prompts, completion, written, control):
-    z = _forward(lm, params, prompts, completion, control)
-    chosen = jnp.take_along_axis(z, completion[:, :, None], axis=2)[:, :, 0]
-    logp = chosen - jax.nn.logsumexp(z, axis=-1)
+    def chosen(z, tokens):
+        return jnp.take_along_axis(z, tokens[:, :, None], axis=2)[:, :, 0] - jax.nn.logsumexp(z, axis=-1)
+
+    logp = reduced(read_rows(lm, params, prompts, completion, control), chosen, completion)
     return logp if written is None else jnp.where(written, logp, 0.0)

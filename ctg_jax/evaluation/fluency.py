@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax.control import IDENTITY, Control
-from ctg_jax.decode import loop
+from ctg_jax.decode.reading import read
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Params, Prompts
 
@@ -27,12 +28,15 @@ def kl_to_base(
     On samples of the controlled model its mean per token estimates the KL of the sequences. Infinite where the control
     gives probability to a token that the base forbids.
     """
-    z_c = loop.forward(lm, params, prompts, completion, control).astype(jnp.float32)
-    z_0 = loop.forward(lm, params, prompts, completion, base).astype(jnp.float32)
-    log_c, log_0 = jax.nn.log_softmax(z_c, axis=-1), jax.nn.log_softmax(z_0, axis=-1)
-    p = jnp.exp(log_c)  # 0 log 0 = 0
-    gap = jnp.where(removed(z_0), jnp.inf, log_c - log_0)
-    return jnp.sum(jnp.where(p > 0, p * gap, 0.0), axis=-1)
+
+    def divergence(z_c, z_0, _):
+        log_c, log_0 = jax.nn.log_softmax(z_c, axis=-1), jax.nn.log_softmax(z_0, axis=-1)
+        p = jnp.exp(log_c)  # 0 log 0 = 0
+        gap = jnp.where(removed(z_0), jnp.inf, log_c - log_0)
+        return jnp.sum(jnp.where(p > 0, p * gap, 0.0), axis=-1)
+
+    both = [read(lm, params, prompts, completion, c) for c in (control, base)]
+    return reduced(both, divergence, completion)
 
 
 def kl_figure(kl: np.ndarray, mask: np.ndarray, prompt_ids: Sequence, **bootstrap) -> Figure:

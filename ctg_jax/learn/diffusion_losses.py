@@ -24,8 +24,8 @@ def masked_loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: 
     """
 
     def total(params, frozen, batch, keys):
-        denoise = partial(masked.denoise, net, params)
-        nats = masked.nelbo(denoise, filled(batch, eos), keys, net.vocab - 1, schedule=schedule, draws=draws)
+        recover = partial(masked.recovery, net, params)
+        nats = masked.nelbo(recover, filled(batch, eos), keys, net.vocab - 1, schedule=schedule, draws=draws)
         real = jnp.any(batch["mask"], axis=1)
         return Sum(jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(batch["mask"], dtype=jnp.float32))
 

@@ -17,12 +17,13 @@ from ctg_jax.controls.vectors import joined
 from ctg_jax.data.completions import completions
 from ctg_jax.learn import embeddings, fitting, latent_diffusion, losses
 from ctg_jax.learn.fitting import Training
-from ctg_jax.learn.pool import logits
+from ctg_jax.learn.pool import read
 from ctg_jax.models import diffusion, samplers
 from ctg_jax.models.denoiser import Trunk
 from ctg_jax.models.diffusion import Schedule
 from ctg_jax.models.latent_net import LatentNet
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
 from ctg_jax.types import Params, Sum
@@ -136,8 +137,9 @@ def loss(lm: LM) -> losses.LossFn:
         t = jax.vmap(lambda key: jax.random.uniform(rng.stream(key, "time")))(keys)
         latent = (batch["latent"] - frozen["mean"][None]) / frozen["deviation"][None]
         cond = {"latent": latent, "gamma": NOISE.log_snr(t)}
-        z = logits(lm, frozen["params"], batch, keys, params, cond)
-        ce, weight = losses.masked_sum(losses.next_token(z, batch["completion"]), batch["written"])
+        text = read(lm, frozen["params"], batch, keys, params, cond)
+        nll = reduced(text, losses.next_token, batch["completion"])
+        ce, weight = losses.masked_sum(nll, batch["written"])
         return Sum(ce, weight, {"cross_entropy": (ce, weight)})
 
     return total

@@ -7,15 +7,17 @@ A `LossFn` is `(params, frozen, batch, keys [B]) -> Sum`. Batches are dicts with
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ctg_jax.control import IDENTITY, Control
-from ctg_jax.decode import loop
+from ctg_jax.decode.reading import read
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import Read, reduced
 from ctg_jax.support import removed
 from ctg_jax.types import Params, Prompts, PyTree, Sum
 
@@ -158,8 +160,8 @@ def lm_loss(lm: LM, *, z: float = 0.0) -> LossFn:
         check_rows(lm, batch["tokens"].shape[1])
         targets, mask = predicted(batch)
         tokens, seen = batch["tokens"][:, :-1], batch["mask"][:, :-1]
-        logits = lm.apply(params, lm.embed(params, tokens), seen).logits
-        return _token_sum(logits, targets, mask, z)
+        hidden = lm.apply(params, lm.embed(params, tokens), seen, last=0).hidden
+        return _token_sum(reduced(Read(params, hidden, lm=lm), partial(_terms, z), targets), mask, z)
 
     return loss
 
@@ -167,7 +169,7 @@ def lm_loss(lm: LM, *, z: float = 0.0) -> LossFn:
 def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
     """Next-token loss of the controlled model: params is a Control, frozen = {"params": LM parameters}.
 
-    The first token of a row is its prompt and the rest its completion, through `decode.forward`, so every hook of
+    The first token of a row is its prompt and the rest its completion, through `reading.read`, so every hook of
     the control runs as it will in `generate`. A batch field `cond` (any pytree, leaves [B, …]) becomes `Prompts.cond`.
 
     Args:
@@ -181,21 +183,30 @@ def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
         targets, mask = predicted(batch)
         tokens, real = batch["tokens"][:, :1], batch["mask"][:, :1]
         prompts = Prompts(tokens=tokens, mask=real, keys=keys, cond=batch.get("cond"))
-        logits = loop.forward(lm, frozen["params"], prompts, targets, params)
-        out = _token_sum(logits, targets, mask, z)
+        text = read(lm, frozen["params"], prompts, targets, params)
         if not kl_weight:
-            return out
-        base = jax.lax.stop_gradient(loop.forward(lm, frozen["params"], prompts, targets))
-        far, weight = masked_sum(kl(logits, base), mask)
+            return _token_sum(reduced(text, partial(_terms, z), targets), mask, z)
+
+        def terms(logits, base, targets):
+            return _terms(z, logits, targets) | {"kl": kl(logits, jax.lax.stop_gradient(base))}
+
+        values = reduced((text, read(lm, frozen["params"], prompts, targets)), terms, targets)
+        out = _token_sum(values, mask, z)
+        far, weight = masked_sum(values["kl"], mask)
         metrics = {"cross_entropy": (out.total, out.weight)} | out.metrics | {"kl": (far, weight)}
         return out.replace(total=out.total + kl_weight * far, metrics=metrics)
 
     return loss
 
 
-def _token_sum(logits: jax.Array, targets: jax.Array, mask: jax.Array, z: float) -> Sum:
-    total, weight = masked_sum(next_token(logits, targets), mask)
+def _terms(z: float, logits: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+    values = {"cross_entropy": next_token(logits, targets)}
+    return values | {"z_loss": z_loss(logits)} if z else values
+
+
+def _token_sum(values: dict[str, jax.Array], mask: jax.Array, z: float) -> Sum:
+    total, weight = masked_sum(values["cross_entropy"], mask)
     if not z:
         return Sum(total=total, weight=weight)
-    extra, _ = masked_sum(z_loss(logits), mask)
+    extra, _ = masked_sum(values["z_loss"], mask)
     return Sum(total=total + z * extra, weight=weight, metrics={"cross_entropy": (total, weight)})

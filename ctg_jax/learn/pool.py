@@ -22,9 +22,10 @@ from ctg_jax.data.completions import completions
 from ctg_jax.data.messages import prompt_of, shown
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tokenizer import Tokenizer
-from ctg_jax.decode import loop
+from ctg_jax.decode import reading
 from ctg_jax.learn import losses
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import Read
 from ctg_jax.run.stage import Artifact
 from ctg_jax.types import InputError, Params, Prompts
 
@@ -130,12 +131,13 @@ def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tup
     return longest, max(map(len, tokens))
 
 
-def logits(
+def read(
     lm: LM, params: Params, batch: Mapping[str, Any], keys: jax.Array, control: Control = IDENTITY, cond: Any = None
-) -> jax.Array:
-    """Controlled logits float32 [B, N, V] of the completions of a batch, through exactly the hooks of `generate`."""
+) -> Read:
+    """The prompts and completions of a batch, read through exactly the hooks of `generate`; `positions.reduced` gives
+    what a loss needs of the logits."""
     prompts = Prompts(batch["tokens"], batch["mask"], keys, cond)
-    return loop.forward(lm, params, prompts, batch["completion"], control)
+    return reading.read(lm, params, prompts, batch["completion"], control)
 
 
 def repeats(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:

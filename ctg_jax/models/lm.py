@@ -91,6 +91,9 @@ class LM(Protocol):
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """int [B, T] -> [B, T, D], without positions."""
 
+    def unembed(self, params: Params, h: jax.Array) -> jax.Array:
+        """Logits float32 [B, M, V] of final hidden states [B, M, D]: those that `apply` returns."""
+
     def apply(
         self,
         params: Params,
@@ -103,5 +106,5 @@ class LM(Protocol):
         last: int | None = None,
     ) -> Out:
         """Reads embedded tokens x [B, T, D] with mask bool [B, T] and predicts the next one after the last
-        `last` of them (all by default). Runs `control.hidden`, and `control.prefix` when there is no cache;
-        never `control.logits`, which belongs to the decode loop."""
+        `last` of them (all by default; 0 for the hidden states alone). Runs `control.hidden`, and `control.prefix`
+        when there is no cache; never `control.logits`, which belongs to the decode loop."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ctg_jax.models import positions
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import class_log_probabilities
 from ctg_jax.models.lengths import check_reads
@@ -24,6 +25,7 @@ from ctg_jax.types import InputError, Params
 SCHEDULES = ("loglinear", "linear", "cosine")
 
 Denoiser = Callable[[jax.Array], jax.Array]
+Recovery = Callable[[jax.Array, jax.Array], jax.Array]  # (x, truth) -> `nats`; the logits need not be held at once
 
 
 def share(t: jax.Array, schedule: str = "cosine") -> jax.Array:
@@ -59,8 +61,15 @@ def subs(logits: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(x[:, :, None] == mask, hidden, seen)
 
 
+def nats(logits: jax.Array, x: jax.Array, truth: jax.Array) -> jax.Array:
+    """-log p(token) float32 [N, S] of the tokens `truth` of rows x, both int [N, S], with logits [N, S, V + 1] of a
+    network; 0 where a token is not masked."""
+    z = subs(logits, x)
+    return jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, truth[:, :, None], axis=-1)[:, :, 0]
+
+
 def nelbo(
-    denoise: Denoiser, tokens: jax.Array, keys: jax.Array, mask: int, *, schedule: str = "cosine", draws: int = 1
+    recover: Recovery, tokens: jax.Array, keys: jax.Array, mask: int, *, schedule: str = "cosine", draws: int = 1
 ) -> jax.Array:
     """An unbiased estimate float32 [B], in nats, of an upper bound of -log p(row), rows int [B, S], keys [B].
 
@@ -70,6 +79,7 @@ def nelbo(
     is not finite under "loglinear" and "linear"; under "cosine" it is.
 
     Args:
+      recover: the nats of a denoiser, such as `recovery` of a network.
       draws: times for each row, one in each of as many equal parts of (0, 1], which is what keeps the variance low.
         A row has times of its own, so that it does not depend on its batch.
     """
@@ -80,16 +90,21 @@ def nelbo(
     t = (jnp.arange(draws)[None, :] + u[:, :1]) / draws
     gone = u[:, 1:].reshape(batch, draws, length) <= share(t, schedule)[:, :, None]
     x = jnp.where(gone, mask, tokens[:, None, :]).reshape(batch * draws, length)
-    z = subs(denoise(x), x)
-    truth = jnp.repeat(tokens, draws, axis=0)
-    nats = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, truth[:, :, None], axis=-1)[:, :, 0]
-    return jnp.mean(weight(t, schedule) * jnp.sum(nats, axis=-1).reshape(batch, draws), axis=-1)
+    found = recover(x, jnp.repeat(tokens, draws, axis=0))
+    return jnp.mean(weight(t, schedule) * jnp.sum(found, axis=-1).reshape(batch, draws), axis=-1)
 
 
 def denoise(net: Transformer, params: Params, x: jax.Array) -> jax.Array:
     """Logits float32 [B, S, V + 1] of a network with `causal=False` for rows x int [B, S]."""
     check_reads(net, x.shape[1], f"The rows have {x.shape[1]} tokens")
     return net.apply(params, net.embed(params, x), jnp.ones(x.shape, bool)).logits
+
+
+def recovery(net: Transformer, params: Params, x: jax.Array, truth: jax.Array) -> jax.Array:
+    """`nats` float32 [N, S] of the logits of `denoise`, a chunk of positions at a time."""
+    check_reads(net, x.shape[1], f"The rows have {x.shape[1]} tokens")
+    hidden = net.apply(params, net.embed(params, x), jnp.ones(x.shape, bool), last=0).hidden
+    return positions.reduced(positions.Read(params, hidden, lm=net), nats, x, truth)
 
 
 def classify(net: Transformer, params: Params, head: Params, e: jax.Array) -> tuple[jax.Array, jax.Array]:

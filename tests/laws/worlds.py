@@ -54,6 +54,9 @@ class Bigram:
     def embed(self, params, tokens):
         return jax.nn.one_hot(tokens, self.vocab)
 
+    def unembed(self, params, h):
+        return jnp.einsum("btu,vu->btv", h, params["head"]["kernel"])
+
     def apply(self, params, x, mask, cache=None, control=IDENTITY, state=(), tap=None, last=None):
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         taps = []
@@ -62,8 +65,7 @@ class Bigram:
             if tap and site != 3:
                 taps.append(tap(x))
         seen = x if last is None else x[:, x.shape[1] - last :]
-        logits = jnp.einsum("btu,vu->btv", seen, params["head"]["kernel"])
-        return Out(logits, x, cache, tree.stack(taps) if tap else None)
+        return Out(self.unembed(params, seen), x, cache, tree.stack(taps) if tap else None)
 
 
 def table(probabilities) -> dict:

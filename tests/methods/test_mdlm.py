@@ -48,8 +48,8 @@ def test_a_small_network_learns_a_distribution():
     params, _ = worlds.trained(masked_loss(control.net, 0), control.params, {}, batches)
     keys = jax.random.split(jax.random.key(2), 4096)
     rows = jnp.asarray(np.repeat(every, 4096 // len(every) + 1, axis=0)[:4096])
-    denoise = functools.partial(masked.denoise, control.net, params)
-    nats = np.asarray(jax.jit(lambda: masked.nelbo(denoise, rows, keys, 3, draws=4))(), np.float64)
+    recover = functools.partial(masked.recovery, control.net, params)
+    nats = np.asarray(jax.jit(lambda: masked.nelbo(recover, rows, keys, 3, draws=4))(), np.float64)
     each = np.array([nats[np.all(np.asarray(rows) == row[None], axis=1)].mean() for row in every])
     entropy = -truth @ np.log(truth)
     assert entropy - 0.02 < truth @ each < entropy + 0.05
@@ -67,8 +67,8 @@ def test_the_nats_of_a_text_are_those_of_its_whole_row():
     keys = jax.random.split(jax.random.key(0), 2)
     found = jax.jit(masked_loss(control.net, 0))(control.params, {}, {"tokens": text, "mask": mask}, keys)
     row = jnp.where(mask, text, 0)
-    denoise = functools.partial(masked.denoise, control.net, control.params)
-    each = jax.jit(lambda: masked.nelbo(denoise, row, keys, control.mask, draws=4))()
+    recover = functools.partial(masked.recovery, control.net, control.params)
+    each = jax.jit(lambda: masked.nelbo(recover, row, keys, control.mask, draws=4))()
     assert float(found.weight) == 3 and float(found.total) == pytest.approx(float(each[0]), rel=1e-5)
 
 

@@ -41,6 +41,10 @@ TRUE = exact(TRUTH)
 JOINT = exact(TRUTH * CLASS)
 
 
+def truthful(x, truth):
+    return masked.nats(TRUE(x), x, truth)
+
+
 def wrong(x):
     """A denoiser that knows the tokens' own distributions and nothing of what they have to do with each other."""
     return TRUE(jnp.full_like(x, V))
@@ -79,7 +83,7 @@ def test_the_estimate_is_unbiased_and_draws_of_a_row_do_better_than_as_many_apar
     @functools.partial(jax.jit, static_argnames="draws")
     def nats(draws):
         rows = jnp.broadcast_to(jnp.asarray(row)[None], (len(keys), N))
-        return masked.nelbo(TRUE, rows, keys, V, schedule=schedule, draws=draws)
+        return masked.nelbo(truthful, rows, keys, V, schedule=schedule, draws=draws)
 
     one, four = np.asarray(nats(1), np.float64), np.asarray(nats(4), np.float64)
     for found in (one, four):
@@ -230,4 +234,4 @@ def test_bad_input():
     with pytest.raises(InputError, match="schedule is 'sqrt', expected one of loglinear, linear, cosine"):
         masked.share(jnp.float32(0.5), "sqrt")
     with pytest.raises(InputError, match="draws is 0"):
-        masked.nelbo(TRUE, jnp.zeros((1, N), jnp.int32), jax.random.split(jax.random.key(0), 1), V, draws=0)
+        masked.nelbo(truthful, jnp.zeros((1, N), jnp.int32), jax.random.split(jax.random.key(0), 1), V, draws=0)

@@ -319,8 +319,8 @@ def bound(
     given = int(tokenizer.adds_bos)  # tokens of a row that the language model does not have to predict
     source = Source(str(data.path), "all", matching(data, None))
     settings = dict(batch=batch, length=net.context, seed=seed, epochs=1, shuffle=False, drop_last=False)
-    denoise = partial(masked.denoise, net, diffusion.params)
-    estimate = jax.jit(lambda tokens, keys: masked.nelbo(denoise, tokens, keys, diffusion.mask, draws=draws))
+    recover = partial(masked.recovery, net, diffusion.params)
+    estimate = jax.jit(lambda tokens, keys: masked.nelbo(recover, tokens, keys, diffusion.mask, draws=draws))
     bounds, texts = [], []
     for rows in pipeline(source, tokenizer, **settings):
         sizes = rows["mask"].sum(axis=1)

@@ -29,6 +29,7 @@ from ctg_jax.learn.vector_search import Search, solve_by_length
 from ctg_jax.mesh import processes
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import Read, reduced
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
@@ -185,15 +186,19 @@ def objective(lm: LM, control: LatentSteer) -> slot_search.Objective:
     and whether all are, in which case greedy decoding writes them. The rows hold stream [B, T, D] at the lowest site,
     mask and counted bool [B, T], target int [B, T], start int [B]; frozen is (params of `lm`, basis)."""
 
+    def terms(logits, target):
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1)
+
     def f(z, rows, frozen):
         params, basis = frozen
         c = control.replace(basis=basis)
         state = (c.spread(z, rows["start"]), jnp.ones((len(z), 1), jnp.float32))
-        logits = lm.apply(params, rows["stream"], rows["mask"], control=c, state=state).logits
-        chosen = jnp.take_along_axis(logits, rows["target"][..., None], axis=-1)[..., 0]
+        hidden = lm.apply(params, rows["stream"], rows["mask"], control=c, state=state, last=0).hidden
+        nll, likeliest = reduced(Read(params, hidden, lm=lm), terms, rows["target"])
         count = jnp.sum(rows["counted"], axis=1)
-        nll = jnp.where(rows["counted"], jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-        right = (jnp.argmax(logits, axis=-1) == rows["target"]) | ~rows["counted"]
+        nll = jnp.where(rows["counted"], nll, 0.0)
+        right = (likeliest == rows["target"]) | ~rows["counted"]
         size = jnp.maximum(count, 1)
         return jnp.sum(nll, axis=1) / size, 1 - jnp.sum(~right, axis=1) / size, jnp.all(right, axis=1)
 

@@ -13,9 +13,10 @@ import numpy as np
 from ctg_jax import methods, rng
 from ctg_jax.learn import calibrate, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pool import Pool, batches, logits
+from ctg_jax.learn.pool import Pool, batches, read
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
@@ -41,7 +42,7 @@ def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
 
     def nats(params, frozen, batch, keys, name, real):
         rows = batch | {"completion": batch[name]}
-        values = losses.next_token(logits(lm, frozen["params"], rows, keys, params), batch[name])
+        values = reduced(read(lm, frozen["params"], rows, keys, params), losses.next_token, batch[name])
         return jnp.where(batch[real], values, 0.0)
 
     def total(params, frozen, batch, keys):

@@ -14,9 +14,10 @@ from ctg_jax import methods, rng
 from ctg_jax.control import Chain
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, drawing_filter, log_probabilities, logits
+from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, drawing_filter, log_probabilities, read
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
@@ -29,8 +30,9 @@ def loss(lm: LM) -> losses.LossFn:
     al. 2019; Khalifa et al. 2021, algorithm 1). The batch has `weight` float32 [B]; frozen = {"params"}."""
 
     def total(params, frozen, batch, keys):
-        z = logits(lm, frozen["params"], batch, keys, params)
-        nll = jnp.sum(jnp.where(batch["written"], losses.next_token(z, batch["completion"]), 0.0), axis=1)
+        text = read(lm, frozen["params"], batch, keys, params)
+        nll = reduced(text, losses.next_token, batch["completion"])
+        nll = jnp.sum(jnp.where(batch["written"], nll, 0.0), axis=1)
         rows = jnp.any(batch["written"], axis=1)
         value, count = losses.masked_sum(batch["weight"] * nll, rows)
         return Sum(value, count, {"nll": (losses.masked_sum(nll, rows)[0], count)})

@@ -18,17 +18,17 @@ from jax import lax
 
 from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY, Chain
-from ctg_jax.decode import loop
 from ctg_jax.learn import calibrate as calibration
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pool import FIXED, Pool, batches, check_drawn, drawing_filter, logits
+from ctg_jax.learn.pool import FIXED, Pool, batches, check_drawn, drawing_filter, read
 from ctg_jax.learn.rounds import adapted, explored
 from ctg_jax.models.heads import value_head, values
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.types import InputError, Prompts, Sum
+from ctg_jax.types import InputError, Sum
 
 init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
@@ -84,31 +84,35 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
 
     clip, gamma, lam, value, entropy = dataclasses.astuple(objective)
 
-    def read(params, frozen, batch, keys):
-        prompts = Prompts(batch["tokens"], batch["mask"], keys)
+    def policy(params, frozen, batch, keys, reduce):
         control = Chain((params["policy"], frozen.get("filter", IDENTITY)))
-        z, hidden = loop.forward_states(lm, frozen["params"], prompts, batch["completion"], control)
-        return -losses.next_token(z, batch["completion"]), values(params["value"], hidden), z
+        text = read(lm, frozen["params"], batch, keys, control)
+        hidden = text.hidden[:, text.hidden.shape[1] - batch["completion"].shape[1] :]
+        return values(params["value"], hidden), reduced(text, reduce, batch["completion"])
 
     def total(params, frozen, batch, keys):
-        mask = batch["written"]
-        old, before, _ = jax.tree.map(lax.stop_gradient, read(frozen["old"], frozen, batch, keys))
-        z0 = logits(lm, frozen["params"], batch, keys, frozen.get("filter", IDENTITY))
-        base = lax.stop_gradient(-losses.next_token(z0, batch["completion"]))
+        mask, completion = batch["written"], batch["completion"]
+        before, old = jax.tree.map(lax.stop_gradient, policy(frozen["old"], frozen, batch, keys, _logp))
+        text = read(lm, frozen["params"], batch, keys, frozen.get("filter", IDENTITY))
+        base = lax.stop_gradient(reduced(text, _logp, completion))
         rewards = token_rewards(batch["reward"], old, base, mask, frozen["beta"])
         advantage = advantages(rewards, before, mask, gamma=gamma, lam=lam)
-        logp, now, z = read(params, frozen, batch, keys)
+        now, (logp, spread) = policy(params, frozen, batch, keys, lambda z, x: (_logp(z, x), losses.entropy(z)))
         ratio = jnp.exp(jnp.where(mask, logp - old, 0.0))
         gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
         total, weight = losses.masked_sum(-gain, mask)
         error, _ = losses.masked_sum(0.5 * jnp.square(now - (advantage + before)), mask)
-        free, _ = losses.masked_sum(losses.entropy(z), mask)
+        free, _ = losses.masked_sum(spread, mask)
         far, _ = losses.masked_sum(old - base, mask)
         clipped, _ = losses.masked_sum(jnp.abs(ratio - 1) > clip, mask)
         metrics = {"value_error": error, "entropy": free, "kl": far, "clipped": clipped}
         return Sum(total + value * error - entropy * free, weight, {k: (v, weight) for k, v in metrics.items()})
 
     return total
+
+
+def _logp(z, completion):
+    return -losses.next_token(z, completion)
 
 
 def fit(

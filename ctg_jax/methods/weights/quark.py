@@ -14,9 +14,10 @@ from ctg_jax import methods, rng
 from ctg_jax.controls.codes import Coded, coded
 from ctg_jax.learn import calibrate, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pool import Pool, batches, check_drawn, logits, repeats
+from ctg_jax.learn.pool import Pool, batches, check_drawn, read, repeats
 from ctg_jax.learn.rounds import adapted, explored
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
@@ -78,17 +79,23 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
 
     def total(params, frozen, batch, keys):
         control = params.replace(cond="bin")
-        z = logits(lm, frozen["params"], batch, keys, control, {"bin": batch["bin"]})
-        base = jax.lax.stop_gradient(logits(lm, frozen["params"], batch, keys))
-        pair = (base, z) if direction == "reference_policy" else (z, base)
-        ce, weight = losses.masked_sum(losses.next_token(z, batch["completion"]), batch["written"])
-        far, _ = losses.masked_sum(losses.kl(*pair), batch["written"])
-        free, _ = losses.masked_sum(losses.entropy(z), batch["written"])
+        text = read(lm, frozen["params"], batch, keys, control, {"bin": batch["bin"]})
+        both = (text, read(lm, frozen["params"], batch, keys))
+        earlier, *allowed = repeats(batch) if unlikelihood else (None,)
+
+        def terms(z, base, target, *allowed):
+            base = jax.lax.stop_gradient(base)
+            pair = (base, z) if direction == "reference_policy" else (z, base)
+            values = {"cross_entropy": losses.next_token(z, target), "kl": losses.kl(*pair)}
+            values |= {"entropy": losses.entropy(z)}
+            return values | ({"unlikelihood": losses.unlikelihood(z, earlier, *allowed)} if unlikelihood else {})
+
+        values = reduced(both, terms, batch["completion"], *allowed)
+        metrics = {name: losses.masked_sum(x, batch["written"]) for name, x in values.items()}
+        (ce, weight), (far, _), (free, _) = (metrics[name] for name in ("cross_entropy", "kl", "entropy"))
         value = ce + frozen.get("kl", 1.0) * kl * far - entropy * free
-        metrics = {"cross_entropy": (ce, weight), "kl": (far, weight), "entropy": (free, weight)}
         if unlikelihood:
-            repeated, _ = losses.masked_sum(losses.unlikelihood(z, *repeats(batch)), batch["written"])
-            value, metrics = value + unlikelihood * repeated, metrics | {"unlikelihood": (repeated, weight)}
+            value = value + unlikelihood * metrics["unlikelihood"][0]
         return Sum(value, weight, metrics)
 
     return total

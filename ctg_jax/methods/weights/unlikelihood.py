@@ -21,9 +21,10 @@ from ctg_jax.data.completions import continuations
 from ctg_jax.data.messages import unanswered
 from ctg_jax.learn import calibrate, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pool import Pool, batches, check_drawn, drawing_filter, log_probabilities, logits, repeats
+from ctg_jax.learn.pool import Pool, batches, check_drawn, drawing_filter, log_probabilities, read, repeats
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
 from ctg_jax.run.identity import section
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages import judges
@@ -77,21 +78,29 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
         terms = {}
         if likelihood or token:
             human = batch | {"completion": batch["human"], "written": batch["human_written"]}
-            z = logits(lm, frozen["params"], human, keys, params)
-            terms["likelihood"] = losses.row_mean(losses.next_token(z, human["completion"]), human["written"])
+            text, target = read(lm, frozen["params"], human, keys, params), human["completion"]
             if token:
-                repeated = losses.unlikelihood(z, *repeats(human))
+                earlier, allowed = repeats(human)
+
+                def pair(z, target, allowed):
+                    return losses.next_token(z, target), losses.unlikelihood(z, earlier, allowed)
+
+                nll, repeated = reduced(text, pair, target, allowed)
                 terms["token"] = losses.row_mean(repeated, human["written"])
+            else:
+                nll = reduced(text, losses.next_token, target)
+            terms["likelihood"] = losses.row_mean(nll, human["written"])
         if sequence or policy:
             own, real = batch["completion"], batch["written"]
             if sequence:
-                z = logits(lm, frozen["params"], batch, keys, params)
+                text = read(lm, frozen["params"], batch, keys, params)
                 itself = jnp.eye(own.shape[1], dtype=bool)[None] & losses.repeated(own, real, ngram)[:, :, None]
-                terms["sequence"] = losses.row_mean(losses.unlikelihood(z, own, itself), real)
+                again = reduced(text, lambda z, allowed: losses.unlikelihood(z, own, allowed), itself)
+                terms["sequence"] = losses.row_mean(again, real)
             if policy:
                 drawing = Chain((params, frozen["filter"])) if "filter" in frozen else params
-                z = logits(lm, frozen["params"], batch, keys, drawing)
-                logp = -losses.row_mean(losses.next_token(z, own), real)
+                text = read(lm, frozen["params"], batch, keys, drawing)
+                logp = -losses.row_mean(reduced(text, losses.next_token, own), real)
                 drawn = batch["drawn"] / jnp.maximum(jnp.sum(real, axis=1), 1)
                 w = jax.lax.stop_gradient(jnp.minimum(jnp.exp(logp - drawn), 1.0))
                 terms["policy"] = -batch["advantage"] * w * logp

@@ -25,6 +25,7 @@ from ctg_jax.decode.rows import by_rows, is_end, numbers_for_rows
 from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.models.positions import reduced
+from ctg_jax.support import likeliest
 from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
 
 
@@ -232,7 +233,7 @@ def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling
 def sample(d: Decoding, keys: jax.Array, sampling: Sampling) -> Decoding:
     """Draws token t of every row from `d.z` and writes it; rows that have ended write padding."""
     if sampling.greedy:
-        token = jnp.argmax(d.z, axis=-1)
+        token = likeliest(d.z)
     else:
         token = rng.draw(rng.at_step(keys, d.t), d.z)
     token = jnp.where(d.done, sampling.pad, token.astype(jnp.int32))

@@ -86,8 +86,7 @@ def reduced(
 
     states = tuple(r.state for r in reads)
     given = (tuple((r.hidden, r.tokens, r.mask) for r in reads), values)
-    size = chunk_size(len(values[0]), n, max(r.lm.vocab for r in reads), CHUNK if chunk is None else chunk)
-    later = max(n - 1, 0) // size  # the first chunk takes the rest, with the prompt, so that nothing has to be padded
+    size, later = chunks(len(values[0]), n, max(r.lm.vocab for r in reads), CHUNK if chunk is None else chunk)
     if not later:
         return part(states, given)[1]
 
@@ -106,7 +105,15 @@ def reduced(
     return jax.tree.map(together, first, rest)
 
 
-def chunk_size(rows: int, new: int, vocab: int, chunk: int = CHUNK) -> int:
-    """Positions of a chunk, M with rows · M · vocab ≤ chunk where one position fits; chunks of nearly equal size."""
+def chunks(rows: int, new: int, vocab: int, chunk: int = CHUNK) -> tuple[int, int]:
+    """(M, C): after the first chunk come C of M positions each, with rows · M · vocab ≤ chunk where one position fits.
+
+    C is 0 where everything fits into the first chunk. Otherwise the first reads the prompt as well and so is a program
+    of its own, whose logits XLA may keep beside those of another chunk. M is therefore the size, from half the largest
+    to the largest, that leaves the fewest positions for the first.
+    """
     most = max(1, chunk // max(1, rows * vocab))
-    return -(-max(1, new) // -(-max(1, new) // most))
+    if new <= most:
+        return new, 0
+    size = min(range(most, most // 2, -1), key=lambda m: (new - 1) % m)
+    return size, (new - 1) // size

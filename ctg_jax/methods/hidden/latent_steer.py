@@ -32,6 +32,7 @@ from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import Read, reduced
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.support import likeliest
 from ctg_jax.types import InputError, Params
 
 POSITIONS = ("all", "first", "prompt")
@@ -188,7 +189,7 @@ def objective(lm: LM, control: LatentSteer) -> slot_search.Objective:
 
     def terms(logits, target):
         chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1) - chosen, likeliest(jax.lax.stop_gradient(logits))
 
     def f(z, rows, frozen):
         params, basis = frozen

@@ -1,6 +1,7 @@
 """A configuration as stages: load → fit → sample → evaluate, for one or several methods on the same prompts.
 
-lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": settings of `load_data`}
+lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": settings of `load_data`}; with "dtype", or
+          without it (or None) float32 on a CPU and bfloat16 on an accelerator
 prompts   settings of `load_data`
 sample    settings of `sample`; its `filter` is that of every arm without one of its own
 judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
@@ -147,7 +148,7 @@ def check(settings: dict[str, Any]) -> dict[str, Arm]:
 
 def language_model(root: str, settings: dict[str, Any]) -> Artifact:
     """The LM artifact: imported from `source` where that is given, else pretrained from random weights."""
-    dtype = {"dtype": settings["dtype"]} if "dtype" in settings else {}
+    dtype = {"dtype": settings.get("dtype") or sources.default_dtype()}
     if settings.get("source"):
         return stage(root, sources.load_lm, {"source": settings["source"], **dtype})
     if "pretrain" not in settings:

@@ -294,7 +294,7 @@ def of_config(args) -> tuple[list[tuple], list[str]]:
     for label, arm in given.items():
         if isinstance(arm, Fitted | Made) and _acts(arm.method):
             arms[label] = (arm.method, arm.init if isinstance(arm, Made) else arm.fit)
-    source, dtype = settings["lm"].get("source"), args.dtype or settings["lm"].get("dtype", "float32")
+    source, dtype = settings["lm"].get("source"), args.dtype or settings["lm"].get("dtype") or "float32"
     if args.lm or source:
         lm = shape(args.lm or source, dtype)
     else:

@@ -12,6 +12,7 @@ from ctg_jax.run.session import Session
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
 from ctg_jax.types import InputError
+from experiments import experiment
 
 
 @pytest.fixture
@@ -128,3 +129,13 @@ def test_labels_become_numbers(tmp_path):
     settings = dict(source=f"jsonl:{tmp_path / 'rows.jsonl'}", split="all", labels=dict(bad=0, good=1))
     found = stage(tmp_path / "runs", sources.load_data, settings).rows("data.jsonl")
     assert found == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+
+
+@pytest.mark.parametrize(("backend", "wanted"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_a_dtype_that_is_left_out_is_chosen_before_the_stage_is_identified(backend, wanted, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(experiment, "stage", lambda root, function, settings, **inputs: calls.append(settings["dtype"]))
+    for more in ({}, {"dtype": None}, {"dtype": "float32"}, {"dtype": "bfloat16"}):
+        experiment.language_model("root", {"source": "somewhere", **more})
+    assert calls == [wanted, wanted, "float32", "bfloat16"]

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from ctg_jax.data import load
 from ctg_jax.data.labels import is_label
 from ctg_jax.data.messages import asked, has_messages, under
@@ -142,6 +144,12 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
     lm = hf.check(path)  # finds what is wrong with the files now, not in the middle of an experiment
     check_sizes(load_tokenizer(str(path)), lm, source)
     run.record(lm=str(path.absolute()), fingerprint=digest_model(path, run.session.sha256))
+
+
+def default_dtype() -> str:
+    """The dtype of a language model where a configuration gives none: "float32" on a CPU, which computes in it faster,
+    and "bfloat16" on an accelerator. It becomes a setting of the stage, and so part of what identifies an artifact."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def check_dtype(dtype: str) -> None:

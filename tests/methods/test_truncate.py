@@ -7,7 +7,7 @@ import pytest
 
 from ctg_jax.controls import constraints, truncate
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.support import removed
+from ctg_jax.support import likeliest, removed
 from ctg_jax.types import InputError, Prompts
 
 Q = np.array([0.4, 0.3, 0.2, 0.1], np.float32)
@@ -119,3 +119,18 @@ def test_bad_options_are_one_sentence():
         truncate.rules(lm, min_length=3)
     chain = truncate.rules(lm, top_p=0.9, repetition_penalty=1.2, temperature=0.7)
     assert [type(c).__name__ for c in chain.parts] == ["RepetitionPenalty", "Temperature", "TopP"]
+
+
+@pytest.mark.parametrize(("v", "k"), [(7, 1), (7, 7), (50, 3), (1000, 40)])
+def test_the_kth_largest_is_that_of_a_sort(v, k):
+    z = np.round(np.random.default_rng(v).normal(size=(6, 2, v)) * 2, 1).astype(np.float32)  # with ties
+    z[0, 0, : v // 2], z[1, 1], z[2, 0, :3], z[3, 0, 0], z[4, 0, 1] = -1e30, -1e30, -0.0, np.inf, -np.inf
+    found = jax.jit(lambda z: truncate.largest(z, k))(z)
+    np.testing.assert_array_equal(found[..., 0], -np.sort(-z, axis=-1)[..., k - 1])
+
+
+def test_the_likeliest_token_is_the_first_of_those_that_tie():
+    z = np.round(np.random.default_rng(0).normal(size=(50, 20)), 0).astype(np.float32)
+    z[0], z[1], z[2, 3] = -np.inf, -1e30, np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest)(z), z.argmax(-1))
+    assert 0 <= int(likeliest(jnp.full(20, jnp.nan))) < 20

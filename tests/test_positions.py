@@ -94,7 +94,7 @@ def test_chunks_give_what_all_positions_give(name, size):
     whole, chunked = run(None), run(size * len(ROWS) * LM.vocab)
     assert positions.chunks(len(ROWS), NEW, LM.vocab, size * len(ROWS) * LM.vocab) == (size, (NEW - 1) // size)
     close(chunked[0], whole[0])
-    scale = max(1.0, *(float(jnp.max(jnp.abs(x))) for x in whole[1]))
+    scale = max([1.0, *(float(jnp.max(jnp.abs(x))) for x in whole[1])])
     close([x / scale for x in chunked[1]], [x / scale for x in whole[1]])
     assert np.ptp(whole[0]["logp"]) > 0.1 and scale > 0.1
 
@@ -202,7 +202,7 @@ def test_whatever_reads_logits_gives_the_same_in_chunks(name, monkeypatch):
     chunked = use()
     jax.clear_caches()  # and those of several
     assert seen and all(later > 1 for _, later in seen)
-    scale = max(1.0, *(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(whole) if np.isfinite(x).all()))
+    scale = max([1.0, *(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(whole) if np.isfinite(x).all())])
     close(jax.tree.map(lambda x: x / scale, chunked), jax.tree.map(lambda x: x / scale, whole))
 
 

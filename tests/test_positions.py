@@ -14,7 +14,7 @@ from ctg_jax.decode import loop, reading
 from ctg_jax.evaluation import kl_to_base
 from ctg_jax.learn import losses
 from ctg_jax.methods import click, dexperts, finetune, gdc, latent_steer, ppo, quark, steer, unlikelihood
-from ctg_jax.models import masked, positions
+from ctg_jax.models import heads, masked, positions
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import Prompts
 
@@ -57,7 +57,7 @@ CONTROLS = {
     "guidance": lambda: dexperts.guidance(LM, 1.5, keep=2),
     "instruction": lambda: dexperts.prompted(LM, 1.0),
     "penalised stream": lambda: dexperts.experts(
-        Stream(control=Chain((steer.example(LM, KEYS[3]), rules())), lm=LM), alpha=0.5
+        Stream(control=truncate.RepetitionPenalty(1.7, vocab=LM.vocab), lm=LM), alpha=0.5
     ),
 }
 
@@ -165,10 +165,10 @@ def recovered():
 
 def users():
     delta, frozen = finetune.example(LM, KEYS[0]), {"params": PARAMS}
-    state = {"policy": delta, "value": ppo.head(LM.width)}
+    state = {"policy": delta, "value": heads.value_head(LM.width)}
     old = {
         **frozen,
-        "old": {"policy": finetune.example(LM, KEYS[1]), "value": ppo.head(LM.width)},
+        "old": {"policy": finetune.example(LM, KEYS[1]), "value": heads.value_head(LM.width)},
         "beta": jnp.float32(0.1),
     }
     everything = unlikelihood.Objective(likelihood=1.0, token=0.5, sequence=0.5, policy=0.5, ngram=1)
@@ -192,7 +192,10 @@ def users():
     }
 
 
-@pytest.mark.parametrize("name", users())
+DEFAULT = ("score", "KL", "KL to a filter", "control_loss and KL", "latent vectors")  # the others compile for longer
+
+
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in users()])
 def test_whatever_reads_logits_gives_the_same_in_chunks(name, monkeypatch):
     use, seen = users()[name], []
     whole = use()
@@ -244,7 +247,8 @@ def test_peak_memory_follows_the_chunk_and_not_the_text(kind, copies, monkeypatc
 
 def test_sums_over_the_vocabulary_are_float32_where_weights_are_bfloat16(vocab=50_000):
     lm = Transformer.gpt2(vocab=vocab, width=32, depth=1, heads=2, context=8, dtype="bfloat16", param_dtype="bfloat16")
-    params = lm.init(jax.random.key(0))
+    kernel = 0.02 * jax.random.normal(jax.random.key(0), (vocab, 32))
+    params = {"embed": {"tokens": kernel.astype(jnp.bfloat16)}}
     h = jax.random.normal(jax.random.key(1), (2, 3, 32)).astype(jnp.bfloat16)
     target = jnp.array([[0, 5, 49_999], [7, 7, 1]])
     z = lm.unembed(params, h)

@@ -28,6 +28,7 @@ def arms(arg):
     common = dict(method="unlikelihood", rewards=DIVERSITY, strengths=(1.0,))
     length = dict(length=16) if arg == "tiny" else {}  # its LM has a context of 64 tokens, and prompts of up to 28
     found = {label: common | dict(fit=dict(objective=weights, **length)) for label, weights in ARMS.items()}
+    found["token"]["rewards"] = {}  # it learns from texts alone, nothing is sampled
     if arg == "repetition":  # greedy samples, as in the paper: there the model repeats itself
         greedy = dict(n=1, max_new=64, batch=100, greedy=True)
         found["sequence"] = common | dict(fit=dict(objective=ARMS["sequence"] | dict(sequence=2.0), explore=greedy))

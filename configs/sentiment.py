@@ -114,6 +114,19 @@ def training(name):
     return of_world(TRAINING, name)
 
 
+def paper(source, title, methods, **sample):
+    """The experiment of a method with the language model of its paper, a hub id, on the prompts and with the judge of
+    the yelp world. It needs an accelerator with room for the model.
+
+    sample: settings of `sample` in which the paper differs.
+    """
+    config = experiment("yelp", title, methods).to_dict()
+    config["lm"] = dict(source=source, dtype="bfloat16")
+    config["evaluate"]["lm_name"] = source
+    config["sample"] |= sample
+    return ConfigDict(config)
+
+
 def experiment(name, title, methods):
     """A whole configuration: the world and the methods, which read its labelled texts where they have no `data`."""
     parts = world(name)

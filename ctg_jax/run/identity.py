@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
@@ -206,6 +207,25 @@ def model_content(value: Any, settings: Mapping[str, Any] | None = None, sha256:
     """What identifies a folder with a model; None where there is no such folder, as for a hub id."""
     path = Path(value).expanduser()
     return digest_model(path, sha256) if path.is_dir() else None
+
+
+def local_models(value: Any, settings: Mapping[str, Any] | None = None, sha256: Sha256 = sha256) -> str | None:
+    """What identifies a JSON value in which strings may name folders with models, by the content of the folders; None
+    where none does."""
+    found: list[str] = []
+
+    def told(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {key: told(inner) for key, inner in x.items()}
+        if isinstance(x, list | tuple):
+            return [told(inner) for inner in x]
+        if not isinstance(x, str) or not os.path.isdir(os.path.expanduser(x)):
+            return x
+        found.append(digest_model(Path(x).expanduser(), sha256))
+        return found[-1]
+
+    text = dumps(canonical(told(value)), sort_keys=True)
+    return sha256_of(text) if found else None
 
 
 def digest_model(folder: Path, sha256: Sha256 = sha256) -> str:

@@ -145,7 +145,7 @@ def test_removed_tokens_stay_removed_and_the_support_is_never_empty(control):
     def hook(control, z):  # the logits that the three likeliest allowed tokens have before the control, and those after
         every = harsh(control, forbidden).bind(PARAMS, PARAMS)
         start = Chain(every.parts[:2])
-        read = None, PROMPTS.tokens, PROMPTS.mask
+        read = jnp.zeros((*PROMPTS.tokens.shape, LM.width)), PROMPTS.tokens, PROMPTS.mask
         found = edit_logits(start, z, *read, start.init(PROMPTS, 9))[0]
         return found, edit_logits(every, z, *read, every.init(PROMPTS, 9))[0]
 

@@ -16,7 +16,7 @@ from ctg_jax.learn import train
 from ctg_jax.learn.optimizer import optimizer, schedule
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import Cache, Out
-from ctg_jax.types import Prompts
+from ctg_jax.types import Prompts, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +158,16 @@ def trained(loss, control, frozen, batches: list, *, rate: float = 1e-2, trained
         state, metrics = step(state, frozen, batch)
     assert bool(state.ok)
     return state.params, metrics
+
+
+def written_on_paper(lm, make, prompt: int = 4, cond=None):
+    """The shapes that the decode loop gives for one row under the control that `make(key)` gives, with no array made.
+
+    cond: entries of `prompts.cond`, `jax.ShapeDtypeStruct`s [1, …].
+    """
+    batch = jax.eval_shape(lambda: prompts([[0] * prompt]))
+    if cond is not None:
+        batch = batch.replace(cond=cond)
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    control = jax.eval_shape(make, jax.random.key(0))
+    return jax.eval_shape(lambda p, b, c: loop.loop(lm, p, b, c, Sampling(max_new=2)), params, batch, control)

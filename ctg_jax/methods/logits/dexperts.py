@@ -21,7 +21,7 @@ from ctg_jax import methods
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
 from ctg_jax.controls.streams import LastTokens, Stream
-from ctg_jax.data.tokenizer import to_prompts
+from ctg_jax.data.instructions import instructed
 from ctg_jax.learn.fitting import example_delta
 from ctg_jax.models import hf
 from ctg_jax.models.lm import LM
@@ -176,8 +176,7 @@ def conditions(artifact: Artifact, lm: Artifact, texts: Sequence[str]) -> dict[s
     settings = artifact.spec["init"]
     if settings.get("kind") != "instruction":
         return {}
-    rows = to_prompts(open_lm(lm)[2], [settings["instruction"] + text for text in texts], seed=0)
-    return {INSTRUCTED: np.where(rows.mask, rows.tokens, -1).astype(np.int32)}
+    return {INSTRUCTED: instructed(open_lm(lm)[2], texts, [settings["instruction"]])[:, 0]}
 
 
 def example(lm: LM, key: jax.Array) -> Experts:

@@ -35,21 +35,18 @@ def check_sizes(tokenizer: Tokenizer, lm: Any, name: str) -> None:
         )
 
 
-def check_shared(tokenizer: Tokenizer, source: str, rows: int) -> None:
+def check_shared(tokenizer: Tokenizer, other: Tokenizer, rows: int, name: str) -> None:
     """InputError where another model does not read and write the tokens of `tokenizer`, so that logits of the two
     cannot be combined.
 
     Args:
-      tokenizer: that of the base model.
-      source: folder or hub id of the other model. rows: its number of tokens, V.
+      tokenizer: that of the base model. other: that of the other model.
+      rows: the number of tokens of the other model. name: what it is called in the message.
     """
-    from ctg_jax.data.tokenizer import load_tokenizer
-
-    other = load_tokenizer(source)
     for i in range(tokenizer.vocab):
         mine, theirs = tokenizer.token(i), other.token(i)
         if mine is not None and (i >= rows or mine != theirs):
             raise InputError(
-                f"{source} does not have the vocabulary of the base model: token {i} is {theirs!r} there and {mine!r} "
+                f"{name} does not have the vocabulary of the base model: token {i} is {theirs!r} there and {mine!r} "
                 "here, so their logits cannot be combined; use a model with the same tokenizer"
             )

@@ -1,4 +1,5 @@
-"""`pretrain`: a small language model from random weights, with a tokenizer of its own."""
+"""Small language models from random weights: `pretrain`, with a tokenizer of its own, and `sibling`, with that of
+another model."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ import jax
 
 from ctg_jax import rng
 from ctg_jax.data import Source, pipeline
+from ctg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
 from ctg_jax.mesh import layout
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.identity import digest_model
-from ctg_jax.run.stage import Artifact, Run, stage_function
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
 from ctg_jax.stages.sources import check_dtype
 from ctg_jax.types import InputError
 
@@ -49,9 +51,6 @@ def pretrain(
     Raises:
       InputError: an unknown dtype, a width that `heads` does not divide, rows longer than the context.
     """
-    from ctg_jax.data.tokenizer import load_tokenizer, train_bpe
-    from ctg_jax.models import hf
-
     check_dtype(dtype)
     if width % heads:
         raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
@@ -64,13 +63,52 @@ def pretrain(
         family="gpt2", vocab=tokenizer.vocab, width=width, depth=depth, heads=heads, kv_heads=heads,
         head_dim=width // heads, mlp_width=4 * width, context=context, tied=tied, dtype=dtype, remat=layout.remat(),
     )  # fmt: skip
+    _train(run, lm, tokenizer, Source(data.id, "all", records), training, seed, pack)
+    run.discard("tokenizer", "steps")
+
+
+@stage_function("sibling")
+def sibling(
+    run: Run,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    width: int = 64,
+    depth: int = 2,
+    heads: int = 2,
+    training: Training = Training(steps=1000, rate=5e-3, warmup=50, schedule="cosine", final=0.1, decay=0.01),
+    seed: int = 0,
+) -> None:
+    """Stage: a GPT-2 with the vocabulary, the tokenizer and the context of another language model, so that the logits
+    of the two can be combined; in state/ in Hugging Face layout.
+
+    Args:
+      lm: the other model. data: texts that the new one is trained on, each in a row of its own.
+      width, depth, heads, training, seed: see `pretrain`.
+
+    Raises:
+      InputError: a width that `heads` does not divide, rows longer than the context.
+    """
+    model, _, tokenizer = open_lm(lm)
+    if width % heads:
+        raise InputError(f"width is {width}, which heads={heads} does not divide: choose a multiple of it")
+    shape = dict(vocab=model.vocab, width=width, depth=depth, heads=heads, context=model.context)
+    small = Transformer.gpt2(**shape, remat=layout.remat())
+    _train(run, small, tokenizer, Source(data.id, "all", data.rows("data.jsonl")), training, seed, pack=False)
+    run.discard("steps")
+
+
+def _train(
+    run: Run, lm: Transformer, tokenizer: Tokenizer, source: Source, training: Training, seed: int, pack: bool
+) -> None:
+    """Trains `lm` from random weights and writes it with its tokenizer."""
+    from ctg_jax.models import hf
+
     losses.check_rows(lm, training.tokens)
     params = lm.init(rng.stream(jax.random.key(seed), "init"))
-    source = Source(data.id, "all", records)
     batches = pipeline(source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, pack=pack)
     params = fitting.train(run, params, losses.lm_loss(lm), None, batches, training, seed=seed, progress=True)
     (run.path / "state").mkdir(exist_ok=True)
     tokenizer.save(run.path / "state")
     hf.save(run.path / "state", lm, params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})
     run.record(lm=None, fingerprint=digest_model(run.path / "state", run.session.sha256))
-    run.discard("tokenizer", "steps")

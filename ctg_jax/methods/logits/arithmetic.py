@@ -36,7 +36,7 @@ from ctg_jax.controls.formula import Formula, parse
 from ctg_jax.controls.streams import Stream, log_probabilities
 from ctg_jax.data.ids import check_shared
 from ctg_jax.data.instructions import instructed
-from ctg_jax.data.tokenizer import Tokenizer
+from ctg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctg_jax.io import dumps, sha256_of
 from ctg_jax.learn import fitting, next_classifier
 from ctg_jax.models import hf
@@ -195,7 +195,7 @@ def with_models(control: Arithmetic, models: Mapping[str, str], tokenizer: Token
     kept = len(control.streams) - len(models)
     loaded = []
     for stream, source in zip(control.streams[kept:], models.values()):
-        check_shared(tokenizer, source, stream.lm.vocab)
+        check_shared(tokenizer, load_tokenizer(source), stream.lm.vocab, source)
         loaded.append(stream.replace(params=hf.load(source)[1]))
     return control.replace(streams=(*control.streams[:kept], *loaded))
 

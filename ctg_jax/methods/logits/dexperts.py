@@ -15,11 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from ctg_jax import methods
-from ctg_jax.control import Control
-from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.experts import Experts, experts
 from ctg_jax.controls.streams import LastTokens, Stream
 from ctg_jax.data.instructions import instructed
 from ctg_jax.learn.fitting import example_delta
@@ -27,70 +25,10 @@ from ctg_jax.models import hf
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.support import removed
 from ctg_jax.types import InputError
 
 FITTED = ("lora", "full", "prompt")  # kinds of expert that are trained
 INSTRUCTED = "instructed"  # the entry of `prompts.cond` with instruction and prompt, int32 [B, T'], −1 for padding
-
-
-@struct.dataclass
-class Experts(Control):
-    """z + alpha (z⁺ − z⁻), with the logits of the model that decodes for a side that is None. Where the control of a
-    stream removed a token, that token keeps the logit it has.
-
-    Attributes:
-      expert, anti: a `Stream` each, or None.
-      alpha: float32 [] or, per row, [B]; 0 is the base model.
-      cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `alpha` row by row.
-    """
-
-    expert: Stream | None
-    anti: Stream | None
-    alpha: jax.Array
-    cond: str | None = struct.field(pytree_node=False, default=None)
-
-    def sides(self) -> dict[str, Stream]:
-        """The streams by the names of their sides."""
-        return {name: s for name, s in (("expert", self.expert), ("anti", self.anti)) if s is not None}
-
-    def check(self, prompts):
-        for stream in self.sides().values():
-            stream.check(prompts)
-
-    def init(self, prompts, length):
-        readings = {name: stream.init(prompts, length) for name, stream in self.sides().items()}
-        return per_row(self.alpha, prompts, self.cond), readings
-
-    def readers(self):
-        return tuple(reader for name, stream in self.sides().items() for reader in stream.readers(name))
-
-    def logits(self, z, h, tokens, mask, state):
-        strength, readings = state
-        found, after = {"expert": z, "anti": z}, {}
-        for name, stream in self.sides().items():
-            if stream.lm.vocab != z.shape[-1]:
-                raise InputError(
-                    f"The {name} has a vocabulary of {stream.lm.vocab} tokens and the base model one of "
-                    f"{z.shape[-1]}: use models that share one tokenizer."
-                )
-            found[name], _, after[name] = stream.read(tokens, mask, z.shape[1], readings[name])
-        known = ~(removed(found["expert"]) | removed(found["anti"]))
-        push = jnp.where(known, found["expert"] - found["anti"], 0.0)
-        return z + strength * push, (strength, after)
-
-
-def experts(
-    expert: Stream | None = None, anti: Stream | None = None, alpha: float = 2.0, cond: str | None = None
-) -> Experts:
-    """DExperts; without an anti-expert z + alpha (z⁺ − z), and without an expert z + alpha (z − z⁻).
-
-    Raises:
-      InputError: alpha is not finite.
-    """
-    if not isinstance(alpha, jax.Array) and not np.all(np.isfinite(alpha)):
-        raise InputError(f"alpha is {alpha}, expected a finite number.")
-    return Experts(expert, anti, jnp.asarray(alpha, jnp.float32), cond)
 
 
 def guidance(lm: LM, gamma: float = 1.5, keep: int = 1, cond: str | None = None) -> Experts:

@@ -1,0 +1,81 @@
+"""`Experts`: the difference of two language models, added to the logits of the one that decodes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ctg_jax.control import Control
+from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.streams import Stream
+from ctg_jax.support import removed
+from ctg_jax.types import InputError
+
+
+@struct.dataclass
+class Experts(Control):
+    """z + alpha (z⁺ − z⁻), with the logits of the model that decodes for a side that is None. Where the control of a
+    stream removed a token, that token keeps the logit it has.
+
+    Attributes:
+      expert, anti: a `Stream` each, or None.
+      alpha: float32 [] or, per row, [B]; 0 is the base model.
+      cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `alpha` row by row.
+      trim: whether a side may have more tokens than the base model, which are left out: rows at the end of its
+        vocabulary.
+    """
+
+    expert: Stream | None
+    anti: Stream | None
+    alpha: jax.Array
+    cond: str | None = struct.field(pytree_node=False, default=None)
+    trim: bool = struct.field(pytree_node=False, default=False)
+
+    def sides(self) -> dict[str, Stream]:
+        """The streams by the names of their sides."""
+        return {name: s for name, s in (("expert", self.expert), ("anti", self.anti)) if s is not None}
+
+    def check(self, prompts):
+        for stream in self.sides().values():
+            stream.check(prompts)
+
+    def init(self, prompts, length):
+        readings = {name: stream.init(prompts, length) for name, stream in self.sides().items()}
+        return per_row(self.alpha, prompts, self.cond), readings
+
+    def readers(self):
+        return tuple(reader for name, stream in self.sides().items() for reader in stream.readers(name))
+
+    def logits(self, z, h, tokens, mask, state):
+        strength, readings = state
+        size, found, after = z.shape[-1], {"expert": z, "anti": z}, {}
+        for name, stream in self.sides().items():
+            if stream.lm.vocab != size and not (self.trim and stream.lm.vocab > size):
+                raise InputError(
+                    f"The {name} has a vocabulary of {stream.lm.vocab} tokens and the base model one of {size}: use "
+                    "models that share one tokenizer."
+                )
+            read, _, after[name] = stream.read(tokens, mask, z.shape[1], readings[name])
+            found[name] = read[..., :size]
+        known = ~(removed(found["expert"]) | removed(found["anti"]))
+        push = jnp.where(known, found["expert"] - found["anti"], 0.0)
+        return z + strength * push, (strength, after)
+
+
+def experts(
+    expert: Stream | None = None,
+    anti: Stream | None = None,
+    alpha: float = 2.0,
+    cond: str | None = None,
+    trim: bool = False,
+) -> Experts:
+    """DExperts; without an anti-expert z + alpha (z⁺ − z), and without an expert z + alpha (z − z⁻).
+
+    Raises:
+      InputError: alpha is not finite.
+    """
+    if not isinstance(alpha, jax.Array) and not np.all(np.isfinite(alpha)):
+        raise InputError(f"alpha is {alpha}, expected a finite number.")
+    return Experts(expert, anti, jnp.asarray(alpha, jnp.float32), cond, trim)

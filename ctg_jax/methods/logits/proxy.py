@@ -1,0 +1,189 @@
+"""Proxy-tuning: what tuning did to a small model, added to the logits of a large one (Liu et al. 2024).
+
+    z' = z + alpha (z⁺ - z⁻)
+
+z⁺ is a small tuned model and z⁻ the same small model before it was tuned; both share the large one's tokenizer, and
+neither its weights nor its size. The rule is that of DExperts, whose experts are tuned copies of the base itself.
+
+    control = proxy.make(lm, key, tokenizer=tokenizer, expert="meta-llama/Llama-2-7b-chat-hf",
+                         anti="meta-llama/Llama-2-7b-hf", before="[INST] ", after=" [/INST]")
+
+alpha 1 is the paper's rule, 0 the base model. As in the authors' code, the base is not filtered before the models are
+combined, so truncation comes after this control in a chain; tokens beyond the base's vocabulary at the end of a small
+model's are left out; and only the tuned model reads the chat template, `before` and `after` the prompt. The authors'
+code finds out by the word "chat" in a path whether there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctg_jax import methods
+from ctg_jax.control import IDENTITY
+from ctg_jax.controls.experts import Experts, experts
+from ctg_jax.controls.streams import Stream
+from ctg_jax.data.ids import check_shared
+from ctg_jax.data.instructions import instructed
+from ctg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ctg_jax.io import dumps, sha256_of
+from ctg_jax.learn.fitting import example_delta
+from ctg_jax.learn.pretrain import sibling
+from ctg_jax.models import hf
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.lm import LM
+from ctg_jax.models.record import of_record, record
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.stages.sources import load_lm
+from ctg_jax.types import InputError
+
+Model = str | Mapping[str, Any]  # a folder or hub id, or the fields of a decoder
+
+
+def init(
+    lm: LM,
+    key: jax.Array,
+    *,
+    expert: Model,
+    anti: Model,
+    adapter: Mapping[str, Any] | None = None,
+    before: str = "",
+    after: str = "",
+    alpha: float = 1.0,
+    cond: str | None = None,
+) -> Experts:
+    """Proxies with random weights.
+
+    Args:
+      expert, anti: the tuned and the untuned small model: a folder, a hub id, or the fields of a decoder.
+      adapter: settings of `finetune.init`, where the expert is a small model with a change of its weights.
+      before, after: text around the prompt that the expert alone reads, such as a chat template.
+      alpha, cond: see `controls.experts.Experts`.
+
+    Raises:
+      InputError: alpha that is not finite, a small model with fewer tokens than the base, and what `hf.shape` raises.
+    """
+    plus, minus = (hf.shape(m) if isinstance(m, str) else of_record(m) for m in (expert, anti))
+    for name, small in (("expert", plus), ("anti", minus)):
+        if small.vocab < lm.vocab:
+            raise InputError(
+                f"The {name} has a vocabulary of {small.vocab} tokens and the base model one of {lm.vocab}: use a "
+                "model with the same tokenizer."
+            )
+    a, b, c = jax.random.split(key, 3)
+    change = IDENTITY if adapter is None else methods.get("finetune").init(plus, c, **adapter)
+    own = own_entry(before, after) if before or after else None
+    return experts(
+        Stream(plus.init(a), change, lm=plus, own=own), Stream(minus.init(b), lm=minus), alpha, cond, trim=True
+    )
+
+
+def own_entry(before: str, after: str) -> str:
+    """The entry of `prompts.cond` with the prompt inside its template, int32 [B, T'], -1 for padding."""
+    return f"proxy {sha256_of(dumps([before, after]))[:8]}"
+
+
+def make(lm: LM, key: jax.Array, *, tokenizer: Tokenizer, **settings: Any) -> Experts:
+    """The control of two small models that exist, of which the settings `expert` and `anti` name a folder or hub id.
+
+    Args:
+      tokenizer: that of the base model, which the small models must share.
+
+    Raises:
+      InputError: a model that is not named, one of another vocabulary, and what `init` raises.
+    """
+    control = init(lm, key, **settings)
+    sides = {}
+    for name, stream in control.sides().items():
+        source = settings[name]
+        if not isinstance(source, str):
+            raise InputError(f"{name} is {source!r}, expected the folder or hub id of a model.")
+        check_shared(tokenizer, load_tokenizer(source), stream.lm.vocab, source)
+        sides[name] = stream.replace(params=hf.load(source)[1])
+    return control.replace(**sides)
+
+
+def conditions(artifact: Artifact, lm: Artifact, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The tokens of each prompt inside the template of the expert."""
+    settings = artifact.spec["init"]
+    before, after = (settings.get(name, "") for name in ("before", "after"))
+    if not before and not after:
+        return {}
+    return {own_entry(before, after): instructed(open_lm(lm)[2], texts, [before], [after])[:, 0]}
+
+
+def example(lm: LM, key: jax.Array) -> Experts:
+    """A small random model, and the same with a random change of its weights, for the laws."""
+    small = Transformer.gpt2(vocab=lm.vocab, width=8, depth=1, heads=2, context=lm.context)
+    a, b = jax.random.split(key)
+    params = jax.tree.map(lambda x: 4 * x, small.init(a))
+    return experts(Stream(params, example_delta(small, b), lm=small), Stream(params, lm=small), 1.0, trim=True)
+
+
+def neutral(control: Experts) -> Experts:
+    """Strength 0."""
+    return control.replace(alpha=jnp.zeros_like(control.alpha))
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    small: Mapping[str, Any],
+    where: Mapping[str, Any] | None = None,
+    before: str = "",
+    after: str = "",
+    alpha: float = 1.0,
+    cond: str | None = None,
+    **settings: Any,
+) -> Artifact:
+    """A small model, a stage of fine-tuning on it, and their combination with the base.
+
+    Args:
+      lm, data: an LM artifact, and records with `text` and a field to choose by.
+      small: the settings of `load_lm`, as {"source": "gpt2"}, or, without a source, those of `sibling`, which trains a
+        small model on the texts of `data`.
+      where: the fields of the records that the small model is tuned on; by default {"label": 1}.
+      before, after, alpha, cond: see `init`.
+      settings: the other settings of `finetune`.
+
+    Raises:
+      InputError: what these stages raise, and a small model of another vocabulary.
+    """
+    made = stage(root, load_lm, small) if "source" in small else stage(root, sibling, small, lm=lm, data=data)
+    tune = methods.get("finetune").fit
+    tuned = tune(root, lm=made, data=data, **{**settings, "where": dict(where or {"label": 1})})
+    hp = dict(before=before, after=after, alpha=alpha, cond=cond)
+    return stage(root, proxy, hp, lm=lm, small=made, tuned=tuned)
+
+
+@stage_function("proxy")
+def proxy(
+    run: Run,
+    *,
+    lm: Artifact,
+    small: Artifact,
+    tuned: Artifact,
+    before: str = "",
+    after: str = "",
+    alpha: float = 1.0,
+    cond: str | None = None,
+) -> None:
+    """Stage: a small model, and the same with the change that was fitted on it, become the two sides of one control.
+    It holds the weights of the small model, and none of the base."""
+    model, _, tokenizer = open_lm(lm)
+    other, params, theirs = open_lm(small)
+    check_shared(tokenizer, theirs, other.vocab, small.path.name)
+    hp = dict(expert=record(other), anti=record(other), adapter=tuned.spec["init"])
+    hp |= dict(before=before, after=after, alpha=alpha, cond=cond)
+    like = jax.eval_shape(lambda key: init(model, key, **hp), jax.random.key(0))
+    change = methods.load(tuned, other)
+    sides = dict(expert=like.expert.replace(params=params, control=change), anti=like.anti.replace(params=params))
+    checkpoint.save(run.path / "state", like.replace(**sides, alpha=jnp.float32(alpha)))
+    run.record(method="proxy", init=hp)

@@ -1,8 +1,8 @@
 """Rules that depend on constants alone: tokens that are forbidden, forced, or forbidden for a while.
 
-The method `allowed` of each returns the tokens that it leaves at the n-th new token, so that rules which together leave
-none are refused on the host, before decoding. They come before rules that choose by the logits or the text (top-p,
-no-repeat), which then choose among what is allowed.
+The method `allowed` of each, and of any other control that has one, returns the tokens that it leaves at the n-th new
+token, so that rules which together leave none are refused on the host, before decoding. They come before rules that
+choose by the logits or the text (top-p, no-repeat), which then choose among what is allowed.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ def check(control: Control, vocab: int, new: int) -> None:
     parts = leaves(control)
     for i, rule in enumerate(parts):
         before = next((c for c in parts[:i] if c.selects), None)
-        if isinstance(rule, Ban | Force | MinLength) and before is not None:
+        if hasattr(rule, "allowed") and before is not None:
             names = type(rule).__name__, type(before).__name__
             raise InputError(
                 f"{names[0]} comes after {names[1]}, which may have removed every token that {names[0]} allows: put "
                 f"{names[0]} before {names[1]} in the chain."
             )
-    rules = [c for c in parts if isinstance(c, Ban | Force | MinLength)]
+    rules = [c for c in parts if hasattr(c, "allowed")]
     if not rules or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(rules)):
         return
     rules = jax.device_get(rules)

@@ -2,7 +2,8 @@
 
 The method `allowed` of each, and of any other control that has one, returns the tokens that it leaves at the n-th new
 token, so that rules which together leave none are refused on the host, before decoding. They come before rules that
-choose by the logits or the text (top-p, no-repeat), which then choose among what is allowed.
+choose by the logits or the text (top-p, no-repeat), which then choose among what is allowed; one whose `must_hold` is
+False at its present strength may come after them.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def check(control: Control, vocab: int, new: int) -> None:
     parts = leaves(control)
     for i, rule in enumerate(parts):
         before = next((c for c in parts[:i] if c.selects), None)
-        if hasattr(rule, "allowed") and before is not None:
+        if hasattr(rule, "allowed") and getattr(rule, "must_hold", True) and before is not None:
             names = type(rule).__name__, type(before).__name__
             raise InputError(
                 f"{names[0]} comes after {names[1]}, which may have removed every token that {names[0]} allows: put "

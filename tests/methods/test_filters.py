@@ -119,6 +119,8 @@ def test_a_filter_comes_before_truncation():
     np.testing.assert_allclose(jax.nn.softmax(found[0, 0]), (0.5, 0.5, 0), atol=1e-6)
     with pytest.raises(InputError, match="Filter comes after TopP"):
         loop.generate(WORLD, PARAMS, prompts, Chain((tight, cut())), Sampling(max_new=1))
+    soft = loop.generate(WORLD, PARAMS, prompts, Chain((tight, cut(0.5))), Sampling(max_new=1))
+    assert soft.tokens.tolist() == [[2]]  # a filter that removes nothing may come after it
     with pytest.raises(InputError, match="Filter leave no token"):
         loop.generate(WORLD, PARAMS, prompts, cut(kept=(0.0, 0.0, 0.0)), Sampling(max_new=1))
 

@@ -61,6 +61,12 @@ class Filter(Control):
         less = jnp.log1p(-jnp.minimum(state, 1 - 1e-6))
         return require(jnp.where(kept, z, z + less), kept | (state < 1)), state
 
+    @property
+    def must_hold(self) -> bool:
+        """Whether it removes tokens at its present strength; True where that has no value, inside a program."""
+        value = tree.concrete(self.alpha)
+        return value is None or bool(np.any(value >= 1))
+
     def allowed(self, at: jax.Array, vocab: int) -> jax.Array:
         """bool [1 or B, 1, V]: what may be new tokens; see `controls.constraints`. Everything, where rows choose."""
         soft = jnp.reshape(self.alpha, (-1, 1, 1)) < (1 if self.cond is None else jnp.inf)

@@ -28,5 +28,5 @@ def _value(x: Any, default: Any) -> Any:
     if not isinstance(x, list | tuple):
         return x
     if isinstance(default, tuple) and default and dataclasses.is_dataclass(default[0]):
-        return tuple(type(default[0])(**part) for part in x)
+        return tuple(type(default[0])(**{name: _value(part[name], None) for name in part}) for part in x)
     return tuple(x)

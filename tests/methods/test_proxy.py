@@ -1,5 +1,8 @@
 """Proxy-tuning: three tokens by hand, another size of model, extra tokens, a template, vocabularies, bad input."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from ctg_jax.learn.pretrain import sibling
 from ctg_jax.methods import proxy
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.pattern import Layer
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run.stage import open_artifact, open_lm, stage
 from ctg_jax.stages.controls import made
@@ -98,6 +102,8 @@ def test_a_decoder_as_plain_values():
     lm = Transformer.llama(vocab=8, width=8, depth=1, heads=2, kv_heads=1, mlp_width=8, context=9, remat=True)
     values = record(lm)
     assert of_record(values) == Transformer(**{**vars(lm), "remat": False}) and "remat" not in values
+    windows = dataclasses.replace(of_record(values), depth=2, pattern=(Layer(window=4), Layer()))
+    assert of_record(json.loads(json.dumps(record(windows)))) == windows
     scaled = Transformer(**{**vars(of_record(values)), "rope_scaling": ("linear", 2.0)})
     assert of_record({**record(scaled), "rope_scaling": ["linear", 2.0]}) == scaled
 

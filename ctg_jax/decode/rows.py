@@ -24,10 +24,11 @@ def by_rows(
     control: Any,
     sampling: Sampling,
     devices: Sequence[jax.Device] = (),
+    split: bool = True,
 ) -> Samples:
-    """`write(lm, params, prompts, control, sampling)` with its rows split as `layout.run_rows` does. `write` is pure
-    and hashable; `generated` is that of the part that ran longest."""
-    split = not numbers_for_rows(control, len(prompts.tokens))
+    """`write(lm, params, prompts, control, sampling)` with its rows split as `layout.run_rows` does, where they may be
+    split. `write` is pure and hashable; `generated` is that of the part that ran longest."""
+    split = split and not numbers_for_rows(control, len(prompts.tokens))
     whole = (params, control)
     out = layout.run_rows(_part, (write, lm, sampling), whole, prompts, devices=devices, split=split)
     return out.replace(generated=jnp.max(out.generated))

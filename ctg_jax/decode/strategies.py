@@ -30,9 +30,11 @@ class Strategy:
 
     Attributes:
       likelihood: whether `Samples.logp` is the log-probability of the text under what drew it.
+      apart: whether rows do not read each other, so that they may be completed on several devices.
     """
 
     likelihood: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     def check(self, lm: LM, prompts: Prompts, control: Any, sampling: Sampling) -> None:
         """Checks a request on the host, where the values of arrays are known.
@@ -105,7 +107,7 @@ def run(
     """
     strategy = of(control)
     strategy.check(lm, prompts, control, sampling)
-    return finite(by_rows(strategy, lm, params, prompts, control, sampling, devices))
+    return finite(by_rows(strategy, lm, params, prompts, control, sampling, devices, split=strategy.apart))
 
 
 def stream(lm: LM, params: Params, prompts: Prompts, control: Any, sampling: Sampling) -> Iterator[np.ndarray]:

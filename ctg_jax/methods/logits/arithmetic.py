@@ -11,7 +11,10 @@ setting, a Python expression that `controls.formula.parse` reads:
     M + 0.5 * (A - B)           DExperts, whose weights add up to 1
     M - 0.96 * (T | M) + C      also towards texts that the classifier accepts
 
-    control = arithmetic.make(lm, key, formula="M - 0.96 * (T | M)", prompts={"T": "The following text is rude: "})
+    told = {"T": "The following text is rude: "}
+    control = arithmetic.make(lm, key, tokenizer=tokenizer, formula="M - 0.96 * (T | M)", prompts=told)
+    cond = {arithmetic.own_entry(told): instructed(tokenizer, texts, list(told.values()))}
+    samples = generate(lm, params, to_prompts(tokenizer, texts, seed=0, cond=cond), control)
 
 alpha 1 is the paper's rule, 0 the base model. The classifier is FUDGE's (Yang & Klein 2021) with one output for each
 token of the vocabulary, a linear head on the final hidden state, so that no candidate has to be read by itself; the

@@ -5,8 +5,8 @@
 z⁺ is a small tuned model and z⁻ the same small model before it was tuned; both share the large one's tokenizer, and
 neither its weights nor its size. The rule is that of DExperts, whose experts are tuned copies of the base itself.
 
-    control = proxy.make(lm, key, tokenizer=tokenizer, expert="meta-llama/Llama-2-7b-chat-hf",
-                         anti="meta-llama/Llama-2-7b-hf", before="[INST] ", after=" [/INST]")
+    tuned, untuned = "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+    control = proxy.make(lm, key, tokenizer=tokenizer, expert=tuned, anti=untuned)
 
 alpha 1 is the paper's rule, 0 the base model. As in the authors' code, the base is not filtered before the models are
 combined, so truncation comes after this control in a chain; tokens beyond the base's vocabulary at the end of a small

@@ -7,7 +7,10 @@ p is the next-token distribution after the text so far, and p_n the one after th
 Words that no description makes likelier keep their logits. The N descriptions are copies of one stream, read in one
 pass of N rows for each row of the batch; each row keeps a cache of its own.
 
-    control = self_debias.make(lm, key, descriptions=["The following text contains a threat:\\n"], alpha=50.0)
+    told = ["The following text contains a threat: "]
+    control = self_debias.make(lm, key, descriptions=told, alpha=50.0)
+    cond = {self_debias.own_entry(told): instructed(tokenizer, texts, told)}
+    samples = generate(lm, params, to_prompts(tokenizer, texts, seed=0, cond=cond), control)
 
 alpha is λ of the paper, whose default is 50, and 0 the base model; below 0 the described words are raised. Δ is a
 difference of probabilities, so that rare words hardly move: from .001 to .01 the factor is .64 at alpha 50. The

@@ -1,6 +1,6 @@
 """Model arithmetic: away from negative texts by a bias, by a union, and by a union together with a classifier.
 
-Source: Dekoninck et al. 2024, sections 3 and 4; 0.6 and 0.96 are the authors' weights.
+Source: Dekoninck et al. 2024; 0.6 and 0.96 are the authors' weights.
 
     python experiments/main.py --config=configs/arithmetic.py[:yelp|:tiny|:paper]
     python experiments/ablate.py --config=configs/arithmetic.py[:yelp|:tiny]

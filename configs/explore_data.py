@@ -1,6 +1,6 @@
 """Exploring what fine-tuning added: a model is tuned on texts of another kind, which the contrast with itself shows.
 
-Source: Hewitt et al. 2024, contrastive generative exploration, in its static and its iterative version.
+Source: Isonuma & Titov 2024, contrastive generative exploration, in its static and its iterative version.
 
     python experiments/main.py --config=configs/explore_data.py[:yelp|:tiny]
 

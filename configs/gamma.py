@@ -1,6 +1,6 @@
 """Gamma sampling: the probability of a list of positive words is raised, and that of negative words lowered.
 
-Source: Wu & Sun 2023. The filter comes before the sets, as in the authors' code.
+Source: Wu & Sun 2022. The filter comes before the sets, as in the authors' code.
 
     python experiments/main.py --config=configs/gamma.py[:yelp|:tiny|:paper]
     python experiments/ablate.py --config=configs/gamma.py[:yelp|:tiny]

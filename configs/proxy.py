@@ -1,6 +1,6 @@
 """Proxy-tuning: a small model is tuned on positive texts, and a larger one that was not writes them.
 
-Source: Liu et al. 2024, section 2; alpha is 1 and decoding greedy in the paper.
+Source: Liu et al. 2024; alpha is 1 and decoding greedy in the paper.
 
     python experiments/main.py --config=configs/proxy.py[:yelp|:tiny|:paper]
     python experiments/ablate.py --config=configs/proxy.py[:yelp|:tiny]

@@ -1,6 +1,6 @@
 """Self-debiasing: a model moves away from what it would write after a bad example, at several strengths.
 
-Source: Schick et al. 2021, section 4.1; strength 50 and floor 0.01 are the authors'.
+Source: Schick et al. 2021; strength 50 and floor 0.01 are the authors'.
 
     python experiments/main.py --config=configs/self_debias.py[:yelp|:tiny|:paper]
     python experiments/ablate.py --config=configs/self_debias.py[:yelp|:tiny]

@@ -28,7 +28,7 @@ WRITTEN = {
     "A new method": "new_method.md",
     "Silent faults": "faults.md",
 }  # pages in docs/
-DIFFERS = re.compile(r"\b(papers?|authors?)\b")
+DIFFERS = re.compile(r"(?<![:`])\b(papers?|authors?)\b")  # `:paper` is an argument of configurations
 
 
 def on_config(config):

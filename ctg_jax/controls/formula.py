@@ -1,4 +1,4 @@
-"""Formulas over next-token distributions: the algebra of model arithmetic (Dekoninck et al. 2024, sections 3 and 4).
+"""Formulas over next-token distributions: the algebra of model arithmetic (Dekoninck et al. 2024).
 
     log P = (Σ λ_i log Q_i) / (Σ λ_i) + const
 

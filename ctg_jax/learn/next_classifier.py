@@ -1,6 +1,6 @@
 """A classifier of what a text becomes with each possible next token: a linear head on the final hidden state.
 
-FUDGE (Yang & Klein 2021, section 3) learns P(attribute | prefix) from every prefix of labelled texts and reads each
+FUDGE (Yang & Klein 2021) learns P(attribute | prefix) from every prefix of labelled texts and reads each
 candidate token by itself. Here the state before a token has one output for each token of the vocabulary, which is
 trained on the token that follows, so that all candidates cost one matrix product.
 """

@@ -1,6 +1,6 @@
 """What fine-tuning added: texts that a tuned model finds likely and the model before it does not.
 
-Source: Hewitt et al. 2024, "What's New in My Data?" (contrastive generative exploration).
+Source: Isonuma & Titov 2024, "What's New in My Data?" (contrastive generative exploration).
 
     z' = z - alpha log p_pre      on the tokens with p(v) ≥ plausible · max p
 

@@ -1,6 +1,6 @@
 """Gamma sampling: the probability of a set of tokens is moved to a power of itself, and nothing is learned.
 
-Source: Wu & Sun 2023. For a set A of probability m and a number Γ between 0 and 1,
+Source: Wu & Sun 2022. For a set A of probability m and a number Γ between 0 and 1,
 
     m' = m ^ (tan(π Γ / 2) ^ alpha)
 

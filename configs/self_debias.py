@@ -6,8 +6,10 @@ Source: Schick et al. 2021; strength 50 and floor 0.01 are the authors'.
     python experiments/ablate.py --config=configs/self_debias.py[:yelp|:tiny]
 
 The small models of reviews follow no instruction, but they go on as a text began: the description is a negative
-sentence. With `paper` it is GPT-2 XL, and a sentence that asks for a negative review. Expected: the share of positive
-text rises with the strength, and perplexity slowly.
+sentence. With `paper` it is GPT-2 XL, and a sentence that asks for a negative review. Expected of a model that follows
+descriptions: the share of positive text rises with the strength, and perplexity slowly. A look at 120 texts of Yelp
+showed less: at 50 perplexity under the base was twice that of top-p, and 12 % of the texts had more positive than
+negative words, against 8 %.
 """
 
 from configs import sentiment

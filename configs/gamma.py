@@ -20,7 +20,7 @@ PAPER = dict(gamma=(0.2, 0.8), words=(tuple(GOOD.split()), tuple(BAD.split())), 
 def arms(arg):
     init = PAPER | dict(whole=arg != "tiny")  # the tokens of the tiny world are bytes
     strengths = (-1.0, 1.0) if arg == "tiny" else (-1.0, -0.5, 0.5, 1.0)
-    return dict(gamma=dict(method="gamma", init=init, strengths=strengths, filter_first=True))
+    return dict(gamma=dict(method="gamma", init=init, strengths=strengths, truncate_first=True))
 
 
 def get_config(arg="bundled"):

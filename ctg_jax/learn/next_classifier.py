@@ -17,6 +17,7 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
+from ctg_jax.models.heads import linear_head
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
@@ -25,7 +26,7 @@ from ctg_jax.types import Sum
 
 def head(lm: LM) -> dict[str, jax.Array]:
     """A head that gives every text the probability ½: kernel float32 [V, D], bias float32 [V]."""
-    return {"kernel": jnp.zeros((lm.vocab, lm.width)), "bias": jnp.zeros(lm.vocab)}
+    return linear_head(lm.vocab, lm.width)
 
 
 def log_odds(value: dict[str, jax.Array], states: jax.Array) -> jax.Array:

@@ -150,17 +150,11 @@ def init(
     """
     prompts, models = dict(prompts or {}), dict(models or {})
     names = [BASE, *prompts, *tuned, *models]
-    for name in names:
-        if names.count(name) > 1 or name == CLASSIFIER:
-            raise InputError(f"{name!r} is the name of two models of the formula: give every model a name of its own.")
+    found = understood(formula, names, divide)
     if top < 1:
         raise InputError(f"top is {top}, expected at least 1 token.")
     if not isinstance(alpha, jax.Array) and not np.all(np.isfinite(alpha)):
         raise InputError(f"alpha is {alpha}, expected a finite number.")
-    found = parse(formula, names, [CLASSIFIER])
-    if unused := [name for i, name in enumerate(names) if i and i not in found.reads()]:
-        raise InputError(f"formula is {formula!r}, which does not use {unused[0]!r}: use it or leave it out.")
-    found.check(whole=divide)
     streams = [Stream(lm=lm, of="current", own=own_entry(prompts), copies=len(prompts))] if prompts else []
     change = methods.get("finetune").init
     for k in jax.random.split(key, len(tuned)):
@@ -170,6 +164,22 @@ def init(
         streams.append(Stream(other.init(key), lm=other))
     value = next_classifier.head(lm) if len(names) in found.reads() else None
     return Arithmetic(tuple(streams), found, value, jnp.asarray(alpha, jnp.float32), top, divide, cond)
+
+
+def understood(formula: str, names: Sequence[str], divide: bool) -> Formula:
+    """The formula over the named models, the first of which is the base, and the classifier after them.
+
+    Raises:
+      InputError: it cannot be read, its weights do not add up to more than 0, a name is used twice or not at all.
+    """
+    for name in names:
+        if names.count(name) > 1 or name == CLASSIFIER:
+            raise InputError(f"{name!r} is the name of two models of the formula: give every model a name of its own.")
+    found = parse(formula, names, [CLASSIFIER])
+    if unused := [name for i, name in enumerate(names) if i and i not in found.reads()]:
+        raise InputError(f"formula is {formula!r}, which does not use {unused[0]!r}: use it or leave it out.")
+    found.check(whole=divide)
+    return found
 
 
 def own_entry(prompts: Mapping[str, str]) -> str:
@@ -258,7 +268,8 @@ def fit(
     """
     hp = dict(formula=formula, prompts=prompts, models=models, top=top, divide=divide, alpha=alpha, cond=cond)
     tuned = dict(tuned or {})
-    needed = init(open_lm(lm)[0], jax.random.key(0), **hp, tuned=tuple(tuned)).value is not None
+    names = [BASE, *(prompts or {}), *tuned, *(models or {})]
+    needed = len(names) in understood(formula, names, divide).reads()
     tune = methods.get("finetune").fit
     changes = [tune(root, lm=lm, data=data, **{**settings, "where": dict(where)}) for where in tuned.values()]
     head = stage(root, next_classifier.next_classifier, dict(classifier or {}), lm=lm, data=data) if needed else None

@@ -4,7 +4,9 @@ lm        {"source": DIRECTORY or hub id} or {"pretrain": settings, "data": sett
           without it (or None) float32 on a CPU and bfloat16 on an accelerator
 prompts   settings of `load_data`
 sample    settings of `sample`; its `filter` is that of every arm without one of its own
-judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`
+judges    name -> settings of `fit_judge`, with `data` and `heldout` as settings of `load_data`; `heldout` may also be
+          name -> settings of `load_data`, for several sets. `train` in place of `encoder` trains a classifier; it holds
+          settings of the stage `classifier`, with `data` as one or, by names, several settings of `load_data`
 evaluate  settings of `evaluate`, with `references` as settings of `load_data` and `fluency` as a section like lm; with
           `human`, settings of `load_data` for texts cut to `words`, also their perplexity under each method. Figures
           that need a likelihood (`kl`, `human`) are left out for arms without one
@@ -21,6 +23,7 @@ from ml_collections import ConfigDict
 
 from ctg_jax import methods
 from ctg_jax.learn import experience, rounds
+from ctg_jax.learn.classifier import classifier
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact, nearest, stage
@@ -68,15 +71,17 @@ def run(root: str, config: ConfigDict) -> list[Result]:
     arms = check(settings)
     lm = language_model(root, settings["lm"])
     prompts = stage(root, sources.load_data, settings["prompts"])
-    scorers = [judge(root, name, options) for name, options in settings["judges"].items()]
+    judged = [judge(root, name, options) for name, options in settings["judges"].items()]
     measure = dict(settings["evaluate"])
     human = measure.pop("references", None)
     human = stage(root, sources.load_data, human) if human else None
     written = measure.pop("human", None)
     written = stage(root, sources.load_data, written) if written else None
     other = measure.pop("fluency", None)
-    given = dict(judges=scorers, lm=lm, references=human, fluency=language_model(root, other) if other else None)
+    given = dict(judges=judged, lm=lm, references=human, fluency=language_model(root, other) if other else None)
     seed = settings["sample"].get("seed", 0)
+    for name, options in scorers(settings):
+        heldout(root, name, options)
     results = []
     for label, arm in arms.items():
         mine, likely = [], _likelihood(arm, arms)
@@ -162,8 +167,49 @@ def judge(root: str, name: str, settings: dict[str, Any]) -> Artifact:
     """A scorer, fitted on its own data."""
     settings = dict(settings)
     given = {key: settings.pop(key, None) for key in ("data", "heldout")}
+    if several(given["heldout"]):
+        del given["heldout"]
     inputs = {key: stage(root, sources.load_data, value) for key, value in given.items() if value}
+    train = settings.pop("train", None)
+    if train is not None:
+        if settings.pop("encoder", None):
+            raise InputError(f"judge {name!r} has both encoder and train: the classifier is trained from train.encoder")
+        inputs["encoder"] = trained(root, train)
     return stage(root, judges.fit_judge, {"name": name, **settings}, **inputs)
+
+
+def trained(root: str, settings: Mapping[str, Any]) -> Artifact:
+    """The classifier of a judge that is trained."""
+    settings = dict(settings)
+    data = settings.pop("data", None) or {}
+    sets = [data[key] for key in sorted(data)] if several(data) else [data] * bool(data)
+    return stage(root, classifier, settings, data=[stage(root, sources.load_data, one) for one in sets])
+
+
+def several(settings: Mapping[str, Any] | None) -> bool:
+    """Whether a section is name -> settings of `load_data`, for several sets of texts, and not the settings of one."""
+    return bool(settings) and "source" not in settings
+
+
+def heldout(root: str, name: str, settings: Mapping[str, Any]) -> dict[str, Artifact]:
+    """How right a judge is on each of its sets of held-out texts, by their names; empty where it has not several."""
+    sets = settings.get("heldout")
+    if not several(sets):
+        return {}
+    scorer = judge(root, name, dict(settings))
+    found = {key: stage(root, sources.load_data, value) for key, value in sorted(sets.items())}
+    return {key: stage(root, judges.heldout, {"name": key}, judge=scorer, data=data) for key, data in found.items()}
+
+
+def scorers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, settings) of the judges of a configuration, and of the rewards that its arms learn from or choose by."""
+    yield from settings["judges"].items()
+    seen = []
+    for arm in settings["methods"].values():
+        for name, options in (arm.get("rewards") or {}).items():
+            if (name, options) not in seen:
+                seen.append((name, options))
+                yield name, options
 
 
 def control_of(root: str, lm: Artifact, arm: MethodArm) -> Artifact:

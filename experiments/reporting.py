@@ -18,8 +18,9 @@ from ctg_jax.mesh import processes
 from ctg_jax.report import pictures
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact
+from ctg_jax.stages.judges import how_right
 from experiments import cli, roots
-from experiments.experiment import Result, inputs
+from experiments.experiment import Result, heldout, inputs, scorers
 
 
 def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -> Path:
@@ -158,6 +159,17 @@ def _arms(root: str, config: ConfigDict, results: Sequence[Result]) -> dict[str,
     return facts
 
 
+def _heldout(root: str, config: ConfigDict) -> dict[str, str]:
+    """Judge or reward -> its accuracy and AUC on each of its sets of held-out texts, where it has several."""
+    found = {}
+    for name, settings in scorers(config.to_dict()):
+        measured = [row for artifact in heldout(root, name, settings).values() for row in artifact.metrics()]
+        rows = [row for row in measured if "accuracy" in row]
+        if rows:
+            found[f"{name!r} on held-out texts"] = "; ".join(f"{row['name']}: {how_right(row)} texts" for row in rows)
+    return found
+
+
 def _own(results: Sequence[Result]) -> dict[str, str]:
     """The number of judged texts that are in the words of an oracle's own corpus."""
     specs = [result.figures.spec for result in results]
@@ -185,7 +197,7 @@ def _write(
     about |= {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
     about["language model"] = _by_id(root, facts["inputs"]["lm"]).path.name
     sections = ("lm", "prompts", "sample", "judges", "evaluate")
-    about |= _own(results) | {name: json.dumps(settings[name]) for name in sections}
+    about |= _heldout(root, config) | _own(results) | {name: json.dumps(settings[name]) for name in sections}
     about |= _arms(root, config, results) | (more or {})
     # The results of one method share their smoothness.
     swept = {row.pop("smooth"): row for row in smooth if row}

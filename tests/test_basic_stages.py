@@ -123,6 +123,31 @@ def test_real_prompt_sets(tmp_path, data_dir):
     assert neutral[0]["text"] == "God never intended to"
 
 
+def test_a_label_may_be_in_another_field_and_made_of_a_score(tmp_path):
+    """The layouts of RealToxicityPrompts (a score of each half) and of the comments of Wikipedia (CSV)."""
+    rows = [{"prompt": f"so {i}", "toxicity": score} for i, score in enumerate((0.5, 0.49, None, 0.9))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source, scored = f"jsonl:{tmp_path / 'p.jsonl'}", dict(text="prompt", labels={"toxicity": [0.5]})
+    found = loaded(tmp_path, source, **scored)
+    assert [(r["text"], r["label"]) for r in found] == [("so 0", 1), ("so 1", 0), ("so 3", 1)]
+    assert [r["text"] for r in loaded(tmp_path, source, **scored, where={"label": 0})] == ["so 1"]
+    assert [r["text"] for r in loaded(tmp_path, source, **scored, balance="label", limit=1)] == ["so 0", "so 1"]
+    (tmp_path / "c.csv").write_text('id,comment,toxic\n1,"one, two",True\n2,"say ""no""",False\n')
+    three = loaded(tmp_path, source, text="prompt", labels={"toxicity": [0.5, 0.9]})
+    assert [r["label"] for r in three] == [1, 0, 2]
+    csv = dict(text="comment", labels={"toxic": {"True": 1, "False": 0}})
+    found = loaded(tmp_path, f"csv:{tmp_path / 'c.csv'}", **csv)
+    assert [(r["text"], r["label"]) for r in found] == [("one, two", 1), ('say "no"', 0)]
+    for labels, words in (
+        ({"toxicity": [0.9, 0.5]}, "expected ascending bounds"),
+        ({"toxicity": []}, "expected ascending bounds"),
+        ({"toxicity": [0.5], "prompt": [0.5]}, "for one field"),
+        ({"toxicity": "high"}, "for one field"),
+    ):
+        with pytest.raises(InputError, match=words):
+            loaded(tmp_path, source, text="prompt", labels=labels)
+
+
 def test_labels_become_numbers(tmp_path):
     rows = [{"text": "a", "label": "bad"}, {"text": "b", "label": "good"}, {"text": "c", "label": "odd"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -344,6 +344,23 @@ def test_kl_to_base_by_hand(params):
     assert figure.value == pytest.approx(want[:2].mean(), rel=1e-4)
 
 
+def test_area_under_the_curve_by_hand():
+    """The share of pairs of a positive and a negative one that the scores put in this order; equal ones count 1/2."""
+    assert ev.auc(np.array([0.9, 0.4, 0.5, 0.1]), np.array([True, True, False, False])) == 0.75
+    assert ev.auc(np.array([0.5, 0.5, 0.5]), np.array([True, False, False])) == 0.5
+    assert ev.auc(np.array([1.0, 2.0, 3.0]), np.array([True, False, False])) == 0.0
+    assert math.isnan(ev.auc(np.array([1.0, 2.0]), np.array([True, True])))
+
+
+def test_expected_maximum_and_any_over_several_samples():
+    """Two prompts of three samples, by hand; the interval is over prompts, so it ends at the values of single ones."""
+    boot = ev.Bootstrap([0, 0, 0, 1, 1, 1], resamples=200)
+    figures = ev.attribute(boot, "toxic", np.array([0.1, 0.7, 0.4, 0.2, 0.3, 0.1]))
+    found = {name: (f.value, f.low, f.high, f.n) for name, f in figures.items()}
+    assert found["toxic/max"] == pytest.approx((0.5, 0.3, 0.7, 2)) and found["toxic/any"] == (0.5, 0.0, 1.0, 2)
+    assert found["toxic/share"][0] == pytest.approx(1 / 6) and found["toxic/mean"][0] == pytest.approx(0.3)
+
+
 # --- all together --------------------------------------------------------------------------------------------------
 
 SAMPLES = [

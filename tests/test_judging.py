@@ -49,7 +49,7 @@ def test_a_judge_is_fitted_once_and_read_back(root, kind):
     data = stage(root, texts, {"rows": rows})
     judge = stage(root, judges.fit_judge, {"kind": kind}, data=data if kind == "bag" else None, heldout=data)
     (row,) = judge.metrics()
-    said = {"bag": "v, accuracy 1.000 on 12 held-out texts", "oracle": f"v, {ORACLE}"}
+    said = {"bag": "v, accuracy 1.000, AUC 1.000 on 12 held-out texts", "oracle": f"v, {ORACLE}"}
     assert judges._with_accuracy("v", judge) == said[kind]
     assert row["version"] == judges.open_judge(judge).version
     # On its own corpus an oracle is right by construction, which is no accuracy.
@@ -70,12 +70,23 @@ def test_an_oracle_is_not_called_exact_on_texts_that_are_not_its_own(root, lm):
     # two of the oracle's own corpus do not raise that to 3 of 5.
     (row,) = judge.metrics()
     assert (row["own"], row["heldout"]) == (2, 3) and row["accuracy"] == pytest.approx(1 / 3)
-    assert judges._with_accuracy("v", judge) == f"v, {ORACLE}, accuracy 0.333 on 3 held-out texts of others"
+    # "dull" and "bland" are cues and score alike, below a text without one: of the two pairs, one counts a half.
+    assert judges._with_accuracy("v", judge) == f"v, {ORACLE}, accuracy 0.333, AUC 0.750 on 3 held-out texts of others"
     rows = [{"text": t, "prompt": "we", "prompt_id": i} for i, t in enumerate(["the soup was bland", "a sonata", ""])]
     result = stage(
         root, judges.evaluate, {"resamples": 10}, samples=stage(root, written, {"rows": rows}), judges=[judge]
     )
     assert result.spec["own"] == {"positive": 1} and result.spec["judged"] == 3
+
+
+def test_a_judge_is_measured_on_more_sets(root):
+    """Of four texts, by hand: the scores are 1 for delicious, 0 for bland, 0.5 without a cue, which is not positive."""
+    rows = [("a delicious sonata", 1), ("a sonata", 1), ("a bland sonata", 0), ("a tune", 0)]
+    data = stage(root, texts, {"rows": [{"text": text, "label": label} for text, label in rows]})
+    judge = stage(root, judges.fit_judge, {"kind": "oracle"})
+    (row,) = stage(root, judges.heldout, {"name": "music"}, judge=judge, data=data).metrics()
+    assert row == {"name": "music", "own": 0, "heldout": 4, "accuracy": 0.75, "auc": 3.5 / 4}
+    assert judges.how_right(row) == "accuracy 0.750, AUC 0.875 on 4"
 
 
 def written(run, *, rows):
@@ -290,7 +301,7 @@ def test_a_kind_of_judge_is_found_by_its_file_name(root, tmp_path, monkeypatch):
     assert "shout" in rewards.kinds() and "check" not in rewards.kinds()
     data = stage(root, texts, {"rows": [{"text": "LOUD", "label": 1}, {"text": "quiet", "label": 0}]})
     judge = stage(root, judges.fit_judge, {"kind": "shout", "name": "loud"}, heldout=data)
-    assert judge.metrics()[0] == {"name": "loud", "version": "shout:1", "accuracy": 1.0, "heldout": 2}
+    assert judge.metrics()[0] == {"name": "loud", "version": "shout:1", "accuracy": 1.0, "auc": 1.0, "heldout": 2}
     assert judges.open_judge(judge)([""], ["aB"]).tolist() == [0.5]
     with pytest.raises(InputError, match="encoder is 'x', but a judge of kind 'shout' does not read it"):
         stage(root, judges.fit_judge, {"kind": "shout", "encoder": "x"})

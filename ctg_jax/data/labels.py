@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ctg_jax.types import InputError
@@ -61,3 +61,30 @@ def check_class(value: Any, classes: int, what: str) -> None:
     """InputError unless a value is a whole number from 0 to classes - 1."""
     if not isinstance(value, int) or not 0 <= value < classes:
         raise InputError(f"{what} is {value!r}, but there are {classes} classes: expected 0 to {classes - 1}")
+
+
+def of_field(labels: Mapping[str, Any] | None) -> bool:
+    """Whether the setting `labels` of `load_data` names the field that holds the label."""
+    return bool(labels) and any(isinstance(rule, Mapping | Sequence) for rule in labels.values())
+
+
+def relabelled(record: Record, labels: Mapping[str, Any]) -> Record | None:
+    """The record with the label that the setting `labels` of `load_data` gives it, or None where it gives none: the
+    field holds another name, or no number.
+
+    Raises:
+      InputError: `labels` names several fields, or bounds that are no ascending numbers.
+    """
+    (field, rule), *more = labels.items() if of_field(labels) else [("label", labels)]
+    if more or isinstance(rule, str):
+        raise InputError(
+            f"labels is {dict(labels)}, expected numbers by name, or these or a list of bounds for one field"
+        )
+    value = record.get(field)
+    if isinstance(rule, Mapping):
+        label = rule.get(str(value))
+    else:
+        if not rule or not all(isinstance(x, int | float) for x in rule) or sorted(rule) != list(rule):
+            raise InputError(f"labels has {list(rule)} for {field!r}, expected ascending bounds, such as [0.5]")
+        label = sum(value >= bound for bound in rule) if isinstance(value, int | float) else None
+    return None if label is None else {**record, "label": label}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import lzma
@@ -90,6 +91,8 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
         `text:PATH`          a file of text, a record for each line that is not empty, plain or `.gz` or `.xz`
         `jsonl:PATH`         a file of JSON objects, one a line, plain or `.gz` or `.xz`; its one split is `all` (or
                              `train`). If PATH is a folder, split NAME is its file NAME.jsonl (or .jsonl.gz, .jsonl.xz)
+        `csv:PATH`           a file of comma-separated values whose first line names the fields, plain or `.gz` or
+                             `.xz`; every value is a string
         `hf:NAME[:CONFIG]`   a data set of the Hugging Face hub, or a local folder that `datasets` can read
         `tfds:NAME`          a data set of TensorFlow Datasets, by name or by the folder of a prepared one
       split: the split, with an optional slice: `train`, `train[:10%]`, `train[100:200]`.
@@ -118,7 +121,7 @@ def content(spec: str, split: str = "train", sha256: Callable[[Path], str] = sha
         from ctg_jax.data import reviews
 
         return f"{spec}:{reviews.digest()}"
-    if kind in ("jsonl", "text"):
+    if kind in ("jsonl", "text", "csv"):
         path = _file(kind, name, match)
         try:
             return f"{kind}:{sha256_unpacked(path) if path.suffix in PACKED else sha256(path)}"
@@ -134,7 +137,7 @@ def _parsed(spec: str, split: str) -> tuple[str, str, re.Match]:
     kind, _, name = spec.partition(":")
     if kind not in _LOADERS or not name:
         raise InputError(
-            f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, text:PATH, hf:NAME or tfds:NAME"
+            f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, csv:PATH, text:PATH, hf:NAME or tfds:NAME"
         )
     match = _SLICE.fullmatch(split)
     if match is None:
@@ -185,6 +188,22 @@ def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequenc
             records = [{"text": line.strip()} for line in io.TextIOWrapper(file, encoding="utf-8") if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
         raise InputError(f"{path} cannot be read ({e})") from e
+    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
+    return records[start:stop]
+
+
+def _csv(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
+    path = _file("csv", name, match)
+    try:
+        with unpacked(path) as file:
+            reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""), strict=True)
+            records = list(reader)
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as e:
+        raise InputError(f"{path} cannot be read ({e})") from e
+    fields = set(reader.fieldnames or ())
+    for i, record in enumerate(records):
+        if record.keys() != fields or None in record.values():
+            raise InputError(f"{path}: record {i} has another number of values than the {len(fields)} names of line 1")
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
@@ -271,4 +290,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "text": _text, "hf": _hf, "tfds": _tfds}
+_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "csv": _csv, "text": _text, "hf": _hf, "tfds": _tfds}

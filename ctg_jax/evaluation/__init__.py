@@ -1,6 +1,6 @@
 """Figures of samples and of models, each with a bootstrap interval over prompts."""
 
-from ctg_jax.evaluation.agreement import bleu, spearman
+from ctg_jax.evaluation.agreement import auc, bleu, spearman
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
 from ctg_jax.evaluation.figures import FIELD, Protocol, attribute, summary
 from ctg_jax.evaluation.fluency import kl_figure, kl_to_base, token_repetition
@@ -19,6 +19,7 @@ __all__ = [
     "Perplexity",
     "Protocol",
     "attribute",
+    "auc",
     "bleu",
     "cosine",
     "coverage",

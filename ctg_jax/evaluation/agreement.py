@@ -1,7 +1,9 @@
-"""Agreement with references: corpus BLEU with true texts, and rank correlation with human scores."""
+"""Agreement with references: corpus BLEU with true texts, rank correlation with human scores, and how well scores tell
+two classes apart."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,3 +46,16 @@ def spearman(a: np.ndarray, b: np.ndarray, resamples: int = 1000, seed: int = 0)
     draws = np.random.default_rng(seed).integers(0, len(a), (resamples, len(a)))
     low, high = np.percentile([spearmanr(a[d], b[d]).statistic for d in draws], [2.5, 97.5])
     return Figure(100 * float(spearmanr(a, b).statistic), 100 * float(low), 100 * float(high), len(a))
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The area under the ROC curve of scores [n] against which of them are positive, bool [n]: the probability that a
+    positive one scores higher than a negative one, where equal scores count a half (Hanley and McNeil 1982). NaN where
+    all are of one class."""
+    from scipy.stats import rankdata
+
+    positive = np.asarray(positive, bool)
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        return math.nan
+    return float((rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))

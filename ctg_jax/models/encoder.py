@@ -28,6 +28,7 @@ from ctg_jax.models.heads import ClassHead, activation
 from ctg_jax.models.layers import Dense, Mlp, Norm
 from ctg_jax.types import InputError, Params
 
+HEADS = {"bert": "tanh", "roberta": "tanh", "distilbert": "relu"}  # family -> activation of its classification head
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -131,6 +132,29 @@ class Encoder:
                 "encoder: it has no classification head, classify needs one; load a …ForSequenceClassification model."
             )
         return _run(self, "classify", params, tokens, mask, types)
+
+
+def classifier(encoder: Encoder, params: Params, labels: tuple[str, ...], key: jax.Array) -> tuple[Encoder, Params]:
+    """An encoder as a classifier of texts into classes that exclude each other, with a last layer that has learned
+    nothing: it keeps the weights of the encoder and of BERT's pooler, and the rest of the head is drawn from `key`. The
+    projection after pooling, which a classifier does not use, is left out.
+
+    Raises:
+      InputError: fewer than two labels, or a family whose classifiers have no common form (T5).
+    """
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise InputError(f"labels is {list(labels)}; expected the names of two classes or more, all different.")
+    if encoder.family not in HEADS:
+        raise InputError(
+            f"encoder: the family {encoder.family!r} has no classifier; expected one of {', '.join(HEADS)}."
+        )
+    changed = dict(head=HEADS[encoder.family], labels=tuple(labels), problem=PROBLEMS[0])
+    tuned = dataclasses.replace(encoder, **changed, project=0, project_bias=False, project_activation="", unit=False)
+    head = tuned.init(key)["head"]
+    if encoder.head and not encoder.labels:
+        head = head | {"dense": params["head"]["dense"]}
+    kept = {name: value for name, value in params.items() if name != "project"}
+    return tuned, kept | {"head": head}
 
 
 @partial(jax.jit, static_argnums=0)

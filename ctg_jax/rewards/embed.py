@@ -124,26 +124,33 @@ def load_text_encoder(path: str | Path, *, dtype: str = "float32", length: int |
     """(encoder, params, encode) of a model directory or hub id; `encode` adds [CLS], [SEP] and the like and cuts at
     `length`, at most the encoder's context, without losing the last special token. The files of a
     sentence-transformers model also determine whether texts are lower-cased first and what is put before them."""
-    from transformers import AutoTokenizer
-
     from ctg_jax.models.hf import load_encoder, resolve
     from ctg_jax.models.hf.sentence import text_format
 
     encoder, params = load_encoder(path, dtype=dtype)
     folder = resolve(path)
-    # A text that spells a control token such as [SEP] is read as characters, as `Tokenizer` does.
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True)
     lower, before = text_format(folder)
-    longest = min(length or encoder.context, encoder.context)
+    ids = text_ids(folder, min(length or encoder.context, encoder.context))
 
     def encode(texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
         texts = [before + t for t in texts]
-        texts = [t.lower() for t in texts] if lower else texts
-        return tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        return ids([t.lower() for t in texts] if lower else texts)
 
     return encoder, params, encode
+
+
+def text_ids(folder: Path, longest: int) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> token ids with the special tokens of a model in a folder, cut at `longest` without losing the last one.
+    What sentence-transformers does to texts before that is left out."""
+    from transformers import AutoTokenizer
+
+    # A text that spells a control token such as [SEP] is read as characters, as `Tokenizer` does.
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, truncation=True, max_length=longest)["input_ids"] if texts else []
+
+    return encode
 
 
 def params_digest(params: Params) -> str:

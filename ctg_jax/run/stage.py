@@ -134,7 +134,8 @@ def stage(
     name = declared.name if hasattr(fn, "stage_function") else fn.__name__.strip("_")
     path = session.root / f"{name}-{id}"
     spec = {"stage": name, "revision": declared.revision, "config": filled, "inputs": ids}
-    spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in declared.contents}}
+    local = [key for key in declared.contents if key in filled]  # an input may stand in for the path
+    spec |= {"contents": contents, "paths": {key: _absolute(filled[key]) for key in local}}
     spec["fingerprints"] = {k: v.fingerprint for k, v in inputs.items() if isinstance(v, Artifact)}
     count, asked, store = session.tally, session.pending, session.store
     if asked is None and processes.agree(int(id[:7], 16)) != int(id[:7], 16):

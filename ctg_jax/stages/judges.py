@@ -1,10 +1,12 @@
-"""The stages that score: `fit_judge` makes a scorer of texts, `evaluate` computes the figures of a set of samples, and
-`smooth` how smoothly a method is controlled over its strengths."""
+"""The stages that score: `fit_judge` makes a scorer of texts, `heldout` measures one on a set of labelled texts,
+`evaluate` computes the figures of a set of samples, and `smooth` how smoothly a method is controlled over its
+strengths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from ctg_jax.data.messages import prompt_of
 from ctg_jax.rewards.check import texts_and_labels
 from ctg_jax.rewards.code import function_content
 from ctg_jax.run.identity import model_content
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function, write_jsonl
+from ctg_jax.run.stage import Artifact, Run, open_artifact, open_lm, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
 
@@ -24,7 +26,7 @@ def fit_judge(
     *,
     kind: str,
     data: Artifact | None = None,
-    encoder: str | None = None,
+    encoder: str | Artifact | None = None,
     heldout: Artifact | None = None,
     name: str = "positive",
     target: int | str = 1,
@@ -42,8 +44,9 @@ def fit_judge(
         sequence classifier `encoder`), "diversity" (one minus the share of repeated 3-grams of words), "preference"
         (linear in the embeddings of `encoder`, fitted on comparisons: records with text, the chosen one, and rejected),
         "function" (your own, of prompt and text).
+      encoder: a folder or hub id, or what `ctg_jax.learn.classifier` trained.
       data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
-        warning); or comparisons.
+        warning); or comparisons. The stage `heldout` measures a judge on further sets.
       function, version: "package.module:function", and a string to change when its scores change though its file does
         not. It is given prompt and text apart, and is identified by its file, not by the modules that this imports.
       name: its name in reports. target: the label whose probability it gives; of a classifier also the name of the
@@ -58,6 +61,10 @@ def fit_judge(
         raises.
     """
     module = rewards.get(kind)
+    facts = dict(kind=kind, name=name, target=target, reads=reads, problem=problem, threshold=threshold)
+    if isinstance(encoder, Artifact):
+        facts["trained"] = encoder.path.name
+        encoder = str(_trained(encoder))
     given = dict(data=data, encoder=encoder, target=target, reads=reads, function=function, version=version)
     _check_settings(kind, module.SETTINGS, given | dict(problem=problem, threshold=threshold))
     if "data" in module.SETTINGS:
@@ -66,27 +73,52 @@ def fit_judge(
         settings = {"name": name, **given, "embedder": partial(rewards.open_embedder, run.session, encoder)}
         fitted = module.fit(data.rows("data.jsonl"), settings, str(data.path))
         fitted.save(run.path / "state")
-    facts = dict(kind=kind, name=name, target=target, reads=reads, problem=problem, threshold=threshold)
     run.record(judge=facts)
     judge = _opened(Artifact(run.path, "", run.session))
     run.record(version=judge.version)
-    row: dict[str, Any] = {"name": name, "version": judge.version}
-    if heldout is not None:
-        if getattr(judge, "values", False):
-            raise InputError(f"heldout is given, but {encoder} gives values, which cannot be compared with labels")
-        rows, where = heldout.rows("data.jsonl"), str(heldout.path)
-        if hasattr(module, "accuracy"):
-            row |= {"accuracy": module.accuracy(judge, rows, where), "heldout": len(rows)}
-        else:
-            texts, labels = texts_and_labels(rows, where)
-            chosen = judge([""] * len(texts), texts) >= judge.threshold
-            label = judge.target if isinstance(target, str) else target  # a name of one of its classes
-            right = chosen == (np.asarray(labels) == label)
-            if getattr(judge, "own", None) is not None:  # on texts of its own corpus an oracle is right by construction
-                foreign = np.asarray([not judge.own(text) for text in texts])
-                right, row["own"] = right[foreign], int(np.sum(~foreign))
-            row |= {"heldout": len(right)} | ({"accuracy": float(np.mean(right))} if len(right) else {})
-    run.log(**row)
+    measured = {} if heldout is None else _measured(judge, facts, heldout)
+    run.log(name=name, version=judge.version, **measured)
+
+
+def _measured(judge: Any, facts: Mapping[str, Any], data: Artifact) -> dict[str, Any]:
+    """How right a judge is on held-out texts: the number of them, its accuracy, and the area under its ROC curve where
+    they are of both classes; see `fit_judge` for what `facts` holds."""
+    from ctg_jax import evaluation
+
+    if getattr(judge, "values", False):
+        raise InputError(
+            f"heldout is given, but the judge {judge.name!r} gives values, which cannot be compared with labels"
+        )
+    rows, where, module = data.rows("data.jsonl"), str(data.path), rewards.get(facts["kind"])
+    if hasattr(module, "accuracy"):
+        return {"accuracy": module.accuracy(judge, rows, where), "heldout": len(rows)}
+    texts, labels = texts_and_labels(rows, where)
+    # The label that a class of a classifier which is given by its name has is its place among the classes.
+    label = judge.target if isinstance(facts["target"], str) else facts["target"]
+    scores, wanted, out = judge([""] * len(texts), texts), np.asarray(labels) == label, {}
+    if getattr(judge, "own", None) is not None:  # on texts of its own corpus an oracle is right by construction
+        foreign = np.asarray([not judge.own(text) for text in texts])
+        scores, wanted, out = scores[foreign], wanted[foreign], {"own": int(np.sum(~foreign))}
+    out["heldout"] = len(scores)
+    if len(scores):
+        out["accuracy"] = float(np.mean((scores >= judge.threshold) == wanted))
+    if wanted.any() and not wanted.all():
+        out["auc"] = evaluation.auc(scores, wanted)
+    return out
+
+
+@stage_function("heldout")
+def heldout(run: Run, *, judge: Artifact, data: Artifact, name: str) -> None:
+    """Stage: how right a judge is on one more set of held-out texts, a row with heldout (their number), accuracy and,
+    for a judge of texts with labels, auc in metrics.jsonl.
+
+    Args:
+      judge: what `fit_judge` made. data: as its `heldout`. name: of the set, for reports.
+
+    Raises:
+      InputError: as `fit_judge` for its `heldout`.
+    """
+    run.log(name=name, **_measured(open_judge(judge), judge.spec["judge"], data))
 
 
 def _check_settings(kind: str, known: Sequence[str], given: dict[str, Any]) -> None:
@@ -127,8 +159,22 @@ def open_judge(artifact: Artifact) -> Any:
 def _opened(artifact: Artifact) -> Any:
     recorded = artifact.spec["judge"]
     settings = recorded | {name: artifact.given(name) for name in ("encoder", "function", "version")}
+    if "trained" in recorded:
+        found = artifact.session.root / recorded["trained"]
+        settings["encoder"] = str(_trained(open_artifact(found, artifact.session)))
     settings["embedder"] = partial(rewards.open_embedder, artifact.session, settings["encoder"])
     return rewards.get(recorded["kind"]).load(artifact.path / "state", settings)
+
+
+def _trained(artifact: Artifact) -> Path:
+    """The folder of the classifier that the stage `classifier` of `ctg_jax.learn` made.
+
+    Raises:
+      InputError: the artifact is of another stage.
+    """
+    if artifact.spec["stage"] != "classifier":
+        raise InputError(f"encoder is {artifact.path.name}: expected what the stage 'classifier' made, or a folder")
+    return artifact.path / "state" / "classifier"
 
 
 @stage_function("evaluate", contents={"embed": model_content})
@@ -257,8 +303,14 @@ def _with_accuracy(version: str, judge: Artifact) -> str:
     text = version + ", exact on texts of its own corpus and a count of cue words on any other" * own
     for row in judge.metrics():
         if "accuracy" in row:
-            text += f", accuracy {row['accuracy']:.3f} on {row['heldout']} held-out texts" + " of others" * own
+            text += f", {how_right(row)} held-out texts" + " of others" * own
     return text
+
+
+def how_right(row: Mapping[str, Any]) -> str:
+    """Accuracy and area under the ROC curve of a judge as a report shows them, up to the number of texts."""
+    area = f", AUC {row['auc']:.3f}" if "auc" in row else ""
+    return f"accuracy {row['accuracy']:.3f}{area} on {row['heldout']}"
 
 
 def _relevance(encoder: Any, fluency: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ctg_jax.data import load
-from ctg_jax.data.labels import is_label
+from ctg_jax.data.labels import is_label, of_field, relabelled
 from ctg_jax.data.messages import asked, has_messages, under
 from ctg_jax.data.sources import content
 from ctg_jax.run.identity import digest_model, model_content
@@ -35,7 +35,7 @@ def load_data(
     balance: str | None = None,
     skip: int = 0,
     text: str = "text",
-    labels: Mapping[str, int] | None = None,
+    labels: Mapping[str, Any] | None = None,
     chat: bool = False,
     system: str | None = None,
 ) -> None:
@@ -43,7 +43,7 @@ def load_data(
     A local file is identified by its content: an edited one is another source, the same one at another path is not.
 
     Args:
-      source: "bundled:reviews", "jsonl:PATH", "text:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
+      source: "bundled:reviews", "jsonl:PATH", "csv:PATH", "text:PATH", "hf:NAME" or "tfds:NAME"; see `ctg_jax.data`.
       split: name of the split.
       limit: the largest number of records to keep (of each value of `balance`, where given).
       where: keep records whose fields have these values, e.g. {"label": 1}.
@@ -52,7 +52,10 @@ def load_data(
         records without one (missing or -1) are left out and counted in a warning.
       skip: the number of matching records to leave out first (of each value of `balance`).
       text: the field that holds the text, dotted where it is inside another: "prompt", "prompt.text".
-      labels: name of a label -> its number; records with other labels are left out. Methods read numbers.
+      labels: name of a label -> its number; records with other labels are left out. Methods read numbers. Where the
+        label is in another field, {FIELD: {name: number}}; where that holds a number, {FIELD: [bound, …]}, and the
+        label is how many of the bounds it reaches, so that [0.5] makes 1 of a score from 0.5 on. `where` and
+        `balance` see the label that a field gives.
       chat: make the prompt of each record the message of a user, which the chat template of the LM writes out.
       system: a system prompt, for records with messages and with `chat`.
 
@@ -69,12 +72,12 @@ def load_data(
     records = load(source, split, text=text)
     for i in range(len(records)):
         row = records[i]
+        if of_field(labels) and (row := relabelled(row, labels)) is None:
+            continue
         if any(row.get(k) != v for k, v in (where or {}).items()):
             continue
-        if labels is not None:
-            if str(row.get("label")) not in labels:
-                continue
-            row = {**row, "label": labels[str(row["label"])]}
+        if labels is not None and not of_field(labels) and (row := relabelled(row, labels)) is None:
+            continue
         if not isinstance(row["text"], str):
             raise InputError(
                 f"{source} split {split!r}: record {i} has no string under {text!r}; name the field of text"

@@ -125,7 +125,7 @@ def test_tfds_from_a_prepared_folder(small_reviews):
     "spec, split, word",
     [
         ("reviews", "train", "jsonl:PATH"),
-        ("csv:x", "train", "jsonl:PATH"),
+        ("tsv:x", "train", "csv:PATH"),
         ("bundled:poems", "train", "bundled:reviews"),
         ("bundled:reviews", "dev", "validation"),
         ("bundled:reviews", "train[:ten]", "NAME"),
@@ -164,3 +164,18 @@ def test_lines_of_text(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe broken")
     with pytest.raises(InputError, match="cannot be read"):
         load(f"text:{tmp_path / 'c.txt'}", "all")
+
+
+def test_comma_separated_values(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\nrow é,1\n"two\nlines",0\n', encoding="utf-8")
+    source = load(f"csv:{path}", "all")
+    assert list(source) == [{"text": "row é", "label": "1"}, {"text": "two\nlines", "label": "0"}]
+    assert len(load(f"csv:{path}", "all[1:]")) == 1
+    for text, words in (
+        ("text,label\nshort\n", "record 0 has another number"),
+        ('text\n"open', "cannot be read"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            load(f"csv:{path}", "all")

@@ -2,8 +2,8 @@
 
 Source: Zhang et al. 2025 (GCAV).
 
-    python experiments/main.py --config=configs/cav.py[:yelp|:tiny]
-    python experiments/ablate.py --config=configs/cav.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/cav.py[:yelp|:gemma|:tiny]
+    python experiments/ablate.py --config=configs/cav.py[:yelp|:gemma|:tiny]
 
 Expected, the share of positive text (perplexity under the base) at strengths −1, −0.5, top-p alone, 0.5, 1:
 yelp      0.43 (70), 0.49 (53), 0.58 (37), 0.67 (49), 0.74 (68); the probe's held-out accuracy is 0.84
@@ -19,6 +19,7 @@ STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
 SETTINGS = dict(
     bundled=dict(fit=dict(pool="mean", sites="middle", p0=0.95, tokens=48), strengths=STRENGTHS),
     yelp=dict(fit=dict(pool="mean", sites="middle", p0=0.9999, tokens=48), strengths=STRENGTHS),
+    gemma=dict(fit=dict(pool="mean", sites="middle", p0=0.9999, tokens=48), strengths=STRENGTHS),
     tiny=dict(fit=dict(pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 

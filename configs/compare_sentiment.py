@@ -7,13 +7,14 @@ LM, distinct n-grams, each with a bootstrap interval over prompts.
 
     python experiments/compare.py --config=configs/compare_sentiment.py            bundled reviews
     python experiments/compare.py --config=configs/compare_sentiment.py:yelp       real LM, real prompts; CTG_DATA_DIR
+    python experiments/compare.py --config=configs/compare_sentiment.py:gemma      any LM, OpenWebText; CTG_LM_DIR too
     python experiments/compare.py --config=configs/compare_sentiment.py:tiny       seconds, for tests
 
 Expected: steer, finetune and dexperts move the share of positive text in both directions and the more the stronger,
 until perplexity rises; base and top-p stay where the prompts put them. Wall time on 2 cores: see RESULTS.md.
 """
 
-from configs import cav, dexperts, finetune, lm_steer, sentiment, steer
+from configs import cav, dexperts, finetune, lm_steer, quark, reward, sentiment, steer
 
 
 def get_config(arg="bundled"):
@@ -26,4 +27,7 @@ def get_config(arg="bundled"):
         **finetune.arms(arg),
         **dexperts.arms(arg),
     )
-    return sentiment.experiment(arg, "Sentiment control", methods)
+    parts = sentiment.world(arg)
+    if arg == "gemma":
+        methods |= reward.learning(parts["learn"], quark.arms(arg))
+    return sentiment.composed("Sentiment control", parts, methods)

@@ -2,8 +2,8 @@
 
 Source: Liu et al. 2021, section 3 (sentiment) and equation 2; the base is filtered before they are combined.
 
-    python experiments/main.py --config=configs/dexperts.py[:yelp|:tiny]
-    python experiments/ablate.py --config=configs/dexperts.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/dexperts.py[:yelp|:gemma|:tiny]
+    python experiments/ablate.py --config=configs/dexperts.py[:yelp|:gemma|:tiny]
 
 Expected: the share of positive text rises steeply with alpha and falls as steeply below 0; perplexity under
 the base rises with its size. Wall time: six minutes on 2 cores after the LM is there.
@@ -15,7 +15,7 @@ STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 
 
 def arms(arg):
-    strengths = (-1.0, 1.0) if arg == "tiny" else STRENGTHS
+    strengths = {"tiny": (-1.0, 1.0), "gemma": (-1.0, -0.5, 0.5, 1.0)}.get(arg, STRENGTHS)
     fit = sentiment.training(arg)
     return dict(dexperts=dict(method="dexperts", fit=fit, strengths=strengths, truncate_first=True))
 

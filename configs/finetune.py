@@ -2,7 +2,7 @@
 
 Source: Hu et al. 2021.
 
-    python experiments/main.py --config=configs/finetune.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/finetune.py[:yelp|:gemma|:tiny]
 
 Expected: each direction moves the share of positive text its way, further at full strength; perplexity under the base
 stays low, since the samples are ordinary text of that sentiment. Wall time: five minutes on 2 cores after the LM.

@@ -2,8 +2,8 @@
 
 Source: Han et al. 2024.
 
-    python experiments/main.py --config=configs/lm_steer.py[:yelp|:tiny]
-    python experiments/ablate.py --config=configs/lm_steer.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/lm_steer.py[:yelp|:gemma|:tiny]
+    python experiments/ablate.py --config=configs/lm_steer.py[:yelp|:gemma|:tiny]
 
 Expected: the share of positive text moves both ways with the strength, in every world. Bundled: from .48 without
 control to .05 at -3 and .74 at 3, at the base's perplexity. Yelp: from .58 to .35 at -5 (perplexity 50, without control
@@ -21,6 +21,10 @@ SETTINGS = dict(
     yelp=dict(
         fit=dict(rank=64, dummy="none", training=dict(steps=300, batch=32, tokens=24, schedule="linear")),
         strengths=(-5.0, -3.0, 3.0, 5.0),
+    ),
+    gemma=dict(
+        fit=dict(rank=64, dummy="none", training=dict(steps=120, batch=16, tokens=24, schedule="linear")),
+        strengths=(-5.0, -2.5, 2.5, 5.0),
     ),
     tiny=dict(fit=dict(rank=2, dummy="drop", training=dict(steps=2, batch=4, tokens=16)), strengths=(-1.0, 1.0)),
 )

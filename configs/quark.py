@@ -2,7 +2,7 @@
 
 Source: Lu et al. 2022.
 
-    python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:repetition|:toxicity|:tiny]
+    python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:repetition|:toxicity|:gemma|:tiny]
     python experiments/ablate.py --config=configs/quark.py[:yelp|:tiny]
 
 Expected: the share of positive text rises with the quantile asked for and with the rounds. Yelp: from .32 without
@@ -19,9 +19,12 @@ REVIEWS = dict(tokens=5, objective=dict(kl=0.05, entropy=0.0), training=dict(ste
 def arms(arg):
     strengths = (0.0, 0.5, 1.0)  # the lowest, the middle and the highest quantile
     # Each quantile sees a fifth of the updates. The paper's entropy bonus makes this small LM of reviews ramble.
-    fit = {"bundled": SETTINGS, "tiny": SETTINGS, "repetition": REVIEWS | dict(training=dict(steps=150))}.get(
-        arg, REVIEWS
-    )
+    fit = {
+        "bundled": SETTINGS,
+        "tiny": SETTINGS,
+        "gemma": REVIEWS | dict(training=dict(steps=60)),
+        "repetition": REVIEWS | dict(training=dict(steps=150)),
+    }.get(arg, REVIEWS)
     quark = dict(method="quark", strengths=strengths, fit=fit)
     if arg == "repetition":  # the paper shows it with and without
         return dict(

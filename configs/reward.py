@@ -9,14 +9,13 @@ repetition    the same LM, greedy continuations of longer reviews (IMDB); the di
               count, judges as well
 toxicity      RealToxicityPrompts; a bag of words fitted on tweets (Davidson et al. 2017) rewards, a probe fitted on
               other comments judges
+gemma         less toxic text of the language model in the directory that CTG_LM_DIR names, see `gemma` below
 tiny          the bundled world in seconds: for tests, not for figures
 
 All but bundled and tiny read CTG_DATA_DIR.
 """
 
 import zlib
-
-from ml_collections import ConfigDict
 
 from configs import sentiment
 from configs.sentiment import REVIEWS, of_world
@@ -124,12 +123,57 @@ def toxicity():
     )
 
 
+def gemma():
+    """The protocol of Gehman et al. 2020 and Liu et al. 2021: 25 samples of 20 tokens with top-p 0.9 after prompts of
+    RealToxicityPrompts that are not toxic themselves; the expected maximum of toxicity (toxic/max) and the share of
+    prompts with a toxic sample (toxic/any). It differs from the papers in the number of prompts, in the language model,
+    and in the scorer: not the Perspective API but a classifier trained on its scores of other sentences of that corpus,
+    half sentences of the web as the samples are. Methods are fitted on tweets (Davidson et al. 2017), with label 1 for
+    those that are not toxic, so that a positive strength detoxifies. A bag of words fitted on tweets rewards. Neither
+    saw what the classifier was trained on, nor the other way round."""
+    parts = sentiment.gemma()
+    folder = sentiment.data_folder("gemma", "realtoxicityprompts/, toxicity/ and models/")
+    pairs = f"jsonl:{folder}/realtoxicityprompts/prompts.jsonl"
+
+    def halves(split, *names):
+        one = dict(source=pairs, split=split)
+        return {name: one | dict(text=name, labels={f"{name}_toxicity": [0.5]}) for name in names}
+
+    prompts = halves("all[3000:]", "prompt")["prompt"] | dict(where=dict(label=0))
+    tweets = dict(source=f"jsonl:{folder}/toxicity/davidson.jsonl", split="all", balance="label")
+    toxic, harmless = dict(hate=1, offensive=1, neither=0), dict(hate=0, offensive=0, neither=1)
+    surge = dict(source=f"jsonl:{folder}/toxicity/surge.jsonl", split="all", labels={"Toxic": 1, "Not Toxic": 0})
+    comments = dict(source=f"csv:{folder}/toxicity/wiki_bias/toxicity_nonfuzzed_testset.csv", split="all")
+    comments |= dict(text="comment", labels=dict(toxic={"True": 1, "False": 0}))
+    others = halves("all[3000:]", "continuation") | dict(
+        davidson=tweets | dict(labels=toxic, limit=1000), surge=surge, wikipedia=comments
+    )
+    tuned = dict(
+        encoder=f"{folder}/models/all-MiniLM-L6-v2",
+        data=halves("all[:3000]", "prompt", "continuation"),
+        labels=("harmless", "toxic"),
+        training=dict(steps=400, batch=32, tokens=32),
+    )
+    return parts | dict(
+        prompts=prompts | dict(limit=20),
+        sample=parts["sample"] | dict(n=25),
+        judges=dict(toxic=dict(kind="classifier", train=tuned, heldout=others)),
+        train=tweets | dict(labels=harmless, limit=1000),
+        learn=parts["learn"]
+        | dict(
+            data=prompts | dict(skip=100, limit=100),
+            rewards=dict(words=dict(kind="bag", target=0, data=tweets | dict(labels=toxic), heldout=surge)),
+        ),
+    )
+
+
 WORLDS = {
     "bundled": bundled,
     "yelp": yelp,
     "yelp_down": lambda: yelp(1),
     "repetition": repetition,
     "toxicity": toxicity,
+    "gemma": gemma,
     "tiny": tiny,
 }
 
@@ -138,7 +182,11 @@ def experiment(name, title, arms):
     """A whole configuration. arms: label -> {"method", "fit", "strengths"}; those with a method get the world's
     prompts, rewards, rounds and settings of exploring, where they have none of their own, and best of n the rewards."""
     parts = of_world(WORLDS, name)()
-    learn, _ = parts.pop("learn"), parts.pop("train", None)
+    return sentiment.composed(title, {"train": None} | parts, learning(parts["learn"], arms))
+
+
+def learning(learn, arms):
+    """The arms of `experiment`, completed by the section `learn` of a world."""
     common = {key: learn[key] for key in ("rounds", "explore", "training")}
     methods = {}
     for label, arm in arms.items():
@@ -149,4 +197,4 @@ def experiment(name, title, arms):
         elif "best_of" in arm:
             arm = dict(rewards=learn["rewards"]) | arm
         methods[label] = arm
-    return ConfigDict({"title": title, **parts, "methods": methods})
+    return methods

@@ -1,10 +1,18 @@
-"""Three worlds for sentiment control; every experiment on sentiment starts from one of them.
+"""Four worlds for sentiment control; every experiment on sentiment starts from one of them.
 
 bundled   restaurant reviews of a grammar with known sentiment; a small LM pretrained from random weights; the oracle
           judges
 yelp      a real LM of reviews, prompts of real sentences, a probe on a sentence encoder that never saw them judges;
           reads CTG_DATA_DIR
+gemma     the language model in the directory that CTG_LM_DIR names, in Hugging Face layout, such as Gemma 3 270M;
+          nothing is specific to that one. Prompts are neutral halves of sentences of OpenWebText (Liu et al. 2021),
+          methods are fitted on sentences of Yelp, and a classifier judges that is trained from a sentence encoder on
+          SST-2; reads CTG_DATA_DIR too
 tiny      the bundled world in seconds: for tests, not for figures
+
+A world of your own is such a function: a language model that writes ordinary text, prompts that leave the attribute
+open, labelled texts to fit on, and a judge that saw none of them. Say how right the judge is on held-out texts of
+another corpus (`heldout` of a judge); the report shows it.
 """
 
 import os
@@ -76,10 +84,16 @@ def tiny():
     )
 
 
-def yelp():
+def data_folder(name, holds):
+    """The folder that CTG_DATA_DIR names; `holds` is what the world `name` reads there, for the message."""
     folder = os.environ.get("CTG_DATA_DIR")
     if not folder:
-        raise InputError("CTG_DATA_DIR is not set: the yelp world reads yelp/, sst2/ and models/ in that directory")
+        raise InputError(f"CTG_DATA_DIR is not set: the {name} world reads {holds} in that directory")
+    return folder
+
+
+def yelp():
+    folder = data_folder("yelp", "yelp/, sst2/ and models/")
     encoder = f"{folder}/models/all-MiniLM-L6-v2"
     return dict(
         lm=dict(source=f"{folder}/models/yelp-gpt2-mini", dtype="float32"),
@@ -99,12 +113,58 @@ def yelp():
     )
 
 
-WORLDS = {"bundled": bundled, "yelp": yelp, "tiny": tiny}
+def gemma():
+    """The protocol of Liu et al. 2021 (section 3), with fewer prompts and samples, another language model and another
+    judge. There the judge is trained on SST-2 as here, reads prompt and continuation as here, and perplexity is that of
+    a larger LM; here it is that of the base. For prompts that lean the other way:
+    --config.prompts.source=jsonl:$CTG_DATA_DIR/sentiment_prompts/negative.jsonl (or positive.jsonl)."""
+    lm = os.environ.get("CTG_LM_DIR")
+    if not lm:
+        raise InputError(
+            "CTG_LM_DIR is not set: the gemma world reads its language model from that directory in Hugging Face layout"
+        )
+    folder = data_folder("gemma", "sentiment_prompts/, yelp/, sst2/ and models/")
+    encoder = f"{folder}/models/all-MiniLM-L6-v2"
+    neutral = dict(source=f"jsonl:{folder}/sentiment_prompts/neutral.jsonl", split="all", text="prompt")
+    reviews = dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", balance="label")
+    others = dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", balance="label", limit=500)
+    tuned = dict(
+        encoder=encoder,
+        data=dict(source=f"jsonl:{folder}/sst2/train.jsonl", split="all"),
+        labels=("negative", "positive"),
+        training=dict(steps=400, batch=32, tokens=48),
+    )
+    return dict(
+        lm=dict(source=lm, dtype="float32"),
+        prompts=neutral | dict(limit=25),
+        sample=dict(n=10, max_new=20, batch=50, filter=dict(top_p=0.9)),
+        judges=dict(
+            positive=dict(
+                kind="classifier",
+                reads="both",
+                train=tuned,
+                heldout=dict(sst2=dict(source=f"jsonl:{folder}/sst2/dev.jsonl", split="all"), yelp=others),
+            )
+        ),
+        evaluate=dict(embed=encoder, resamples=1000),
+        train=reviews | dict(limit=1000),
+        learn=dict(
+            data=neutral | dict(skip=500, limit=100),
+            rewards=dict(words=dict(kind="bag", data=reviews | dict(limit=20000), heldout=others)),
+            explore=dict(n=4, max_new=20, batch=50),
+            rounds=2,
+            training=dict(steps=60, batch=16),
+        ),
+    )
+
+
+WORLDS = {"bundled": bundled, "yelp": yelp, "gemma": gemma, "tiny": tiny}
 
 
 TRAINING = {
     "bundled": dict(training=dict(steps=150, batch=16, tokens=96)),
     "yelp": dict(training=dict(steps=400, batch=32, tokens=32)),
+    "gemma": dict(training=dict(steps=120, batch=16, tokens=32, rate=1e-3)),
     "tiny": dict(adapter=dict(rank=2), training=dict(steps=2, batch=4, tokens=16, warmup=1)),
 }
 
@@ -129,8 +189,13 @@ def paper(source, title, methods, **sample):
 
 def experiment(name, title, methods):
     """A whole configuration: the world and the methods, which read its labelled texts where they have no `data`."""
-    parts = world(name)
+    return composed(title, world(name), methods)
+
+
+def composed(title, parts, methods):
+    """A whole configuration of the parts of a world; see `experiment`."""
     train = parts.pop("train")
+    parts.pop("learn", None)
     for arm in methods.values():
         if "method" in arm and "init" not in arm:
             arm.setdefault("data", train)

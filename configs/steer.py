@@ -2,8 +2,8 @@
 
 Sources: Subramani et al. 2022; Turner et al. 2023; Rimsky et al. 2024; Zou et al. 2023.
 
-    python experiments/main.py --config=configs/steer.py[:yelp|:tiny]
-    python experiments/ablate.py --config=configs/steer.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/steer.py[:yelp|:gemma|:tiny]
+    python experiments/ablate.py --config=configs/steer.py[:yelp|:gemma|:tiny]
 
 Expected in the yelp world: the share of positive text rises with the scale, from below the base at negative to above it
 at positive ones, and perplexity rises with the size of the scale. In the bundled world the share rises from 0.21 at -12
@@ -16,6 +16,7 @@ from configs import sentiment
 SETTINGS = dict(
     bundled=dict(fit=dict(sites="all", pool="mean", tokens=48), strengths=(-12.0, -8.0, -4.0, 4.0, 8.0, 12.0)),
     yelp=dict(fit=dict(sites="middle", pool="mean", tokens=48), strengths=(-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)),
+    gemma=dict(fit=dict(sites="middle", pool="mean", normalise="stream", tokens=48), strengths=(-0.4, -0.2, 0.2, 0.4)),
     tiny=dict(fit=dict(sites="middle", pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 

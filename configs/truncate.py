@@ -3,7 +3,7 @@
 Sources: Holtzman et al. 2020 (top-p), Fan et al. 2018 (top-k), Meister et al. 2023 (typical), Nguyen et al.
 2024 (min-p).
 
-    python experiments/main.py --config=configs/truncate.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/truncate.py[:yelp|:gemma|:tiny]
 
 Expected: pure sampling has the highest perplexity and the most distinct n-grams; every truncation trades one for the
 other; the share of positive text stays. Wall time: two minutes on 2 cores after the LM is there.

@@ -26,6 +26,7 @@ WRITTEN = {
     "Chat models": "chat.md",
     "Design": "design.md",
     "A new method": "new_method.md",
+    "Worlds": "worlds.md",
     "Silent faults": "faults.md",
 }  # pages in docs/
 DIFFERS = re.compile(r"(?<![:`])\b(papers?|authors?)\b")  # `:paper` is an argument of configurations

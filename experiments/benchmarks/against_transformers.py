@@ -1,28 +1,33 @@
 """A real language model here and in `transformers`, in float32: logits, the log-likelihood of texts, and greedy text.
 
-    python experiments/benchmarks/against_transformers.py LM_DIR --texts FILE [--count 50] [--prompts 20] [--new 50]
+    python experiments/benchmarks/against_transformers.py --lm=DIR --texts=FILE [--count=50] [--prompts=20] [--new=50]
 
-LM_DIR is a folder in Hugging Face's layout with a tokenizer. FILE has one text a line, or JSON records with a "text" or
+DIR is a folder in Hugging Face's layout with a tokenizer. FILE has one text a line, or JSON records with a "text" or
 with a "prompt" and a "continuation" (RealToxicityPrompts). Torch runs on one thread. Printed are the largest difference
 of the logits over all texts, and over one that is made longer than the windows of attention (by joining texts); nats
 per token of both; and how many greedy completions are equal, each with the logit gap at the first difference.
 """
 
-import argparse
 import json
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from absl import flags
 
 from ctg_jax.data import load_tokenizer
 from ctg_jax.data.tokenizer import pad_rows, to_prompts
 from ctg_jax.decode import loop
 from ctg_jax.models import hf
-from ctg_jax.types import Sampling
+from ctg_jax.types import InputError, Sampling
+from experiments import cli
 
 LENGTHS = (32, 64, 128, 256)
 
@@ -78,22 +83,26 @@ def greedy(lm, params, tokenizer, model, prompts, new):
     return equal, gaps
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--texts", required=True)
-    parser.add_argument("--count", type=int, default=50, help="texts whose logits are compared")
-    parser.add_argument("--likelihoods", type=int, default=0, help="texts whose likelihoods are compared, if more")
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--new", type=int, default=50)
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_string("lm", None, "folder of the language model", flag_values=fv)
+    flags.DEFINE_string("texts", None, "file of texts", flag_values=fv)
+    flags.DEFINE_integer("count", 50, "texts whose logits are compared", 1, flag_values=fv)
+    flags.DEFINE_integer("likelihoods", 0, "texts whose likelihoods are compared, if more", 0, flag_values=fv)
+    flags.DEFINE_integer("prompts", 20, "prompts that are completed", 1, flag_values=fv)
+    flags.DEFINE_integer("new", 50, "new tokens", 1, flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
+    if not args.lm or not args.texts:
+        raise InputError("--lm and --texts are needed: the folder of a language model and a file of texts")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(args.folder)
-    lm, params = hf.load(args.folder)
+    tokenizer = load_tokenizer(args.lm)
+    lm, params = hf.load(args.lm)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.folder, dtype=torch.float32, attn_implementation="eager"
+        args.lm, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     compiled = jax.jit(lambda p, t, m: lm.apply(p, lm.embed(p, t), m).logits)
     texts = read_texts(args.texts, max(args.count, args.likelihoods))
@@ -121,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(cli.run(main, devices=False))

@@ -1,6 +1,6 @@
 """Every model family against `transformers`: the largest difference of logits, on tiny random models in float32.
 
-    python experiments/benchmarks/families.py [--only gemma2 ...] [--json FILE]
+    python experiments/benchmarks/families.py [--only=gemma2 …] [--json=FILE]
 
 Prints the table of docs/models.md. Rows are longer than the windows of attention, and ragged. The columns:
 
@@ -12,22 +12,26 @@ Prints the table of docs/models.md. Rows are longer than the windows of attentio
   saved        after `hf.save`, read by `transformers`, against the model of before
 """
 
-import argparse
-import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from absl import flags
 from flax import struct
 
 from ctg_jax.control import IDENTITY, Control
+from ctg_jax.io import write_json
 from ctg_jax.models import hf
 from ctg_jax.models.lm import write_prefix
+from experiments import cli
 
 VOCAB, LENGTH, PIECE, WINDOW = 37, 12, 3, 4
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -220,11 +224,13 @@ def measure(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, float]:
     return out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=FAMILIES, metavar="FAMILY")
-    parser.add_argument("--json", type=Path, help="also write the differences to this file")
-    args = parser.parse_args()
+def define(fv):
+    flags.DEFINE_multi_enum("only", None, list(FAMILIES), "the families that are measured", flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the differences to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -234,8 +240,8 @@ def main():
         found[name] = measure(name)
         print(f"| {name} | " + " | ".join(f"{found[name][c]:.1e}" for c in COLUMNS) + " |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
+        write_json(Path(args.json), found)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(cli.run(main, devices=False))

@@ -86,7 +86,9 @@ class Timed(Embedder):
 def ours(lm, params, tokenizer, texts, judge, args):
     """A function that runs a round and gives (state, seconds of explore, score, learn, those inside programs); and the
     state to begin with. The embedder of the judge is `Timed`."""
-    control = fitting.like_words(quark.init(lm, jax.random.key(0), tokens=K, kind="full"), params, jax.random.key(1))
+    control = fitting.like_words(
+        quark.init(lm, jax.random.key(0), tokens=K, kind="full"), lm, params, jax.random.key(1)
+    )
     tx = optimizer(RATE, trained=r"delta/changes/.*|codes")
     state = train.init_state(control, tx, jax.random.key(2))
     step = jax.jit(train.make_step(quark.loss(lm, quark.Objective(kl=KL, entropy=ENTROPY)), tx), donate_argnums=0)

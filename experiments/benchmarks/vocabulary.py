@@ -1,6 +1,6 @@
 """What a large vocabulary costs beyond the products with the unembedding, with random weights in float32.
 
-    python experiments/benchmarks/vocabulary.py [--vocab 262144] [--width 64] [--batch 8] [--new 64] [--repeats 3]
+    python experiments/benchmarks/vocabulary.py [--vocab=262144] [--width=64] [--batch=8] [--new=64] [--repeats=3]
 
 Three things are measured: the log-probabilities of `loop.score`, a gradient of `losses.control_loss` with the KL to the
 base, and one decode step (`--step_width`, since its products depend on the width). Each is shown with seconds of wall
@@ -8,19 +8,24 @@ time (the least of the repeats), the peak of its temporary memory as the compile
 what cannot be avoided: the products with the unembedding alone, and the logits float32 [B, N, V] of one reading.
 """
 
-import argparse
-import json
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from ctg_jax import Prompts, Sampling, rng
 from ctg_jax.controls import truncate
 from ctg_jax.decode import loop
+from ctg_jax.io import write_json
 from ctg_jax.learn.losses import control_loss
 from ctg_jax.methods import steer
 from ctg_jax.models.decoder import Transformer
+from experiments import cli
 
 
 def measured(f, *args, repeats):
@@ -83,13 +88,22 @@ def step(lm, params, batch, repeats, **rule):
     return *measured(f, d, params, keys, control, repeats=4 * repeats), products(lm, params, batch, 1, 4 * repeats)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in dict(vocab=262144, width=64, step_width=640, batch=8, new=64, repeats=3).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--only", nargs="*", default=["score", "gradient", "step"])
-    parser.add_argument("--json", help="a file for the figures")
-    args = parser.parse_args()
+PARTS = ("score", "gradient", "step")
+
+
+def define(fv):
+    flags.DEFINE_integer("vocab", 262144, "tokens of the vocabulary", 1, flag_values=fv)
+    flags.DEFINE_integer("width", 64, "width of the model that scores and learns", 1, flag_values=fv)
+    flags.DEFINE_integer("step_width", 640, "width of the model that decodes", 1, flag_values=fv)
+    flags.DEFINE_integer("batch", 8, "rows at once", 1, flag_values=fv)
+    flags.DEFINE_integer("new", 64, "tokens of a completion", 1, flag_values=fv)
+    flags.DEFINE_integer("repeats", 3, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_multi_enum("only", list(PARTS), PARTS, "the parts that are measured", flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     found, given = {}, (args.batch, args.new, args.repeats)
     if {"score", "gradient"} & set(args.only):
         lm, params = model(args.vocab, args.width)
@@ -105,9 +119,8 @@ def main():
         ratios = f"{seconds / floor:7.2f}{memory / 1e6:11.1f}{memory / logits:11.2f}"
         print(f"{name:18}{seconds:9.4f}{floor:9.4f}{ratios}")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(found, f, indent=1)
+        write_json(Path(args.json), found)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(cli.run(main, devices=False))

@@ -25,7 +25,7 @@ from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.decode import reading
 from ctg_jax.learn import losses
 from ctg_jax.models.lm import LM
-from ctg_jax.models.positions import Read
+from ctg_jax.models.positions import Read, reduced
 from ctg_jax.run.stage import Artifact
 from ctg_jax.types import InputError, Params, Prompts
 
@@ -138,6 +138,15 @@ def read(
     what a loss needs of the logits."""
     prompts = Prompts(batch["tokens"], batch["mask"], keys, cond)
     return reading.read(lm, params, prompts, batch["completion"], control)
+
+
+def nats(
+    lm: LM, params: Params, batch: Mapping[str, Any], keys: jax.Array, control: Control, name: str, real: str
+) -> jax.Array:
+    """-log p float32 [B, N] of each token of the completions `batch[name]`, 0 where `batch[real]` is False; of a pair,
+    one completion at a time."""
+    text = read(lm, params, {**batch, "completion": batch[name]}, keys, control)
+    return jnp.where(batch[real], reduced(text, losses.next_token, batch[name]), 0.0)
 
 
 def repeats(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:

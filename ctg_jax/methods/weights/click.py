@@ -13,10 +13,9 @@ import numpy as np
 from ctg_jax import methods, rng
 from ctg_jax.learn import calibrate, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pool import Pool, batches, read
+from ctg_jax.learn.pool import Pool, batches, nats
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
-from ctg_jax.models.positions import reduced
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
@@ -40,14 +39,10 @@ def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
       gamma: weight of the hinge (the authors' code: 0.1 for sentiment, 0.3 for repetition, 0.5 for detoxification).
     """
 
-    def nats(params, frozen, batch, keys, name, real):
-        rows = batch | {"completion": batch[name]}
-        values = reduced(read(lm, frozen["params"], rows, keys, params), losses.next_token, batch[name])
-        return jnp.where(batch[real], values, 0.0)
-
     def total(params, frozen, batch, keys):
-        positive = nats(params, frozen, batch, keys, "completion", "written")
-        negative = nats(params, frozen, batch, keys, "negative", "negative_written")
+        base = frozen["params"]
+        positive = nats(lm, base, batch, keys, params, "completion", "written")
+        negative = nats(lm, base, batch, keys, params, "negative", "negative_written")
         gap = jnp.sum(negative, axis=1) - jnp.sum(positive, axis=1)
         hinge = jax.nn.relu(margin - gap)
         value = losses.row_mean(positive, batch["written"]) + gamma * hinge

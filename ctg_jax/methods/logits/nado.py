@@ -1,0 +1,294 @@
+"""NADO: a sequence-level oracle, divided among the tokens of a text by a model of its own samples (Meng et al. 2022).
+
+    q(v | y_<t) ∝ p(v | y_<t) R(y_<t, v),   R(y_≤t) = P(c = 1 | y_≤t) under p
+    z' = z + alpha log σ(r)
+
+c is any yes or no about a whole text. R is learned from samples of p with their c, as r, the log-odds for every next
+token. With the exact R the result is p(y) 1[c(y)] / Z, the closest to p of all that satisfy c. The loss is binary
+cross-entropy at every token, and a regularisation that holds because R is an expectation under p:
+
+    Σ_v p(v | y_≤t) R(y_≤t, v) = R(y_≤t)
+
+r is a linear head on the final states of the base ("head"), of a small language model that reads the text ("stream"),
+or of a small one that reads the states of the base besides ("mixed", as in the authors' lexical experiments). The head
+begins at 0, where R is ½ everywhere and alpha changes nothing; alpha 0 is the base model. Everything is in log space,
+and nothing is divided by a learned R, since the softmax normalises.
+
+The authors' GPT-2 script applies σ twice, so no probability that it learns exceeds ½, and its lexical script shifts
+mask and regularisation by one token; neither is repeated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ctg_jax import methods, rng
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.streams import Stream
+from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.fitting import Training
+from ctg_jax.learn.next_classifier import log_odds
+from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, read
+from ctg_jax.learn.rounds import explored
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.heads import linear_head
+from ctg_jax.models.lm import LM
+from ctg_jax.models.positions import reduced
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.stages.judges import open_judge
+from ctg_jax.types import InputError, Sum
+
+KINDS = ("head", "stream", "mixed")
+DIVERGENCES = ("forward", "backward", "squared")
+
+
+@struct.dataclass
+class Nado(Control):
+    """z + alpha log σ(r).
+
+    Attributes:
+      value: the head {"kernel": float32 [V, D'], "bias": float32 [V]} on the states of the scorer, or of the base.
+      alpha: float32 [] or, per row, [B]; 0 is the base model.
+      scorer: None, or the small language model whose states the head reads.
+      project: None, or float32 [D', D]: makes inputs of the scorer of the base's states.
+      cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `alpha` row by row.
+    """
+
+    value: dict[str, jax.Array]
+    alpha: jax.Array
+    scorer: Stream | None = None
+    project: jax.Array | None = None
+    cond: str | None = struct.field(pytree_node=False, default=None)
+
+    def check(self, prompts):
+        if self.scorer is not None:
+            self.scorer.check(prompts)
+
+    def init(self, prompts, length):
+        reading = None if self.scorer is None else self.scorer.init(prompts, length)
+        return per_row(self.alpha, prompts, self.cond), reading
+
+    def readers(self):
+        return () if self.scorer is None else self.scorer.readers("scorer")
+
+    def odds(self, z, h, tokens, mask, reading):
+        """(r float32 [B, M, V], the next reading)."""
+        if self.scorer is not None:
+            extra = None if self.project is None else h.astype(jnp.float32) @ self.project.T
+            _, h, reading = self.scorer.read(tokens, mask, z.shape[1], reading, extra=extra)
+        return log_odds(self.value, h[:, h.shape[1] - z.shape[1] :]), reading
+
+    def logits(self, z, h, tokens, mask, state):
+        strength, reading = state
+        r, reading = self.odds(z, h, tokens, mask, reading)
+        return z + strength * jax.nn.log_sigmoid(r), (strength, reading)
+
+
+@struct.dataclass
+class Odds(Control):
+    """r in place of the logits, for the loss."""
+
+    nado: Nado
+
+    def init(self, prompts, length):
+        return self.nado.init(prompts, length)[1]
+
+    def logits(self, z, h, tokens, mask, state):
+        return self.nado.odds(z, h, tokens, mask, state)
+
+
+def init(
+    lm: LM,
+    key: jax.Array,
+    *,
+    kind: str = "head",
+    shape: Mapping[str, int] | None = None,
+    alpha: float = 1.0,
+    cond: str | None = None,
+) -> Nado:
+    """A control with R = ½ everywhere, which changes nothing.
+
+    Args:
+      kind: "head", "stream" or "mixed".
+      shape: width, depth and heads of the small language model, for the last two; None: 128, 2 and 2.
+      alpha, cond: see `Nado`.
+
+    Raises:
+      InputError: another kind, a shape for a head, a width that the heads do not divide, alpha that is not finite.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}.")
+    if not isinstance(alpha, jax.Array) and not np.all(np.isfinite(alpha)):
+        raise InputError(f"alpha is {alpha}, expected a finite number.")
+    alpha = jnp.asarray(alpha, jnp.float32)
+    if kind == "head":
+        if shape is not None:
+            raise InputError(f"shape is {dict(shape)}, but a head has no model of its own: choose another kind.")
+        return Nado(linear_head(lm.vocab, lm.width), alpha, cond=cond)
+    sizes = dict(width=128, depth=2, heads=2) | dict(shape or {})
+    if unknown := sizes.keys() - {"width", "depth", "heads"}:
+        raise InputError(f"shape has {sorted(unknown)[0]!r}, expected width, depth and heads.")
+    if sizes["width"] % sizes["heads"]:
+        raise InputError(f"shape has the width {sizes['width']}, which heads={sizes['heads']} does not divide.")
+    small = Transformer.gpt2(vocab=lm.vocab, context=lm.context, **sizes)
+    a, b = jax.random.split(key)
+    project = 0.02 * jax.random.normal(b, (small.width, lm.width)) if kind == "mixed" else None
+    return Nado(linear_head(lm.vocab, small.width), alpha, Stream(small.init(a), lm=small), project, cond)
+
+
+def example(lm: LM, key: jax.Array) -> Nado:
+    """A random head on a small random model that reads the base's states, for the laws."""
+    a, b = jax.random.split(key)
+    control = init(lm, a, kind="mixed", shape=dict(width=8, depth=1, heads=2))
+    scorer = control.scorer.replace(params=jax.tree.map(lambda x: 4 * x, control.scorer.params))
+    kernel = jax.random.normal(b, control.value["kernel"].shape)
+    return control.replace(value={**control.value, "kernel": kernel}, scorer=scorer, project=20 * control.project)
+
+
+def neutral(control: Nado) -> Nado:
+    """Strength 0."""
+    return control.replace(alpha=jnp.zeros_like(control.alpha))
+
+
+def loss(lm: LM, *, weight: float = 1.0, divergence: str = "forward") -> losses.LossFn:
+    """Binary cross-entropy of c and r at every token of a completion, plus `weight` times the divergence of
+    o = Σ_v p(v | y_≤t) R(y_≤t, v) and m = R(y_≤t) at every token but the last; the mean over tokens.
+
+    params is the control, frozen = {"params": those of the LM}; the batch has `label` float [B], c or its probability,
+    and `importance` float [B], the weight of each text. Both o and m receive gradients.
+
+    Args:
+      weight: of the regularisation (the authors' code: 1 for lexical constraints, 0.5 for translation).
+      divergence: "forward" KL(o ‖ m), as in the lexical code, "backward" KL(m ‖ o), as in that of translation, or
+        "squared" (o - m)².
+
+    Raises:
+      InputError: another divergence.
+    """
+    if divergence not in DIVERGENCES:
+        raise InputError(f"divergence is {divergence!r}, expected one of {', '.join(DIVERGENCES)}.")
+
+    def terms(z, r, target):
+        expected = jnp.sum(jax.nn.softmax(z, axis=-1) * jax.nn.sigmoid(r), axis=-1)
+        return jnp.take_along_axis(r, target[..., None], axis=-1)[..., 0], expected
+
+    def total(params, frozen, batch, keys):
+        text = read(lm, frozen["params"], batch, keys, Odds(params))
+        both = (text.replace(control=IDENTITY, state=()), text)
+        r, expected = reduced(both, terms, batch["completion"])
+        label, rows = batch["label"][:, None], batch["importance"][:, None]
+        entropy = -label * jax.nn.log_sigmoid(r) - (1 - label) * jax.nn.log_sigmoid(-r)
+        o = jnp.clip(expected[:, 1:], 1e-6, 1 - 1e-6)
+        far = bernoulli(o, r[:, :-1], divergence)
+        ce, count = losses.masked_sum(rows * entropy, batch["written"])
+        apart, inner = losses.masked_sum(rows * far, batch["written"][:, 1:])
+        return Sum(ce + weight * apart, count, {"cross_entropy": (ce, count), "inconsistency": (apart, inner)})
+
+    return total
+
+
+def bernoulli(o: jax.Array, r: jax.Array, divergence: str) -> jax.Array:
+    """The divergence of a probability o, between 0 and 1, and m = σ(r), float32 [...]; see `loss`."""
+    yes, no, m = jax.nn.log_sigmoid(r), jax.nn.log_sigmoid(-r), jax.nn.sigmoid(r)
+    if divergence == "squared":
+        return jnp.square(o - m)
+    if divergence == "forward":
+        return o * (jnp.log(o) - yes) + (1 - o) * (jnp.log1p(-o) - no)
+    return m * (yes - jnp.log(o)) + (1 - m) * (no - jnp.log1p(-o))
+
+
+def fit(
+    root,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    rewards: Sequence[Artifact],
+    rounds: int = 1,
+    explore: Mapping[str, Any] | None = None,
+    threshold: float | str = "judge",
+    seed: int = 0,
+    **settings: Any,
+) -> Artifact:
+    """Rounds of explore → score → learn from the samples of all rounds. The first draws from the frozen model, the
+    others under the control of the round before, because texts that satisfy c may be rare.
+
+    Args:
+      lm: the language model. data: prompts. rewards: the first decides c.
+      rounds: how many. explore: settings of `ctg_jax.stages.sampling.sample`, such as n and max_new.
+      threshold: reward from which c is 1; "judge": the reward's own, "median": that of the pool.
+      seed: of samples and of training. settings: of the stage `nado`.
+
+    Raises:
+      InputError: no reward, greedy samples, a filter that leaves tokens no probability, and what the stage raises.
+    """
+    if not rewards:
+        raise InputError("no reward was given: expected at least one scorer")
+    check_drawn(explore or {}, "nado", POSITIVE)
+    limit = float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
+    given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool="all", seed=seed)
+    for turn in explored(root, rounds, **given):
+        own = settings | {"seed": turn.seed, "threshold": limit}
+        turn.proposal = stage(root, nado, own, lm=lm, pool=turn.pools, start_from=turn.proposal)
+    return turn.proposal
+
+
+@stage_function("nado")
+def nado(
+    run: Run,
+    *,
+    lm: Artifact,
+    pool: Sequence[Artifact],
+    start_from: Artifact | None = None,
+    threshold: float | str = "median",
+    kind: str = "head",
+    shape: Mapping[str, int] | None = None,
+    weight: float = 1.0,
+    divergence: str = "forward",
+    limit: float = 10.0,
+    training: Training = Training(),
+    seed: int = 0,
+) -> None:
+    """Stage: one round of learning R from a pool.
+
+    Args:
+      pool: rounds of samples, by `experience.score`, each weighted by p / q, where q is what drew it.
+      start_from: the control of the round before, or None.
+      threshold: a number, or "median" of the rewards.
+      kind, shape: see `init`. weight, divergence: of the loss. limit: the largest p / q.
+      training: how it is trained; each round has a new optimizer.
+      seed: of initial values, batches and training.
+
+    Raises:
+      InputError: all samples on one side of the threshold, and what `init`, `loss` and training raise.
+    """
+    samples = Pool.open(pool)
+    rewards = samples.column("reward")
+    if isinstance(threshold, str) and threshold != "median":
+        raise InputError(f"threshold is {threshold!r}, expected a number, 'median' or, for fit, 'judge'.")
+    limits = float(np.median(rewards)) if threshold == "median" else threshold
+    label = (rewards >= limits).astype(np.float32)
+    if label.min() == label.max():
+        raise InputError(
+            f"all {len(label)} samples are on one side of the threshold {limits:g}: set threshold, raise n or take "
+            "another reward"
+        )
+    ratio = np.exp(np.minimum(samples.column("base").astype(np.float64) - samples.column("logp"), np.log(limit)))
+    run.record(oracle={"threshold": limits, "positives": int(label.sum()), "samples": len(label)})
+    model, params, tokenizer = open_lm(lm)
+    made = dict(kind=kind, shape=shape)
+    key = rng.stream(jax.random.key(seed), "init")
+    control = init(model, key, **made) if start_from is None else methods.load(start_from, model)
+    records = samples.with_(label=label, importance=(ratio / ratio.mean()).astype(np.float32))
+    rows = batches(records, tokenizer, batch=training.batch, seed=seed, fields=("label", "importance"))
+    control = fitting.train(
+        run, control, loss(model, weight=weight, divergence=divergence), {"params": params}, rows,
+        training.at(1e-2 if kind == "head" else 1e-3), trained=r"value/.*|scorer/params/.*|project", seed=seed,
+    )  # fmt: skip
+    fitting.keep(run, control, "nado", made)

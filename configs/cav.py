@@ -19,7 +19,7 @@ STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
 SETTINGS = dict(
     bundled=dict(fit=dict(pool="mean", sites="middle", p0=0.95, tokens=48), strengths=STRENGTHS),
     yelp=dict(fit=dict(pool="mean", sites="middle", p0=0.9999, tokens=48), strengths=STRENGTHS),
-    gemma=dict(fit=dict(pool="mean", sites="middle", p0=0.9999, tokens=48), strengths=STRENGTHS),
+    gemma=dict(fit=dict(pool="mean", sites="middle", p0=0.9999, tokens=48), strengths=(-0.5, -0.25, 0.25, 0.5)),
     tiny=dict(fit=dict(pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 

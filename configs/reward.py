@@ -144,7 +144,7 @@ def gemma():
     toxic, harmless = dict(hate=1, offensive=1, neither=0), dict(hate=0, offensive=0, neither=1)
     surge = dict(source=f"jsonl:{folder}/toxicity/surge.jsonl", split="all", labels={"Toxic": 1, "Not Toxic": 0})
     comments = dict(source=f"csv:{folder}/toxicity/wiki_bias/toxicity_nonfuzzed_testset.csv", split="all")
-    comments |= dict(text="comment", labels=dict(toxic={"True": 1, "False": 0}))
+    comments |= dict(text="comment", labels=dict(toxic={"True": 1, "False": 0}), balance="label", limit=200)
     others = halves("all[3000:]", "continuation") | dict(
         davidson=tweets | dict(labels=toxic, limit=1000), surge=surge, wikipedia=comments
     )

@@ -132,7 +132,7 @@ def gemma():
         encoder=encoder,
         data=dict(source=f"jsonl:{folder}/sst2/train.jsonl", split="all"),
         labels=("negative", "positive"),
-        training=dict(steps=400, batch=32, tokens=48),
+        training=dict(steps=200, batch=32, tokens=48),
     )
     return dict(
         lm=dict(source=lm, dtype="float32"),

@@ -13,10 +13,11 @@ to 0.59 at 8, around 0.48 of top-p alone; perplexity stays at the base's up to 8
 
 from configs import sentiment
 
+STREAM = (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4)  # shares of the length of the stream, as `normalise` says
 SETTINGS = dict(
     bundled=dict(fit=dict(sites="all", pool="mean", tokens=48), strengths=(-12.0, -8.0, -4.0, 4.0, 8.0, 12.0)),
     yelp=dict(fit=dict(sites="middle", pool="mean", tokens=48), strengths=(-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)),
-    gemma=dict(fit=dict(sites="middle", pool="mean", normalise="stream", tokens=48), strengths=(-0.4, -0.2, 0.2, 0.4)),
+    gemma=dict(fit=dict(sites="middle", pool="mean", normalise="stream", tokens=48), strengths=STREAM),
     tiny=dict(fit=dict(sites="middle", pool="mean", tokens=16), strengths=(-1.0, 1.0)),
 )
 

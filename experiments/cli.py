@@ -107,15 +107,15 @@ def config_of(spec: str) -> ConfigDict:
 def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one.
 
-    A section called `fit` accepts settings, and sections of settings, that the configuration leaves at the method's
-    defaults; the method refuses those that it does not know.
+    A section called `fit` or `init` accepts settings, and sections of settings, that the configuration leaves at the
+    method's defaults; the method refuses those that it does not know.
     """
     config = ConfigDict(config.to_dict())
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        head, fit, inside = f"{section}.".partition(".fit.")
-        if fit:
-            where = _section(config, f"{head}.fit", inside.split(".")[:-1])
+        head, own, inside = next((p for k in (".fit.", ".init.") if (p := f"{section}.".partition(k))[1]), ("", "", ""))
+        if own:
+            where = _section(config, head + own[:-1], inside.split(".")[:-1])
             if name not in where:
                 with where.unlocked():
                     where[name] = value

@@ -8,6 +8,7 @@ Source: Zhang et al. 2025 (GCAV).
 Expected, the share of positive text (perplexity under the base) at strengths −1, −0.5, top-p alone, 0.5, 1:
 yelp      0.43 (70), 0.49 (53), 0.58 (37), 0.67 (49), 0.74 (68); the probe's held-out accuracy is 0.84
 bundled   0.23 (2.5), 0.37 (2.1), 0.48 (2.1), 0.52 (2.1), 0.59 (2.3), though its accuracy is only 0.6
+gemma     0.20 (201), 0.23 (39), 0.63 (18), 0.73 (77), 0.50 (639); Gemma 3 270M, its text is broken at ±1
 One middle layer serves better there than all, whose steps add up: in the yelp world ±0.5 is then as far as ±1. With
 c = 1 the targets are met and no text of that world moves; with c = 1e-4 the bundled LM writes no more words. Wall time:
 a few minutes on 2 cores after the LM is there.

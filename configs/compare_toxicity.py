@@ -9,14 +9,20 @@ configs/reward.py.
     python experiments/compare.py --config=configs/compare_toxicity.py           CTG_LM_DIR and CTG_DATA_DIR
     python experiments/compare.py --config=configs/compare_toxicity.py:tiny      seconds, for tests
 
-The figures of the papers are toxic/max and toxic/any in report.json.
+The figures of the papers are toxic/max and toxic/any in report.json. Expected with Gemma 3 270M, toxic/max over ten
+samples of 15 prompts: .62 without control; cav .82 at -0.25, .41 at 0.25 and .15 at 0.5; dexperts, with experts of 40
+updates, .80 at -0.5 and .54 at 0.5; perplexity 22 to 35 throughout.
 """
 
 from configs import cav, dexperts, finetune, lm_steer, quark, reward, sentiment, steer
 from configs.sentiment import REVIEWS
 
 STRENGTHS = dict(
-    steer=(-0.2, 0.2, 0.4), cav=(-0.5, 0.5, 1.0), lm_steer=(-2.5, 2.5, 5.0), dexperts=(-0.5, 0.5, 1.0), quark=(0.0, 1.0)
+    steer=(-0.1, 0.1, 0.2),
+    cav=(-0.25, 0.25, 0.5),
+    lm_steer=(-5.0, 5.0, 10.0),
+    dexperts=(-0.5, 0.5, 1.0),
+    quark=(0.0, 1.0),
 )
 
 

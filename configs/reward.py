@@ -125,12 +125,15 @@ def toxicity():
 
 def gemma():
     """The protocol of Gehman et al. 2020 and Liu et al. 2021: 25 samples of 20 tokens with top-p 0.9 after prompts of
-    RealToxicityPrompts that are not toxic themselves; the expected maximum of toxicity (toxic/max) and the share of
-    prompts with a toxic sample (toxic/any). It differs from the papers in the number of prompts, in the language model,
-    and in the scorer: not the Perspective API but a classifier trained on its scores of other sentences of that corpus,
-    half sentences of the web as the samples are. Methods are fitted on tweets (Davidson et al. 2017), with label 1 for
-    those that are not toxic, so that a positive strength detoxifies. A bag of words fitted on tweets rewards. Neither
-    saw what the classifier was trained on, nor the other way round."""
+    RealToxicityPrompts; the expected maximum of toxicity (toxic/max) and the share of prompts with a toxic sample
+    (toxic/any). It differs from the papers in the number of prompts, in the language model, and in the scorer: not the
+    Perspective API but a classifier trained on its scores of other sentences of that corpus, half sentences of the web
+    as the samples are. The prompts are toxic themselves: after others (--config.prompts.where.label=0) Gemma 3 270M is
+    toxic in fewer than one sample of a hundred, which leaves nothing to take away.
+
+    Methods are fitted on tweets (Davidson et al. 2017), with label 1 for those that are not toxic, so that a positive
+    strength detoxifies. A bag of words fitted on tweets rewards. Neither saw what the classifier was trained on, nor
+    the other way round."""
     parts = sentiment.gemma()
     folder = sentiment.data_folder("gemma", "realtoxicityprompts/, toxicity/ and models/")
     pairs = f"jsonl:{folder}/realtoxicityprompts/prompts.jsonl"
@@ -139,7 +142,7 @@ def gemma():
         one = dict(source=pairs, split=split)
         return {name: one | dict(text=name, labels={f"{name}_toxicity": [0.5]}) for name in names}
 
-    prompts = halves("all[3000:]", "prompt")["prompt"] | dict(where=dict(label=0))
+    prompts = halves("all[3000:]", "prompt")["prompt"] | dict(where=dict(label=1))
     tweets = dict(source=f"jsonl:{folder}/toxicity/davidson.jsonl", split="all", balance="label")
     toxic, harmless = dict(hate=1, offensive=1, neither=0), dict(hate=0, offensive=0, neither=1)
     surge = dict(source=f"jsonl:{folder}/toxicity/surge.jsonl", split="all", labels={"Toxic": 1, "Not Toxic": 0})
@@ -161,7 +164,7 @@ def gemma():
         train=tweets | dict(labels=harmless, limit=1000),
         learn=parts["learn"]
         | dict(
-            data=prompts | dict(skip=100, limit=100),
+            data=prompts | dict(skip=20, limit=80),
             rewards=dict(words=dict(kind="bag", target=0, data=tweets | dict(labels=toxic), heldout=surge)),
         ),
     )

@@ -136,7 +136,7 @@ def gemma():
     )
     return dict(
         lm=dict(source=lm, dtype="float32"),
-        prompts=neutral | dict(limit=25),
+        prompts=neutral | dict(limit=40),
         sample=dict(n=10, max_new=20, batch=50, filter=dict(top_p=0.9)),
         judges=dict(
             positive=dict(

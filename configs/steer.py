@@ -8,7 +8,9 @@ Sources: Subramani et al. 2022; Turner et al. 2023; Rimsky et al. 2024; Zou et a
 Expected in the yelp world: the share of positive text rises with the scale, from below the base at negative to above it
 at positive ones, and perplexity rises with the size of the scale. In the bundled world the share rises from 0.21 at -12
 to 0.59 at 8, around 0.48 of top-p alone; perplexity stays at the base's up to 8 either way and is a quarter higher at
-12, where the positive side gains no more. Wall time: three minutes on 2 cores after the LM is there.
+12, where the positive side gains no more. Wall time: three minutes on 2 cores after the LM is there. In the gemma
+world, on Gemma 3 270M, it rises from .17 at -0.4 to 1.00 at 0.4, around .63 of top-p alone, and in every step between;
+perplexity, 18 without control, is below 30 up to 0.1 either way, about 140 at -0.4 and 155 at 0.4.
 """
 
 from configs import sentiment

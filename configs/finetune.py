@@ -6,8 +6,8 @@ Source: Hu et al. 2021.
 
 Expected: each direction moves the share of positive text its way, further at full strength; perplexity under the base
 stays low, since the samples are ordinary text of that sentiment. Wall time: five minutes on 2 cores after the LM.
-In the gemma world the texts are in another style than what the base writes, which it adopts first: after
-40 updates perplexity is 52 at a rate of 0.001 and in the hundreds at 0.002, and positive text is no more frequent.
+In the gemma world positive text is no more frequent after 40 updates: perplexity is 52 with the first words of film
+reviews at a rate of 0.001, and in the hundreds with Yelp reviews at 0.002. Which of the two matters was not tried.
 """
 
 from configs import sentiment

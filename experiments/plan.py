@@ -17,7 +17,6 @@ reached, not as advertised; `experiments/benchmarks` measures them. Nothing is a
 """
 
 import dataclasses
-import inspect
 import json
 import math
 import sys
@@ -41,6 +40,7 @@ from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError, Prompts, Sampling
 from experiments import cli
 from experiments.arms import Fitted, Made, read
+from experiments.planned_methods import acts, default_batch, init_of, trains
 
 GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
 LLAMA = {  # width, depth, heads, key/value heads, width of the MLP
@@ -94,10 +94,10 @@ def need(lm: Transformer, method: str, init: dict, mesh: dict, *, batch: int, pr
     for name, value in (("batch", batch), ("rows", rows)):
         if value % data:
             raise InputError(f"{name} is {value}, expected a multiple of {data}, the data axis of the mesh")
-    if not _acts(method):
+    if not acts(method):
         raise InputError(f"{method} completes prompts without the language model, so there is nothing of it to plan")
     control = control_of(lm, method, init)
-    found = {"learning": learning(lm, plan, control, batch // data, prompt + new)} if _trains(method) else {}
+    found = {"learning": learning(lm, plan, control, batch // data, prompt + new)} if trains(method) else {}
     return found | {"sampling": sampling(lm, plan, control, rows // data, prompt, new)}
 
 
@@ -272,7 +272,7 @@ def not_counted(planned: Sequence[str], left_out: Sequence[str]) -> str:
       left_out: labels of arms that are not planned at all.
     """
     parts = ["judges and rewards"]
-    if fits := [m for m in dict.fromkeys(planned) if hasattr(methods.get(m), "fit") and not _trains(m)]:
+    if fits := [m for m in dict.fromkeys(planned) if hasattr(methods.get(m), "fit") and not trains(m)]:
         parts.append(f"fitting {', '.join(fits)}")
     if left_out:
         parts.append(f"arms without a method whose control follows from the settings ({', '.join(left_out)})")
@@ -292,7 +292,7 @@ def of_config(args) -> tuple[list[tuple], list[str]]:
     settings = cli.config_of(args.config).to_dict()
     given, arms = read(settings.get("methods", {})), {}
     for label, arm in given.items():
-        if isinstance(arm, Fitted | Made) and _acts(arm.method):
+        if isinstance(arm, Fitted | Made) and acts(arm.method):
             arms[label] = (arm.method, arm.init if isinstance(arm, Made) else arm.fit)
     source, dtype = settings["lm"].get("source"), args.dtype or settings["lm"].get("dtype") or "float32"
     if args.lm or source:
@@ -319,36 +319,6 @@ def of_config(args) -> tuple[list[tuple], list[str]]:
         )
     planned = {label for _, _, label, *_ in found}
     return found, [label for label in given if label not in planned]
-
-
-def _acts(method: str) -> bool:
-    """Whether a method makes a control of the language model, of which its module then has an example."""
-    return hasattr(methods.get(method), "example")
-
-
-def init_of(method: str, fit: dict) -> dict | None:
-    """The settings of a method's `init` among those of its `fit`; None where `init` needs one that is not there, such
-    as a width that an encoder decides."""
-    known = dict(list(inspect.signature(methods.get(method).init).parameters.items())[2:])
-    given = fit | fit.get("adapter", {})
-    found = {key: value for key, value in given.items() if key in known and value is not None}
-    return None if any(p.default is p.empty and key not in found for key, p in known.items()) else found
-
-
-def _stage(method: str) -> dict[str, inspect.Parameter]:
-    """The parameters of the stage that is named as the method; none where there is no such stage."""
-    stage = getattr(methods.get(method), method, None)
-    return dict(inspect.signature(stage).parameters) if stage else {}
-
-
-def _trains(method: str) -> bool:
-    """Whether the stage of a method trains its control: then it has a section `training`."""
-    return "training" in _stage(method)
-
-
-def default_batch(method: str) -> int:
-    """The rows of an update by default; 32 for methods that train nothing."""
-    return _stage(method)["training"].default.batch if _trains(method) else 32
 
 
 def settings_of(parts) -> dict:

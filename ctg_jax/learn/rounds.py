@@ -13,6 +13,7 @@ from ctg_jax.learn import experience
 from ctg_jax.learn.pool import Pool
 from ctg_jax.run import stage
 from ctg_jax.run.stage import Artifact, Run
+from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError
 
 
@@ -78,6 +79,18 @@ def explored(
         round = Round(number, rng.derived_seed(seed, "learn", number), seen, pools, proposal)
         yield round
         proposal = round.proposal
+
+
+def positive_from(threshold: float | str, rewards: Sequence[Artifact]) -> float | str:
+    """The reward from which a sample is positive, for methods that learn from two classes of samples: `threshold`, or
+    where it is "judge" that of the first reward.
+
+    Raises:
+      InputError: no reward.
+    """
+    if not rewards:
+        raise InputError("no reward was given: expected at least one scorer")
+    return float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
 
 
 def adapted(coefficient: float, pool: Artifact, target: float) -> float:

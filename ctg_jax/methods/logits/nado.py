@@ -36,13 +36,12 @@ from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
 from ctg_jax.learn.next_classifier import log_odds
 from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, read
-from ctg_jax.learn.rounds import explored
+from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import linear_head
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
 
 KINDS = ("head", "stream", "mixed")
@@ -228,10 +227,8 @@ def fit(
     Raises:
       InputError: no reward, greedy samples, a filter that leaves tokens no probability, and what the stage raises.
     """
-    if not rewards:
-        raise InputError("no reward was given: expected at least one scorer")
     check_drawn(explore or {}, "nado", POSITIVE)
-    limit = float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
+    limit = positive_from(threshold, rewards)
     given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool="all", seed=seed)
     for turn in explored(root, rounds, **given):
         own = settings | {"seed": turn.seed, "threshold": limit}
@@ -270,9 +267,7 @@ def nado(
     """
     samples = Pool.open(pool)
     rewards = samples.column("reward")
-    if isinstance(threshold, str) and threshold != "median":
-        raise InputError(f"threshold is {threshold!r}, expected a number, 'median' or, for fit, 'judge'.")
-    limits = float(np.median(rewards)) if threshold == "median" else threshold
+    limits = samples.threshold(threshold)
     label = (rewards >= limits).astype(np.float32)
     if label.min() == label.max():
         raise InputError(

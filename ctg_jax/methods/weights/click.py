@@ -14,10 +14,9 @@ from ctg_jax import methods, rng
 from ctg_jax.learn import calibrate, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import Pool, batches, nats
-from ctg_jax.learn.rounds import explored
+from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
 
 PAIRS = ("below", "above")
@@ -123,9 +122,7 @@ def fit(
     Raises:
       InputError: no reward, another `pool`, rounds below 1, and what the stages raise.
     """
-    if not rewards:
-        raise InputError("no reward was given: expected at least one scorer")
-    limit = float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
+    limit = positive_from(threshold, rewards)
     given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, seed=seed)
     for turn in explored(root, rounds, **given):
         own = settings | {"seed": turn.seed, "threshold": limit}
@@ -162,9 +159,7 @@ def click(
     """
     samples = Pool.open(pool)
     rewards = samples.column("reward")
-    if isinstance(threshold, str) and threshold != "median":
-        raise InputError(f"threshold is {threshold!r}, expected a number, 'median' or, for fit, 'judge'.")
-    limit = float(np.median(rewards)) if threshold == "median" else threshold
+    limit = samples.threshold(threshold)
     good, bad = pairs(rewards, samples.column("base"), samples.column("prompt_id"), threshold=limit, pair=pair)
     run.record(pairs={"threshold": limit, "pairs": len(bad), "positives": int((rewards >= limit).sum())})
     model, params, tokenizer = open_lm(lm)

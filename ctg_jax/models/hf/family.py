@@ -84,6 +84,43 @@ def expect_plain(config: Config, *obeyed: str) -> None:
         raise InputError(f"config.json: layer_types are {config['layer_types']}, only 'full_attention' is supported.")
 
 
+# Names of the sizes in config.json, and the fields of `Transformer` that hold them.
+_SIZES = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "mlp_width",
+    "max_position_embeddings": "context",
+    "head_dim": "head_dim",
+}
+
+
+def _entries(names: Mapping[str, str | None]) -> dict[str, str]:
+    """Entry of config.json -> field, under the names that a family has of its own (None: it has no such entry)."""
+    return {names.get(key, key): field for key, field in _SIZES.items() if names.get(key, key) is not None}
+
+
+def read_sizes(c: Config, **names: str | None) -> dict[str, Any]:
+    """The fields of the sizes of a model. Entries of heads may be left out. Where config.json holds None, each head has
+    keys and values of its own, a head is its share of the width, and the MLP is four times as wide as the model.
+
+    Args:
+      names: entries that this family calls otherwise, or does not have (None).
+    """
+    optional = ("kv_heads", "head_dim")
+    sizes = {field: c.get(key) if field in optional else c[key] for key, field in _entries(names).items()}
+    width, heads = sizes["width"], sizes["heads"]
+    usual = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
+    return sizes | {field: sizes.get(field) or value for field, value in usual.items()}
+
+
+def write_sizes(lm: Transformer, **names: str | None) -> dict[str, Any]:
+    """The entries of config.json that `read_sizes` reads."""
+    return {key: getattr(lm, field) for key, field in _entries(names).items()}
+
+
 def tied(config: Config, checkpoint: Checkpoint, default: bool, embedding: str, head: str) -> bool:
     """Whether the unembedding is the embedding: as config.json says, unless the file holds both and they differ; then
     the file's head is a weight of its own, as in `transformers`."""

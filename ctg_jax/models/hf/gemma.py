@@ -14,11 +14,13 @@ from ctg_jax.models.hf.family import (
     expect_plain,
     layers,
     pattern,
+    read_sizes,
     sliding,
     tied,
+    write_sizes,
     write_window,
 )
-from ctg_jax.models.hf.llama import NAMES, gated_names, read_sizes, write_sizes
+from ctg_jax.models.hf.llama import NAMES, gated_names
 from ctg_jax.models.hf.rotary import read_rope, rope_parameters, write_rope
 from ctg_jax.models.hf.tensors import Checkpoint
 from ctg_jax.types import InputError

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.models.hf.family import Config, activation, decoder, expect, expect_plain, tied
+from ctg_jax.models.hf.family import Config, activation, decoder, expect, expect_plain, read_sizes, tied, write_sizes
 from ctg_jax.models.hf.tensors import Checkpoint, Leaf, Part, Table, dense, norm, tensor
 from ctg_jax.types import InputError
+
+# Names of GPT-2 and GPT-J for the sizes of a model, see `read_sizes`.
+_SIZES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": None,
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "head_dim": None,
+}
 
 # -- GPT-2 (Radford et al. 2019)
 
@@ -18,17 +29,9 @@ _GPT2 = ("transformer.wte.weight", "lm_head.weight")
 def _gpt2_read(c: Config, checkpoint: Checkpoint) -> Transformer:
     expect_plain(c)
     expect(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    d, heads = c["n_embd"], c["n_head"]
     return Transformer(
+        **read_sizes({"n_inner": None, "n_positions": 1024, **c}, **_SIZES),
         family="gpt2",
-        vocab=c["vocab_size"],
-        width=d,
-        depth=c["n_layer"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        mlp_width=c.get("n_inner") or 4 * d,
-        context=c.get("n_positions", 1024),
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         activation=activation(c, "activation_function", "gelu_new"),
         tied=tied(c, checkpoint, True, *_GPT2),
@@ -38,12 +41,7 @@ def _gpt2_read(c: Config, checkpoint: Checkpoint) -> Transformer:
 def _gpt2_write(lm: Transformer) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": lm.vocab,
-        "n_embd": lm.width,
-        "n_layer": lm.depth,
-        "n_head": lm.heads,
-        "n_inner": lm.mlp_width,
-        "n_positions": lm.context,
+        **write_sizes(lm, **_SIZES),
         "layer_norm_epsilon": lm.norm_eps,
         "activation_function": lm.activation,
         "tie_word_embeddings": lm.tied,
@@ -75,21 +73,14 @@ _GPTJ = ("transformer.wte.weight", "lm_head.weight")
 def _gptj_read(c: Config, checkpoint: Checkpoint) -> Transformer:
     expect_plain(c)
     expect(c, rope_scaling=None, rope_parameters=None)
-    d, heads, rotary = c["n_embd"], c["n_head"], c.get("rotary_dim", 64)
-    if rotary is None or rotary % 2 or rotary > d // heads:
-        raise InputError(f"config.json: rotary_dim is {rotary}, expected an even number up to {d // heads}.")
+    sizes, rotary = read_sizes({"n_inner": None, "n_positions": 2048, **c}, **_SIZES), c.get("rotary_dim", 64)
+    if rotary is None or rotary % 2 or rotary > sizes["head_dim"]:
+        raise InputError(f"config.json: rotary_dim is {rotary}, expected an even number up to {sizes['head_dim']}.")
     if tied(c, checkpoint, False, *_GPTJ):
         raise InputError("config.json: tie_word_embeddings is True, but the unembedding of GPT-J has a bias.")
     return Transformer(
+        **sizes,
         family="gptj",
-        vocab=c["vocab_size"],
-        width=d,
-        depth=c["n_layer"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        mlp_width=c.get("n_inner") or 4 * d,
-        context=c.get("n_positions", 2048),
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         norms=("attn_norm",),
         activation=activation(c, "activation_function", "gelu_new"),
@@ -106,12 +97,7 @@ def _gptj_read(c: Config, checkpoint: Checkpoint) -> Transformer:
 def _gptj_write(lm: Transformer) -> dict[str, Any]:
     return {
         "architectures": ["GPTJForCausalLM"],
-        "vocab_size": lm.vocab,
-        "n_embd": lm.width,
-        "n_layer": lm.depth,
-        "n_head": lm.heads,
-        "n_inner": lm.mlp_width,
-        "n_positions": lm.context,
+        **write_sizes(lm, **_SIZES),
         "rotary_dim": lm.rotary_dim,
         "layer_norm_epsilon": lm.norm_eps,
         "activation_function": lm.activation,
@@ -140,27 +126,23 @@ def _gptj_names(lm: Transformer) -> Table:
 # -- OPT (Zhang et al. 2022)
 
 
+_OPT_SIZES = {"num_key_value_heads": None, "intermediate_size": "ffn_dim", "head_dim": None}
 _OPT = ("model.decoder.embed_tokens.weight", "lm_head.weight")
 _OFFSET = 2  # positions start at this row of the table; no token reads the rows before it
 
 
 def _opt_read(c: Config, checkpoint: Checkpoint) -> Transformer:
     expect_plain(c)
-    d, heads = c["hidden_size"], c["num_attention_heads"]
+    c = {"max_position_embeddings": 2048, **c}
+    sizes = read_sizes(c, **_OPT_SIZES)
+    d = sizes["width"]
     expect(c, do_layer_norm_before=True, _remove_final_layer_norm=False, layer_norm_elementwise_affine=True)
     if (c.get("word_embed_proj_dim") or d) != d:
         raise InputError(f"config.json: word_embed_proj_dim is {c['word_embed_proj_dim']}, expected {d}, the width.")
     bias = c.get("enable_bias", True)
     return Transformer(
+        **sizes,
         family="opt",
-        vocab=c["vocab_size"],
-        width=d,
-        depth=c["num_hidden_layers"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        mlp_width=c["ffn_dim"],
-        context=c.get("max_position_embeddings", 2048),
         activation=activation(c, "activation_function", "relu"),
         bias_attn=bias,
         bias_out=bias,
@@ -172,13 +154,8 @@ def _opt_read(c: Config, checkpoint: Checkpoint) -> Transformer:
 def _opt_write(lm: Transformer) -> dict[str, Any]:
     return {
         "architectures": ["OPTForCausalLM"],
-        "vocab_size": lm.vocab,
-        "hidden_size": lm.width,
+        **write_sizes(lm, **_OPT_SIZES),
         "word_embed_proj_dim": lm.width,
-        "num_hidden_layers": lm.depth,
-        "num_attention_heads": lm.heads,
-        "ffn_dim": lm.mlp_width,
-        "max_position_embeddings": lm.context,
         "activation_function": lm.activation,
         "enable_bias": lm.bias_attn,
         "tie_word_embeddings": lm.tied,

@@ -15,8 +15,10 @@ from ctg_jax.models.hf.family import (
     expect_plain,
     layers,
     pattern,
+    read_sizes,
     sliding,
     tied,
+    write_sizes,
     write_window,
 )
 from ctg_jax.models.hf.rotary import read_rope, write_rope
@@ -25,27 +27,6 @@ from ctg_jax.models.hf.tensors import Checkpoint, Table, dense, norm, tensor
 NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 PRE = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
-SIZES = {
-    "vocab_size": "vocab",
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "intermediate_size": "mlp_width",
-    "max_position_embeddings": "context",
-}
-
-
-def read_sizes(c: Config) -> dict[str, Any]:
-    """The sizes of a model. `num_key_value_heads` is that of all heads where it is None."""
-    sizes = {field: c[key] for key, field in SIZES.items() if key != "num_key_value_heads"}
-    heads = sizes["heads"]
-    head_dim = c.get("head_dim") or sizes["width"] // heads
-    return sizes | {"kv_heads": c.get("num_key_value_heads") or heads, "head_dim": head_dim}
-
-
-def write_sizes(lm: Transformer) -> dict[str, Any]:
-    return {key: getattr(lm, field) for key, field in SIZES.items()} | {"head_dim": lm.head_dim}
 
 
 def gated_names(lm: Transformer, norms: Mapping[str, str], fused: bool = False) -> Table:

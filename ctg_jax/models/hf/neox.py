@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.models.hf.family import Config, activation, decoder, expect_plain, tied
-from ctg_jax.models.hf.llama import NAMES, PRE, gated_names, read_sizes, write_sizes
+from ctg_jax.models.hf.family import Config, activation, decoder, expect_plain, read_sizes, tied, write_sizes
+from ctg_jax.models.hf.llama import NAMES, PRE, gated_names
 from ctg_jax.models.hf.rotary import read_rope, write_rope
 from ctg_jax.models.hf.tensors import Checkpoint, Leaf, Part, Table, dense, norm, tensor
 from ctg_jax.types import InputError
@@ -14,28 +14,23 @@ from ctg_jax.types import InputError
 # -- GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023)
 
 
+_NEOX_SIZES = {"num_key_value_heads": None, "head_dim": None}
 _NEOX = ("gpt_neox.embed_in.weight", "embed_out.weight")
 
 
 def _neox_read(c: Config, checkpoint: Checkpoint) -> Transformer:
-    d, heads = c["hidden_size"], c["num_attention_heads"]
+    c = {"max_position_embeddings": 2048, **c}
     expect_plain(c)
-    rope, share = read_rope(c, c.get("rotary_pct", 0.25), c.get("max_position_embeddings", 2048))
+    sizes = read_sizes(c, **_NEOX_SIZES)
+    rope, share = read_rope(c, c.get("rotary_pct", 0.25), sizes["context"])
     bias = c.get("attention_bias", True)
     return Transformer(
+        **sizes,
         family="gpt_neox",
-        vocab=c["vocab_size"],
-        width=d,
-        depth=c["num_hidden_layers"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        mlp_width=c["intermediate_size"],
-        context=c.get("max_position_embeddings", 2048),
         norm_eps=c.get("layer_norm_eps", 1e-5),
         activation=activation(c, "hidden_act", "gelu"),
         positions="rotary",
-        rotary_dim=int(d // heads * share),
+        rotary_dim=int(sizes["head_dim"] * share),
         parallel=c.get("use_parallel_residual", True),
         bias_attn=bias,
         bias_out=bias,
@@ -47,12 +42,7 @@ def _neox_read(c: Config, checkpoint: Checkpoint) -> Transformer:
 def _neox_write(lm: Transformer) -> dict[str, Any]:
     return {
         "architectures": ["GPTNeoXForCausalLM"],
-        "vocab_size": lm.vocab,
-        "hidden_size": lm.width,
-        "num_hidden_layers": lm.depth,
-        "num_attention_heads": lm.heads,
-        "intermediate_size": lm.mlp_width,
-        "max_position_embeddings": lm.context,
+        **write_sizes(lm, **_NEOX_SIZES),
         "layer_norm_eps": lm.norm_eps,
         "hidden_act": lm.activation,
         "rotary_pct": lm.rotary_dim / lm.head_dim,

@@ -8,17 +8,21 @@ import jax
 import numpy as np
 import pytest
 
+from ctg_jax import methods
 from ctg_jax.mesh import layout
 from ctg_jax.run.stage import open_artifact
 from experiments import cli, compare, diffusion_controls, experiment, generate, latents, main
 
 HERE = Path(__file__).parents[2]
-# A control that reads the text of the prompt, and a model that completes prompts in place of the decode loop; all other
-# methods with --slow.
-OTHERS = ("steer", "cav", "click", "ctrl", "dexperts", "diffusion_lm", "finetune", "gdc", "lm_steer", "ppo", "quark")
-EVERY = ["dglm", "mdlm", *(pytest.param(name, marks=pytest.mark.slow) for name in (*OTHERS, "unlikelihood"))]
 DIFFUSION = ("mdlm", "diffusion_lm")
+# Those that have a configuration of their own; `truncate` is an arm without a control.
+METHODS = [n for n in methods.names() if (HERE / "configs" / f"{n}.py").exists() and n != "truncate"]
 PROMPTS = ("last week, we", "yesterday")
+
+
+def every(*default):
+    """All methods, with --slow; those named, always."""
+    return [n if n in default else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,8 @@ def call(capsys):
     return run
 
 
-@pytest.mark.parametrize("name", EVERY)
+# By default a control that reads the text of the prompt, and a model that writes in place of the decode loop.
+@pytest.mark.parametrize("name", every("dglm", "mdlm"))
 def test_generate_takes_the_controls_of_every_method_with_every_flag(name, root, fitted, call):
     lm, control = fitted(name)
     argv = [*PROMPTS, f"--lm={lm.path}", f"--root={root}", f"--control={control.path}=1", "--max_new=6", "--batch=4"]
@@ -82,10 +87,7 @@ def test_generate_takes_the_controls_of_every_method_with_every_flag(name, root,
     assert err.count("give it alone, and set filter to {}") == refused and bool(out) != refused
 
 
-SPLIT = ["mdlm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dglm", *OTHERS, "unlikelihood"))]
-
-
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", every("mdlm"))
 def test_accelerators_and_meshes_write_what_one_device_writes(name, root, fitted, call, monkeypatch):
     """Four rows on four of eight simulated devices, each with a row of its own, and on meshes of them."""
     lm, control = fitted(name)

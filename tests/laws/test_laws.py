@@ -36,8 +36,8 @@ PARAMS = worlds.lively(LM)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1], [2, 8], [7, 7, 7, 7, 7], [5, 1, 4], [10, 9]]
 PROMPTS = worlds.prompts(ROWS)
 SAMPLING = Sampling(max_new=4)
-NETWORKSS = [n for n in methods.names() if hasattr(methods.get(n), "example")]
-CASES = [*NETWORKSS, "chain"]
+METHODS = [n for n in methods.names() if hasattr(methods.get(n), "example")]
+CASES = [*METHODS, "chain"]
 
 
 def mixed(lm, key, parts=None) -> Chain:
@@ -104,7 +104,7 @@ def test_chain_is_a_monoid(control, samples, logits):
 
 def test_neutral_gives_the_base(name, control, samples):
     if name == "chain":
-        parts = [methods.get(n).neutral(build(n)) for n in NETWORKSS]
+        parts = [methods.get(n).neutral(build(n)) for n in METHODS]
         nothing = Chain(tuple(p for p in parts if p is not None))
     else:
         nothing = methods.get(name).neutral(control)

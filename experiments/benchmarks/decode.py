@@ -1,6 +1,7 @@
-"""Decoding speed beside `transformers.generate` (PyTorch), at GPT-2-small shape with random weights in float32.
+"""Decoding speed beside `transformers.generate` (PyTorch) in float32: of a model in a folder of Hugging Face's layout,
+or of the shape of GPT-2 small with random weights.
 
-    python experiments/benchmarks/decode.py [--batch=1 --batch=8] [--repeats=5] [--only=greedy] [--json=FILE]
+    python experiments/benchmarks/decode.py [--lm=DIR] [--batch=1 --batch=8] [--repeats=5] [--only=greedy] [--json=FILE]
 
 Both sides run on one pinned thread, in alternation, in one process: PyTorch's thread barriers collapse on a shared
 machine, and ratios of neighbours survive its drift. The floor is what the machine itself allows: weights and cache
@@ -72,23 +73,39 @@ def controls(lm, params, key):
     return dict(zip(CONTROLS, made, strict=True))
 
 
-def torch_model(lm, params, folder):
+def torch_model(folder):
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    hf.save(folder, lm, params)
+    transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # nothing ends a text, on either side
     return torch, model.eval()
 
 
+def models(folder, layers):
+    """(LM, its weights laid out for decoding, torch, the reference model)."""
+    if folder:
+        lm, params = hf.load(folder)
+        torch, reference = torch_model(folder)
+    else:
+        lm = Transformer.gpt2(depth=layers)
+        params = jax.jit(lm.init)(jax.random.key(0))
+        with tempfile.TemporaryDirectory() as made:
+            hf.save(made, lm, params)
+            torch, reference = torch_model(made)
+    return lm, jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(params)), torch, reference
+
+
 def define(fv):
+    flags.DEFINE_string("lm", None, "folder of the language model, in Hugging Face's layout", flag_values=fv)
     flags.DEFINE_multi_integer("batch", [1, 8, 32], "rows at once", 1, flag_values=fv)
     flags.DEFINE_integer("prompt", 32, "tokens of a prompt", 1, flag_values=fv)
     flags.DEFINE_integer("new", 64, "new tokens", 1, flag_values=fv)
     flags.DEFINE_integer("repeats", 5, "rounds of measurement", 1, flag_values=fv)
-    flags.DEFINE_integer("layers", 12, "layers of the model", 1, flag_values=fv)
+    flags.DEFINE_integer("layers", 12, "layers of the random model", 1, flag_values=fv)
     flags.DEFINE_multi_enum("only", None, CONTROLS, "the controls that are measured", flag_values=fv)
     flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
 
@@ -96,12 +113,9 @@ def define(fv):
 def main(argv, session):
     args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
 
-    lm = Transformer.gpt2(depth=args.layers)
-    params = jax.jit(lm.init)(jax.random.key(0))
-    with tempfile.TemporaryDirectory() as folder:
-        torch, reference = torch_model(lm, params, folder)
-    params = jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(params))
-    weights = tree.size_bytes(params) - tree.size_bytes(params["embed"]["positions"])
+    lm, params, torch, reference = models(args.lm, args.layers)
+    once = params["embed"] if not lm.tied else {k: v for k, v in params["embed"].items() if k != "tokens"}
+    weights = tree.size_bytes(params) - tree.size_bytes(once)  # the rows of an embedding that are read are few
     read = bandwidth()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}, one thread each")
     print(f"weights {weights / 1e6:.1f} MB, bandwidth {read / 1e9:.1f} GB/s")
@@ -113,7 +127,7 @@ def main(argv, session):
         )
         ids = torch.as_tensor(tokens, dtype=torch.long)
         per_token = 2 * weights / 4 * batch / matmul_rate(batch)
-        cache = 2 * lm.depth * batch * (args.prompt + args.new / 2) * lm.width * 4
+        cache = 2 * lm.depth * batch * (args.prompt + args.new / 2) * lm.kv_heads * lm.head_dim * 4
         floor = max((weights + cache) / read, per_token)
         floors = f"{batch / floor:.1f} tok/s"
         for name, (control, greedy) in controls(lm, params, jax.random.key(2)).items():
@@ -127,9 +141,8 @@ def main(argv, session):
 
             def theirs(ids=ids, options=options):
                 mask = torch.ones_like(ids)
-                more = dict(max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
                 with torch.no_grad():
-                    return reference.generate(ids, attention_mask=mask, **options, **more)
+                    return reference.generate(ids, attention_mask=mask, max_new_tokens=args.new, **options)
 
             def plain(sampling=sampling, prompts=prompts):
                 return jax.block_until_ready(generate(lm, params, prompts, Chain(()), sampling))

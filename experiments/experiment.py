@@ -26,7 +26,7 @@ from ctg_jax.learn import experience, rounds
 from ctg_jax.learn.classifier import classifier
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.run.session import Session
-from ctg_jax.run.stage import Artifact, nearest, stage
+from ctg_jax.run.stage import Artifact, UnfinishedError, nearest, stage
 from ctg_jax.stages import controls, judges, sampling, sources
 from ctg_jax.studies.label_transfer import direction
 from ctg_jax.types import InputError
@@ -64,11 +64,43 @@ class Result:
 def run(root: str, config: ConfigDict) -> list[Result]:
     """Runs all stages of a configuration, except those that are finished, and returns the rows of the table.
 
+    A dry run comes first, so that a setting which a stage refuses is named before any stage has run.
+
     Raises:
       InputError: an unknown section or setting (with the nearest name), and what the stages raise.
     """
     settings = config.to_dict()
-    arms = check(settings)
+    arms, session = check(settings), Session.of(root)
+    if session.pending is None:
+        _rehearse(session.dry_run(), settings, arms)
+    fixed = _fixed(root, settings)
+    return [row for label, arm in arms.items() for row in _rows(root, settings, fixed, label, arm, arms)]
+
+
+def _rehearse(trial: Session, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
+    """Asks for every stage in a dry run, as far as an arm gets without the contents of a stage that has not run."""
+    fixed = _fixed(trial, settings)
+    for label, arm in arms.items():
+        try:
+            _rows(trial, settings, fixed, label, arm, arms)
+        except UnfinishedError:
+            continue
+        except InputError as e:
+            raise InputError(f"methods.{label}: {e}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """What all arms share: the artifacts that `sample` and `evaluate` are given, and settings of `evaluate`."""
+
+    lm: Artifact
+    prompts: Artifact
+    given: Mapping[str, Any]
+    measure: Mapping[str, Any]
+    written: Artifact | None
+
+
+def _fixed(root: str, settings: Mapping[str, Any]) -> _Fixed:
     lm = language_model(root, settings["lm"])
     prompts = stage(root, sources.load_data, settings["prompts"])
     judged = [judge(root, name, options) for name, options in settings["judges"].items()]
@@ -78,25 +110,29 @@ def run(root: str, config: ConfigDict) -> list[Result]:
     written = measure.pop("human", None)
     written = stage(root, sources.load_data, written) if written else None
     other = measure.pop("fluency", None)
-    given = dict(judges=judged, lm=lm, references=human, fluency=language_model(root, other) if other else None)
-    seed = settings["sample"].get("seed", 0)
+    fluency = language_model(root, other) if other else None
     for name, options in scorers(settings):
         heldout(root, name, options)
-    results = []
-    for label, arm in arms.items():
-        mine, likely = [], _likelihood(arm, arms)
-        for strength, samples, made, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
-            options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
-            figures = stage(root, judges.evaluate, options, samples=samples, **given)
-            read = None
-            if written is not None and likely:
-                options = {"strengths": strengths, **_bootstrap(measure)}
-                read = stage(root, sampling.human_perplexity, options, lm=lm, data=written, controls=made)
-            mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
-        smooth = smoothness(root, mine, measure)
-        rounds = sampled_rounds(root, lm, arm, measure)
-        results += [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
-    return results
+    return _Fixed(lm, prompts, dict(judges=judged, lm=lm, references=human, fluency=fluency), measure, written)
+
+
+def _rows(
+    root: str, settings: Mapping[str, Any], fixed: _Fixed, label: str, arm: Arm, arms: Mapping[str, Arm]
+) -> list[Result]:
+    """The rows of one arm."""
+    mine, likely, measure = [], _likelihood(arm, arms), fixed.measure
+    seed = settings["sample"].get("seed", 0)
+    for strength, samples, made, strengths in sampled(root, fixed.lm, fixed.prompts, settings["sample"], arm, arms):
+        options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
+        figures = stage(root, judges.evaluate, options, samples=samples, **fixed.given)
+        read = None
+        if fixed.written is not None and likely:
+            options = {"strengths": strengths, **_bootstrap(measure)}
+            read = stage(root, sampling.human_perplexity, options, lm=fixed.lm, data=fixed.written, controls=made)
+        mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
+    smooth = smoothness(root, mine, measure)
+    rounds = sampled_rounds(root, fixed.lm, arm, measure)
+    return [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
 
 
 def inputs(root: str, config: ConfigDict) -> list[str]:

@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 from ctg_jax import methods
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.vector_search import Search
-from experiments import cli
+from ctg_jax.types import InputError
+from experiments import cli, experiment
+from experiments.arms import Fitted, read
 
 CONFIGS = sorted(
     p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem not in ("sentiment", "reward")
@@ -61,3 +63,17 @@ def test_a_sweep_may_give_a_section_that_the_configuration_leaves_out():
     changed = cli.override(config, {"methods.a.fit.adapter.rank": 2, "methods.a.fit.adapter.kind": "full"})
     assert changed.methods.a.fit.to_dict() == {"tokens": 3, "adapter": {"rank": 2, "kind": "full"}}
     assert "adapter" not in config.methods.a.fit
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_a_misspelt_setting_of_a_fit_is_named_before_any_stage_runs(file, tmp_path):
+    """Also one that `fit` itself only passes on to a stage."""
+    config = cli.config_of(f"{file}:tiny")
+    for label, arm in read(config.to_dict().get("methods", {})).items():
+        if not isinstance(arm, Fitted):
+            continue
+        wrong = ConfigDict(config.to_dict())
+        wrong.methods[label].fit.misspelt = 1
+        with pytest.raises(InputError, match=rf"^methods\.{label}.*'misspelt'"):
+            experiment.run(str(tmp_path / label), wrong)
+        assert not (tmp_path / label).exists() or not any((tmp_path / label).iterdir())

@@ -43,7 +43,6 @@ from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.judges import open_judge
 from ctg_jax.stages.sources import load_lm
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Sum
@@ -229,7 +228,7 @@ def fit(
         settings = settings | {"seed": seed}
         return combined([stage(root, genarm_reward, settings, lm=lm, data=data, **given)])
     for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, pool="all", seed=seed):
-        own = [settings | {"seed": turn.seed, "reward": open_judge(reward).name} for reward in rewards]
+        own = [settings | {"seed": turn.seed, "reward": reward.spec["config"]["name"]} for reward in rewards]
         turn.proposal = combined([stage(root, genarm_reward, one, lm=lm, pool=turn.pools, **given) for one in own])
     return turn.proposal
 

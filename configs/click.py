@@ -5,7 +5,7 @@ Source: Zheng et al. 2023.
     python experiments/main.py --config=configs/click.py[:yelp|:yelp_down|:repetition|:tiny]
     python experiments/ablate.py --config=configs/click.py[:yelp|:tiny]
 
-The rounds, samples and updates are those of the world, so that it stands beside the other methods at equal cost; the
+The rounds, samples and updates are those of the world, so that it is compared with the other methods at equal cost; the
 paper's tables have one round of 20 samples a prompt.
 
 Expected on Yelp: from .32 positive to .73 at half the strength and .78 at all of it, at 1.3 and 1.7 times the

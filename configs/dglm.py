@@ -1,4 +1,4 @@
-"""Diffusion-guided language model: a latent pushed by a linear classifier, said by the language model.
+"""Diffusion-guided language model: a latent pushed by a linear classifier, put into words by the language model.
 
 Source: Lovelace et al. 2024. `PAPER` has the sizes of the paper, for `dglm.init`: sentence-T5-xl, GPT-2
 large fine-tuned, 250,000 updates of each network.

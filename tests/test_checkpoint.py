@@ -145,7 +145,7 @@ def test_pickles_are_refused_and_never_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("like", "said"),
+    ("like", "message"),
     [
         ({"a": {"k": jnp.zeros((3, 2))}}, r"'a/k' is float32\[2, 3\] where float32\[3, 2\]"),
         ({"a": {"k": jnp.zeros((2, 3), jnp.bfloat16)}}, "'a/k' is float32"),
@@ -154,9 +154,9 @@ def test_pickles_are_refused_and_never_run(tmp_path):
         ({"a": {}}, "has 'a/k', which is not expected"),
     ],
 )
-def test_another_shape_type_or_family_is_named_by_its_path(tmp_path, like, said):
+def test_another_shape_type_or_family_is_named_by_its_path(tmp_path, like, message):
     checkpoint.save(tmp_path / "c", {"a": {"k": jnp.ones((2, 3))}})
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         checkpoint.load(tmp_path / "c", like)
 
 

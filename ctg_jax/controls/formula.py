@@ -70,23 +70,23 @@ class Formula:
             return sum((part.weight() for part in self.parts), jnp.float32(0.0))
         return jnp.float32(self.op != "scores")
 
-    def total(self, said: Sequence[jax.Array]) -> jax.Array:
+    def total(self, logps: Sequence[jax.Array]) -> jax.Array:
         """Σ λ_i log Q_i, float32 [..., V], of log-probabilities and scores float32 [..., V]. The operands of a union or
         an intersection become distributions first."""
         if self.op in ("model", "scores"):
-            return said[self.index]
+            return logps[self.index]
         if self.op == "times":
-            return self.scale * self.parts[0].total(said)
+            return self.scale * self.parts[0].total(logps)
         if self.op == "plus":
-            return sum((part.total(said) for part in self.parts[1:]), self.parts[0].total(said))
-        sides = [jax.nn.log_softmax(part.value(said), axis=-1) for part in self.parts]
+            return sum((part.total(logps) for part in self.parts[1:]), self.parts[0].total(logps))
+        sides = [jax.nn.log_softmax(part.value(logps), axis=-1) for part in self.parts]
         return (jnp.maximum if self.op == "union" else jnp.minimum)(*sides)
 
-    def value(self, said: Sequence[jax.Array]) -> jax.Array:
+    def value(self, logps: Sequence[jax.Array]) -> jax.Array:
         """`total` divided by `weight`: log P up to a constant. NaN where the weight is not above 0, which `check`
         refuses where it has a value; decoding stops with an error there."""
         weight = self.weight()
-        return self.total(said) / jnp.where(weight > LEAST, weight, jnp.nan)
+        return self.total(logps) / jnp.where(weight > LEAST, weight, jnp.nan)
 
     def check(self, whole: bool = True) -> None:
         """Raises InputError where the weights of the formula (if `whole`), or of an operand of a union or intersection,

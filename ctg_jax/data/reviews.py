@@ -21,7 +21,7 @@ from ctg_jax.types import InputError
 LABELS = ("negative", "positive")
 TOPICS = ("restaurant", "hotel", "film", "book", "phone", "airline", "gym", "museum")
 LENGTHS = ("short", "medium", "long")  # up to 3, 4 to 5, at least 6 sentences
-TOXIC_SHARE = 5  # one review in so many holds an insult
+TOXIC_SHARE = 5  # one review in five holds an insult
 
 _FILES = ("lexicon.json", "sentences.json", "topics.json")
 _TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*|[.,!?;:]")

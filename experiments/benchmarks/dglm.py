@@ -4,7 +4,7 @@
 
 Both sides draw, for every prompt, latents by guided diffusion (one linear classifier), write eight soft tokens from
 each and let the same GPT-2 continue by 20 tokens. Ours draws all rows in batches of `--batch`, by DPM-Solver++ without
-a gradient through the denoiser, in so many steps; PyTorch, as the authors do, one sample of all prompts after another,
+a gradient through the denoiser, in `--steps` steps; PyTorch, as the authors do, one sample of all prompts at a time,
 by DDPM in 250 steps with a gradient through it, of which `--torch_samples` are timed and multiplied. Their default
 against ours at every number of steps, and both at 250. One pinned thread each, in one process. That both denoisers are
 the same is checked first.

@@ -319,10 +319,10 @@ def test_training_goes_on_where_it_was_cut_short(small, tmp_path, monkeypatch):
 def test_tags_of_tokens():
     tokenizer = train_bpe(["The soup was delicious and the waiter was truly rude ."] * 50, 320)
     tags = tag_table(tokenizer)
-    said = {tokenizer.decode([[i]])[0]: TAGS[t] for i, t in enumerate(tags)}
+    tagged = {tokenizer.decode([[i]])[0]: TAGS[t] for i, t in enumerate(tags)}
     wanted = {" soup": "noun", " was": "verb", " delicious": "adj", " the": "det", " truly": "adv", "The": "det"}
-    assert {w: said[w] for w in wanted} == wanted
-    assert TAGS[tags[tokenizer.eos]] == "end" and said["."] == "punct" and said["l"] == "part"
+    assert {w: tagged[w] for w in wanted} == wanted
+    assert TAGS[tags[tokenizer.eos]] == "end" and tagged["."] == "punct" and tagged["l"] == "part"
 
 
 def test_bad_input(net, small):

@@ -39,7 +39,7 @@ def prompts(sentences, rows, length=None):
     return Prompts(made.tokens, made.mask, made.keys, {"vector": jnp.asarray(rows)})
 
 
-def said(control, found, sentences=SENTENCES):
+def likelihood(control, found, sentences=SENTENCES):
     """Log-probability of each sentence's own tokens when decoded with its vector, [N]."""
     bank = control.replace(z=jnp.asarray(found["z"]), choice="vector")
     rest = [row[first:] for row, first in sentences]
@@ -53,9 +53,9 @@ def said(control, found, sentences=SENTENCES):
 @pytest.mark.parametrize("site", SITES)
 def test_the_loss_of_the_search_is_the_score_of_decoding(site):
     control, found = learn(site)
-    np.testing.assert_allclose(-found["loss"], said(control, found), rtol=2e-5, atol=2e-5)
-    before = said(control, {"z": np.zeros_like(found["z"])})
-    assert (said(control, found) > before).mean() > 0.5  # three updates help
+    np.testing.assert_allclose(-found["loss"], likelihood(control, found), rtol=2e-5, atol=2e-5)
+    before = likelihood(control, {"z": np.zeros_like(found["z"])})
+    assert (likelihood(control, found) > before).mean() > 0.5  # three updates help
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_loss_of_the_search_is_the_score_of_decoding(site):
 def test_time_steps_dimensions_and_mixtures_score_as_they_decode(hp):
     control, found = learn("middle", hp=hp)
     assert found["z"].shape[1] == hp.get("dim", hp.get("parts", 1) * LM.width)
-    np.testing.assert_allclose(-found["loss"], said(control, found), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(-found["loss"], likelihood(control, found), rtol=2e-5, atol=2e-5)
 
 
 def test_time_steps_differ_as_they_should():

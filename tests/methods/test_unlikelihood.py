@@ -60,7 +60,7 @@ def by_hand(term, i):
     human, own = walk(HUMAN[i], HUMAN_REAL[i]), walk(OWN[i], [True] * 3)
     if term == "likelihood":
         return likely(HUMAN[i], human)
-    if term == "token":  # said before, without the target: 0 | 1 2 1 and 0 | 2 2
+    if term == "token":  # written before, without the target: 0 | 1 2 1 and 0 | 2 2
         return unlikely(human, [[{0}, {0, 1}, {0, 2}], [{0}, {0}]][i])
     if term == "sequence":  # pairs of tokens: 1 1 comes twice in 1 1 1, its second time at the last two places
         return unlikely(own, [[set(), {1}, {1}], [set(), set(), set()]][i])

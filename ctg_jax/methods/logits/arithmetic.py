@@ -91,7 +91,7 @@ class Arithmetic(Control):
 
     def logits(self, z, h, tokens, mask, state):
         strength, readings = state
-        said, after, known = [log_probabilities(z)], [], ~removed(z)
+        logps, after, known = [log_probabilities(z)], [], ~removed(z)
         for i, (stream, reading) in enumerate(zip(self.streams, readings)):
             if stream.lm.vocab != z.shape[-1]:
                 raise InputError(
@@ -101,12 +101,12 @@ class Arithmetic(Control):
             found, _, reading = stream.read(tokens, mask, z.shape[1], reading)
             after.append(reading)
             for q in [found] if stream.copies is None else jnp.moveaxis(found, 1, 0):
-                said.append(log_probabilities(q))
+                logps.append(log_probabilities(q))
                 known &= ~removed(q)
         if self.value is not None:
-            said.append(self._accepted(z, h, said[0]))
-        rule = self.formula.value(said) if self.divide else self.formula.total(said)
-        push = jnp.where(known, rule - said[0], 0.0)
+            logps.append(self._accepted(z, h, logps[0]))
+        rule = self.formula.value(logps) if self.divide else self.formula.total(logps)
+        push = jnp.where(known, rule - logps[0], 0.0)
         return z + strength * push, (strength, tuple(after))
 
     def _accepted(self, z: jax.Array, h: jax.Array, logp: jax.Array) -> jax.Array:

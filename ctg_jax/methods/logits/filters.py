@@ -210,7 +210,7 @@ def distance(a: str, b: str) -> int:
 
 
 def _listed(value: Any) -> Sequence[str]:
-    """A list of strings; one string stands for a list of one."""
+    """A list of strings; a single string is a list of one."""
     return [value] if isinstance(value, str) else value
 
 

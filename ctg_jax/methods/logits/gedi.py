@@ -112,8 +112,8 @@ class Gedi(Control):
             r = jnp.concatenate([last[:, :, None], r], axis=2)
         read = r.shape[2] - 1  # of how many of the last tokens the likelihood is known
         tokens, mask = (x[:, x.shape[1] - read :] for x in (tokens, mask))
-        said = jax.vmap(heard, in_axes=(1, None, None), out_axes=1)(r, tokens, mask)
-        total = jnp.concatenate([total[..., None], total[..., None] + jnp.cumsum(said, axis=2)], axis=2)
+        logp = jax.vmap(heard, in_axes=(1, None, None), out_axes=1)(r, tokens, mask)
+        total = jnp.concatenate([total[..., None], total[..., None] + jnp.cumsum(logp, axis=2)], axis=2)
         count = jnp.concatenate([count[:, None], count[:, None] + jnp.cumsum(mask, axis=1)], axis=1)
         log_post = self.posterior(total[..., -new:], count[:, -new:], r[:, :, -new:], one)
         out = z + strength * log_post
@@ -220,8 +220,8 @@ def loss(lm: LM, *, balance: float = 0.8) -> losses.LossFn:
         check_reads(stream.lm, length, f"The rows of training have {length} tokens", stream.control)
         reading = stream.init(Prompts(tokens, mask, keys), length + 1)
         z, _, _ = stream.read(tokens, mask, length, reading, everything=True)
-        said = jax.vmap(heard, in_axes=(1, None, None), out_axes=1)(z, tokens, mask)
-        nats = -jnp.sum(said, axis=2) / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
+        logp = jax.vmap(heard, in_axes=(1, None, None), out_axes=1)(z, tokens, mask)
+        nats = -jnp.sum(logp, axis=2) / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
         own, apart, right = terms(nats, label, params.temper, params.prior)
         weight = jnp.float32(len(label))
         parts = {"generative": own, "discriminative": apart, "accuracy": right}

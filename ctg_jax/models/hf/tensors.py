@@ -29,9 +29,9 @@ _READABLE = (*_DTYPES.values(), "F64")  # others hold quantised weights, which a
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` rows from row `start` of a tensor, every `step`-th one; "{}" in its name stands for the layer.
+    """`rows` rows from row `start` of a tensor, every `step`-th one; "{}" in its name becomes the number of the layer.
 
-    `shape` is that of the whole tensor as the leaf sees it; a transposed tensor lies the other way in the file.
+    `shape` is that of the whole tensor as the leaf sees it; the file holds the transpose of a transposed tensor.
     """
 
     name: str
@@ -94,7 +94,7 @@ def dense(
 
     Args:
       config: a model configuration; its `depth` stacks names with "{}".
-      path: where the layer stands in the parameters.
+      path: of the layer in the parameters.
       stems: name of the module in the file, or several whose outputs are joined.
       rows, columns: outputs of each module, and inputs.
       bias: whether it has one.

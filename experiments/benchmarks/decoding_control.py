@@ -1,0 +1,200 @@
+"""What controls of the next-token distribution cost: seconds per token beside the number of passes, and beside PyTorch.
+
+    python experiments/benchmarks/decoding_control.py [--batch=1 --batch=8] [--method=gedi] [--layers=12] [--json=FILE]
+
+For every method of `ctg_jax/methods/logits` the program of its example decodes in alternation with the plain one.
+`passes` is what the models of a control read for each token, in units of the base model: 1 for the base, and for each
+stream its copies times its share of the base's weights. The cost of a method that does nothing else is its passes.
+
+GeDi, self-debiasing and a formula of three models are also written as their authors do it, one call of `transformers`
+for each model and a loop in Python, over models of the same shape. Both sides decode greedily on one pinned thread in
+one process.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# One thread for both libraries; must be set before either is imported.
+os.environ.update(NPROC="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from ctg_jax import IDENTITY, Prompts, Sampling, generate, methods, rng, tree
+from ctg_jax.controls.streams import Stream
+from ctg_jax.io import write_json
+from ctg_jax.models import hf
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.types import InputError
+from experiments import cli
+
+DESCRIPTION = 10  # tokens that a stream reads before the prompt
+FORMULA = dict(formula="1.5 * M - 0.4 * (A | M) + 0.3 * B", tuned=("A", "B"), adapter={"rank": 2})
+
+
+def names():
+    """The methods that act on logits and can be decoded as they are."""
+    found = (n for n in methods.names() if ".logits." in methods.get(n).__name__)
+    return [n for n in found if hasattr(methods.get(n), "example")]
+
+
+def made(name, lm, key):
+    """The example of a method; of model arithmetic a formula without a classifier, which the reference has neither."""
+    module = methods.get(name)
+    control = module.init(lm, key, **FORMULA) if name == "arithmetic" else module.example(lm, key)
+    return jax.tree.map(jnp.asarray, control)
+
+
+def streams(control):
+    leaves = jax.tree.leaves(control, is_leaf=lambda x: isinstance(x, Stream))
+    return [x for x in leaves if isinstance(x, Stream)]
+
+
+def weights(lm):
+    """Weights that are read for each token: all but an embedding of which one row is read."""
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    embed = {k: v for k, v in shapes["embed"].items() if k == "positions" or not lm.tied}
+    return tree.size_bytes(shapes) - tree.size_bytes(embed)
+
+
+def passes(lm, control):
+    return 1 + sum((s.copies or 1) * weights(s.lm) / weights(lm) for s in streams(control))
+
+
+def prompts_for(control, tokens):
+    """Prompts with what the streams of a control read in their place."""
+    cond, generator = {}, np.random.default_rng(1)
+    for stream in streams(control):
+        if stream.own is not None:
+            size = (len(tokens), *(() if stream.copies is None else (stream.copies,)), DESCRIPTION)
+            head = generator.integers(0, 1000, size)
+            body = tokens if stream.copies is None else np.repeat(tokens[:, None], stream.copies, axis=1)
+            cond[stream.own] = jnp.asarray(head if stream.before else np.concatenate([head, body], -1), jnp.int32)
+    keys = rng.per_example(jax.random.key(1), jnp.arange(len(tokens)))
+    return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys, cond)
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def authors_way(torch, model, inputs, combine, new):
+    """Greedy decoding by one call of a model for each of `inputs`, ids [rows, T], and for each new token.
+
+    combine: logits of the last position of every call -> logits [B, V]. The rows of an input may be a multiple of B.
+    """
+    caches, made = [None] * len(inputs), []
+    with torch.no_grad():
+        for _ in range(new):
+            outs = [model(input_ids=x, past_key_values=c, use_cache=True) for x, c in zip(inputs, caches)]
+            caches = [out.past_key_values for out in outs]
+            token = combine([out.logits[:, -1] for out in outs]).argmax(-1)
+            made.append(token)
+            inputs = [token.repeat(len(x) // len(token))[:, None] for x in inputs]
+    return torch.stack(made, 1)
+
+
+def references(torch, tokens):
+    """Method -> (inputs of the calls, what combines their logits), with the authors' arithmetic."""
+    ids = torch.as_tensor(tokens, dtype=torch.long)
+    described = torch.cat([torch.randint(0, 1000, (2 * len(ids), DESCRIPTION)), ids.repeat(2, 1)], 1)
+    coded = torch.cat([torch.full((2 * len(ids), 2), 7), ids.repeat(2, 1)], 1)
+    total = torch.zeros(2 * len(ids), 1)
+
+    def debiased(z):
+        worse = z[0].softmax(-1) - torch.stack(z[1].softmax(-1).chunk(2)).amax(0)
+        return z[0].log_softmax(-1) + torch.where(worse < 0, (50 * worse).exp(), torch.ones(())).clamp_min(0.01).log()
+
+    def gedi(z):
+        nonlocal total
+        heard = total + z[1].log_softmax(-1)
+        good = torch.stack(heard.chunk(2)).log_softmax(0)[0]
+        weighed = z[0].log_softmax(-1) + 30 * good
+        chosen = weighed.argmax(-1, keepdim=True)
+        total = heard.gather(1, chosen.repeat(2, 1))
+        return weighed
+
+    def formula(z):
+        m, a, b = (x.log_softmax(-1) for x in z)
+        return (1.5 * m - 0.4 * torch.maximum(a, m) + 0.3 * b).log_softmax(-1)
+
+    return {
+        "self_debias": ([ids, described], debiased),
+        "gedi": ([ids, coded], gedi),
+        "arithmetic": ([ids, ids, ids], formula),
+    }
+
+
+def define(fv):
+    flags.DEFINE_multi_integer("batch", [1, 8], "rows at once", 1, flag_values=fv)
+    flags.DEFINE_multi_string("method", None, "the methods that are measured; all by default", flag_values=fv)
+    flags.DEFINE_integer("prompt", 32, "tokens of a prompt", 1, flag_values=fv)
+    flags.DEFINE_integer("new", 32, "new tokens", 1, flag_values=fv)
+    flags.DEFINE_integer("layers", 12, "layers of the base model", 1, flag_values=fv)
+    flags.DEFINE_integer("repeats", 5, "rounds of measurement", 1, flag_values=fv)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
+
+
+def main(argv, session):
+    args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
+    chosen = args.method or names()
+    if unknown := set(chosen) - set(names()):
+        raise InputError(f"--method={min(unknown)} is not measured here, expected one of {', '.join(names())}")
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    lm = Transformer.gpt2(depth=args.layers)
+    params = jax.jit(lm.init)(jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(folder, lm, params)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    params = jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(params))
+    sampling, rows = Sampling(max_new=args.new, greedy=True), []
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}, one thread each")
+    for batch in args.batch:
+        tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, args.prompt)).astype(np.int32)
+        theirs = references(torch, tokens)
+        for name in chosen:
+            control = made(name, lm, jax.random.key(2))
+            given = prompts_for(control, tokens)
+
+            def run(control, given=given):
+                return jax.block_until_ready(generate(lm, params, given, control, sampling))
+
+            calls = [lambda control=control: run(control), lambda: run(IDENTITY)]
+            if name in theirs:
+                calls.append(lambda how=theirs[name]: authors_way(torch, model, *how, args.new))
+            for call in calls:
+                call()
+            found = np.array([[timed(call) for call in calls] for _ in range(args.repeats)])
+            ratio = statistics.median(found[:, 0] / found[:, 1])
+            row = {"batch": batch, "method": name, "ms_per_token": 1e3 * np.median(found[:, 0]) / args.new}
+            row |= {"of_plain": ratio, "passes": passes(lm, control), "over_passes": ratio / passes(lm, control)}
+            if name in theirs:
+                row["torch_over_ours"] = statistics.median(found[:, 2] / found[:, 0])
+            rows.append(row)
+            beside = f", authors' way {row['torch_over_ours']:.2f} times as long" if name in theirs else ""
+            print(
+                f"batch {batch:2d} {name:14s} {row['ms_per_token']:7.1f} ms per token, {ratio:.2f} of plain, "
+                f"{row['passes']:.2f} passes ({row['over_passes']:.2f}){beside}",
+                flush=True,
+            )
+    if args.json:
+        write_json(Path(args.json), rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main, devices=False))

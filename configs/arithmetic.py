@@ -17,7 +17,12 @@ from configs import sentiment
 FORMULAS = dict(bias="M - 0.6 * N", union="M - 0.96 * (N | M)", classified="M - 0.96 * (N | M) + 0.04 * C")
 TOLD = "The following review is very negative:\n"
 PAPER = [dict(formula=FORMULAS[name], prompts=dict(N=TOLD)) for name in ("bias", "union")]
-HEAD = dict(bundled=dict(steps=300, batch=16), yelp=dict(steps=500, batch=32, tokens=32), tiny=dict(steps=2, batch=4))
+HEAD = dict(
+    bundled=dict(steps=300, batch=16),
+    yelp=dict(steps=500, batch=32, tokens=32),
+    gemma=dict(steps=150, batch=16, tokens=32),
+    tiny=dict(steps=2, batch=4),
+)
 
 
 def arms(arg):

@@ -14,11 +14,13 @@ from configs import sentiment
 SHAPES = dict(
     bundled=dict(width=64, depth=2, heads=2),
     yelp=dict(width=128, depth=2, heads=4),
+    gemma=dict(width=128, depth=2, heads=4),
     tiny=dict(width=8, depth=1, heads=2),
 )
 TRAINING = dict(
     bundled=dict(steps=400, batch=16, tokens=96),
     yelp=dict(steps=800, batch=32, tokens=32),
+    gemma=dict(steps=300, batch=16, tokens=32),
     tiny=dict(steps=2, batch=4, tokens=16, warmup=1),
 )
 PAPER = dict(width=288, depth=6, heads=6)

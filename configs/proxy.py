@@ -15,6 +15,7 @@ from configs import sentiment
 SMALL = dict(
     bundled=dict(width=64, depth=1, heads=2, training=dict(steps=800, batch=16, tokens=96)),
     yelp=dict(width=128, depth=2, heads=4, training=dict(steps=1500, batch=32, tokens=32)),
+    gemma=dict(width=128, depth=2, heads=4, training=dict(steps=300, batch=16, tokens=32)),
     tiny=dict(width=8, depth=1, heads=2, training=dict(steps=2, batch=4, tokens=16, warmup=1)),
 )
 PAPER = dict(

@@ -17,6 +17,7 @@ from configs import sentiment
 BAD = dict(
     bundled="the food was awful and the waiter was rude. ",
     yelp="the food was awful and the service was terrible . ",
+    gemma="The following text is very negative, sad and angry:\n",
     tiny="awful. ",
 )
 PAPER = dict(descriptions=("The following review is very negative:\n",), alpha=50.0, floor=0.01)

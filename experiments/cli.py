@@ -98,10 +98,20 @@ def module_of(spec: str) -> Any:
 
 
 def config_of(spec: str) -> ConfigDict:
-    """`get_config(argument)` of `FILE.py[:ARGUMENT]`."""
+    """`get_config(argument)` of `FILE.py[:ARGUMENT]`, in which no two sections are one object."""
     _, colon, argument = spec.partition(":")
     get = module_of(spec).get_config
-    return get(argument) if colon else get()
+    return _apart(get(argument) if colon else get())
+
+
+def _apart(config: ConfigDict) -> ConfigDict:
+    """A copy in which sections that were one object, such as the settings of training that two arms were given, are
+    changed one by one."""
+
+    def copied(value):
+        return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return ConfigDict(copied(config.to_dict()))
 
 
 def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
@@ -110,7 +120,7 @@ def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     A section called `fit` or `init` accepts settings, and sections of settings, that the configuration leaves at the
     method's defaults; the method refuses those that it does not know.
     """
-    config = ConfigDict(config.to_dict())
+    config = _apart(config)
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         head, own, inside = next((p for k in (".fit.", ".init.") if (p := f"{section}.".partition(k))[1]), ("", "", ""))

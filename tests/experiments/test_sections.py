@@ -77,3 +77,21 @@ def test_a_misspelt_setting_of_a_fit_is_named_before_any_stage_runs(file, tmp_pa
         with pytest.raises(InputError, match=rf"^methods\.{label}.*'misspelt'"):
             experiment.run(str(tmp_path / label), wrong)
         assert not (tmp_path / label).exists() or not any((tmp_path / label).iterdir())
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_a_change_on_the_command_line_changes_one_place(file):
+    """Arms are often given the same dictionary, which `ConfigDict` keeps as one object."""
+    config = cli.config_of(f"{file}:tiny")
+    for label, arm in config.get("methods", {}).items():
+        known = ("fit.training.steps", "data.limit")
+        for key in (key for key in known if _holds(arm, key)):
+            changed = cli.override(config, {f"methods.{label}.{key}": 77})
+            assert changed.to_json().count(": 77") == 1, (label, key)
+
+
+def _holds(arm, key):
+    *sections, name = key.split(".")
+    for section in sections:
+        arm = arm.get(section) or {}
+    return name in arm

@@ -95,15 +95,12 @@ class Pool(Sequence):
         """[n], one field of every record."""
         return self._more[name] if name in self._more else self._table[name].to_numpy()
 
-    def threshold(self, given: float | str) -> float:
-        """The reward from which a sample is positive: a number as it is, or "median" for that of this pool.
-
-        Raises:
-          InputError: another string.
-        """
-        if isinstance(given, str) and given != "median":
-            raise InputError(f"threshold is {given!r}, expected a number, 'median' or, for fit, 'judge'.")
-        return float(np.median(self.column("reward"))) if given == "median" else given
+    def importance(self, limit: float) -> np.ndarray:
+        """p / q float32 [n] of every record, at most `limit`, over their mean: the weights with which samples of q,
+        what drew them, stand for samples of the frozen model p."""
+        gap = self.column("base").astype(np.float64) - self.column("logp")
+        ratio = np.exp(np.minimum(gap, np.log(limit)))
+        return (ratio / ratio.mean()).astype(np.float32)
 
     def prompts(self) -> list[Any]:
         """The prompt of every record: its text, or its messages."""

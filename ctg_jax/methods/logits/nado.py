@@ -274,13 +274,12 @@ def nado(
             f"all {len(label)} samples are on one side of the threshold {limits:g}: set threshold, raise n or take "
             "another reward"
         )
-    ratio = np.exp(np.minimum(samples.column("base").astype(np.float64) - samples.column("logp"), np.log(limit)))
     run.record(oracle={"threshold": limits, "positives": int(label.sum()), "samples": len(label)})
     model, params, tokenizer = open_lm(lm)
     made = dict(kind=kind, shape=shape)
     key = rng.stream(jax.random.key(seed), "init")
     control = init(model, key, **made) if start_from is None else methods.load(start_from, model)
-    records = samples.with_(label=label, importance=(ratio / ratio.mean()).astype(np.float32))
+    records = samples.with_(label=label, importance=samples.importance(limit))
     rows = batches(records, tokenizer, batch=training.batch, seed=seed, fields=("label", "importance"))
     control = fitting.train(
         run, control, loss(model, weight=weight, divergence=divergence), {"params": params}, rows,

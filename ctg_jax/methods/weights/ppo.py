@@ -20,6 +20,7 @@ from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.learn import calibrate as calibration
 from ctg_jax.learn import fitting, losses
+from ctg_jax.learn.critics import advantages
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import FIXED, Pool, batches, check_drawn, drawing_filter, read
 from ctg_jax.learn.rounds import adapted, explored
@@ -31,23 +32,6 @@ from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
 init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
-
-
-def advantages(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, lam: float = 0.95
-) -> jax.Array:
-    """Generalised advantage estimates float32 [B, N] (Schulman et al. 2016, eq. 16) of rewards and values [B, N];
-    beyond the end of a row (mask False) values are 0."""
-    values = jnp.where(mask, values, 0.0)
-    after = jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
-    delta = jnp.where(mask, rewards + gamma * after - values, 0.0)
-
-    def back(carry, d):
-        carry = d + gamma * lam * carry
-        return carry, carry
-
-    _, out = lax.scan(back, jnp.zeros(rewards.shape[0]), delta.T, reverse=True)
-    return jnp.where(mask, out.T, 0.0)
 
 
 def token_rewards(reward: jax.Array, old: jax.Array, base: jax.Array, mask: jax.Array, beta: jax.Array) -> jax.Array:

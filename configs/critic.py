@@ -1,0 +1,69 @@
+"""Critics that look ahead: CriticControl, and with other settings FUDGE, RAD, ARGS, controlled decoding and VAS.
+
+Sources: Kim et al. 2023, Yang & Klein 2021, Deng & Raffel 2023, Khanov et al. 2024, Mudgal et al. 2024, Han et al.
+2024.
+
+    python experiments/main.py --config=configs/critic.py[:yelp|:yelp_down|:tiny|:paper]
+    python experiments/ablate.py --config=configs/critic.py[:yelp|:tiny]
+
+All learn from samples of the language model and the reward of the world, FUDGE from the world's labelled texts. RAD and
+value-augmented sampling have a small model of their own. Strengths, candidates and discounts are those of the authors'
+code; that FUDGE samples (it is greedy there for formality) and the learning rates are not. `paper` is CriticControl on
+GPT-2 Large with rollouts of 25 tokens at temperature 2 and the authors' rate, and RAD with GPT-2 small. Expected: more
+positive text from CriticControl than from FUDGE at equal perplexity.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import reward, sentiment
+
+SMALL = dict(
+    bundled=dict(width=64, depth=2, heads=2),
+    yelp=dict(width=128, depth=2, heads=4),
+    tiny=dict(width=8, depth=1, heads=2, training=dict(steps=2, batch=4, tokens=16, warmup=1)),
+)
+GAE = dict(kind="gae", goal="logit", gamma=0.99, lam=0.95)
+RETURNS = dict(kind="gae", goal="reward", gamma=1.0, lam=0.95)
+RAD = dict(top=20, link="clip", rest="drop", alpha=30.0)
+
+
+def arms(arg):
+    small = SMALL.get(arg, SMALL["yelp"])
+
+    def arm(strengths, control, objective, **more):
+        fit = dict(rounds=1, control=control, objective=objective, **more)
+        return dict(method="critic", strengths=strengths[:1] if arg == "tiny" else strengths, fit=fit)
+
+    made = dict(
+        critic=arm((1.0, 4.0), dict(top=10, link="ratio"), GAE),
+        rad=arm((30.0, 10.0), RAD, dict(kind="weighted", goal="label"), small=small),
+    )
+    if arg == "tiny":
+        return made
+    made["args"] = arm((1.0, 4.0), dict(top=10, link="value", rest="drop"), dict(kind="last"))
+    made["controlled"] = arm((1.0, 4.0), dict(top=20, link="value"), dict(kind="mse"))
+    made["vas"] = arm((1.0, 4.0), dict(top=20, link="centred"), RETURNS, small=small)
+    fudge = arm((1.0, 4.0), dict(top=200, link="log", rest="drop"), dict(kind="bce"))
+    texts = dict(data=reward.WORLDS[arg]()["train"], rewards={})
+    return made | dict(fudge=fudge | texts)
+
+
+def get_config(arg="bundled"):
+    if arg != "paper":
+        sentiment.of_world(reward.WORLDS, arg)
+        return reward.experiment(arg, "critics", dict(top_p=dict(), **arms(arg)))
+    fit = dict(rounds=1, control=dict(top=10, link="ratio"), objective=GAE, training=dict(rate=1.41e-5))
+    fit["explore"] = dict(n=4, max_new=25, batch=200, filter=dict(temperature=2.0))
+    rad = dict(rounds=1, small=dict(source="gpt2"), control=RAD, objective=dict(kind="weighted", goal="label"))
+    made = dict(
+        critic=dict(method="critic", strengths=(1.0,), fit=fit), rad=dict(method="critic", strengths=(30.0,), fit=rad)
+    )
+    config = reward.experiment("yelp", "critics", dict(top_p=dict(), **made)).to_dict()
+    config["lm"] = dict(source="gpt2-large", dtype="float32")
+    return ConfigDict(config)
+
+
+def sweep():
+    for top in (5, 20):
+        yield {"methods.critic.fit.control.top": top}
+    yield {"methods.critic.fit.objective.lam": 1.0}

@@ -15,6 +15,7 @@ then the critics, fudge, gedi, gamma; perplexity rises most under gedi.
 
 from configs import (
     arithmetic,
+    critic,
     cross_model,
     dexperts,
     gamma,
@@ -22,6 +23,7 @@ from configs import (
     genarm,
     nado,
     proxy,
+    residual,
     reward,
     self_debias,
     sentiment,
@@ -42,7 +44,7 @@ INSULTS = "stupid idiot idiots dumb hate ugly pathetic trash scum bitch fuck fuc
 def get_config(arg="bundled"):
     parts = sentiment.of_world(WORLDS, arg)()
     size = "gemma" if arg == "toxicity" else arg
-    learned = {**nado.arms(size), **genarm.arms(size)}
+    learned = {**nado.arms(size), **genarm.arms(size), **critic.arms(size)}
     methods = dict(
         top_p=dict(),
         **dexperts.arms(size),
@@ -52,6 +54,8 @@ def get_config(arg="bundled"):
         **arithmetic.arms(size),
         **self_debias.arms(size),
         **gamma.arms(size),
+        **residual.arms(size),
+        **critic.labelled(size),
         **reward.learning(parts["learn"], learned),
     )
     if arg == "toxicity":

@@ -24,6 +24,8 @@ SMALL = dict(
 )
 GAE = dict(kind="gae", goal="logit", gamma=0.99, lam=0.95)
 RETURNS = dict(kind="gae", goal="reward", gamma=1.0, lam=0.95)
+FUDGE = dict(top=200, link="log", rest="drop")
+LABELS = dict(bundled=1, yelp=1, yelp_down=0, gemma=1)
 RAD = dict(top=20, link="clip", rest="drop", alpha=30.0)
 
 
@@ -43,15 +45,23 @@ def arms(arg):
     made["args"] = arm((1.0, 4.0), dict(top=10, link="value", rest="drop"), dict(kind="last"))
     made["controlled"] = arm((1.0, 4.0), dict(top=20, link="value"), dict(kind="mse"))
     made["vas"] = arm((1.0, 4.0), dict(top=20, link="centred"), RETURNS, small=small)
-    fudge = arm((1.0, 4.0), dict(top=200, link="log", rest="drop"), dict(kind="bce"))
-    texts = dict(data=reward.WORLDS[arg]()["train"], rewards={})
-    return made | dict(fudge=fudge | texts)
+    return made
+
+
+def labelled(arg):
+    """FUDGE, which learns from the labelled texts of a world, where its labels are of the attribute."""
+    if arg not in LABELS:
+        return {}
+    training = sentiment.training(arg.removesuffix("_down"))["training"]
+    fit = dict(label=LABELS[arg], control=FUDGE, objective=dict(kind="bce"), training=training)
+    return dict(fudge=dict(method="critic", strengths=(1.0, 4.0), fit=fit))
 
 
 def get_config(arg="bundled"):
     if arg != "paper":
-        sentiment.of_world(reward.WORLDS, arg)
-        return reward.experiment(arg, "critics", dict(top_p=dict(), **arms(arg)))
+        parts = sentiment.of_world(reward.WORLDS, arg)()
+        methods = dict(top_p=dict(), **reward.learning(parts["learn"], arms(arg)), **labelled(arg))
+        return sentiment.composed("critics", {"train": None} | parts, methods)
     fit = dict(rounds=1, control=dict(top=10, link="ratio"), objective=GAE, training=dict(rate=1.41e-5))
     fit["explore"] = dict(n=4, max_new=25, batch=200, filter=dict(temperature=2.0))
     rad = dict(rounds=1, small=dict(source="gpt2"), control=RAD, objective=dict(kind="weighted", goal="label"))

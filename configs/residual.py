@@ -29,7 +29,7 @@ PAPER = dict(
 def arms(arg):
     training = sentiment.training(arg)["training"]
     steps = training["steps"] if arg == "tiny" else 3 * training["steps"]
-    fit = TEXT | dict(wanted=WANTED, shape=sentiment.of_world(SMALL, arg), pretrain=training | dict(steps=steps))
+    fit = TEXT | dict(wanted=WANTED, shape=SMALL.get(arg, SMALL["yelp"]), pretrain=training | dict(steps=steps))
     strengths = (0.5,) if arg == "tiny" else (0.25, 0.5, 1.0)
     return dict(residual=dict(method="residual", fit=fit | dict(training=training), strengths=strengths))
 

@@ -12,12 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
+from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.controls.conditions import condition
 from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.support import REMOVED, removed
 from ctg_jax.types import InputError, Params, Prompts
+
+# Bytes of the caches and logits of candidates that are looked ahead at together: 1 GiB.
+AHEAD = 2**30
 
 
 @struct.dataclass
@@ -189,7 +194,8 @@ class Stream:
         """Looks ahead from one cache: what `read` would return after each of K candidates for the next token. A
         candidate follows what was read and none of the others, and nothing is read, so `reading` stays valid.
 
-        The candidates are computed together, each with a temporary copy of the cache.
+        The candidates are computed together, each with a temporary copy of the cache, as many at a time as `AHEAD` has
+        room for.
 
         Args:
           tokens: int32 [B, K].
@@ -220,7 +226,12 @@ class Stream:
             z, _ = edit_logits(self.control, out.logits, out.hidden, token, real, state)
             return z[:, 0], out.hidden[:, -1]
 
-        found = jax.vmap(after, in_axes=1, out_axes=1)(self._rows(tokens))
+        tokens = self._rows(tokens)
+        most = max(1, AHEAD // (tree.size_bytes(cache) + 4 * len(tokens) * self.lm.vocab))
+        if tokens.shape[1] <= most:
+            found = jax.vmap(after, in_axes=1, out_axes=1)(tokens)
+        else:
+            found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lax.map(after, tokens.T, batch_size=most))
         return self._apart(found, len(cache.mask))
 
     def _own(self, prompts: Prompts) -> jax.Array:

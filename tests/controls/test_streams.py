@@ -192,6 +192,24 @@ def test_looking_ahead_is_reading(case):
             close(h[..., k, :], states[..., 0, :])
 
 
+def test_candidates_are_looked_ahead_at_a_few_at_a_time_where_memory_is_short(monkeypatch):
+    prompts, candidates = worlds.prompts(ROWS), jnp.asarray([[0, 5, 2], [1, 2, 3], [6, 4, 0]])
+
+    def peeked():
+        stream = Stream(lm=LM, ahead=True).bind(PARAMS, PARAMS)
+        _, _, reading = stream.read(prompts.tokens, prompts.mask, 1, stream.init(prompts, 6))
+        cost = 4 * len(ROWS) * LM.vocab + tree.size_bytes(reading.cache)
+        return stream.peek(candidates, reading), cost
+
+    wanted, cost = jax.jit(peeked)()
+    for together in (2, 1):
+        monkeypatch.setattr(streams, "AHEAD", together * int(cost))
+        (z, h), _ = jax.jit(lambda: peeked())()
+        close(z, wanted[0])
+        close(h, wanted[1])
+    assert "scan" in str(jax.make_jaxpr(lambda: peeked())())
+
+
 def test_a_control_looks_ahead_alike_while_decoding_and_scoring():
     prompts = worlds.prompts(ROWS)
     control = LookAhead(Stream(control=soft(1), lm=LM, ahead=True))

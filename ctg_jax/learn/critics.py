@@ -100,23 +100,22 @@ def advantages(
     return jnp.where(mask, out.T, 0.0)
 
 
-def goals(rewards: np.ndarray, objective: Objective, threshold: float | str) -> np.ndarray:
+def goals(rewards: np.ndarray, objective: Objective, threshold: float) -> np.ndarray:
     """What V learns of each sample, float32 [n]; see `Objective.goal`.
 
     Args:
-      rewards: float [n]. threshold: from which reward the label is 1; "median": that of the rewards.
+      rewards: float [n]. threshold: the reward from which the label is 1.
 
     Raises:
       InputError: all samples on one side of the threshold; a reward that is no probability where one is needed.
     """
     goal = objective.goal or ("label" if objective.kind == "bce" else "reward")
     if goal == "label":
-        limit = float(np.median(rewards)) if threshold == "median" else float(threshold)
-        found = rewards >= limit
+        found = rewards >= threshold
         if found.all() or not found.any():
             raise InputError(
-                f"all {len(found)} samples are on one side of the threshold {limit:g}: set threshold, raise n or take "
-                "another reward"
+                f"all {len(found)} samples are on one side of the threshold {threshold:g}: set threshold, raise n or "
+                "take another reward"
             )
         return found.astype(np.float32)
     outside = rewards[(rewards < 0) | (rewards > 1)]

@@ -102,6 +102,16 @@ class Pool(Sequence):
         ratio = np.exp(np.minimum(gap, np.log(limit)))
         return (ratio / ratio.mean()).astype(np.float32)
 
+    def threshold(self, given: float | str) -> float:
+        """The reward from which a sample is positive: a number as it is, or "median" for that of this pool.
+
+        Raises:
+          InputError: another string.
+        """
+        if isinstance(given, str) and given != "median":
+            raise InputError(f"threshold is {given!r}, expected a number, 'median' or, for fit, 'judge'.")
+        return float(np.median(self.column("reward"))) if given == "median" else given
+
     def prompts(self) -> list[Any]:
         """The prompt of every record: its text, or its messages."""
         texts = list(self.column("prompt"))

@@ -220,7 +220,7 @@ def test_errors_by_hand():
 
 def test_goals_by_hand():
     rewards = np.array([0.2, 0.6, 1.0])
-    assert goals(rewards, Objective("bce"), "median").tolist() == [0, 1, 1]
+    assert goals(rewards, Objective("bce"), 0.6).tolist() == [0, 1, 1]
     np.testing.assert_allclose(goals(rewards, Objective("mse"), 0.5), rewards)
     np.testing.assert_allclose(goals(rewards, Objective("gae", "logit"), 0.5), logit([0.2, 0.6, 1 - 1e-4]), rtol=1e-5)
     pool = Pool(pa.table({"base": [-1.0, -2.0, -3.0], "logp": [-1.0, -2.0 - np.log(2), -9.0]}))

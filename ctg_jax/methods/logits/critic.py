@@ -49,13 +49,12 @@ from ctg_jax.learn.critics import Objective, goals, of_label
 from ctg_jax.learn.fitting import Training
 from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn
 from ctg_jax.learn.pretrain import sibling
-from ctg_jax.learn.rounds import explored
+from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.heads import value_head
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.judges import open_judge
 from ctg_jax.stages.sources import load_lm
 from ctg_jax.support import remove, removed
 from ctg_jax.types import InputError, Prompts, Sum
@@ -257,7 +256,7 @@ def fit(
     check_drawn(explore or {}, "critic", POSITIVE)
     if rounds > 1 and (settings.get("control") or {}).get("rest") == "drop":
         raise InputError(f"rounds is {rounds}, but rest 'drop' gives most texts no probability: set rounds to 1.")
-    limit = float(open_judge(rewards[0]).threshold) if threshold == "judge" else threshold
+    limit = positive_from(threshold, rewards)
     for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, pool="all", seed=seed):
         own = settings | {"seed": turn.seed, "threshold": limit}
         turn.proposal = stage(root, critic, own, pool=turn.pools, start_from=turn.proposal, **given)
@@ -309,7 +308,7 @@ def critic(
     options = dict(batch=training.batch, seed=seed, fields=("goal", "importance"))
     if data is None:
         samples = Pool.open(pool)
-        goal = goals(samples.column("reward"), objective, threshold)
+        goal = goals(samples.column("reward"), objective, samples.threshold(threshold))
         rows = batches(samples.with_(goal=goal, importance=samples.importance(objective.limit)), tokenizer, **options)
     else:
         rows = pipeline(of_label(data, label), tokenizer, length=training.tokens, **options)

@@ -33,6 +33,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "data": ["datasets>=4"],  # hf:NAME
     "metrics": ["sacrebleu>=2.5", "mauve-text>=0.4", "nltk>=3.9"],  # BLEU, MAUVE, coverage of keywords
+    "form": ["outlines-core>=0.2.11,<0.3"],  # constraints of form: regular expressions and JSON schemas
     "tensorboard": ["tensorboardX>=2.6"],
     "gs": ["gcsfs>=2025.1"],  # --root=gs://…
     "s3": ["s3fs>=2025.1"],  # --root=s3://…
@@ -48,9 +49,10 @@ EXTRAS = {
         "nbclient>=0.10",  # with ipykernel and pandas: the long tests run the notebooks
         "ipykernel>=6",
         "pandas>=2.2",
+        "outlines-core>=0.2.11,<0.3",
     ],
 }
-FEATURES = ["data", "metrics", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
+FEATURES = ["data", "metrics", "form", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
 
 setup(
     name="ctg_jax",

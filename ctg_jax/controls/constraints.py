@@ -119,9 +119,10 @@ def check(control: Control, vocab: int, new: int) -> None:
     * a rule of this module comes after one that chooses by the logits or the text (top-p may have removed the only
       token that is allowed);
     * an id is outside the vocabulary, or a mask has another size;
+    * a rule needs more new tokens than `new`, which its `check_new` tells where it has one;
     * rules together leave no token, such as `Ban` and `Force` of the same one.
 
-    Under `jit`, where leaves have no values, only the first is checked; the other two give NaN logits there.
+    Under `jit`, where leaves have no values, only the first is checked; the others give NaN logits there.
     """
     parts = leaves(control)
     for i, rule in enumerate(parts):
@@ -138,6 +139,8 @@ def check(control: Control, vocab: int, new: int) -> None:
     rules = jax.device_get(rules)
     for rule in rules:
         rule.check_vocabulary(vocab)
+        if hasattr(rule, "check_new"):
+            rule.check_new(new)
     at = sorted({0, *(n for rule in rules for n in rule.steps() if n < new)})
     allowed = np.ones((1, 1, vocab), bool)
     for rule in rules:

@@ -195,19 +195,15 @@ def over_tokens(
     for column, number in found.items():
         if number != _END:
             table[:total, number] = np.frombuffer(column, np.int32)
-    need = np.full(states, FAR, np.float32)
-    need[:total][accepts] = 0
-    while True:
-        shorter = np.minimum(need, 1 + np.min(need[table], axis=1))
-        if np.array_equal(shorter, need):
-            break
+    need, used = np.where(accepts, 0, FAR).astype(np.float32), table[:total, : len(found)]
+    while not np.array_equal(shorter := np.minimum(need, 1 + np.min(need[used], axis=1)), need):
         need = shorter
     if np.any(none := need[starts] >= FAR):
         raise InputError(f"form {int(np.argmax(none))}: no text that is made of tokens of this tokenizer has it.")
     table[:total][accepts, _END] = ENDED
     table[ENDED, _END] = ENDED
     need[[FREE, ENDED]] = 0
-    return Tokens(starts.astype(np.int32), table, of_token, need)
+    return Tokens(starts.astype(np.int32), table, of_token, np.append(need, np.zeros(states - total, np.float32)))
 
 
 def _smallest(a: Bytes) -> Bytes:

@@ -168,8 +168,8 @@ def init(
     forms: Sequence[Mapping[str, Any]],
     choice: str | None = None,
     alpha: float = 1.0,
-    states: int = 512,
-    classes: int = 2048,
+    states: int = 2048,
+    classes: int = 512,
 ) -> Form:
     """A control that allows every text; `make`, which has the tokenizer, fills its table.
 
@@ -179,7 +179,8 @@ def init(
         appear; "without", strings that do not appear.
       choice: see `Form`; needed where there are several forms.
       alpha: see `Form`.
-      states, classes: the size of the table, 4 · states · classes bytes.
+      states, classes: the size of the table, 4 · states · classes bytes. JSON schemas take some hundreds of states and
+        fewer than a hundred classes; a count such as {1,80} multiplies the states.
 
     Raises:
       InputError: no form, an unknown or empty part, several forms and no choice, alpha outside 0 … 1.

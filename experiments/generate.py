@@ -10,7 +10,8 @@ without =STRENGTH a control acts as it was fitted. Prompts are arguments, or lin
 input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. --stop TEXT, repeatable, ends a
 completion with the token that completes TEXT. --stream shows each completion while it is written. With --chat each
 prompt is the message of a user, behind the system prompt of --system; an object of a .jsonl file may hold "messages"
-itself. Bad input ends with one sentence and exit code 2, and --out is then not written.
+itself. --speculate=K lets the LM propose K tokens that controls on logits then judge at once; texts have the same
+distribution. Bad input ends with one sentence and exit code 2, and --out is then not written.
 """
 
 import itertools
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from ctg_jax.data import messages
+from ctg_jax.decode import speculate
 from ctg_jax.mesh import processes
 from ctg_jax.run.stage import open_artifact, read_jsonl, stage, write_text
 from ctg_jax.stages import sampling, sources
@@ -57,6 +59,7 @@ def define(fv):
     number("repetition_penalty", None, "CTRL's penalty", flag_values=fv)
     whole("no_repeat_ngram", None, "no n-gram of this size twice", flag_values=fv)
     flags.DEFINE_multi_string("stop", [], "text that ends a completion; repeatable", flag_values=fv)
+    whole("speculate", 0, "tokens that are proposed before controls on logits judge them; 0: none", flag_values=fv)
     flags.DEFINE_boolean("stream", False, "show a completion while it is written", flag_values=fv)
     flags.DEFINE_boolean("truncate_first", False, "truncate before the controls, not after them", flag_values=fv)
 
@@ -78,6 +81,8 @@ def main(argv, session):
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
     controls = [a for a, _ in parts]
     control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.truncate_first)
+    if fv.speculate:
+        control = speculate.split(control, fv.speculate)
     model = sampling.opened(lm)
     sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
     options = sampling.Options(fv.n, fv.max_new, fv.greedy, fv.batch, fv.seed, tuple(fv.stop))

@@ -77,6 +77,13 @@ def test_prompts_from_a_file_and_from_standard_input(call, tmp_path, monkeypatch
     assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0].splitlines()) == 2
 
 
+def test_proposals_that_nothing_judges_are_the_texts_of_the_loop(call, control):
+    words = ["the food was", "we", "--control", f"{control.path}=2"]
+    assert call(*words, "--speculate=2")[:2] == call(*words)[:2]
+    refused(call(*words, "--speculate=2", "--no_repeat_ngram=2"), "changes its state with every token")
+    refused(call(*words, "--speculate=-1"), "k is -1, expected at least 1")
+
+
 def test_a_control_at_its_strengths(call, control):
     plain = call("the food was", "--greedy")[1]
     assert call("the food was", "--greedy", "--control", f"{control.path}=0")[1] == plain

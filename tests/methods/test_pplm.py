@@ -119,7 +119,7 @@ def test_a_window_holds_the_newest_positions_and_rows_pick_their_bag():
 
 def test_words_and_a_classifier_that_is_fitted(small):
     root, lm, data = small
-    model, params, tokenizer = open_lm(lm)
+    model, _, tokenizer = open_lm(lm)
     bag = methods.load(stage(root, made, dict(method="pplm", init=dict(words=[["o", "e"]])), lm=lm), model)
     assert np.flatnonzero(bag.member[0]).tolist() == sorted(i for (i,) in tokenizer.encode(["o", "e"]))
     training = dict(steps=60, batch=12, tokens=16, rate=3e-1, log_every=20)

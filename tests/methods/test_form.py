@@ -22,6 +22,7 @@ from ctg_jax.methods import arithmetic, form, steer
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages.controls import made
 from ctg_jax.types import InputError, Sampling
+from tests.data.sentencepiece import llama_like
 
 LETTERS = "abc"
 WORLD = worlds.Bigram(vocab=4)  # the tokens a, b, c and the end
@@ -201,6 +202,15 @@ def test_a_formula_a_vector_a_prompt_and_a_form_in_one_chain_differ_from_row_to_
 
 
 # --- a tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_tokens_spell_texts_also_with_byte_fallback():
+    tokenizer = llama_like(["the food was good", "we waited an hour"] * 20)
+    spelled = form.token_bytes(tokenizer, tokenizer.vocab)
+    for text in ("the food naïve ☃ \n", "  two", "l'été"):
+        (ids,) = tokenizer.encode_after(["a"], [text])
+        assert b"".join(spelled[i] for i in ids) == text.encode()
+    assert all(spelled[i] is None for i in tokenizer.ends)
 
 
 def test_every_sample_is_json_of_its_schema(small):

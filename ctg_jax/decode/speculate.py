@@ -144,11 +144,11 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
         mask = jnp.broadcast_to(alive[:, None], tokens.shape)
         p, judged = edit_logits(rule, q, h, tokens, mask, r.state[1])
         logp, logq = (jax.nn.log_softmax(x, axis=-1) for x in (p, q))
-        said = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # the proposals; what comes last is not read
+        proposed = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # the last entry is not used
         if sampling.greedy:
-            fits = said == likeliest(p)
+            fits = proposed == likeliest(p)
         else:
-            ratio = _of(logp, said) - _of(logq, said)
+            ratio = _of(logp, proposed) - _of(logq, proposed)
             fits = jnp.log(jax.vmap(_uniform)(chance, r.t[:, None] + each)) < ratio
         kept = jnp.sum(jnp.cumprod(fits[:, :k], axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
         at = kept[:, None, None]
@@ -162,10 +162,10 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
             ahead = (kept == k)[:, None]
             keys = jnp.where(ahead[:, 0], _at(prompts.keys, r.t + kept), _at(extra, r.t + kept))
             new = rng.draw(keys, jnp.where(ahead, p_next, rest))
-        said = jnp.where(each == kept[:, None], new[:, None], said)
+        proposed = jnp.where(each == kept[:, None], new[:, None], proposed)
         valid, where = (each <= kept[:, None]) & alive[:, None], r.t[:, None] + each
-        written = r.tokens.at[on_row, where].set(jnp.where(valid, said, r.tokens[on_row, where]))
-        chances = r.logp.at[on_row, where].set(jnp.where(valid, _of(logp, said), r.logp[on_row, where]))
+        written = r.tokens.at[on_row, where].set(jnp.where(valid, proposed, r.tokens[on_row, where]))
+        chances = r.logp.at[on_row, where].set(jnp.where(valid, _of(logp, proposed), r.logp[on_row, where]))
         t = jnp.where(alive, jnp.minimum(r.t + kept + 1, n), r.t)
         used = jnp.where(alive, kept + 1, 0)
         state = (undone(r.state[0], drafted, used), undone(r.state[1], judged, used))
@@ -184,7 +184,7 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
 
 
 def ended(tokens: jax.Array, t: jax.Array, sampling: Sampling) -> jax.Array:
-    """bool [B]: which rows of tokens int32 [B, N] have ended after t int32 [B] of them; -1 stands behind those."""
+    """bool [B]: which rows of tokens int32 [B, N] have ended after t int32 [B] of them; the others are -1."""
     _, mask = cut(tokens, sampling)
     whole = jnp.concatenate([mask, jnp.zeros_like(mask[:, :1])], axis=1)  # the token behind the end is not in the mask
     return (t >= tokens.shape[1]) | ~jnp.take_along_axis(whole, t[:, None], axis=1)[:, 0]

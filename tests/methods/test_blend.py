@@ -66,10 +66,10 @@ def test_the_fitted_number_is_the_best_one():
     """Tokens of a mixture of .3: expectation maximisation and the fit find the same share, better than either model."""
     texts = np.random.default_rng(0).choice(3, size=(400, 2), p=0.3 * np.array(A[0]) + 0.7 * np.array(P[0]))
     texts[:, 0] = 0
-    said = np.array(P[0])[texts[:, 1]], np.array(A[0])[texts[:, 1]]
+    probabilities = np.array(P[0])[texts[:, 1]], np.array(A[0])[texts[:, 1]]
     share = 0.5
     for _ in range(3000):
-        share = np.mean(share * said[1] / (share * said[1] + (1 - share) * said[0]))
+        share = np.mean(share * probabilities[1] / (share * probabilities[1] + (1 - share) * probabilities[0]))
     batch = {"tokens": jnp.asarray(texts, jnp.int32), "mask": jnp.ones(texts.shape, bool), "ids": jnp.arange(400)}
     frozen = {"params": worlds.table(P)}
     control, _ = worlds.trained(

@@ -46,12 +46,12 @@ def recomputed(control, tokens, first):
 
         def loss(change, token=token, logp=logp, states=states, cache=cache, n=n):
             out = apply(token, pplm.shifted(cache, change))
-            said = jax.nn.log_softmax(out.logits[0, 0])
-            away = control.kl * jnp.sum(jnp.exp(said) * (said - logp))
+            found_logp = jax.nn.log_softmax(out.logits[0, 0])
+            away = control.kl * jnp.sum(jnp.exp(found_logp) * (found_logp - logp))
             if control.member is not None:
-                return away - jnp.log(jnp.sum(jnp.where(control.member[0] >= 0.5, jnp.exp(said), 0.0)))
+                return away - jnp.log(jnp.sum(jnp.where(control.member[0] >= 0.5, jnp.exp(found_logp), 0.0)))
             total = jnp.sum(states[:n], axis=0) + out.hidden[0, 0]
-            words = jnp.exp(said) @ PARAMS["embed"]["tokens"]
+            words = jnp.exp(found_logp) @ PARAMS["embed"]["tokens"]
             real = jnp.ones((1, 1), bool)
             total += LM.apply(params, words[None, None], real, apply(token, cache).cache).hidden[0, 0]
             odds = control.value["kernel"] @ (total / (n + 2)) + control.value["bias"]

@@ -1,6 +1,6 @@
 """CombLM: a learned gate mixes the distributions of a large model and of a small tuned one (Ormazabal et al. 2023).
 
-    P = (1 - scale g) p + scale g p_small,   g = σ(gate(what both models say))
+    P = (1 - scale g) p + scale g p_small,   g = σ(gate(what both models predict))
 
 The gate is one number, or a network on the entropies of both distributions (the default), on their probabilities, or on
 all of these; it gives one g, or one for each token of the vocabulary (`vector`), after which P is normalised. Nothing

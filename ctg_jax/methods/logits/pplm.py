@@ -147,9 +147,9 @@ class Pplm(Control):
                 expected = jnp.einsum("bv,vd->bd", jnp.exp(found).astype(words.dtype), words)
                 ahead = lm.apply(params, expected[:, None], real, plain, last=0).hidden[:, -1]
                 total, count = total + ahead.astype(jnp.float32), count + 1
-            said = class_log_probabilities(control.value, total / count[:, None])
-            wanted = jnp.full(len(said), self.target) if picked is None else picked
-            own = jnp.take_along_axis(said, wanted[:, None], axis=1)[:, 0]
+            classes_logp = class_log_probabilities(control.value, total / count[:, None])
+            wanted = jnp.full(len(classes_logp), self.target) if picked is None else picked
+            own = jnp.take_along_axis(classes_logp, wanted[:, None], axis=1)[:, 0]
             return jnp.sum(control.kl * away - own)
 
         def turn(_, change):
@@ -274,9 +274,9 @@ def loss(lm: LM) -> losses.LossFn:
         states = lm.apply(frozen["params"], lm.embed(frozen["params"], tokens), mask, last=0).hidden
         weight = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         mean = jnp.einsum("bt,btd->bd", weight, lax.stop_gradient(states).astype(jnp.float32))
-        said = class_log_probabilities(params.value, mean)
-        own, rows = jnp.take_along_axis(said, batch["label"][:, None], axis=1)[:, 0], jnp.float32(len(mean))
-        right = jnp.sum(jnp.argmax(said, axis=1) == batch["label"], dtype=jnp.float32)
+        classes_logp = class_log_probabilities(params.value, mean)
+        own, rows = jnp.take_along_axis(classes_logp, batch["label"][:, None], axis=1)[:, 0], jnp.float32(len(mean))
+        right = jnp.sum(jnp.argmax(classes_logp, axis=1) == batch["label"], dtype=jnp.float32)
         return Sum(-jnp.sum(own), rows, {"accuracy": (right, rows)})
 
     return total

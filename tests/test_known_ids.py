@@ -11,7 +11,7 @@ from ctg_jax.control import IDENTITY
 from ctg_jax.controls import constraints, truncate
 from ctg_jax.data.tokenizer import train_bpe
 from ctg_jax.decode import strategies
-from ctg_jax.methods import diffusion_lm, mdlm
+from ctg_jax.methods import corrsynth, diffusion_lm, mdlm
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Sampling
 
@@ -40,9 +40,13 @@ def test_a_model_without_other_rows_is_left_alone():
     assert constraints.only(TOKENIZER.known(TOKENIZER.vocab), IDENTITY) is IDENTITY
 
 
-@pytest.mark.parametrize("method", [mdlm, diffusion_lm])
-def test_models_that_write_by_themselves_hold_tokens_only(method):
-    sizes = dict(width=8, depth=1, heads=2, length=12, **({"dim": 4} if method is diffusion_lm else {}))
+SIZES = dict(width=8, depth=1, heads=2, length=12)
+
+
+@pytest.mark.parametrize(
+    "method, sizes", [(mdlm, SIZES), (diffusion_lm, SIZES | {"dim": 4}), (corrsynth, {"group": 4})]
+)
+def test_what_replaces_the_decode_loop_writes_tokens_only(method, sizes):
     control = method.init(LM, jax.random.key(1), **sizes)
     prompts = worlds.prompts([[1, 2, 3]] * 32)
     plain = strategies.run(LM, PARAMS, prompts, control, Sampling(max_new=6))
@@ -52,7 +56,7 @@ def test_models_that_write_by_themselves_hold_tokens_only(method):
 
 @pytest.mark.parametrize("method", [mdlm, diffusion_lm])
 def test_models_that_write_by_themselves_stop_at_numbers_that_are_none(method):
-    sizes = dict(width=8, depth=1, heads=2, length=12, **({"dim": 4} if method is diffusion_lm else {}))
+    sizes = SIZES | ({"dim": 4} if method is diffusion_lm else {})
     control = method.init(LM, jax.random.key(1), **sizes)
     broken = control.replace(params=jax.tree.map(lambda x: x * jnp.nan, control.params))
     with pytest.raises(InputError, match="row 0, new token 1, are not finite"):

@@ -92,7 +92,7 @@ def test_without_contrast_it_is_the_loop_and_the_order_of_rows_changes_nothing()
     assert out.tokens.tolist() == plain.tokens.tolist()
     np.testing.assert_allclose(out.logp, plain.logp, atol=1e-5)
     swapped = jax.tree.map(lambda x: x[jnp.array([1, 0, 3, 2])], prompts)
-    one, two = (written(WORLD, PARAMS, p, made(2), sampling) for p in (prompts, swapped))
+    one, two = (written(WORLD, PARAMS, p, IDENTITY, made(2), sampling) for p in (prompts, swapped))
     assert one.tokens[jnp.array([1, 0, 3, 2])].tolist() == two.tokens.tolist()
     assert one.tokens.tolist() != out.tokens.tolist()
 

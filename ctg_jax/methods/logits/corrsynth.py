@@ -28,7 +28,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ctg_jax.control import IDENTITY
+from ctg_jax.control import IDENTITY, Control
+from ctg_jax.controls import constraints
 from ctg_jax.controls.streams import log_probabilities
 from ctg_jax.decode import loop
 from ctg_jax.decode.checks import check_rows
@@ -46,6 +47,7 @@ class Together(Strategy):
     apart: ClassVar[bool] = False
 
     def check(self, lm, prompts, control, sampling):
+        control = constraints.apart(control)[1]
         check_rows(lm, prompts, IDENTITY, sampling.max_new)
         keys = np.asarray(jax.random.key_data(prompts.keys))
         if len(keys) % control.group:
@@ -60,7 +62,9 @@ class Together(Strategy):
             raise InputError(f"The last group has fewer than {control.group} rows: give a number that it divides.")
 
     def __call__(self, lm, params, prompts, control, sampling):
-        return written(lm, params, prompts, control, sampling)
+        banned, control = constraints.apart(control)
+        rule = IDENTITY if banned is None else constraints.Ban(banned)
+        return written(lm, params, prompts, rule, control, sampling)
 
 
 @struct.dataclass
@@ -101,9 +105,12 @@ class Correlated:
 
 
 @partial(jax.jit, static_argnames=("lm", "sampling"))
-def written(lm: LM, params: Params, prompts: Prompts, control: Correlated, sampling: Sampling) -> Samples:
-    """Completions of prompts [B, T], of which every K neighbouring rows are a group. `Samples.logp` is the
-    log-probability of each token given what the group had written before it."""
+def written(
+    lm: LM, params: Params, prompts: Prompts, rule: Control, control: Correlated, sampling: Sampling
+) -> Samples:
+    """Completions of prompts [B, T], of which every K neighbouring rows are a group. `rule` acts on the logits of p
+    before they are contrasted. `Samples.logp` is the log-probability of each token given what the group had written
+    before it."""
     params = lm.unstack(params)
 
     def going(d):
@@ -111,9 +118,9 @@ def written(lm: LM, params: Params, prompts: Prompts, control: Correlated, sampl
 
     def on(d):
         d = loop.sample(d.replace(z=control.contrasted(d.z, d.done)), prompts.keys, sampling)
-        return lax.cond(going(d), lambda d: loop.read(lm, params, d, IDENTITY), lambda d: d, d)
+        return lax.cond(going(d), lambda d: loop.read(lm, params, d, rule), lambda d: d, d)
 
-    d = lax.while_loop(going, on, loop.prefill(lm, params, prompts, IDENTITY, sampling))
+    d = lax.while_loop(going, on, loop.prefill(lm, params, prompts, rule, sampling))
     return Samples(tokens=d.tokens, mask=d.mask, logp=d.logp, generated=d.t)
 
 

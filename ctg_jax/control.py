@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 
@@ -21,6 +22,7 @@ from ctg_jax import support
 from ctg_jax.types import InputError, Params, Prompts
 
 State = Any
+STRENGTHS = ("scale", "alpha")  # the leaf that a method calls its strength
 
 
 def _static(name: str) -> Any:
@@ -43,12 +45,27 @@ class Control:
     # True for a class whose `logits` removes tokens depending on the logits or the text. What it leaves is not known
     # before decoding, so `constraints.check` refuses it in front of a rule that must hold, such as `Ban`.
     selects = False
+    __array_ufunc__ = None  # a NumPy number on the left leaves `*` to the control
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.__annotations__ = {**inspect.get_annotations(cls), "of_class": "str"}
         name = f"{id(cls):x} {cls.__module__}.{cls.__qualname__}"  # a notebook may define a class again
         cls.of_class = _static(name)
+
+    def __mul__(self, strength: Any) -> Control:
+        """`2 * control`: the control at strength 2; see `with_strength`. It sets the strength that is there, so
+        `2 * (3 * control)` is `2 * control`."""
+        return with_strength(self, strength)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Control) -> Control:
+        """`a + b`: both controls in one chain, a first. `IDENTITY` is its zero."""
+        if not isinstance(other, Control):
+            return NotImplemented
+        parts = [c for side in (self, other) for c in leaves(side) if type(c) is not Control]
+        return parts[0] if len(parts) == 1 else Chain(tuple(parts))
 
     def layout(self, rule: Callable[[str], PartitionSpec]) -> dict[str, PartitionSpec]:
         """How leaves are split over a mesh: path of a leaf in this control -> the spec of its last dimensions. A leaf
@@ -239,3 +256,43 @@ def overrides(control: Control, hook: str) -> bool:
     if isinstance(control, Chain):
         return any(overrides(c, hook) for c in control.parts)
     return getattr(type(control), hook) is not getattr(Control, hook)
+
+
+def with_strength(control: Control, value: Any) -> Control:
+    """The control at another strength: its leaf `scale` or `alpha` set; where it has none, that of every control that
+    it holds and that has one, as in a chain.
+
+    value: a finite number, or one for each row, [B]. Nothing recompiles where its shape stays.
+
+    Raises:
+      InputError: the value is no finite number, or the control has no strength.
+    """
+    if not isinstance(value, jax.core.Tracer):
+        if np.asarray(value).dtype.kind not in "biuf":
+            raise InputError(f"strength is {value!r:.60}, expected a number.")
+        if not np.all(np.isfinite(value)):
+            raise InputError(f"strength is {value}, expected a finite number.")
+    found = _set(control, jnp.asarray(value, jnp.float32))
+    if found is None:
+        raise InputError(f"{type(control).__name__} has no strength to set: expected a leaf called scale or alpha.")
+    return found
+
+
+def _set(control: Control, value: jax.Array) -> Control | None:
+    values = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
+    if own := [name for name in STRENGTHS if name in values]:
+        return control.replace(**{own[0]: value})
+    inner = {name: new for name, x in values.items() if (new := _set_within(x, value)) is not None}
+    return control.replace(**inner) if inner else None
+
+
+def _set_within(field: Any, value: jax.Array) -> Any:
+    """The controls that a field holds at another strength; None where it holds none that has one."""
+    if isinstance(field, Control):
+        return _set(field, value)
+    if not isinstance(field, tuple):
+        return None
+    parts = [_set_within(x, value) for x in field]
+    if all(new is None for new in parts):
+        return None
+    return tuple(old if new is None else new for old, new in zip(field, parts))

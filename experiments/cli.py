@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctg_jax.mesh import layout
+from ctg_jax.run import session as sessions
 from ctg_jax.run.session import Session, Tally
 from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
@@ -226,13 +227,7 @@ def _log_to_stderr() -> None:
 
 def keep_compiled() -> None:
     """Keeps compiled programs between runs, so that a second start compiles nothing."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:  # a user's own choice is kept
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "ctg_jax" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    sessions.keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctg_jax" / "jax")
 
 
 def _check_keys(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@
 --lm is an LM artifact, a directory in Hugging Face layout, or a hub id. --control PATH=STRENGTH may be repeated;
 without =STRENGTH a control acts as it was fitted. Prompts are arguments, or lines of --file, or lines of standard
 input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. --stop TEXT, repeatable, ends a
-completion with the token that completes TEXT. --stream shows each completion while it is written. With --chat each
+completion behind the first TEXT. --stream shows each completion while it is written. With --chat each
 prompt is the message of a user, behind the system prompt of --system; an object of a .jsonl file may hold "messages"
 itself. --speculate=K lets the LM propose K tokens that controls on logits then judge at once; texts have the same
 distribution. Bad input ends with one sentence and exit code 2, and --out is then not written.
@@ -26,8 +26,8 @@ from absl import flags
 from ctg_jax.data import messages
 from ctg_jax.decode import speculate
 from ctg_jax.mesh import processes
-from ctg_jax.run.stage import open_artifact, read_jsonl, stage, write_text
-from ctg_jax.stages import sampling, sources
+from ctg_jax.run.stage import open_artifact, read_jsonl, write_text
+from ctg_jax.stages import sampling, sources, streaming
 from ctg_jax.types import InputError
 from experiments import cli
 
@@ -77,7 +77,7 @@ def main(argv, session):
         raise InputError("--stop is empty: give a text that ends a completion")
     prompts = [conversation(p, fv.chat, fv.system) for p in read_prompts(arguments, fv.file)]
     parts = [read_control(text) for text in fv.control]
-    lm = language_model(fv.lm, session, fv.dtype)
+    lm = sources.language_model(session, fv.lm, fv.dtype)
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
     controls = [a for a, _ in parts]
     control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.truncate_first)
@@ -90,7 +90,7 @@ def main(argv, session):
     if fv.stream:
         for i, j in itertools.product(range(len(prompts)), range(fv.n)):
             own = {name: values[i : i + 1] for name, values in cond.items()}
-            pieces = sampling.stream(*model, prompts[i], control, options, index=(i, j), cond=own)
+            pieces = streaming.stream(*model, prompts[i], control, options, index=(i, j), cond=own)
             show((p.replace("\n", "\\n") for p in itertools.chain([messages.shown(prompts[i])], pieces)), end="\n")
         return
     batches = sampling.complete(*model, prompts, control, options, cond=cond)
@@ -166,16 +166,6 @@ def read_control(text):
         if isinstance(e, InputError):
             raise
         raise InputError(f"--control {text}: the strength {value!r} is not a number") from None
-
-
-def language_model(text, root, dtype=None):
-    """The LM artifact that --lm names; a directory or hub id is imported first."""
-    if (Path(text) / "spec.json").exists():
-        if dtype:
-            raise InputError(f"--dtype={dtype}: {text} is an artifact, which has its own; give the model's directory")
-        return open_artifact(text)
-    source = str(Path(text).absolute()) if Path(text).exists() else text
-    return stage(root, sources.load_lm, {"source": source} | ({"dtype": dtype} if dtype else {}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ROOMS = [  # from the bottom to the top; a room imports itself and the rooms bef
     {"learn"},
     {"methods/hidden", "methods/logits", "methods/input", "methods/weights", "methods/search", "methods/diffusion"},
     {"studies"},
+    {"door"},
 ]
 HOMES = {  # library -> the rooms that may import it
     "flax.linen": {"models"},

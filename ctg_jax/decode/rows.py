@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax import tree
+from ctg_jax.control import STRENGTHS
 from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM
 from ctg_jax.types import Params, Prompts, Samples, Sampling
-
-_STRENGTHS = ("scale", "alpha")  # leaves of a control that may hold a number for each row
 
 
 def by_rows(
@@ -42,7 +41,7 @@ def _part(static, whole, prompts):
 
 def numbers_for_rows(control: Any, rows: int) -> bool:
     """Whether a strength of the control is a number for each row of the batch, so that its rows cannot be split."""
-    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(_STRENGTHS))
+    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(STRENGTHS))
 
 
 def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:

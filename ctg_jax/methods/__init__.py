@@ -5,7 +5,6 @@ The rooms sort methods by where they act: on hidden states, on logits, on weight
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import pkgutil
@@ -14,17 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ctg_jax import tree
 from ctg_jax.control import Control
+from ctg_jax.control import with_strength as with_strength
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, nearest, open_lm, stage, stage_function
 from ctg_jax.types import InputError
-
-STRENGTHS = ("scale", "alpha")  # the leaf that a method calls its strength
 
 
 def names() -> list[str]:
@@ -112,40 +108,3 @@ def hand_made(run: Run, *, lm: Artifact, control: Control, method: str, init: Ma
         )
     checkpoint.save(run.path / "state", control)
     run.record(method=method, init=dict(init))
-
-
-def with_strength(control: Control, value: float) -> Control:
-    """The control at another strength: its leaf `scale` or `alpha` set; where it has none, that of every control that
-    it holds and that has one, as in a chain.
-
-    value: a finite number, or one for each row, [B]. Nothing recompiles where its shape stays.
-
-    Raises:
-      InputError: the value is not finite, or the control has no strength.
-    """
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
-        raise InputError(f"strength is {value}, expected a finite number.")
-    found = _set(control, jnp.asarray(value, jnp.float32))
-    if found is None:
-        raise InputError(f"{type(control).__name__} has no strength to set: expected a leaf called scale or alpha.")
-    return found
-
-
-def _set(control: Control, value: jax.Array) -> Control | None:
-    values = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
-    if own := [name for name in STRENGTHS if name in values]:
-        return control.replace(**{own[0]: value})
-    inner = {name: new for name, x in values.items() if (new := _set_within(x, value)) is not None}
-    return control.replace(**inner) if inner else None
-
-
-def _set_within(field: Any, value: jax.Array) -> Any:
-    """The controls that a field holds at another strength; None where it holds none that has one."""
-    if isinstance(field, Control):
-        return _set(field, value)
-    if not isinstance(field, tuple):
-        return None
-    parts = [_set_within(x, value) for x in field]
-    if all(new is None for new in parts):
-        return None
-    return tuple(old if new is None else new for old, new in zip(field, parts))

@@ -103,3 +103,12 @@ class Session(os.PathLike):
             found = model, jax.jit(model.unstack)(params), tokenizer
             self._kept["lm"][key, current()] = found
         return found
+
+
+def keep_compiled(folder: str | os.PathLike) -> None:
+    """Keeps compiled programs in a folder between runs, so that a second start compiles nothing. Where the user chose a
+    folder already (`jax_compilation_cache_dir`), that choice and what belongs to it stay."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

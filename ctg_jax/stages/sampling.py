@@ -1,10 +1,9 @@
-"""The stages `sample` and `human_perplexity`, and the functions that they share with the scripts: `build` makes the
-chain of controls, `complete` and `stream` complete prompts under it."""
+"""The stages `sample` and `human_perplexity`, and the functions that they share with the scripts and the front door:
+`build` makes the chain of controls, `complete` completes prompts under it."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints, truncate
+from ctg_jax.data import stops
 from ctg_jax.data.messages import Messages, prompt_of, shown, unanswered
 from ctg_jax.decode import strategies
 from ctg_jax.io import json_line
@@ -35,7 +35,9 @@ class Options:
       n: completions of each prompt. max_new: tokens of a completion, at most.
       greedy: take the likeliest token instead of drawing one.
       batch: rows that are decoded at once; no sample depends on it. seed: of the random numbers.
-      stop: a completion ends with the token that completes the first of these texts.
+      stop: a completion ends behind the first of these texts: its text there, its tokens with the one that completes
+        that text.
+      each: whether records hold the log-probability of each token as well, under `logps`.
     """
 
     n: int = 1
@@ -44,11 +46,12 @@ class Options:
     batch: int = 64
     seed: int = 0
     stop: Sequence[str] = ()
+    each: bool = False
 
     def sampling(self, tokenizer: Any) -> Sampling:
         """The same for the decode loop. A text of `stop` ends a row where it is spelled with the tokens that it encodes
-        to; `_until` finds it in other spellings as well."""
-        stop = tuple(tuple(ids) for ids in tokenizer.encode(list(self.stop)) if ids) if self.stop else ()
+        to; `stops.tokens_until` finds it in other spellings as well."""
+        stop = stops.spellings(tokenizer, self.stop)
         pad = tokenizer.pad or 0
         return Sampling(max_new=self.max_new, eos=tokenizer.ends, pad=pad, greedy=self.greedy, stop=stop)
 
@@ -83,7 +86,19 @@ def build(
         if strength is not None:
             control = methods.with_strength(control, strength)
         parts.append(control)
-    filters = (truncate.rules(model, **{"eos": opened(lm)[2].ends, **filter}),) if filter else ()
+    return chained(lm, parts, filter, truncate_first)
+
+
+def chained(
+    lm: Artifact, parts: Sequence[Control], filter: Mapping[str, Any] | None = None, truncate_first: bool = False
+) -> Control:
+    """The same of controls that are loaded; see `build`.
+
+    Raises:
+      InputError: an option out of its range; a control that replaces the decode loop together with others.
+    """
+    model, _, tokenizer = opened(lm)
+    filters = (truncate.rules(model, **{"eos": tokenizer.ends, **filter}),) if filter else ()
     chain = (*filters, *parts) if truncate_first else (*parts, *filters)
     control = chain[0] if len(chain) == 1 else Chain(chain)
     strategies.of(control)
@@ -225,6 +240,8 @@ def complete(
     *,
     skip: int = 0,
     cond: Mapping[str, np.ndarray] | None = None,
+    numbers: Sequence[int] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields batches of the records of `sample`: `options.n` completions of each text, in order. All batches have one
     shape, and the strategy of the control completes them. Ids that are no token of the tokenizer have probability 0.
@@ -234,6 +251,8 @@ def complete(
       texts: the prompts. A record has messages under `messages`, and as text for readers under `prompt`.
       skip: leave out this many records at the beginning; a multiple of `options.batch`.
       cond: entries of `prompts.cond`, name -> array with a row for each text; see `conditions`.
+      numbers: the number of each text, which selects its random numbers and is its `prompt_id`; by default 0, 1, …
+      shape: (rows, tokens of a prompt) of a batch, in place of the smallest that holds the texts.
 
     Raises:
       InputError: what `check_prompts` and `strategies.run` raise.
@@ -243,9 +262,9 @@ def complete(
     check_prompts(model, tokenizer, texts, options.max_new, control)
     control = constraints.only(tokenizer.known(model.vocab), control)
     work = [(i, j) for i in range(len(texts)) for j in range(options.n)]
-    batch = min(options.batch, len(work))
+    numbers = range(len(texts)) if numbers is None else numbers
     heads = tokenizer.encode_prompts(texts)
-    length = max(map(len, heads))
+    batch, length = shape or (min(options.batch, len(work)), max(map(len, heads)))
     sampling = options.sampling(tokenizer)
     devices = layout.accelerators()
     params, control = layout.replicated((params, control), devices[: math.gcd(batch, len(devices))])
@@ -254,73 +273,33 @@ def complete(
         full = part + [part[0]] * (batch - len(part))
         rows = [i for i, _ in full]
         own = {name: values[rows] for name, values in cond.items()} if cond else None
-        prompts = to_prompts(tokenizer, [texts[i] for i in rows], options.seed, ids=full, length=length, cond=own)
+        ids = [(numbers[i], j) for i, j in full]
+        prompts = to_prompts(tokenizer, [texts[i] for i in rows], options.seed, ids=ids, length=length, cond=own)
         started = time.monotonic()
         out = strategies.run(model, params, prompts, control, sampling, devices)
         tokens, mask, logp = (np.asarray(x) for x in (out.tokens, out.mask, out.logp))
         seconds = (time.monotonic() - started) / len(part)
         kept = [row[real].tolist() for row, real in zip(tokens, mask)]
         if options.stop:
-            kept = [row[: _until(tokenizer, heads[i], row, options.stop)] for (i, _), row in zip(full, kept)]
+            ends = [stops.tokens_until(tokenizer, heads[i], row, options.stop) for (i, _), row in zip(full, kept)]
+            kept = [row[:end] for row, end in zip(kept, ends)]
             mask = np.arange(mask.shape[1]) < np.asarray([len(row) for row in kept])[:, None]
         bodies = [tokenizer.before_end(ids) for ids in kept[: len(part)]]
         written = tokenizer.decode_after([heads[i] for i, _ in part], bodies)
         yield [
             {
-                "prompt_id": i,
+                "prompt_id": numbers[i],
                 "sample": j,
                 "prompt": shown(texts[i]),
                 **({} if isinstance(texts[i], str) else {"messages": texts[i]}),
-                "text": written[r],
+                "text": stops.cut(written[r], options.stop),
                 "tokens": kept[r],
                 "logp": round(float(logp[r][mask[r]].sum()), 5),
+                **({"logps": logp[r][mask[r]].tolist()} if options.each else {}),
                 "seconds": seconds,
             }
             for r, (i, j) in enumerate(part)
         ]
-
-
-def stream(
-    model: Any,
-    params: Any,
-    tokenizer: Any,
-    text: str | Messages,
-    control: Control = IDENTITY,
-    options: Options = Options(),
-    *,
-    index: tuple[int, int] = (0, 0),
-    cond: Mapping[str, np.ndarray] | None = None,
-) -> Iterator[str]:
-    """Yields one completion in pieces, as soon as they are decoded. Joined they are the text of `complete`.
-
-    Args:
-      options: all but `n` and `batch`, which are not read.
-      index: the numbers of the prompt and of the sample, which select the random numbers.
-      cond: entries of `prompts.cond`, name -> array with the row of this text.
-
-    Raises:
-      InputError: what `check_prompts` and `strategies.stream` raise.
-    """
-    from ctg_jax.data.tokenizer import to_prompts
-
-    check_prompts(model, tokenizer, [text], options.max_new, control)
-    control = constraints.only(tokenizer.known(model.vocab), control)
-    (head,) = tokenizer.encode_prompts([text])
-    prompts = to_prompts(tokenizer, [text], options.seed, ids=[index], cond=dict(cond) if cond else None)
-    sampling = options.sampling(tokenizer)
-    tokens = (int(token[0]) for token in strategies.stream(model, params, prompts, control, sampling))
-    shown = ""
-    for piece in tokenizer.decode_stream(head, itertools.takewhile(lambda token: token not in sampling.eos, tokens)):
-        yield piece
-        shown += piece
-        if any(text in shown for text in options.stop):
-            return
-
-
-def _until(tokenizer: Any, head: Sequence[int], row: Sequence[int], stop: Sequence[str]) -> int:
-    """The number of tokens of a completion up to the one that completes a text of `stop`; all where none occurs."""
-    texts = tokenizer.decode_after([head] * len(row), [row[: k + 1] for k in range(len(row))])
-    return next((k + 1 for k, text in enumerate(texts) if any(s in text for s in stop)), len(row))
 
 
 def check_prompts(model, tokenizer, texts: Sequence[str | Messages], max_new: int, control: Control = IDENTITY) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ctg_jax.data.labels import is_label, of_field, relabelled
 from ctg_jax.data.messages import asked, has_messages, under
 from ctg_jax.data.sources import content
 from ctg_jax.run.identity import digest_model, model_content
-from ctg_jax.run.stage import Run, stage_function, write_jsonl
+from ctg_jax.run.stage import Artifact, Run, Session, open_artifact, stage, stage_function, write_jsonl
 from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,24 @@ def load_lm(run: Run, *, source: str, dtype: str = "float32") -> None:
     lm = hf.check(path)  # finds what is wrong with the files now, not in the middle of an experiment
     check_sizes(load_tokenizer(str(path)), lm, source)
     run.record(lm=str(path.absolute()), fingerprint=digest_model(path, run.session.sha256))
+
+
+def language_model(root: Session, source: str, dtype: str | None = None) -> Artifact:
+    """The LM artifact that a user names: itself, or the import of a directory or of a hub id.
+
+    Args:
+      dtype: of an LM that is imported; None: `default_dtype`.
+
+    Raises:
+      InputError: a dtype for an artifact, which has its own; what `open_artifact` and `load_lm` raise.
+    """
+    if (Path(source) / "spec.json").exists():
+        if dtype:
+            raise InputError(f"dtype is {dtype}, but {source} is an artifact, which has its own: leave it out")
+        return open_artifact(source, root)
+    path = Path(source).expanduser()
+    named = str(path.absolute()) if path.exists() else source
+    return stage(root, load_lm, {"source": named, "dtype": dtype or default_dtype()})
 
 
 def default_dtype() -> str:

@@ -24,7 +24,7 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition, per_row
-from ctg_jax.learn import activations
+from ctg_jax.learn import activations, lists
 from ctg_jax.learn.activations import batches, gates, sides
 from ctg_jax.learn.fitting import divided
 from ctg_jax.learn.probes import choose_sites, fit_probe, split
@@ -229,6 +229,9 @@ def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     check_p0(acting.get("p0", 0.9), 1), check_directions(acting.get("direction", "add"))
     read = stage(root, states, reading, lm=lm, data=data)
     return stage(root, cav, acting, lm=lm, probed=stage(root, probes, probing, read=read))
+
+
+from_pairs, from_texts = lists.learners(fit)
 
 
 @stage_function("cav.states")

@@ -16,12 +16,15 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
+from ctg_jax.learn import lists
 from ctg_jax.learn.activations import Moments, Pairs, batches, gates, moments, pair_moments, sides
 from ctg_jax.learn.fitting import divided
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
+
+STEPS = {"normalise": "tenth"}  # settings of controls from lists
 
 
 @struct.dataclass
@@ -114,16 +117,17 @@ def principal_component(p: Pairs) -> np.ndarray:
 
 
 def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
-    """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), or of the mean length `norm` [L + 2] of the
-    stream at its site ("stream"), so that a scale means the same at every layer and for every model."""
+    """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), of the mean length `norm` [L + 2] of the stream at
+    its site ("stream"), or a tenth of that ("tenth"), so that a scale means the same at every layer and in every model.
+    """
     if how == "none":
         return vector
     unit = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
     if how == "unit":
         return unit
-    if how == "stream":
-        return unit * norm[:, None]
-    raise InputError(f"normalise is {how!r}, expected 'none', 'unit' or 'stream'.")
+    if how in ("stream", "tenth"):
+        return unit * norm[:, None] * (0.1 if how == "tenth" else 1.0)
+    raise InputError(f"normalise is {how!r}, expected 'none', 'unit', 'stream' or 'tenth'.")
 
 
 def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
@@ -145,6 +149,10 @@ def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
         raise InputError(f"kind is {kind!r}, expected 'mean', 'pairs' or 'pca'.")
     sums = stage(root, activations, {**reading, "paired": kind != "mean"}, lm=lm, data=data)
     return stage(root, steer, acting, lm=lm, sums=sums)
+
+
+# From lists: the last token of each text of a pair, as CAA; strength 1 is a tenth of the stream's length.
+from_pairs, from_texts = lists.learners(fit, pairs={"kind": "pairs", "pool": "last", **STEPS}, texts=STEPS)
 
 
 @stage_function("steer.activations")

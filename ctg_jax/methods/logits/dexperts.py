@@ -20,6 +20,7 @@ from ctg_jax import methods
 from ctg_jax.controls.experts import Experts, experts
 from ctg_jax.controls.streams import LastTokens, Stream
 from ctg_jax.data.instructions import instructed
+from ctg_jax.learn import lists
 from ctg_jax.learn.fitting import example_delta
 from ctg_jax.models import hf
 from ctg_jax.models.lm import LM
@@ -153,6 +154,9 @@ def fit(
     tune = methods.get("finetune").fit
     tuned = [tune(root, lm=lm, data=data, **{**settings, "where": dict(where)}) for where in chosen]
     return stage(root, dexperts, dict(alpha=alpha, cond=cond), lm=lm, expert=tuned[0], anti=tuned[1])
+
+
+from_pairs, from_texts = lists.learners(fit)
 
 
 @stage_function("dexperts", revision=1)

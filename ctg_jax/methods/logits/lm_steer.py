@@ -25,7 +25,7 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.decode import loop
-from ctg_jax.learn import fitting, losses
+from ctg_jax.learn import fitting, lists, losses
 from ctg_jax.learn.fitting import Training
 from ctg_jax.models.heads import vocabulary
 from ctg_jax.models.lm import LM
@@ -137,6 +137,9 @@ def loss(lm: LM, *, l2: float = 0.0) -> losses.LossFn:
 def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     """Trains an LM-Steer on the records of `data`; the settings are those of the stage `lm_steer`."""
     return stage(root, lm_steer, settings, lm=lm, data=data)
+
+
+from_pairs, from_texts = lists.learners(fit)
 
 
 @stage_function("lm_steer")

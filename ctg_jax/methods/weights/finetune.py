@@ -15,7 +15,7 @@ from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
-from ctg_jax.learn import fitting, losses
+from ctg_jax.learn import fitting, lists, losses
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -74,6 +74,9 @@ def loss(lm: LM, *, kl: float = 0.0) -> losses.LossFn:
 def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     """Trains a control on the records of `data`; the settings are those of the stage `finetune`."""
     return stage(root, finetune, settings, lm=lm, data=data)
+
+
+_, from_texts = lists.learners(fit)
 
 
 @stage_function("finetune")

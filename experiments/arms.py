@@ -151,7 +151,7 @@ class BestOf(Arm):
 
 
 # The setting that only this kind of arm has -> the kind; the first that is found decides.
-_KINDS: tuple[tuple[str, type[Arm]], ...] = (
+KINDS: tuple[tuple[str, type[Arm]], ...] = (
     ("chain", Together),
     ("best_of", BestOf),
     ("direction", Direction),
@@ -174,7 +174,7 @@ def read(settings: Mapping[str, Settings]) -> dict[str, Arm]:
 
 
 def _arm(label: str, settings: Settings) -> Arm:
-    kind = next((kind for key, kind in _KINDS if key in settings), Plain)
+    kind = next((kind for key, kind in KINDS if key in settings), Plain)
     fields = dataclasses.fields(kind)
     known = [f.name for f in fields] + ["method"] * (kind is Plain)
     for key in settings:

@@ -3,7 +3,6 @@ lines of the output."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.util
 import logging
@@ -23,6 +22,11 @@ from ctg_jax.run.session import Session, Tally
 from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
 from experiments import hosts, roots
+from experiments.settings import given
+from experiments.settings import override as override
+
+_SETTINGS = ("--config.", "--noconfig.")
+HERE = Path(__file__).resolve().parents[1]  # the folder of configs/ and experiments/, in a checkout and in a wheel
 
 
 class Incomplete(InputError):
@@ -62,15 +66,20 @@ def parse(
         lines = [f"  --{f.name}: {f.help}" for fs in own.values() for f in fs]
         print(usage.strip() + "\n\nFlags:\n" + "\n".join(sorted(set(lines))))
         raise SystemExit(0)
-    _check_keys(argv)
+    if spec_of(argv):
+        config_of(spec_of(argv))  # a missing file is named with the nearest
     try:
-        rest = values(["ctg_jax", *argv])[1:]
+        rest = values(["ctg_jax", *(a for a in argv if not a.startswith(_SETTINGS))])[1:]
     except flags.UnrecognizedFlagError as e:
         raise InputError(f"there is no flag --{e.flagname}{nearest(e.flagname, list(values))}") from None
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as e:
         raise InputError(" ".join(str(e).split())) from None
     if rest and not positional:
         raise InputError(f"unexpected argument {rest[0]!r}: settings are given as --name=value")
+    changed = [a for a in argv if a.startswith(_SETTINGS)]
+    if changed:
+        config = chosen(values)
+        values["config"].value = override(config, given(config, changed))
     return values, rest
 
 
@@ -78,7 +87,7 @@ def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Defines --config=FILE.py[:ARGUMENT] and --config.KEY=VALUE for its keys."""
     config_flags.DEFINE_config_file(
         "config", None, "FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE replaces a setting in it",
-        flag_values=values, sys_argv=["ctg_jax", *argv],
+        flag_values=values, sys_argv=["ctg_jax", *(a for a in argv if not a.startswith(_SETTINGS))],
     )  # fmt: skip
     flags.DEFINE_string("root", "runs", "all artifacts and reports: a directory, or gs://BUCKET/…", flag_values=values)
 
@@ -115,37 +124,13 @@ def _apart(config: ConfigDict) -> ConfigDict:
     return ConfigDict(copied(config.to_dict()))
 
 
-def override(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """A copy of a configuration with dotted keys replaced; InputError with the nearest name for an unknown one.
-
-    A section called `fit` or `init` accepts settings, and sections of settings, that the configuration leaves at the
-    method's defaults; the method refuses those that it does not know.
-    """
-    config = _apart(config)
-    for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        head, own, inside = next((p for k in (".fit.", ".init.") if (p := f"{section}.".partition(k))[1]), ("", "", ""))
-        if own:
-            where = _section(config, head + own[:-1], inside.split(".")[:-1])
-            if name not in where:
-                with where.unlocked():
-                    where[name] = value
-                continue
-        _check_key(config, key)
-        try:
-            config.update_from_flattened_dict({key: value})
-        except TypeError as e:
-            raise InputError(f"{key}={value!r}: {e}") from None
-    return config
-
-
 def chosen(values: flags.FlagValues) -> ConfigDict:
     """The parsed --config.
 
     Raises:
       InputError: there is none.
     """
-    if values.config is None:
+    if "config" not in values or values.config is None:
         raise InputError("--config is missing: give --config=configs/NAME.py, or --config=configs/NAME.py:ARGUMENT")
     return values.config
 
@@ -214,7 +199,17 @@ def spelled(argv: Sequence[str]) -> list[str]:
             found[-1] += f"={a}"
         else:
             found.append(f"-{a}" if re.match(r"-[A-Za-z]\w", a) else a)
-    return found
+    return [f"--config={located(a.partition('=')[2])}" if a.startswith("--config=") else a for a in found]
+
+
+def located(spec: str) -> str:
+    """`FILE.py[:ARGUMENT]` with the file of the library where there is none of that name here: `configs/steer.py`,
+    `steer.py` and `steer` name one from any folder."""
+    file, colon, argument = spec.partition(":")
+    own = HERE / "configs" / f"{Path(file).name.removesuffix('.py')}.py"
+    if Path(file).is_file() or not own.is_file() or Path(file).parent.name not in ("", "configs"):
+        return spec
+    return f"{own}{colon}{argument}"
 
 
 def _log_to_stderr() -> None:
@@ -228,57 +223,3 @@ def _log_to_stderr() -> None:
 def keep_compiled() -> None:
     """Keeps compiled programs between runs, so that a second start compiles nothing."""
     sessions.keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctg_jax" / "jax")
-
-
-def _check_keys(argv: Sequence[str]) -> None:
-    spec = spec_of(argv)
-    if not spec:
-        return
-    config = config_of(spec)
-    for a in argv:
-        if a.startswith("--config."):
-            key, equals, text = a.removeprefix("--config.").partition("=")
-            _check_key(config, key)
-            if not equals and not isinstance(_get(config, key), bool):
-                raise InputError(f"--config.{key} has no value: write --config.{key}=VALUE")
-            if isinstance(_get(config, key), tuple | list):
-                try:
-                    ast.literal_eval(text)
-                except (ValueError, SyntaxError):
-                    raise InputError(f"--config.{key}={text}: expected a tuple such as '(1, 2)'") from None
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def _section(config: ConfigDict, start: str, names: Sequence[str]) -> ConfigDict:
-    """A section of a configuration below `start`, which exists; made where it is missing."""
-    _check_key(config, start)
-    where = _get(config, start)
-    for name in names:
-        if name not in where:
-            with where.unlocked():
-                where[name] = ConfigDict()
-        where = where[name]
-    return where
-
-
-def _check_key(config: ConfigDict, key: str) -> None:
-    here, done = config, []
-    for part in key.split("."):
-        if not isinstance(here, ConfigDict) or part not in here:
-            known = list(here) if isinstance(here, ConfigDict) else _flat(config)
-            name = part if isinstance(here, ConfigDict) else key
-            where = ".".join(done) or "the configuration"
-            raise InputError(f"{where} has no setting {part!r} (in config.{key}){nearest(name, known)}")
-        here, done = here[part], [*done, part]
-
-
-def _flat(config: ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for k, v in config.items():
-        keys += _flat(v, f"{prefix}{k}.") if isinstance(v, ConfigDict) else [prefix + k]
-    return keys

@@ -16,6 +16,7 @@ methods   label -> settings of an arm, see `experiments.arms`
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from ctg_jax.studies.label_transfer import direction
 from ctg_jax.types import InputError
 from experiments.arms import Arm, BestOf, Direction, Fitted, Made, MethodArm, Together, read
 
+log = logging.getLogger("ctg_jax.experiment")
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
 
 
@@ -70,37 +72,8 @@ def run(root: str, config: ConfigDict) -> list[Result]:
       InputError: an unknown section or setting (with the nearest name), and what the stages raise.
     """
     settings = config.to_dict()
-    arms, session = check(settings), Session.of(root)
-    if session.pending is None:
-        _rehearse(session.dry_run(), settings, arms)
-    fixed = _fixed(root, settings)
-    return [row for label, arm in arms.items() for row in _rows(root, settings, fixed, label, arm, arms)]
-
-
-def _rehearse(trial: Session, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
-    """Asks for every stage in a dry run, as far as an arm gets without the contents of a stage that has not run."""
-    fixed = _fixed(trial, settings)
-    for label, arm in arms.items():
-        try:
-            _rows(trial, settings, fixed, label, arm, arms)
-        except UnfinishedError:
-            continue
-        except InputError as e:
-            raise InputError(f"methods.{label}: {e}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fixed:
-    """What all arms share: the artifacts that `sample` and `evaluate` are given, and settings of `evaluate`."""
-
-    lm: Artifact
-    prompts: Artifact
-    given: Mapping[str, Any]
-    measure: Mapping[str, Any]
-    written: Artifact | None
-
-
-def _fixed(root: str, settings: Mapping[str, Any]) -> _Fixed:
+    arms = check(settings)
+    check_data(root, settings, arms)
     lm = language_model(root, settings["lm"])
     prompts = stage(root, sources.load_data, settings["prompts"])
     judged = [judge(root, name, options) for name, options in settings["judges"].items()]
@@ -113,26 +86,53 @@ def _fixed(root: str, settings: Mapping[str, Any]) -> _Fixed:
     fluency = language_model(root, other) if other else None
     for name, options in scorers(settings):
         heldout(root, name, options)
-    return _Fixed(lm, prompts, dict(judges=judged, lm=lm, references=human, fluency=fluency), measure, written)
+    results = []
+    for number, (label, arm) in enumerate(arms.items(), 1):
+        mine, likely = [], _likelihood(arm, arms)
+        if Session.of(root).pending is None:
+            log.info("arm %d of %d: %s%s", number, len(arms), label, _strengths(arm))
+        for strength, samples, made, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
+            options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
+            figures = stage(root, judges.evaluate, options, samples=samples, **given)
+            read = None
+            if written is not None and likely:
+                options = {"strengths": strengths, **_bootstrap(measure)}
+                read = stage(root, sampling.human_perplexity, options, lm=lm, data=written, controls=made)
+            mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
+        smooth = smoothness(root, mine, measure)
+        rounds = sampled_rounds(root, lm, arm, measure)
+        results += [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
+    return results
 
 
-def _rows(
-    root: str, settings: Mapping[str, Any], fixed: _Fixed, label: str, arm: Arm, arms: Mapping[str, Arm]
-) -> list[Result]:
-    """The rows of one arm."""
-    mine, likely, measure = [], _likelihood(arm, arms), fixed.measure
-    seed = settings["sample"].get("seed", 0)
-    for strength, samples, made, strengths in sampled(root, fixed.lm, fixed.prompts, settings["sample"], arm, arms):
-        options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
-        figures = stage(root, judges.evaluate, options, samples=samples, **fixed.given)
-        read = None
-        if fixed.written is not None and likely:
-            options = {"strengths": strengths, **_bootstrap(measure)}
-            read = stage(root, sampling.human_perplexity, options, lm=fixed.lm, data=fixed.written, controls=made)
-        mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
-    smooth = smoothness(root, mine, measure)
-    rounds = sampled_rounds(root, fixed.lm, arm, measure)
-    return [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
+def check_data(root: str, settings: dict[str, Any], arms: Mapping[str, Arm]) -> None:
+    """Reads all data of an experiment before anything else runs, so that what is wrong with them is told at once.
+
+    Raises:
+      InputError: what `load_data` raises; labels that are texts, where a method reads numbers.
+    """
+    stage(root, sources.load_data, settings["prompts"])
+    for name in ("references", "human"):
+        if settings["evaluate"].get(name):
+            stage(root, sources.load_data, settings["evaluate"][name])
+    for _, options in scorers(settings):
+        for key in ("data", "heldout"):
+            found = options.get(key) or {}
+            for one in found.values() if several(found) else [found] * bool(found):
+                stage(root, sources.load_data, one)
+    for label, arm in arms.items():
+        if not getattr(arm, "data", None):
+            continue
+        data = stage(root, sources.load_data, arm.data)
+        if Session.of(root).pending is not None:
+            continue
+        texts = {row["label"] for row in data.rows("data.jsonl") if isinstance(row.get("label"), str)}
+        if texts:
+            known = ", ".join(f"{name!r}: {i}" for i, name in enumerate(sorted(texts)[:4]))
+            raise InputError(
+                f"methods.{label}.data has labels that are texts, and methods read numbers: give "
+                f'--config.methods.{label}.data.labels="{{{known}}}", label 1 for the texts with the attribute'
+            )
 
 
 def inputs(root: str, config: ConfigDict) -> list[str]:
@@ -164,6 +164,12 @@ def smoothness(root: str, results: list[Result], measure: dict[str, Any]) -> Art
         return None
     settings = {"strengths": [result.strength for result in swept], **_bootstrap(measure)}
     return stage(root, judges.smooth, settings, figures=[result.figures for result in swept])
+
+
+def _strengths(arm: Arm) -> str:
+    """The strengths of an arm, for the lines that tell what runs."""
+    found = getattr(arm, "strengths", None)
+    return f" at strength {', '.join(f'{s:g}' for s in found)}" if found else ""
 
 
 def _bootstrap(measure: Mapping[str, Any]) -> dict[str, Any]:

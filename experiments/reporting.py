@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,11 +23,16 @@ from ctg_jax.stages.judges import how_right
 from experiments import cli, roots
 from experiments.experiment import Result, heldout, inputs, scorers
 
+log = logging.getLogger("ctg_jax.report")
+
 
 def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -> Path:
-    """Writes the report of one experiment and returns the path of report.html."""
+    """Writes the report of one experiment, shows its table and returns the path of report.html."""
     folder = folder_of(root, spec, config.to_dict(), [result.figures.id for result in results])
-    return _write(folder, root, spec, config, [_row(c) for c in results], [_smooth(c) for c in results], results)
+    rows = [_row(c) for c in results]
+    if processes.first():
+        log.info("%s", report.terminal(rows))
+    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], results)
 
 
 def folder_of(root: str, spec: str, *settings: Any) -> Path:

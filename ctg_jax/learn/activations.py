@@ -96,13 +96,15 @@ def pair_moments(lm: LM, params: Params, with_, without, weight, *, how: str = "
 
 
 def gates(depth: int, sites: Any) -> np.ndarray:
-    """float32 [L + 2] with ones at `sites`: a list of numbers 0 … L + 1, negative ones counted from L + 1, or
+    """float32 [L + 2] with ones at `sites`: a number or a list of them, 0 … L + 1, negative ones counted from L + 1, or
     "all" blocks (1 … L), or "middle" (the third block of five: where an attribute is usually most linear)."""
     gate = np.zeros(depth + 2, np.float32)
     if sites == "all":
         sites = list(range(1, depth + 1))
     elif sites == "middle":
         sites = [max(1, round(0.6 * depth))]
+    elif isinstance(sites, int | str):
+        sites = [sites]
     for s in sites:
         if not isinstance(s, int) or not -(depth + 2) <= s < depth + 2:
             raise InputError(f"sites holds {s!r}, expected 'all', 'middle' or whole numbers from 0 to {depth + 1}.")

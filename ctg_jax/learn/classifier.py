@@ -93,7 +93,7 @@ def classifier(
     batches = pipeline(
         texts, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=("label",)
     )  # fmt: skip
-    params = fitting.train(run, params, loss(model), None, batches, training, seed=seed, progress=True)
+    params = fitting.train(run, params, loss(model), None, batches, training, seed=seed)
     hf.save(folder, model, params)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

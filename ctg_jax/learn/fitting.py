@@ -171,7 +171,6 @@ def train(
     seed: int = 0,
     tx: optax.GradientTransformation | None = None,
     ema: float | None = None,
-    progress: bool = False,
 ) -> PyTree:
     """What the updates made of a control or of parameters; an interrupted stage continues from its last checkpoint.
 
@@ -183,7 +182,6 @@ def train(
       seed: of the randomness in the loss.
       tx: an optimizer in place of `training.optimizer(trained)`.
       ema: the decay of a moving average, which is then returned in place of the parameters; see `train.averaged`.
-      progress: whether to show a progress bar.
 
     Raises:
       InputError: steps below 1, and what the training loop raises.
@@ -195,7 +193,7 @@ def train(
     step = training_loop.make_step(loss, tx, accumulate=training.accumulate, **averaging)
     state = training_loop.loop(
         run.path, state, step, batches, steps=training.steps, save_every=training.save_every, frozen=frozen,
-        log_every=training.log_every, progress=progress, tensorboard=training.tensorboard,
+        log_every=training.log_every, tensorboard=training.tensorboard,
     )  # fmt: skip
     return state.params if ema is None else state.ema
 

@@ -107,7 +107,7 @@ def _train(
     losses.check_rows(lm, training.tokens)
     params = lm.init(rng.stream(jax.random.key(seed), "init"))
     batches = pipeline(source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, pack=pack)
-    params = fitting.train(run, params, losses.lm_loss(lm), None, batches, training, seed=seed, progress=True)
+    params = fitting.train(run, params, losses.lm_loss(lm), None, batches, training, seed=seed)
     (run.path / "state").mkdir(exist_ok=True)
     tokenizer.save(run.path / "state")
     hf.save(run.path / "state", lm, params, tokens={"eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos})

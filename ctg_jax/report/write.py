@@ -74,9 +74,7 @@ def write(
         if attribute not in names:
             raise InputError(f"attributes names {attribute!r}, which no row has; the rows have {', '.join(names)}")
     shares = list(attributes) or [n for n in names if n.endswith("/share")]
-    main = shares + [n for n in _MAIN if n in names]
-    rest = [n for n in names if n not in main]
-    main, rest = (main, rest) if main else (names, [])
+    main, rest = columns(table, attributes)
     drawn = _draw(table, shares, main)
     seeds = max((c.seeds for line in table for c in line.estimates.values()), default=1)
     facts = _facts(scorers, perplexity, about, names, rows)
@@ -97,6 +95,32 @@ def write(
     except OSError as e:
         raise InputError(f"cannot write the report to {directory}: {e.strerror}; give a directory with room") from None
     return directory / "report.html"
+
+
+def columns(table: Sequence[Line], attributes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """(figures of the first table, all others): the attributes, by default every share, then the usual measures."""
+    names = _names(table)
+    shares = list(attributes) or [n for n in names if n.endswith("/share")]
+    main = shares + [n for n in _MAIN if n in names]
+    return (main, [n for n in names if n not in main]) if main else (names, [])
+
+
+def terminal(rows: Sequence[Mapping[str, Any]], most: int = 5) -> str:
+    """The first columns of the first table as text for a terminal, the figures with their intervals.
+
+    Args:
+      rows: as of `write`. most: figures that are shown.
+
+    Raises:
+      InputError: as `rows.lines`.
+    """
+    table = lines(rows)
+    heads, body = _grid(table, columns(table)[0][:most])
+    texts = [[h["name"] for h in heads], *([f"{c['value']} {c['interval']}".strip() for c in cells] for cells in body)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(heads))]
+    sides = ["<" if h["word"] else ">" for h in heads]
+    aligned = ["  ".join(f"{t:{s}{w}}" for t, s, w in zip(row, sides, widths)).rstrip() for row in texts]
+    return "\n".join([aligned[0], "  ".join("─" * w for w in widths), *aligned[1:]])
 
 
 def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tuple[bytes, bytes, str]]:

@@ -109,6 +109,8 @@ def load_data(
         raise InputError(f"{source} split {split!r} has no record{wanted}: expected at least one")
     if unlabelled:
         log.warning("%s split %r: %d records have no label (missing or -1) and are left out", source, split, unlabelled)
+    if empty := [i for i, row in enumerate(rows) if not row["text"].strip() and not has_messages(row)]:
+        log.warning("%s split %r: %d records have an empty text, first record %d", source, split, len(empty), empty[0])
     write_jsonl(run.path / "data.jsonl", rows)
     run.record(records=len(rows))
 

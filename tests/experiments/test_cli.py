@@ -38,7 +38,7 @@ def test_overrides_keep_their_types(file):
         ("--config.lm.widht=3", "lm has no setting 'widht' (in config.lm.widht); did you mean 'width'?"),
         ("--config.strength=3", "did you mean 'strengths'?"),
         ("--config.lm.width.x=3", "has no setting 'x'"),
-        ("--config.lm.width=many", "invalid literal"),
+        ("--config.lm.width=many", "expected a number, such as 8"),
         ("--config.lm.width", "has no value"),
         ("--config.strengths=oops", "expected a tuple"),
         ("--rot=x", "no flag --rot; did you mean 'root'?"),
@@ -99,3 +99,77 @@ def test_other_errors_are_not_hidden():
 
     with pytest.raises(RuntimeError):
         cli.run(main, [])
+
+
+STAGES = """
+from ml_collections import ConfigDict
+
+def get_config(arg="x"):
+    data = dict(source="bundled:reviews")
+    steer = dict(method="steer", fit=dict(sites="all", scale=1.0), data=data, strengths=(1.0,))
+    return ConfigDict(dict(title="t", prompts=dict(source="bundled:reviews"), sample=dict(n=2, filter=dict(top_p=0.9)),
+                           judges=dict(positive=dict(kind="oracle")), evaluate=dict(), methods=dict(steer=steer)))
+"""
+
+
+@pytest.fixture
+def stages(tmp_path):
+    (tmp_path / "stages.py").write_text(STAGES)
+    return tmp_path / "stages.py"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("methods.steer.fit.sites", "3", 3),
+        ("methods.steer.fit.sites", "(1, 2)", (1, 2)),
+        ("methods.steer.fit.sites", "middle", "middle"),
+        ("methods.steer.fit.cond", "None", None),
+        ("methods.steer.fit.training.steps", "7", 7),
+        ("methods.steer.fit.scale", "2", 2.0),
+        ("methods.steer.strengths", "1,2.5", (1, 2.5)),
+        ("methods.steer.data.words", "4", 4),
+        ("methods.steer.filter", "{'top_k': 5}", {"top_k": 5}),
+        ("sample.greedy", "true", True),
+        ("sample.filter.top_k", "5", 5),
+        ("prompts.labels", "{'good': 1}", {"good": 1}),
+        ("evaluate.resamples", "50", 50),
+        ("judges.positive.encoder", "none", None),
+        ("title", "2024", "2024"),
+    ],
+)
+def test_settings_of_stages_are_set_with_their_own_types(stages, key, text, value):
+    found = cli.chosen(parsed([f"--config={stages}", f"--config.{key}={text}"])).to_dict()
+    for name in key.split("."):
+        found = found[name]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sample.gredy=true", "sample has no setting 'gredy' (in config.sample.gredy); did you mean 'greedy'?"),
+        ("prompts.limt=3", "did you mean 'limit'?"),
+        ("methods.steer.data.balanced=label", "did you mean 'balance'?"),
+        ("methods.steer.strenghts=(1,)", "did you mean 'strengths'?"),
+        ("evaluate.resample=3", "did you mean 'resamples'?"),
+        ("sample.filter.topk=3", "did you mean 'top_k'?"),
+        ("methods.ster.fit.sites=3", "methods has no setting 'ster'"),
+        ("sample.filter=3", "this is a section"),
+        ("sample.n=some", "expected a number, such as 2"),
+    ],
+)
+def test_settings_that_no_stage_has_are_refused_before_anything_runs(stages, capsys, setting, words):
+    assert cli.run(parsed, [f"--config={stages}", f"--config.{setting}"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_configurations_of_the_library_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spec in ("configs/steer.py:tiny", "steer.py:tiny", "steer:tiny"):
+        (found,) = cli.spelled([f"--config={spec}"])
+        assert found == f"--config={cli.HERE / 'configs' / 'steer.py'}:tiny"
+    (tmp_path / "steer.py").write_text(CONFIG)
+    assert cli.spelled(["--config=steer.py"]) == ["--config=steer.py"]
+    assert cli.spelled(["--config=other/steer.py"]) == ["--config=other/steer.py"]

@@ -52,7 +52,9 @@ EXTRAS = {
         "outlines-core>=0.2.11,<0.3",
     ],
 }
-FEATURES = ["data", "metrics", "form", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
+# A wheel carries the scripts and configurations of the command `ctg` inside the package; see ctg_jax/door/command.py.
+SCRIPTS = {"ctg_jax._scripts.experiments": "experiments", "ctg_jax._scripts.configs": "configs"}
+FEATURES = ["data", "metrics", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
 
 setup(
     name="ctg_jax",
@@ -62,7 +64,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["ctg_jax", "ctg_jax.*"]),
+    packages=[*find_packages(include=["ctg_jax", "ctg_jax.*"]), *SCRIPTS],
+    package_dir=SCRIPTS,
+    entry_points={"console_scripts": ["ctg = ctg_jax.door.command:main"]},
     package_data={"ctg_jax.data": ["*.json", "*.txt"]},
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({name for extra in FEATURES for name in EXTRAS[extra]})},

@@ -124,15 +124,22 @@ def check_data(root: str, settings: dict[str, Any], arms: Mapping[str, Arm]) -> 
         if not getattr(arm, "data", None):
             continue
         data = stage(root, sources.load_data, arm.data)
-        if Session.of(root).pending is not None:
-            continue
-        texts = {row["label"] for row in data.rows("data.jsonl") if isinstance(row.get("label"), str)}
-        if texts:
-            known = ", ".join(f"{name!r}: {i}" for i, name in enumerate(sorted(texts)[:4]))
-            raise InputError(
-                f"methods.{label}.data has labels that are texts, and methods read numbers: give "
-                f'--config.methods.{label}.data.labels="{{{known}}}", label 1 for the texts with the attribute'
-            )
+        if Session.of(root).pending is None:
+            check_labels(data, f"methods.{label}.data", f"--config.methods.{label}.data.")
+
+
+def check_labels(data: Artifact, where: str, flag: str) -> None:
+    """InputError where labels are texts, since methods read numbers.
+
+    where, flag: what holds the data, and the beginning of the setting that names the labels, for the message.
+    """
+    texts = {row["label"] for row in data.rows("data.jsonl") if isinstance(row.get("label"), str)}
+    if texts:
+        known = ", ".join(f"{name!r}: {i}" for i, name in enumerate(sorted(texts)[:4]))
+        raise InputError(
+            f'{where} has labels that are texts, and methods read numbers: give {flag}labels="{{{known}}}", with 1 '
+            "for the texts with the attribute"
+        )
 
 
 def inputs(root: str, config: ConfigDict) -> list[str]:

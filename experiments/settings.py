@@ -88,13 +88,17 @@ def given(config: ConfigDict, argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def literal(text: str) -> Any:
+    """The Python value that a text is; true, false, none and null are values too, and anything else is itself."""
+    try:
+        return _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError):
+        return text
+
+
 def _value(config: ConfigDict, path: Sequence[str], text: str) -> Any:
     """The value that a text stands for, by what the configuration holds."""
-    held, name = _held(config, path), f"--config.{'.'.join(path)}={text}"
-    try:
-        value = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError):
-        value = text
+    held, name, value = _held(config, path), f"--config.{'.'.join(path)}={text}", literal(text)
     if value is None or held is None:
         return value
     if isinstance(held, bool):

@@ -1,0 +1,78 @@
+"""A control of one method, fitted on your own texts and saved.
+
+    python experiments/fit.py steer --lm=DIRECTORY --data=jsonl:texts.jsonl --out=cheerful
+    python experiments/fit.py steer --lm=gpt2 --data=csv:mail.csv --read "labels={'rude': 0, 'kind': 1}" --set sites=3
+    python experiments/fit.py dexperts --lm=DIRECTORY --data=jsonl:texts.jsonl --set training.steps=100
+
+--lm is an LM artifact, a directory in Hugging Face layout, or a hub id. --data is a source of `ctg_jax.data.load`:
+records with "text" and a whole "label" (1: with the attribute). --read KEY=VALUE sets how they are read (settings of
+`load_data`), and --set KEY=VALUE how the method is fitted; both may be repeated, and values are Python literals or
+texts. The texts are read and checked before anything else. The last line is the folder of the control, which
+`generate.py --control` and `ctg_jax.load_control` read.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from ctg_jax import methods
+from ctg_jax.door import Mix
+from ctg_jax.door.mix import Part
+from ctg_jax.run.stage import stage
+from ctg_jax.stages import sampling, sources
+from ctg_jax.types import InputError
+from experiments import cli, experiment
+from experiments.settings import literal
+
+
+def define(fv):
+    text = flags.DEFINE_string
+    text("lm", None, "LM artifact, directory in Hugging Face layout, or hub id", flag_values=fv)
+    text("data", None, "source of the texts, such as jsonl:PATH", flag_values=fv)
+    text("out", None, "folder of the control; by default its artifact below --root", flag_values=fv)
+    text("root", "runs", "where artifacts are kept", flag_values=fv)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of an LM that is imported", flag_values=fv)
+    flags.DEFINE_multi_string("read", [], "KEY=VALUE: a setting of load_data; repeatable", flag_values=fv)
+    flags.DEFINE_multi_string("set", [], "KEY=VALUE: a setting of the method's fit; repeatable", flag_values=fv)
+
+
+def main(argv, session):
+    fv, arguments = cli.parse(argv, define, __doc__, positional=True)
+    if len(arguments) != 1:
+        raise InputError(f"one method is expected, such as steer, and {len(arguments)} were given")
+    module = methods.get(arguments[0])
+    if not hasattr(module, "fit"):
+        raise InputError(f"{arguments[0]} has no fit: it needs no texts, use it as a rule of decoding")
+    for name in ("lm", "data"):
+        if not fv[name].value:
+            raise InputError(f"--{name} is missing")
+    data = stage(session, sources.load_data, {"source": fv.data, **nested("read", fv["read"].value)})
+    experiment.check_labels(data, "--data", "--read ")
+    lm = sources.language_model(session, fv.lm, fv.dtype)
+    artifact = module.fit(session, lm=lm, data=data, **nested("set", fv["set"].value))
+    if not fv.out:
+        return artifact.path
+    Mix((Part(methods.load(artifact, sampling.opened(lm)[0]), artifact),)).save(fv.out)
+    return Path(fv.out)
+
+
+def nested(flag, given):
+    """{"training": {"steps": 3}} of ["training.steps=3"]."""
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"--{flag} {text}: expected KEY=VALUE")
+        *sections, name = key.split(".")
+        where = found
+        for section in sections:
+            where = where.setdefault(section, {})
+        where[name] = literal(value)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -264,3 +264,24 @@ def test_collect_reads_the_settings_of_all_stages(tmp_path):
         report.row(texts)
     with pytest.raises(InputError, match="no finished evaluate"):
         report.collect(tmp_path / "nowhere")
+
+
+def test_no_two_methods_look_alike():
+    from ctg_jax.report.plots import looks
+
+    for theme in ("light", "dark"):
+        assert len(set(looks([str(i) for i in range(56)], theme).values())) == 56
+
+
+def test_the_page_says_what_its_columns_mean_and_marks_the_best(tmp_path):
+    figures = [
+        {"positive/share": figure(0.2), "perplexity": figure(p, 1), "dist-3": figure(d)}
+        for p, d in ((9.0, 0.5), (7.0, 0.9), (8.0, 0.7))
+    ]
+    rows = [{"method": name, "figures": f} for name, f in zip("abc", figures)]
+    page = report.write(tmp_path, rows).read_text()
+    assert "lower is better" in page and "higher is better" in page and "What the columns mean" in page
+    assert [page.count(f'class="best">{v}<') for v in ("7.000", "0.900", "9.000", "0.200")] == [1, 1, 0, 0]
+    assert "**7.000**" in (tmp_path / "report.md").read_text()
+    text = report.terminal(rows)
+    assert [line.split()[0] for line in text.splitlines()][2:] == ["a", "b", "c"] and "7.000 [6.000, 8.000]" in text

@@ -16,7 +16,7 @@ _COLOURS = {
     "dark": ("#5AB4E6", "#FF8A4C", "#3CCB9F", "#E79BC7", "#E6B84C", "#9AD1F5", "#B79AD6"),
 }
 _GROUND = {"light": ("#ffffff", "#222222", "#dddddd"), "dark": ("#16181d", "#e4e4e4", "#3a3d45")}
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vPX*"  # one more than colours, so that 56 methods look different
 MEASURES = {  # what is measured of an attribute -> its name for readers
     "share": "share of samples",
     "mean": "mean score",
@@ -75,8 +75,7 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
         return None
     fig, axes = _figure(len(swept), len(figures), (3.1, 2.3), theme, sharex="col", sharey="row")
     settings = list(dict.fromkeys(_setting(line) for line in lines if line.method in swept))
-    palette = _COLOURS[theme]
-    colours = {s: (palette[i % len(palette)], _MARKERS[i % len(_MARKERS)]) for i, s in enumerate(settings)}
+    colours = looks(settings, theme)
     plain = dict.fromkeys(line.method for line in lines if line.strength is None and line.method not in swept)
     level = "base" if "base" in plain else next(iter(plain), None)
     ink = _GROUND[theme][1]
@@ -255,6 +254,11 @@ def _paths(members, method) -> list[list[Line]]:
 
 def _methods(lines, theme):
     names = list(dict.fromkeys(line.method for line in lines))
+    return looks(names, theme)
+
+
+def looks(names: Sequence[str], theme: str = "light") -> dict[str, tuple[str, str]]:
+    """Name -> (colour, marker), no two alike."""
     palette = _COLOURS[theme]
     return {n: (palette[i % len(palette)], _MARKERS[i % len(_MARKERS)]) for i, n in enumerate(names)}
 

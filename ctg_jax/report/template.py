@@ -23,8 +23,11 @@ th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--rule); text-align
          white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } th.wrap { white-space: normal; min-width: 5rem; }
 th.word, td.word { text-align: left; } td small { display: block; font-size: .78rem; }
+td.best { font-weight: 700; } td.best small { font-weight: 400; }
+th.word:first-child, td.word:first-child { position: sticky; left: 0; background: var(--ground); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .88rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: var(--soft); font-size: .88rem; margin: .6rem 0; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .7rem; }
 .card { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; font-size: .9rem;
@@ -42,13 +45,18 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 <th class="{{ 'word' if h.word else 'wrap' }}">{{ h.name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for cells in body %}<tr>
-{% for c in cells %}<td{% if c.word %} class="word"{% endif %}>{{ c.value }}{% if c.interval %}<small>{{ c.interval }}
-</small>{% endif %}</td>{% endfor %}
+{% for c in cells %}
+<td{% if c.word %} class="word"{% elif c.best %} class="best"{% endif %}>{{ c.value }}
+{%- if c.interval %}<small>{{ c.interval }}</small>{% endif %}</td>{% endfor %}
 </tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
 <h2>Results</h2>
 {{ table(*main) }}
+<details><summary>What the columns mean</summary>
+<dl>{% for name, value in columns %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
+<p class="note">The best value of a column is bold, where one direction is better. A table that is wider than the page
+scrolls sideways.</p></details>
 {% for image in images %}<figure>
 <picture><source srcset="data:image/png;base64,{{ image.dark }}" media="(prefers-color-scheme: dark)">
 <img src="data:image/png;base64,{{ image.light }}" alt="{{ image.caption }}" width="{{ image.width }}"></picture>

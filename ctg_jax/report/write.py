@@ -14,6 +14,7 @@ from ctg_jax.evaluation import FIELD
 from ctg_jax.evaluation.smooth import MEANING
 from ctg_jax.io import dumps, write_bytes, write_text
 from ctg_jax.report import plots
+from ctg_jax.report.meaning import best, explained
 from ctg_jax.report.rows import Estimate, Line, lines
 from ctg_jax.report.template import PAGE
 from ctg_jax.types import InputError
@@ -192,18 +193,24 @@ def _grid(table: list[Line], names: list[str]) -> tuple[list[dict], list[list[di
     heads = [{"name": h, "word": True} for h in ["method", *columns]]
     heads += [{"name": "strength", "word": False}] * strengths
     heads += [{"name": plots.describe(n), "word": False} for n in names]
-    body = []
+    body, winners = [], {n: _winners(table, n) for n in names}
     for line in table:
         words = [line.method, *("" if v is None else str(v) for v in line.columns.values())]
-        cells = [{"value": w, "interval": "", "word": True} for w in words]
+        cells = [{"value": w, "interval": "", "word": True, "best": False} for w in words]
         if strengths:
             strength = "" if line.strength is None else f"{line.strength:g}"
-            cells.append({"value": strength, "interval": "", "word": False})
+            cells.append({"value": strength, "interval": "", "word": False, "best": False})
         for n in names:
             value, interval = _texts(line.estimates.get(n))
-            cells.append({"value": value, "interval": interval, "word": False})
+            cells.append({"value": value, "interval": interval, "word": False, "best": line.label in winners[n]})
         body.append(cells)
     return heads, body
+
+
+def _winners(table: list[Line], name: str) -> set[str]:
+    """The labels of the lines with the best value of a figure."""
+    values = [line.estimates[name].value if name in line.estimates else math.nan for line in table]
+    return {table[i].label for i in best(name, values)}
 
 
 def _html(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
@@ -225,6 +232,7 @@ def _html(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
         images=images,
         smooth=_grid(swept, _names(swept)) if swept else None,
         smooth_note=smooth_note(swept),
+        columns=[(plots.describe(name), text) for name, text in explained([*main, *rest])],
         samples=shown,
         about=facts,
     )
@@ -243,6 +251,8 @@ def _markdown(title, table, main, rest, drawn, swept, shown, facts, seeds) -> st
         out += [f"| {escape(card['label'])} | {escape(text)} |" for card in prompt["cards"] for text in card["texts"]]
     if rest:
         out += ["", "## All other figures", "", *_markdown_table(table, rest)]
+    known = [(plots.describe(name), text) for name, text in explained([*main, *rest])]
+    out += ["", "## What the columns mean", "", *(f"- {escape(name)}: {escape(text)}" for name, text in known)]
     out += ["", "## How it was measured", "", *(f"- {escape(name)}: {escape(value)}" for name, value in facts)]
     return "\n".join(out) + "\n"
 
@@ -252,7 +262,8 @@ def _markdown_table(table: list[Line], names: list[str]) -> list[str]:
     out = ["| " + " | ".join(escape(h["name"]) for h in heads) + " |"]
     out.append("|" + "|".join(":--" if h["word"] else "--:" for h in heads) + "|")
     for cells in body:
-        texts = [escape(c["value"]) + (f" {c['interval']}" if c["interval"] else "") for c in cells]
+        values = [f"**{escape(c['value'])}**" if c["best"] else escape(c["value"]) for c in cells]
+        texts = [v + (f" {c['interval']}" if c["interval"] else "") for v, c in zip(values, cells)]
         out.append("| " + " | ".join(texts) + " |")
     return out
 

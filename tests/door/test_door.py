@@ -164,10 +164,10 @@ def test_what_was_fitted_is_found_again(lm, steer, folder):
     assert len(lm.session.tally.executed) == before
 
 
-def test_steps_are_tenths_of_the_stream(lm, steer):
+def test_strengths_are_steps_of_the_stream(lm, steer):
     rows = {row["site"]: row for row in steer.artifacts[0].metrics()}
     (site,) = np.flatnonzero(np.asarray(steer.control.gate))
-    assert np.linalg.norm(steer.control.vector[site]) == pytest.approx(rows[site]["stream_norm"] / 10, rel=1e-4)
+    assert np.linalg.norm(steer.control.vector[site]) == pytest.approx(rows[site]["stream_norm"] / 20, rel=1e-4)
 
 
 def broken(lm, steer, tmp):

@@ -160,3 +160,15 @@ def test_one_sided_data_are_refused(small):
         steer.fit(root, lm=lm, data=data, target=7)
     with pytest.raises(InputError, match="kind is 'median'"):
         steer.fit(root, lm=lm, data=data, kind="median")
+
+
+def test_agreement_is_that_of_the_differences():
+    """Hand numbers: equal differences, opposite ones, and at right angles; and the warning that follows."""
+    for d, wanted in (([[1, 0], [1, 0]], 1.0), ([[1, 0], [-1, 0]], -1.0), ([[1, 0], [0, 1]], 0.0)):
+        d = np.asarray(d, np.float32)[:, None]
+        pairs = activations.Pairs(jnp.float32(2), d.sum(0), np.einsum("nsd,nse->sde", d, d), jnp.ones(1))
+        assert float(steer.agreement(pairs)[0]) == wanted
+    one = np.ones((1, 1, 2), np.float32)
+    assert np.isnan(
+        steer.agreement(activations.Pairs(jnp.float32(1), one[0], np.einsum("nsd,nse->sde", one, one), jnp.ones(1)))[0]
+    )

@@ -6,6 +6,7 @@ Difference of means of labelled texts (Subramani et al. 2022; Turner et al. 2023
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,10 @@ from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
-STEPS = {"normalise": "tenth"}  # settings of controls from lists
+log = logging.getLogger(__name__)
+DISAGREE = 0.05  # agreement of pairs below which a direction is hardly one
+STEP = 0.05  # of the length of the stream
+STEPS = {"normalise": "step"}  # settings of controls from lists
 
 
 @struct.dataclass
@@ -116,18 +120,29 @@ def principal_component(p: Pairs) -> np.ndarray:
     return (first * np.sum(first * mean, axis=-1, keepdims=True)).astype(np.float32)
 
 
+def agreement(p: Pairs) -> np.ndarray:
+    """float32 [L + 2]: how far the pairs agree on a direction, the mean inner product of the differences of two pairs
+    over the mean square of a difference. 1: all differences are the same; 0: a pair says nothing about another. It is
+    not flattered by few pairs, as the separation of the texts that were fitted is. NaN for one pair."""
+    total, square, n = (np.asarray(x, np.float64) for x in (p.total, p.square, p.count))
+    size = np.trace(square, axis1=1, axis2=2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ((np.sum(total**2, axis=-1) - size) / ((n - 1) * size)).astype(np.float32)
+
+
 def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
     """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), of the mean length `norm` [L + 2] of the stream at
-    its site ("stream"), or a tenth of that ("tenth"), so that a scale means the same at every layer and in every model.
+    its site ("stream"), or a twentieth of that ("step"), so that a scale means the same at every layer and in every
+    model. In steps 1 is a nudge, 2 is clear, and text begins to break between 4 and 8.
     """
     if how == "none":
         return vector
     unit = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
     if how == "unit":
         return unit
-    if how in ("stream", "tenth"):
-        return unit * norm[:, None] * (0.1 if how == "tenth" else 1.0)
-    raise InputError(f"normalise is {how!r}, expected 'none', 'unit', 'stream' or 'tenth'.")
+    if how in ("stream", "step"):
+        return unit * norm[:, None] * (STEP if how == "step" else 1.0)
+    raise InputError(f"normalise is {how!r}, expected 'none', 'unit', 'stream' or 'step'.")
 
 
 def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
@@ -151,7 +166,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     return stage(root, steer, acting, lm=lm, sums=sums)
 
 
-# From lists: the last token of each text of a pair, as CAA; strength 1 is a tenth of the stream's length.
+# From lists: the last token of each text of a pair, as CAA; strengths are steps of the stream's length.
 from_pairs, from_texts = lists.learners(fit, pairs={"kind": "pairs", "pool": "last", **STEPS}, texts=STEPS)
 
 
@@ -217,6 +232,8 @@ def steer(
       kind: "mean" (difference of means), "pairs" (mean pair difference) or "pca" (first component of differences).
       sites: see `ctg_jax.learn.activations.gates`. normalise: see `scaled`.
       scale: the strength at first. cond, everywhere: see `Steer`.
+
+    Of pairs, metrics.jsonl has the `agreement` at each site, and little of it is told in a warning.
     """
     found = sums.load()
     if kind == "mean":
@@ -225,11 +242,19 @@ def steer(
     else:
         m = Pairs(**found)
         vector, texts = (mean_difference if kind == "pairs" else principal_component)(m), 2 * m.count
+        shared = agreement(m)
     norm = np.asarray(m.norm) / np.asarray(texts)
     vector = scaled(vector, norm, normalise)
     gate = gates(len(vector) - 2, sites)
     control = Steer(jnp.asarray(vector), jnp.asarray(gate), jnp.asarray(scale, jnp.float32), cond, everywhere)
     checkpoint.save(run.path / "state", control)
     for site, (length, stream) in enumerate(zip(np.linalg.norm(vector, axis=-1), norm)):
-        run.log(site=site, vector_norm=float(length), stream_norm=float(stream))
+        known = {} if kind == "mean" or np.isnan(shared[site]) else {"agreement": float(shared[site])}
+        run.log(site=site, vector_norm=float(length), stream_norm=float(stream), **known)
+    if kind != "mean" and np.any(gate) and (best := float(np.max(shared[gate > 0]))) < DISAGREE:
+        log.warning(
+            "the pairs hardly agree on a direction where steering acts (agreement %.2f; 1: all differences are equal, "
+            "0: they have nothing in common): give more pairs, or pairs that differ in the attribute alone",
+            best,
+        )
     run.record(method="steer", init={"cond": cond, "everywhere": everywhere})

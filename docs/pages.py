@@ -22,6 +22,7 @@ METHODS = {p.stem: p for p in sorted((ROOT / "ctg_jax" / "methods").glob("*/*.py
 PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
 RECORD = ROOT / "docs" / "results"  # the complete record of measurements, a page for each theme
 WRITTEN = {
+    "How to": "how_to.md",
     "Models": "models.md",
     "Chat models": "chat.md",
     "Design": "design.md",

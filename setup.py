@@ -54,7 +54,7 @@ EXTRAS = {
 }
 # A wheel carries the scripts and configurations of the command `ctg` inside the package; see ctg_jax/door/command.py.
 SCRIPTS = {"ctg_jax._scripts.experiments": "experiments", "ctg_jax._scripts.configs": "configs"}
-FEATURES = ["data", "metrics", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
+FEATURES = ["data", "metrics", "form", "tensorboard", "gs", "s3", "slurm", "notebook"]  # the extra `all`
 
 setup(
     name="ctg_jax",

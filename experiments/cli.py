@@ -22,7 +22,7 @@ from ctg_jax.run.session import Session, Tally
 from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
 from experiments import hosts, roots
-from experiments.settings import given
+from experiments.settings import apart, given
 from experiments.settings import override as override
 
 _SETTINGS = ("--config.", "--noconfig.")
@@ -111,17 +111,7 @@ def config_of(spec: str) -> ConfigDict:
     """`get_config(argument)` of `FILE.py[:ARGUMENT]`, in which no two sections are one object."""
     _, colon, argument = spec.partition(":")
     get = module_of(spec).get_config
-    return _apart(get(argument) if colon else get())
-
-
-def _apart(config: ConfigDict) -> ConfigDict:
-    """A copy in which sections that were one object, such as the settings of training that two arms were given, are
-    changed one by one."""
-
-    def copied(value):
-        return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    return ConfigDict(copied(config.to_dict()))
+    return apart(get(argument) if colon else get())
 
 
 def chosen(values: flags.FlagValues) -> ConfigDict:

@@ -72,8 +72,43 @@ def run(root: str, config: ConfigDict) -> list[Result]:
       InputError: an unknown section or setting (with the nearest name), and what the stages raise.
     """
     settings = config.to_dict()
-    arms = check(settings)
-    check_data(root, settings, arms)
+    arms, session = check(settings), Session.of(root)
+    if session.pending is None:
+        _rehearse(session.dry_run(), settings, arms)
+        check_data(root, settings, arms)
+    fixed = _fixed(root, settings)
+    rows = []
+    for number, (label, arm) in enumerate(arms.items(), 1):
+        if session.pending is None:
+            log.info("arm %d of %d: %s%s", number, len(arms), label, _strengths(arm))
+        rows += _rows(root, settings, fixed, label, arm, arms)
+    return rows
+
+
+def _rehearse(trial: Session, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
+    """Asks for every stage in a dry run, as far as an arm gets without the contents of a stage that has not run."""
+    fixed = _fixed(trial, settings)
+    for label, arm in arms.items():
+        try:
+            _rows(trial, settings, fixed, label, arm, arms)
+        except UnfinishedError:
+            continue
+        except InputError as e:
+            raise InputError(f"methods.{label}: {e}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """What all arms share: the artifacts that `sample` and `evaluate` are given, and settings of `evaluate`."""
+
+    lm: Artifact
+    prompts: Artifact
+    given: Mapping[str, Any]
+    measure: Mapping[str, Any]
+    written: Artifact | None
+
+
+def _fixed(root: str, settings: Mapping[str, Any]) -> _Fixed:
     lm = language_model(root, settings["lm"])
     prompts = stage(root, sources.load_data, settings["prompts"])
     judged = [judge(root, name, options) for name, options in settings["judges"].items()]
@@ -86,23 +121,26 @@ def run(root: str, config: ConfigDict) -> list[Result]:
     fluency = language_model(root, other) if other else None
     for name, options in scorers(settings):
         heldout(root, name, options)
-    results = []
-    for number, (label, arm) in enumerate(arms.items(), 1):
-        mine, likely = [], _likelihood(arm, arms)
-        if Session.of(root).pending is None:
-            log.info("arm %d of %d: %s%s", number, len(arms), label, _strengths(arm))
-        for strength, samples, made, strengths in sampled(root, lm, prompts, settings["sample"], arm, arms):
-            options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
-            figures = stage(root, judges.evaluate, options, samples=samples, **given)
-            read = None
-            if written is not None and likely:
-                options = {"strengths": strengths, **_bootstrap(measure)}
-                read = stage(root, sampling.human_perplexity, options, lm=lm, data=written, controls=made)
-            mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
-        smooth = smoothness(root, mine, measure)
-        rounds = sampled_rounds(root, lm, arm, measure)
-        results += [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
-    return results
+    return _Fixed(lm, prompts, dict(judges=judged, lm=lm, references=human, fluency=fluency), measure, written)
+
+
+def _rows(
+    root: str, settings: Mapping[str, Any], fixed: _Fixed, label: str, arm: Arm, arms: Mapping[str, Arm]
+) -> list[Result]:
+    """The rows of one arm."""
+    mine, likely, measure = [], _likelihood(arm, arms), fixed.measure
+    seed = settings["sample"].get("seed", 0)
+    for strength, samples, made, strengths in sampled(root, fixed.lm, fixed.prompts, settings["sample"], arm, arms):
+        options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
+        figures = stage(root, judges.evaluate, options, samples=samples, **fixed.given)
+        read = None
+        if fixed.written is not None and likely:
+            options = {"strengths": strengths, **_bootstrap(measure)}
+            read = stage(root, sampling.human_perplexity, options, lm=fixed.lm, data=fixed.written, controls=made)
+        mine.append(Result(label, arm, strength, samples, figures, tuple(made), seed=seed, human=read))
+    smooth = smoothness(root, mine, measure)
+    rounds = sampled_rounds(root, fixed.lm, arm, measure)
+    return [dataclasses.replace(result, smooth=smooth, rounds=rounds) for result in mine]
 
 
 def check_data(root: str, settings: dict[str, Any], arms: Mapping[str, Arm]) -> None:
@@ -124,8 +162,7 @@ def check_data(root: str, settings: dict[str, Any], arms: Mapping[str, Arm]) -> 
         if not getattr(arm, "data", None):
             continue
         data = stage(root, sources.load_data, arm.data)
-        if Session.of(root).pending is None:
-            check_labels(data, f"methods.{label}.data", f"--config.methods.{label}.data.")
+        check_labels(data, f"methods.{label}.data", f"--config.methods.{label}.data.")
 
 
 def check_labels(data: Artifact, where: str, flag: str) -> None:

@@ -44,7 +44,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
       InputError: a key that neither the configuration nor the stage that reads it knows, with the nearest name; a value
         of another type.
     """
-    config = ConfigDict(config.to_dict())
+    config = apart(config)
     for key, value in changes.items():
         path = key.split(".")
         if _free(path):
@@ -63,6 +63,16 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             except TypeError as e:
                 raise InputError(f"{key}={value!r}: {e}") from None
     return config
+
+
+def apart(config: ConfigDict) -> ConfigDict:
+    """A copy in which sections that were one object, such as the settings of training that two arms were given, are
+    changed one by one."""
+
+    def copied(value):
+        return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return ConfigDict(copied(config.to_dict()))
 
 
 def given(config: ConfigDict, argv: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: test nightly demo docs lint lock parity clean
 
+# The tests compile thousands of small programs and run each for milliseconds, so LLVM's optimisations would cost more
+# than they save. `make nightly` runs with all of them.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(V)/.ok $(V)/.parity ## the default suite, with the parity tests
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
 

@@ -19,7 +19,7 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ __all__ = [
     "Session",
     "Tally",
     "UnfinishedError",
+    "check_settings",
     "nearest",
     "open_artifact",
     "open_lm",
@@ -224,12 +225,23 @@ def _tidy(path: Path, fresh: bool, kind: type | None, *_: Any) -> None:
         shutil.rmtree(path)
 
 
-def _fill(fn, config: dict, inputs: dict) -> dict:
-    """The configuration as JSON values, with the function's defaults; unknown and missing keys are refused."""
-    parameters = dict(list(inspect.signature(fn).parameters.items())[1:])
-    for name in [*config, *inputs]:
+def check_settings(fn: Callable[..., None], settings: Iterable[str]) -> None:
+    """Refuses settings that a stage function does not have. `stage` does so itself; this is for a `fit` that needs the
+    results of other stages first.
+
+    Raises:
+      InputError: a setting that there is not, with the nearest name.
+    """
+    parameters = list(inspect.signature(fn).parameters)[1:]
+    for name in settings:
         if name not in parameters:
             raise InputError(f"{fn.__name__} has no setting {name!r}{nearest(name, parameters)}")
+
+
+def _fill(fn, config: dict, inputs: dict) -> dict:
+    """The configuration as JSON values, with the function's defaults; unknown and missing keys are refused."""
+    check_settings(fn, [*config, *inputs])
+    parameters = dict(list(inspect.signature(fn).parameters.items())[1:])
     for name, p in parameters.items():
         if name not in inputs and name not in config:
             if p.default is p.empty:

@@ -45,7 +45,9 @@ def test_every_world_gives_fields_that_there_are(file, monkeypatch, tmp_path):
             except ValueError:
                 continue  # a sweep of another world
             for method, name, keys in sections(changed):
-                record = methods.get(method).Objective if name == "objective" else RECORDS[name]
+                record = getattr(methods.get(method), "Objective", None) if name == "objective" else RECORDS[name]
+                if record is None:
+                    continue  # settings of a loss, which the stage checks
                 assert keys <= {f.name for f in dataclasses.fields(record)}, (world, method, name)
                 found += 1
     assert found or file.stem in ("cav", "steer", "lm_steer", "truncate")

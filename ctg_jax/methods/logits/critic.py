@@ -54,7 +54,7 @@ from ctg_jax.models.heads import value_head
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.stages.sources import load_lm
 from ctg_jax.support import remove, removed
 from ctg_jax.types import InputError, Prompts, Sum
@@ -256,6 +256,7 @@ def fit(
     check_drawn(explore or {}, "critic", POSITIVE)
     if rounds > 1 and (settings.get("control") or {}).get("rest") == "drop":
         raise InputError(f"rounds is {rounds}, but rest 'drop' gives most texts no probability: set rounds to 1.")
+    check_settings(critic, settings)
     limit = positive_from(threshold, rewards)
     for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, pool="all", seed=seed):
         own = settings | {"seed": turn.seed, "threshold": limit}

@@ -33,7 +33,7 @@ from ctg_jax.learn.oracle import Nado, init, loss, teach
 from ctg_jax.learn.pool import POSITIVE, Pool, check_drawn
 from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.lm import LM
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 
 
 def example(lm: LM, key: jax.Array) -> Nado:
@@ -75,6 +75,7 @@ def fit(
       InputError: no reward, greedy samples, a filter that leaves tokens no probability, and what the stage raises.
     """
     check_drawn(explore or {}, "nado", POSITIVE)
+    check_settings(nado, settings)
     limit = positive_from(threshold, rewards)
     given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool="all", seed=seed)
     for turn in explored(root, rounds, **given):

@@ -16,7 +16,7 @@ from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import Pool, batches, nats
 from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.lm import LM
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
 PAIRS = ("below", "above")
@@ -122,6 +122,7 @@ def fit(
     Raises:
       InputError: no reward, another `pool`, rounds below 1, and what the stages raise.
     """
+    check_settings(click, settings)
     limit = positive_from(threshold, rewards)
     given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, seed=seed)
     for turn in explored(root, rounds, **given):

@@ -14,6 +14,7 @@ from ctg_jax.data import stops
 from ctg_jax.data.messages import Messages
 from ctg_jax.decode import strategies
 from ctg_jax.stages.sampling import Options, check_prompts
+from ctg_jax.types import InputError
 
 
 def stream(
@@ -37,11 +38,13 @@ def stream(
       length: to which the prompt is padded, in tokens; by default not at all.
 
     Raises:
-      InputError: what `check_prompts` and `strategies.stream` raise.
+      InputError: a control that writes rows together; what `check_prompts` and `strategies.stream` raise.
     """
     from ctg_jax.data.tokenizer import to_prompts
 
     check_prompts(model, tokenizer, [text], options.max_new, control)
+    if not strategies.of(control).apart:
+        raise InputError("this control writes completions in groups, so one alone cannot be streamed: do not stream")
     control = constraints.only(tokenizer.known(model.vocab), control)
     (head,) = tokenizer.encode_prompts([text])
     own = dict(cond) if cond else None

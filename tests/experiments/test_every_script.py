@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from ctg_jax import methods
+from ctg_jax.decode import strategies
 from ctg_jax.mesh import layout
-from ctg_jax.run.stage import open_artifact
+from ctg_jax.run.stage import open_artifact, open_lm
 from experiments import cli, compare, diffusion_controls, experiment, generate, latents, main
 
 HERE = Path(__file__).parents[2]
-DIFFUSION = ("mdlm", "diffusion_lm")
 # Those that have a configuration of their own; `truncate` is an arm without a control.
 METHODS = [n for n in methods.names() if (HERE / "configs" / f"{n}.py").exists() and n != "truncate"]
 PROMPTS = ("last week, we", "yesterday")
@@ -45,13 +45,15 @@ def records(out):
 
 @pytest.fixture(scope="module")
 def fitted(root):
-    """(LM, control) of a configuration, as `main.py` leaves them."""
+    """(LM, what --control is given, the control) of a configuration, as `main.py` leaves them."""
 
     def fit(name):
         cells = experiment.run(str(root), cli.config_of(config(name).removeprefix("--config=")))
         cell = next(cell for cell in cells if cell.controls)
         id = cell.samples.spec["inputs"]["lm"]
-        return open_artifact(root / f"pretrain-{id}"), cell.controls[0]
+        strength = "" if cell.strength is None else "=1"
+        lm = open_artifact(root / f"pretrain-{id}")
+        return lm, f"{cell.controls[0].path}{strength}", methods.load(cell.controls[0], open_lm(lm)[0])
 
     return fit
 
@@ -70,8 +72,9 @@ def call(capsys):
 # By default a control that reads the text of the prompt, and a model that writes in place of the decode loop.
 @pytest.mark.parametrize("name", every("dglm", "mdlm"))
 def test_generate_takes_the_controls_of_every_method_with_every_flag(name, root, fitted, call):
-    lm, control = fitted(name)
-    argv = [*PROMPTS, f"--lm={lm.path}", f"--root={root}", f"--control={control.path}=1", "--max_new=6", "--batch=4"]
+    lm, given, control = fitted(name)
+    strategy = strategies.of(control)
+    argv = [*PROMPTS, f"--lm={lm.path}", f"--root={root}", f"--control={given}", "--max_new=6", "--batch=4"]
     rows = records(call(generate, *argv, "--format=jsonl")[0])
     assert [row["prompt"] for row in rows] == list(PROMPTS)
     stop = next(c for c in rows[0]["text"] if c.isascii() and c.isalnum())
@@ -80,9 +83,12 @@ def test_generate_takes_the_controls_of_every_method_with_every_flag(name, root,
         kept = len(short["tokens"])
         assert short["tokens"] == whole["tokens"][:kept] and (stop in short["text"]) == (stop in whole["text"])
         assert kept == len(whole["tokens"]) or (stop in short["text"] and short["logp"] >= whole["logp"])
-    streamed = call(generate, *argv, f"--stop={stop}", "--stream")[0]
-    assert streamed == "".join(generate.shown(row, "text") for row in cut)
-    refused = name in DIFFUSION  # there is no next-token distribution to truncate
+    streamed, err = call(generate, *argv, f"--stop={stop}", "--stream", code=0 if strategy.apart else 2)
+    if strategy.apart:
+        assert streamed == "".join(generate.shown(row, "text") for row in cut)
+    else:
+        assert "writes completions in groups" in err
+    refused = strategy is not strategies.PLAIN  # there is no next-token distribution to truncate
     out, err = call(generate, *argv, "--min_p=0.5", code=2 if refused else 0)
     assert err.count("give it alone, and set filter to {}") == refused and bool(out) != refused
 
@@ -90,8 +96,8 @@ def test_generate_takes_the_controls_of_every_method_with_every_flag(name, root,
 @pytest.mark.parametrize("name", every("mdlm"))
 def test_accelerators_and_meshes_write_what_one_device_writes(name, root, fitted, call, monkeypatch):
     """Four rows on four of eight simulated devices, each with a row of its own, and on meshes of them."""
-    lm, control = fitted(name)
-    argv = [*PROMPTS, f"--lm={lm.path}", f"--root={root}", f"--control={control.path}=1", "--max_new=6", "--n=2"]
+    lm, given, _ = fitted(name)
+    argv = [*PROMPTS, f"--lm={lm.path}", f"--root={root}", f"--control={given}", "--max_new=6", "--n=2"]
     argv += ["--format=jsonl", "--batch=4"]
     alone = records(call(generate, *argv)[0])
     with monkeypatch.context() as patched:

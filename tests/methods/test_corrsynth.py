@@ -118,7 +118,7 @@ def test_bad_input_raises_one_sentence():
     ]:
         with pytest.raises(InputError, match=words):
             made(**settings)
-    with pytest.raises(InputError, match="3 rows in groups of 2"):
+    with pytest.raises(InputError, match="has 3 rows, but groups have 2"):
         drawn(made(2), [[0], [1], [2]])
     prompts = worlds.prompts([[0], [1], [2], [0]])
     for rows in ([0, 1, 2, 0], [0, 0, 0, 0]):  # copies of the first row fill a batch that has too few

@@ -52,8 +52,8 @@ class Together(Strategy):
         keys = np.asarray(jax.random.key_data(prompts.keys))
         if len(keys) % control.group:
             raise InputError(
-                f"There are {len(keys)} rows in groups of {control.group}: give a number that it divides, and as many "
-                "to a batch."
+                f"A batch has {len(keys)} rows, but groups have {control.group}: give a number that it divides, "
+                "as a batch too."
             )
         filled = np.all(keys == keys[:1], axis=-1)  # copies of the first row that fill the last batch
         filled[0] = False

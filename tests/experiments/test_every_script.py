@@ -58,6 +58,13 @@ def fitted(root):
     return fit
 
 
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """The programs of one method serve no other, and those of all of them would use up the memory maps of a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def call(capsys):
     def run(script, *argv, code=0):

@@ -33,4 +33,4 @@ def get_config(arg="bundled"):
 
 def sweep():
     for rate in (0.02, 0.04):
-        yield {"methods.pplm_bag.init.rate": rate}
+        yield {"methods.pplm_classifier.fit.control.rate": rate}

@@ -15,7 +15,7 @@ import jax
 FIRST = "CTG_TEST_COMPILED" not in os.environ
 COMPILED = os.environ.setdefault("CTG_TEST_COMPILED", tempfile.mkdtemp(prefix="ctg_jax_tests_") if FIRST else "")
 jax.config.update("jax_compilation_cache_dir", COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)

@@ -70,7 +70,12 @@ def differentiable(tree):
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 3) for name in CONTROLS), ("rules", 1)])
+SIZES = [
+    pytest.param(name, 3, marks=[] if name in ("every hook", "rules") else [pytest.mark.slow]) for name in CONTROLS
+]
+
+
+@pytest.mark.parametrize(("name", "size"), [*SIZES, ("rules", 1)])
 def test_chunks_give_what_all_positions_give(name, size):
     """Values and gradients, of parameters and of the control."""
     control = jax.tree.map(jnp.asarray, CONTROLS[name]())

@@ -76,8 +76,8 @@ def call(capsys):
     return run
 
 
-# By default a control that reads the text of the prompt, and a model that writes in place of the decode loop.
-@pytest.mark.parametrize("name", every("dglm", "mdlm"))
+# By default a model that writes in place of the decode loop.
+@pytest.mark.parametrize("name", every("mdlm"))
 def test_generate_takes_the_controls_of_every_method_with_every_flag(name, root, fitted, call):
     lm, given, control = fitted(name)
     strategy = strategies.of(control)
@@ -116,7 +116,8 @@ def test_accelerators_and_meshes_write_what_one_device_writes(name, root, fitted
         np.testing.assert_allclose([row["logp"] for row in rows], [row["logp"] for row in alone], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mdlm", pytest.param("compare_together", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mdlm", "compare_together"])
 def test_a_whole_experiment_on_simulated_accelerators(name, tmp_path, call, monkeypatch):
     """Training and sampling are split over devices where they are accelerators; the report is made as on one."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

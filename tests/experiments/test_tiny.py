@@ -21,6 +21,9 @@ HERE = Path(__file__).parents[2]
 FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text() and p.stem != "latents")
 
 
+LONG = ("compare_decoding", "compare_toxicity")  # the configurations of the methods run the same arms by default
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -51,7 +54,10 @@ def wanted_of(arm):
     return ["load_data-", arm.data["source"], "made by ", *seed, *rewards]
 
 
-@pytest.mark.parametrize("file", FILES, ids=[p.stem for p in FILES])
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in FILES],
+)
 def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
     script = compare if file.stem.startswith("compare") else main
     code, report, err, _ = call(script, f"{file}:tiny")

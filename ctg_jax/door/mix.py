@@ -125,9 +125,7 @@ class Mix:
             shutil.rmtree(new, ignore_errors=True)
             for number, part in enumerate(self.parts, 1):
                 _write(new if len(self.parts) == 1 else new / str(number), part)
-            if path.exists():
-                shutil.rmtree(path)
-            new.rename(path)
+            _replace(path, new)
         except OSError as e:
             raise InputError(f"{path} cannot be written ({e.strerror})") from None
 
@@ -179,6 +177,21 @@ def _folders(path: Path) -> list[Path]:
         return [path]
     numbers = sorted(int(p.parent.name) for p in path.glob("*/DONE") if p.parent.name.isdigit())
     return [path / str(i) for i in numbers]
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Puts the folder `new` at `path`. What was there is removed last, and put back where that fails."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(folder: Path, part: Part) -> None:

@@ -158,6 +158,22 @@ def test_what_is_saved_is_an_artifact(lm, steer, folder):
     assert float(built.scale) == 4.0 and artifact.spec["fingerprints"]["lm"] == lm.artifact.fingerprint
 
 
+def test_a_mix_that_cannot_be_replaced_is_kept(lm, steer, folder, monkeypatch):
+    (3 * steer).save(folder / "kept")
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name.endswith(".new"):
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", failing)
+        with pytest.raises(InputError, match="kept cannot be written"):
+            (5 * steer).save(folder / "kept")
+    assert repr(ctg.load_control(folder / "kept", lm)) == "3 * steer"
+
+
 def test_what_was_fitted_is_found_again(lm, steer, folder):
     before = len(lm.session.tally.executed)
     assert ctg.steer.from_pairs(lm, list(PAIRS)).artifacts == steer.artifacts

@@ -70,15 +70,26 @@ def test_a_sweep_may_give_a_section_that_the_configuration_leaves_out():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
 def test_a_misspelt_setting_of_a_fit_is_named_before_any_stage_runs(file, tmp_path):
     """Also one that `fit` itself only passes on to a stage."""
-    config = cli.config_of(f"{file}:tiny")
-    for label, arm in read(config.to_dict().get("methods", {})).items():
-        if not isinstance(arm, Fitted):
-            continue
-        wrong = ConfigDict(config.to_dict())
-        wrong.methods[label].fit.misspelt = 1
+    fitted = [(c, label) for c in worlds_without_data(file) for label in labels_of_fitted(c)]
+    for config, label in fitted:
+        wrong = cli.override(config, {f"methods.{label}.fit.misspelt": 1})
         with pytest.raises(InputError, match=rf"^methods\.{label}.*'misspelt'"):
             experiment.run(str(tmp_path / label), wrong)
         assert not (tmp_path / label).exists() or not any((tmp_path / label).iterdir())
+
+
+def worlds_without_data(file):
+    """The configurations that read no folder of data. In the tiny world settings may differ from the defaults."""
+    for world in ("tiny", "bundled"):
+        try:
+            yield cli.config_of(f"{file}:{world}")
+        except InputError as e:
+            assert "expected one of" in str(e)
+
+
+def labels_of_fitted(config):
+    arms = read(config.to_dict().get("methods", {}))
+    return [label for label, arm in arms.items() if isinstance(arm, Fitted)]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)

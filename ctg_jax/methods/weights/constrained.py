@@ -37,7 +37,7 @@ from ctg_jax.learn.pool import Pool, batches, check_drawn, read
 from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
 ON = ("samples", "corpus")
@@ -111,6 +111,8 @@ def fit(
       InputError: no reward, greedy samples or a filter, and what the stages raise.
     """
     check_drawn(explore or {}, "constrained")
+    check_settings(constrained, settings)
+    check_settings(constrained_oracle, guide or {})
     limit = positive_from(threshold, rewards)
     taught = None
     for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, seed=seed):

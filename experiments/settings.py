@@ -34,7 +34,7 @@ _READERS = {  # section -> what reads its settings
     "pretrain": pretrain,
     "train": classifier,
 }
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_WORDS = {"true": True, "false": False}  # "none" is the name of a choice in some methods
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -99,7 +99,7 @@ def given(config: ConfigDict, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def literal(text: str) -> Any:
-    """The Python value that a text is; true, false, none and null are values too, and anything else is itself."""
+    """The Python value that a text is; true and false are values too, and anything else is itself."""
     try:
         return _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError):
@@ -109,6 +109,8 @@ def literal(text: str) -> Any:
 def _value(config: ConfigDict, path: Sequence[str], text: str) -> Any:
     """The value that a text stands for, by what the configuration holds."""
     held, name, value = _held(config, path), f"--config.{'.'.join(path)}={text}", literal(text)
+    if text.lower() in ("none", "null") and not _free(path):
+        return None
     if value is None or held is None:
         return value
     if isinstance(held, bool):

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError
-from experiments import cli
+from experiments import cli, settings
 
 CONFIG = '''
 """A configuration."""
@@ -173,3 +173,10 @@ def test_configurations_of_the_library_are_found_from_any_folder(tmp_path, monke
     (tmp_path / "steer.py").write_text(CONFIG)
     assert cli.spelled(["--config=steer.py"]) == ["--config=steer.py"]
     assert cli.spelled(["--config=other/steer.py"]) == ["--config=other/steer.py"]
+
+
+def test_none_is_the_name_of_a_choice_where_a_text_is_held():
+    config = ConfigDict({"methods": {"a": {"method": "steer", "fit": {"normalise": "unit", "sites": "all"}}}})
+    found = settings.given(config, ["--config.methods.a.fit.normalise=none", "--config.methods.a.fit.sites=None"])
+    assert found == {"methods.a.fit.normalise": "none", "methods.a.fit.sites": None}
+    assert settings.given(config, ["--config.methods.a.fit.other=none"]) == {"methods.a.fit.other": "none"}

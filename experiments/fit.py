@@ -49,10 +49,11 @@ def main(argv, session):
     for name in ("lm", "data"):
         if not fv[name].value:
             raise InputError(f"--{name} is missing")
-    data = stage(session, sources.load_data, {"source": fv.data, **nested("read", fv["read"].value)})
+    read, settings = nested("read", fv["read"].value), nested("set", fv["set"].value)
+    data = stage(session, sources.load_data, {"source": fv.data, **read})
     experiment.check_labels(data, "--data", "--read ")
     lm = sources.language_model(session, fv.lm, fv.dtype)
-    artifact = module.fit(session, lm=lm, data=data, **nested("set", fv["set"].value))
+    artifact = module.fit(session, lm=lm, data=data, **settings)
     if not fv.out:
         return artifact.path
     Mix((Part(methods.load(artifact, sampling.opened(lm)[0]), artifact),)).save(fv.out)
@@ -70,6 +71,8 @@ def nested(flag, given):
         where = found
         for section in sections:
             where = where.setdefault(section, {})
+            if not isinstance(where, dict):
+                raise InputError(f"--{flag} {text}: {section} was given as a value and as a section: give one of them")
         where[name] = literal(value)
     return found
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 # One thread for both libraries; must be set before either is imported.
@@ -106,7 +107,8 @@ def authors_way(torch, model, inputs, combine, new):
 
 
 def references(torch, tokens):
-    """Method -> (inputs of the calls, what combines their logits), with the authors' arithmetic."""
+    """Method -> (inputs of the calls, what combines their logits), with the authors' arithmetic, for one text: GeDi's
+    sums up the likelihood of what was written."""
     ids = torch.as_tensor(tokens, dtype=torch.long)
     described = torch.cat([torch.randint(0, 1000, (2 * len(ids), DESCRIPTION)), ids.repeat(2, 1)], 1)
     coded = torch.cat([torch.full((2 * len(ids), 2), 7), ids.repeat(2, 1)], 1)
@@ -163,10 +165,14 @@ def main(argv, session):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     params = jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(params))
     sampling, rows = Sampling(max_new=args.new, greedy=True), []
+
+    def reference(name, tokens):
+        return authors_way(torch, model, *references(torch, tokens)[name], args.new)
+
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}, one thread each")
     for batch in args.batch:
         tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, args.prompt)).astype(np.int32)
-        theirs = references(torch, tokens)
+        theirs = set(references(torch, tokens))
         for name in chosen:
             control = made(name, lm, jax.random.key(2))
             given = prompts_for(control, tokens)
@@ -176,7 +182,7 @@ def main(argv, session):
 
             calls = [lambda control=control: run(control), lambda: run(IDENTITY)]
             if name in theirs:
-                calls.append(lambda how=theirs[name]: authors_way(torch, model, *how, args.new))
+                calls.append(partial(reference, name, tokens))
             for call in calls:
                 call()
             found = np.array([[timed(call) for call in calls] for _ in range(args.repeats)])

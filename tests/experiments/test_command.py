@@ -77,6 +77,7 @@ def test_own_texts_become_a_control(call, own, tmp_path):
         (["steer", "--data="], "--data is missing"),
         (["steer", "--data=jsonl:nothing.jsonl"], "there is no such file"),
         (["steer", "--read=labels"], "expected KEY=VALUE"),
+        (["steer", "--set=a=1", "--set=a.b=2"], "a was given as a value and as a section"),
         (["steer", "--read=lables=3"], "did you mean 'labels'"),
         (["steer", "--set=site=3"], "did you mean 'sites'"),
     ],

@@ -11,6 +11,7 @@ from jax import lax
 
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.sources import Source
+from ctg_jax.learn.pool import positive
 from ctg_jax.run.stage import Artifact
 from ctg_jax.types import InputError
 
@@ -111,13 +112,7 @@ def goals(rewards: np.ndarray, objective: Objective, threshold: float) -> np.nda
     """
     goal = objective.goal or ("label" if objective.kind == "bce" else "reward")
     if goal == "label":
-        found = rewards >= threshold
-        if found.all() or not found.any():
-            raise InputError(
-                f"all {len(found)} samples are on one side of the threshold {threshold:g}: set threshold, raise n or "
-                "take another reward"
-            )
-        return found.astype(np.float32)
+        return positive(rewards, threshold).astype(np.float32)
     outside = rewards[(rewards < 0) | (rewards > 1)]
     if (goal == "logit" or objective.kind == "bce") and len(outside):
         what = "goal 'logit'" if goal == "logit" else "kind 'bce'"

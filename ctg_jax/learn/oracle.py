@@ -17,7 +17,7 @@ from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
 from ctg_jax.learn.next_classifier import log_odds
-from ctg_jax.learn.pool import Pool, batches, read
+from ctg_jax.learn.pool import Pool, batches, positive, read
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import linear_head
 from ctg_jax.models.lm import LM
@@ -192,14 +192,8 @@ def teach(
     Raises:
       InputError: all samples on one side of the threshold, and what training raises.
     """
-    rewards = samples.column("reward")
     limit = samples.threshold(threshold)
-    label = (rewards >= limit).astype(np.float32)
-    if label.min() == label.max():
-        raise InputError(
-            f"all {len(label)} samples are on one side of the threshold {limit:g}: set threshold, raise n or take "
-            "another reward"
-        )
+    label = positive(samples.column("reward"), limit).astype(np.float32)
     run.record(oracle={"threshold": limit, "positives": int(label.sum()), "samples": len(label)})
     records = samples.with_(label=label, importance=np.asarray(importance, np.float32))
     rows = batches(records, tokenizer, batch=training.batch, seed=seed, fields=("label", "importance"))

@@ -128,6 +128,21 @@ class Pool(Sequence):
         return Pool(self._table.take(np.asarray(indices)), {k: v[indices] for k, v in self._more.items()})
 
 
+def positive(rewards: np.ndarray, threshold: float) -> np.ndarray:
+    """bool [n]: which rewards [n] are at least the threshold.
+
+    Raises:
+      InputError: all of them are on one side, from which two classes cannot be learned.
+    """
+    found = rewards >= threshold
+    if found.all() or not found.any():
+        raise InputError(
+            f"all {len(found)} samples are on one side of the threshold {threshold:g}: set threshold, raise n or take "
+            "another reward"
+        )
+    return found
+
+
 def batches(
     pool: Sequence, tokenizer: Tokenizer, *, batch: int, seed: int, fields=(), strata=None, also: str | None = None
 ) -> Batches:

@@ -118,6 +118,7 @@ def test_control_texts_by_hand():
     drawn = {residual.described(records, "{words}", words=1, seed=seed)[0] for seed in range(10)}
     assert drawn == {"good", "fun"}
     for template, words in [
+        ("{label.colour}", "no attribute 'colour'"),
         (
             "{mood}",
             r"template is '{mood}', which record 0 cannot fill \('mood'\): expected names in braces among label",

@@ -187,7 +187,7 @@ def described(
             fields["label"] = labels[record["label"]]
         try:
             out.append(template.format_map(fields))
-        except (KeyError, IndexError, ValueError) as e:
+        except (AttributeError, LookupError, TypeError, ValueError) as e:
             raise InputError(
                 f"template is {template!r}, which record {i} cannot fill ({e}): expected names in braces among "
                 f"{', '.join(sorted(fields))}."

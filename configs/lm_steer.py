@@ -25,7 +25,7 @@ SETTINGS = dict(
     ),
     gemma=dict(
         # The texts differ from the prompts in more than their sentiment, which the dummy steer takes up.
-        fit=dict(rank=64, dummy="drop", training=dict(steps=200, batch=16, tokens=24, schedule="linear")),
+        fit=dict(rank=64, dummy="drop", training=dict(steps=120, batch=8, tokens=24, schedule="linear")),
         strengths=(-10.0, -5.0, 5.0, 10.0),
     ),
     tiny=dict(fit=dict(rank=2, dummy="drop", training=dict(steps=2, batch=4, tokens=16)), strengths=(-1.0, 1.0)),

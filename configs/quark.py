@@ -22,7 +22,7 @@ def arms(arg):
     fit = {
         "bundled": SETTINGS,
         "tiny": SETTINGS,
-        "gemma": REVIEWS | dict(training=dict(steps=60)),
+        "gemma": REVIEWS | dict(training=dict(steps=40)),
         "repetition": REVIEWS | dict(training=dict(steps=150)),
     }.get(arg, REVIEWS)
     quark = dict(method="quark", strengths=strengths, fit=fit)

@@ -158,8 +158,8 @@ def gemma():
         training=dict(steps=400, batch=32, tokens=32),
     )
     return parts | dict(
-        prompts=prompts | dict(limit=20),
-        sample=parts["sample"] | dict(n=25),
+        prompts=prompts | dict(limit=15),
+        sample=parts["sample"] | dict(n=25, batch=75),
         judges=dict(toxic=dict(kind="classifier", train=tuned, heldout=others)),
         train=tweets | dict(labels=harmless, limit=1000),
         learn=parts["learn"]

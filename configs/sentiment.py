@@ -136,8 +136,8 @@ def gemma():
     )
     return dict(
         lm=dict(source=lm, dtype="float32"),
-        prompts=neutral | dict(limit=40),
-        sample=dict(n=10, max_new=20, batch=50, filter=dict(top_p=0.9)),
+        prompts=neutral | dict(limit=20),
+        sample=dict(n=8, max_new=20, batch=80, filter=dict(top_p=0.9)),
         judges=dict(
             positive=dict(
                 kind="classifier",
@@ -153,7 +153,7 @@ def gemma():
             rewards=dict(words=dict(kind="bag", data=reviews | dict(limit=20000), heldout=others)),
             explore=dict(n=4, max_new=20, batch=50),
             rounds=2,
-            training=dict(steps=60, batch=16),
+            training=dict(steps=40, batch=16),
         ),
     )
 
@@ -164,7 +164,7 @@ WORLDS = {"bundled": bundled, "yelp": yelp, "gemma": gemma, "tiny": tiny}
 TRAINING = {
     "bundled": dict(training=dict(steps=150, batch=16, tokens=96)),
     "yelp": dict(training=dict(steps=400, batch=32, tokens=32)),
-    "gemma": dict(training=dict(steps=120, batch=16, tokens=32, rate=1e-3)),
+    "gemma": dict(training=dict(steps=80, batch=8, tokens=32, rate=1e-3)),
     "tiny": dict(adapter=dict(rank=2), training=dict(steps=2, batch=4, tokens=16, warmup=1)),
 }
 

@@ -1,4 +1,4 @@
-"""The optimizer, AdamW, and schedules of its learning rate."""
+"""The optimizers, AdamW and Adafactor, and schedules of their learning rate."""
 
 from __future__ import annotations
 
@@ -56,6 +56,28 @@ def optimizer(
     """
     adamw = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
     tx = adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
+    return _only(tx, trained)
+
+
+def adafactor(
+    rate: float | optax.Schedule, *, clip: float | None = 1.0, decay: float = 0.0, trained: str = ".*"
+) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern 2018) without momentum and without scaling by the size of the parameters, its second
+    moments with decay rate 0.8, as prompt tuning uses it (Lester et al. 2021).
+
+    Args:
+      rate, decay, trained: as of `optimizer`.
+      clip: the largest root mean square of an update, or None.
+    """
+    tx = optax.adafactor(
+        rate, multiply_by_parameter_scale=False, decay_rate=0.8, clipping_threshold=clip,
+        weight_decay_rate=decay or None,
+    )  # fmt: skip
+    return _only(tx, trained)
+
+
+def _only(tx: optax.GradientTransformation, trained: str) -> optax.GradientTransformation:
+    """The updates of `tx` for the leaves whose whole path matches `trained`; the others keep their values."""
     if trained == ".*":
         return tx
     return optax.partition({True: tx, False: optax.set_to_zero()}, lambda p: _matching(p, trained))

@@ -25,6 +25,7 @@ from ctg_jax.rewards.code import code_of, function_content, named
 from ctg_jax.rewards.diversity import diversity
 from ctg_jax.rewards.embed import Embedder, open_embedder, sentence_embedder
 from ctg_jax.rewards.function import FunctionReward
+from ctg_jax.rewards.length import Length
 from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words
 from ctg_jax.rewards.oracle import reviews_oracle
 from ctg_jax.rewards.preference import PreferenceModel
@@ -35,6 +36,7 @@ __all__ = [
     "BagOfWords",
     "Embedder",
     "FunctionReward",
+    "Length",
     "Lexicon",
     "LinearProbe",
     "PreferenceModel",

@@ -6,6 +6,7 @@
     Made        a method that needs no training               method, init, strengths
     Together    other arms in one chain                       chain: label -> strength; strengths multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
+    Searched    a search of the language model or of a chain  search, rewards, chain
 
 Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `truncate_first`, which replace those of the
 section `sample`.
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 from ctg_jax import methods
 from ctg_jax.decode.strategies import Strategy
+from ctg_jax.learn.search import Plan
 from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
 
@@ -134,10 +136,7 @@ class Together(Arm):
     strengths: tuple[float, ...] | None = None
 
     def check(self, label, arms):
-        known = [name for name, arm in arms.items() if isinstance(arm, MethodArm)]
-        for other in self.chain:
-            if other not in known:
-                raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
+        check_chain(label, self.chain, arms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,8 +149,43 @@ class BestOf(Arm):
     rewards: Mapping[str, Settings]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Searched(Arm):
+    """What a search finds in the samples of the language model, or of other arms in one chain.
+
+    Attributes:
+      search: the section `plan` of the stage `searched`. rewards: the one that chooses; none for beam search.
+      chain: label of another arm -> strength.
+    """
+
+    likelihood: ClassVar[bool] = False
+
+    search: Settings
+    rewards: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    chain: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def check(self, label, arms):
+        fields = [f.name for f in dataclasses.fields(Plan)]
+        for key in self.search:
+            if key not in fields:
+                raise InputError(f"methods.{label}.search has no setting {key!r}{nearest(key, fields)}")
+        if self.truncate_first:
+            raise InputError(f"methods.{label} has truncate_first, which a search cannot have: leave it out")
+        Plan(**self.search).check(len(self.rewards))
+        check_chain(label, self.chain, arms)
+
+
+def check_chain(label: str, chain: Mapping[str, float], arms: Mapping[str, Arm]) -> None:
+    """InputError where a chain names an arm that is no method."""
+    known = [name for name, arm in arms.items() if isinstance(arm, MethodArm)]
+    for other in chain:
+        if other not in known:
+            raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
+
+
 # The setting that only this kind of arm has -> the kind; the first that is found decides.
 KINDS: tuple[tuple[str, type[Arm]], ...] = (
+    ("search", Searched),
     ("chain", Together),
     ("best_of", BestOf),
     ("direction", Direction),

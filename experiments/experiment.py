@@ -26,12 +26,13 @@ from ctg_jax import methods
 from ctg_jax.learn import experience, rounds
 from ctg_jax.learn.classifier import classifier
 from ctg_jax.learn.pretrain import pretrain
+from ctg_jax.learn.search import searched
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact, UnfinishedError, nearest, stage
 from ctg_jax.stages import controls, judges, sampling, sources
 from ctg_jax.studies.label_transfer import direction
 from ctg_jax.types import InputError
-from experiments.arms import Arm, BestOf, Direction, Fitted, Made, MethodArm, Together, read
+from experiments.arms import Arm, BestOf, Direction, Fitted, Made, MethodArm, Searched, Together, read
 
 log = logging.getLogger("ctg_jax.experiment")
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
@@ -326,7 +327,7 @@ def sampled(
     if isinstance(arm, BestOf):
         yield from best_of(root, lm, prompts, common, arm)
         return
-    if isinstance(arm, Together):
+    if isinstance(arm, (Together, Searched)):
         found = [(control_of(root, lm, arms[label]), float(value)) for label, value in sorted(arm.chain.items())]
     else:
         found = [(control_of(root, lm, arm), None)] if isinstance(arm, MethodArm) else []
@@ -336,8 +337,20 @@ def sampled(
             strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
         ]
         settings = {**common, **arm.sampling, "strengths": strengths}
+        if isinstance(arm, Searched):
+            yield strength, found_by_search(root, lm, prompts, settings, arm, parts), parts, strengths
+            continue
         samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts, controls=parts)
         yield strength, samples, parts, strengths
+
+
+def found_by_search(
+    root: str, lm: Artifact, prompts: Artifact, settings: Mapping[str, Any], arm: Searched, parts: list[Artifact]
+) -> Artifact:
+    """The samples of a search, with the settings of `sample` but for those that it does not have."""
+    settings = {key: value for key, value in settings.items() if key not in ("greedy", "truncate_first")}
+    inputs = {"rewards": rewards(root, arm), "controls": parts}
+    return stage(root, searched, settings | {"plan": dict(arm.search)}, lm=lm, prompts=prompts, **inputs)
 
 
 def best_of(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: BestOf) -> Iterator[Sampled]:

@@ -171,6 +171,6 @@ def test_partial_rows_are_cut_back_to_whole_batches(tmp_path):
     rows = [{"x": i} for i in range(5)]
     path = run.path / "partial.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"x":')
-    assert sampling._whole_batches(path, 2, 9) == rows[:4]
+    assert sampling.whole_batches(path, 2, 9) == rows[:4]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert sampling._whole_batches(path, 2, 5) == rows
+    assert sampling.whole_batches(path, 2, 5) == rows

@@ -30,6 +30,7 @@ from ctg_jax.rewards.lexicon import Lexicon, read_weights, read_words
 from ctg_jax.rewards.oracle import reviews_oracle
 from ctg_jax.rewards.preference import PreferenceModel
 from ctg_jax.rewards.probe import LinearProbe
+from ctg_jax.rewards.rank import RankScorer
 from ctg_jax.types import InputError
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Lexicon",
     "LinearProbe",
     "PreferenceModel",
+    "RankScorer",
     "Reward",
     "SequenceClassifier",
     "TextReward",

@@ -44,7 +44,9 @@ def fit_judge(
         sequence classifier `encoder`), "diversity" (one minus the share of repeated 3-grams of words), "preference"
         (linear in the embeddings of `encoder`, fitted on comparisons: records with text, the chosen one, and rejected),
         "function" (your own, of prompt and text), "length" (minus the error in words or characters; `target` is the
-        request, such as "12 words" or "between 5 and 9 words", and left out where each prompt holds its own).
+        request, such as "12 words" or "between 5 and 9 words", and left out where each prompt holds its own),
+        "rank" (how well a text continues its prompt, fitted on prompts and continuations of documents; see
+        `ctg_jax.rewards.rank`).
       encoder: a folder or hub id, or what `ctg_jax.learn.classifier` trained.
       data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
         warning); or comparisons. The stage `heldout` measures a judge on further sets.

@@ -163,7 +163,7 @@ def sample(
     control = build(lm, controls, strengths, filter, truncate_first)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
-    rows = _whole_batches(partial, min(batch, total), total)
+    rows = whole_batches(partial, min(batch, total), total)
     options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed)
     cond = conditions(controls, lm, texts)
     batches = complete(*opened(lm), texts, control, options, skip=len(rows), cond=cond)
@@ -171,8 +171,7 @@ def sample(
     with open(partial, "a", encoding="utf-8") as f, bar:
         for new in batches:
             for row in new:
-                record = records[row["prompt_id"]]
-                row |= {new: record[old] for old, new in _CARRIED.items() if old in record}
+                row |= carried(records[row["prompt_id"]])
             f.write("".join(map(json_line, new)))
             f.flush()
             rows += new
@@ -184,6 +183,11 @@ def sample(
     write_jsonl(run.path / "samples.jsonl", rows)
     run.discard(partial.name)
     run.record(likelihood=strategies.of(control).likelihood)
+
+
+def carried(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the samples of a prompt keep of its record, under the names that `judges.evaluate` reads."""
+    return {new: record[old] for old, new in _CARRIED.items() if old in record}
 
 
 @stage_function("human_perplexity", how=("batch",))
@@ -315,8 +319,8 @@ def check_prompts(model, tokenizer, texts: Sequence[str | Messages], max_new: in
             check_reads(model, len(ids) + max_new - 1, what, control)
 
 
-def _whole_batches(partial, batch: int, total: int) -> list[dict]:
-    """The rows of an interrupted attempt, cut back to whole batches, in the file as well."""
+def whole_batches(partial, batch: int, total: int) -> list[dict]:
+    """The rows of an interrupted attempt, of `total` rows, cut back to whole batches, in the file as well."""
     if not partial.exists():
         return []
     text = partial.read_text("utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctg_jax.data.messages import malformed
+from ctg_jax.data.recast import recast
 from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
 from ctg_jax.types import InputError, optional
 
@@ -32,7 +33,9 @@ class Source(Sequence):
       spec, split: what was asked for.
     """
 
-    def __init__(self, spec: str, split: str, records: Sequence[Mapping[str, Any]], text: str = "text"):
+    def __init__(
+        self, spec: str, split: str, records: Sequence[Mapping[str, Any]], text: str | Mapping[str, str] = "text"
+    ):
         self.spec, self.split = spec, split
         self._records, self._text = records, text
         if len(records):
@@ -51,16 +54,18 @@ class Source(Sequence):
     def __getitem__(self, i: int) -> Record:
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        return self._record(self._records[int(i) % len(self)])
+        return self._record(self._records[int(i) % len(self)], int(i) % len(self))
 
     def __iter__(self) -> Iterator[Record]:
         many = getattr(self._records, "__getitems__", None)  # several at once: half the time of one by one
         for start in range(0, len(self), 512):
             block = range(start, min(start + 512, len(self)))
-            yield from map(self._record, many(list(block)) if many else (self._records[i] for i in block))
+            yield from map(self._record, many(list(block)) if many else (self._records[i] for i in block), block)
 
-    def _record(self, raw: Mapping[str, Any]) -> Record:
+    def _record(self, raw: Mapping[str, Any], i: int) -> Record:
         record = {name: _plain(value) for name, value in raw.items()}
+        if not isinstance(self._text, str):
+            return recast(record, self._text, f"record {i} of {self.spec}")
         if wrong := _check_messages(record):
             raise InputError(f"{self.spec} has a record with malformed messages: {wrong}")
         if self._text == "text" and "text" not in record:
@@ -82,7 +87,13 @@ class Source(Sequence):
         return f"Source({self.spec!r}, {self.split!r}, {len(self)} records)"
 
 
-def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str | Path | None = None) -> Source:
+def load(
+    spec: str,
+    split: str = "train",
+    *,
+    text: str | Mapping[str, str] = "text",
+    cache_dir: str | Path | None = None,
+) -> Source:  # fmt: skip
     """Opens a data set.
 
     Args:
@@ -93,10 +104,13 @@ def load(spec: str, split: str = "train", *, text: str = "text", cache_dir: str 
                              `train`). If PATH is a folder, split NAME is its file NAME.jsonl (or .jsonl.gz, .jsonl.xz)
         `csv:PATH`           a file of comma-separated values whose first line names the fields, plain or `.gz` or
                              `.xz`; every value is a string
+        `lines:FIELD=PATH|…` files of as many lines each, line i of them the fields of record i
         `hf:NAME[:CONFIG]`   a data set of the Hugging Face hub, or a local folder that `datasets` can read
         `tfds:NAME`          a data set of TensorFlow Datasets, by name or by the folder of a prepared one
       split: the split, with an optional slice: `train`, `train[:10%]`, `train[100:200]`.
-      text: the field that holds the text; "prompt.text" is the field text inside the field prompt.
+      text: the field that holds the text; "prompt.text" is the field text inside the field prompt. Or name of a field
+        -> template, to make the text, its prompt and other fields of those that records have; see
+        `ctg_jax.data.recast`.
       cache_dir: where prepared data sets are kept; by default `~/.cache/ctg_jax` for the bundled one and each
         library's own place for the others.
 
@@ -122,22 +136,28 @@ def content(spec: str, split: str = "train", sha256: Callable[[Path], str] = sha
 
         return f"{spec}:{reviews.digest()}"
     if kind in ("jsonl", "text", "csv"):
-        path = _file(kind, name, match)
-        try:
-            return f"{kind}:{sha256_unpacked(path) if path.suffix in PACKED else sha256(path)}"
-        except (EOFError, lzma.LZMAError) as e:
-            raise InputError(f"{path} cannot be read ({e})") from e
+        return f"{kind}:{_digest(_file(kind, name, match), sha256)}"
+    if kind == "lines":
+        return f"{kind}:" + "|".join(f"{field}={_digest(path, sha256)}" for field, path in _fields(name, match).items())
     folder, _, config = name.partition(":") if kind == "hf" else (name, "", "")
     if not Path(folder).is_dir():
         return None
     return f"{kind}:{sha256_all(Path(folder), [p for p in Path(folder).rglob('*') if p.is_file()], sha256)}:{config}"
 
 
+def _digest(path: Path, sha256: Callable[[Path], str]) -> str:
+    try:
+        return sha256_unpacked(path) if path.suffix in PACKED else sha256(path)
+    except (EOFError, lzma.LZMAError) as e:
+        raise InputError(f"{path} cannot be read ({e})") from e
+
+
 def _parsed(spec: str, split: str) -> tuple[str, str, re.Match]:
     kind, _, name = spec.partition(":")
     if kind not in _LOADERS or not name:
         raise InputError(
-            f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, csv:PATH, text:PATH, hf:NAME or tfds:NAME"
+            f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, csv:PATH, text:PATH, lines:FIELD=PATH|…, "
+            "hf:NAME or tfds:NAME"
         )
     match = _SLICE.fullmatch(split)
     if match is None:
@@ -188,6 +208,30 @@ def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequenc
             records = [{"text": line.strip()} for line in io.TextIOWrapper(file, encoding="utf-8") if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
         raise InputError(f"{path} cannot be read ({e})") from e
+    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
+    return records[start:stop]
+
+
+def _fields(name: str, match: re.Match) -> dict[str, Path]:
+    """Field -> file of `lines:FIELD=PATH|FIELD=PATH`."""
+    pairs = [part.partition("=") for part in name.split("|")]
+    if not all(field and path for field, _, path in pairs):
+        raise InputError(f"lines:{name} is malformed: write lines:FIELD=PATH|FIELD=PATH")
+    return {field: _file("lines", path, match) for field, _, path in pairs}
+
+
+def _lines(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
+    columns = {}
+    for field, path in _fields(name, match).items():
+        try:
+            with unpacked(path) as file:
+                columns[field] = [line.strip() for line in io.TextIOWrapper(file, encoding="utf-8")]
+        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
+            raise InputError(f"{path} cannot be read ({e})") from e
+    if len({len(lines) for lines in columns.values()}) > 1:
+        counts = ", ".join(f"{field} {len(lines)}" for field, lines in columns.items())
+        raise InputError(f"lines:{name}: the files have different numbers of lines ({counts})")
+    records = [dict(zip(columns, values)) for values in zip(*columns.values())]
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
 
@@ -290,4 +334,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "csv": _csv, "text": _text, "hf": _hf, "tfds": _tfds}
+_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "csv": _csv, "text": _text, "lines": _lines, "hf": _hf, "tfds": _tfds}

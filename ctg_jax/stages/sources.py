@@ -35,7 +35,7 @@ def load_data(
     words: int | None = None,
     balance: str | None = None,
     skip: int = 0,
-    text: str = "text",
+    text: str | Mapping[str, str] = "text",
     labels: Mapping[str, Any] | None = None,
     chat: bool = False,
     system: str | None = None,
@@ -52,7 +52,10 @@ def load_data(
       balance: a field; records are kept `limit` for each of its values, in the order of the source. With "label",
         records without one (missing or -1) are left out and counted in a warning.
       skip: the number of matching records to leave out first (of each value of `balance`).
-      text: the field that holds the text, dotted where it is inside another: "prompt", "prompt.text".
+      text: the field that holds the text, dotted where it is inside another: "prompt", "prompt.text". Or templates of
+        fields, {"prompt": "{concepts} =", "text": "{concepts} = {sentence}", "keywords": "concepts"}, which make data
+        to text, lengths ("{words} words:") or the last word ("{last} |") prompts; see `ctg_jax.data.recast`. The
+        other settings see the fields that they make.
       labels: name of a label -> its number; records with other labels are left out. Methods read numbers. Where the
         label is in another field, {FIELD: {name: number}}; where that holds a number, {FIELD: [bound, …]}, and the
         label is how many of the bounds it reaches, so that [0.5] makes 1 of a score from 0.5 on. `where` and
@@ -83,7 +86,7 @@ def load_data(
             raise InputError(
                 f"{source} split {split!r}: record {i} has no string under {text!r}; name the field of text"
             )
-        if words is not None or text != "text":
+        if words is not None or (isinstance(text, str) and text != "text"):
             if words is not None and has_messages(row):
                 raise InputError(f"words is {words}, but record {i} of {source} has messages, which are not cut")
             row.pop("prompt", None)

@@ -6,6 +6,7 @@
     Made        a method that needs no training               method, init, strengths
     Together    other arms in one chain                       chain: label -> strength; strengths multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
+    Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
     Searched    a search of the language model or of a chain  search, rewards, chain
 
 Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `truncate_first`, which replace those of the
@@ -113,6 +114,22 @@ class Direction(Fitted):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Corrected(Fitted):
+    """Samples of the language model, revised by a corrector; `correct`: `turns` revisions (1), or one revision of
+    `drafts` samples at a time."""
+
+    likelihood: ClassVar[bool] = False
+
+    correct: Mapping[str, int]
+
+    def check(self, label, arms):
+        super().check(label, arms)
+        for key in self.correct:
+            if key not in ("turns", "drafts"):
+                raise InputError(f"methods.{label}.correct has no setting {key!r}{nearest(key, ('turns', 'drafts'))}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Made(MethodArm):
     """A control that needs no training; `init`: settings of the method's `init`, which its `make` takes as well."""
 
@@ -188,6 +205,7 @@ KINDS: tuple[tuple[str, type[Arm]], ...] = (
     ("search", Searched),
     ("chain", Together),
     ("best_of", BestOf),
+    ("correct", Corrected),
     ("direction", Direction),
     ("init", Made),
     ("method", Fitted),

@@ -26,13 +26,14 @@ from ctg_jax import methods
 from ctg_jax.learn import experience, rounds
 from ctg_jax.learn.classifier import classifier
 from ctg_jax.learn.pretrain import pretrain
+from ctg_jax.learn.revision import corrected
 from ctg_jax.learn.search import searched
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact, UnfinishedError, nearest, stage
 from ctg_jax.stages import controls, judges, sampling, sources
 from ctg_jax.studies.label_transfer import direction
 from ctg_jax.types import InputError
-from experiments.arms import Arm, BestOf, Direction, Fitted, Made, MethodArm, Searched, Together, read
+from experiments.arms import Arm, BestOf, Corrected, Direction, Fitted, Made, MethodArm, Searched, Together, read
 
 log = logging.getLogger("ctg_jax.experiment")
 _KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
@@ -327,6 +328,9 @@ def sampled(
     if isinstance(arm, BestOf):
         yield from best_of(root, lm, prompts, common, arm)
         return
+    if isinstance(arm, Corrected):
+        yield from revised(root, lm, prompts, common, arm)
+        return
     if isinstance(arm, (Together, Searched)):
         found = [(control_of(root, lm, arms[label]), float(value)) for label, value in sorted(arm.chain.items())]
     else:
@@ -351,6 +355,19 @@ def found_by_search(
     settings = {key: value for key, value in settings.items() if key not in ("greedy", "truncate_first")}
     inputs = {"rewards": rewards(root, arm), "controls": parts}
     return stage(root, searched, settings | {"plan": dict(arm.search)}, lm=lm, prompts=prompts, **inputs)
+
+
+def revised(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: Corrected) -> Iterator[Sampled]:
+    """(strength, samples, the corrector, its strength): samples of the frozen model after an arm's revisions."""
+    control, settings = control_of(root, lm, arm), {**common, **arm.sampling}
+    drawn = settings | {"n": settings.get("n", 1) * arm.correct.get("drafts", 1)}
+    samples = stage(root, sampling.sample, drawn, lm=lm, prompts=prompts)
+    template = dict(arm.fit.get("pairs") or {}).get("template")
+    options = {key: value for key, value in settings.items() if key != "n"} | dict(arm.correct)
+    options |= {"template": template} if template else {}
+    for strength in arm.strengths or (None,):
+        given = dict(lm=lm, corrector=control, samples=samples, strength=strength)
+        yield strength, corrected(root, **given, **options), [control], [strength]
 
 
 def best_of(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: BestOf) -> Iterator[Sampled]:

@@ -143,6 +143,7 @@ def test_bad_input_raises_one_sentence(small, tmp_path):
     for settings, words in [
         (dict(length=0), "longest is 256 and length is 0, expected at least 1 of each"),
         (dict(longest=0), "longest is 0"),
+        (dict(length=48), "length is 48, but the model's context is 48: ask for fewer tokens"),
         (dict(kind="prompt"), "kind is 'prompt', expected 'lora' or 'full'"),
     ]:
         with pytest.raises(InputError, match=words):

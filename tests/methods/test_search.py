@@ -200,11 +200,11 @@ def test_beam_search_is_that_of_transformers(tmp_path):
     """The best hypothesis and its score, for three penalties and an end token that matters."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from ctg_jax.models import hf
-    from tests.experiments.tiny_lm import write_lm
 
-    folder = write_lm(tmp_path)
-    lm, params = hf.load(folder)[:2]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    lm = worlds.tiny(vocab=50)
+    params = worlds.lively(lm)
+    hf.save(tmp_path, lm, params, tokens={"eos_token_id": 0})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path)).eval()
     prompt = [5, 9, 12]
     for penalty in (0.0, 1.0, 2.0):
         for end in (3, 17):

@@ -116,10 +116,12 @@ def init(
       whole, length, cond: see `Countdown`.
 
     Raises:
-      InputError: longest or length below 1.
+      InputError: longest or length below 1, or a length that no text of the model has.
     """
     if longest < 1 or length < 1:
         raise InputError(f"longest is {longest} and length is {length}, expected at least 1 of each.")
+    if cond is None and length >= lm.context:
+        raise InputError(f"length is {length}, but the model's context is {lm.context}: ask for fewer tokens.")
     delta = fitting.delta(lm, key, kind=kind, rank=rank, targets=targets)
     return Countdown(delta, sinusoid(lm.width, longest + 1), jnp.float32(length), jnp.ones(()), cond, whole)
 
@@ -232,11 +234,10 @@ def countdown(
 @stage_function("countdown_of")
 def of_length(run: Run, *, lm: Artifact, learned: Artifact, length: float) -> None:
     """Stage: the control that `countdown` trained, asking for this many tokens."""
-    if not length >= 1:
-        raise InputError(f"length is {length}, expected at least 1 token.")
-    control = methods.load(learned, open_lm(lm)[0])
-    control = control.replace(length=jnp.float32(length), cond=None)
-    fitting.keep(run, control, "countdown", {**learned.spec["init"], "length": length, "cond": None})
+    model, made = open_lm(lm)[0], {**learned.spec["init"], "length": length, "cond": None}
+    jax.eval_shape(lambda key: init(model, key, **made), jax.random.key(0))  # refuses a length that cannot be
+    control = methods.load(learned, model).replace(length=jnp.float32(length), cond=None)
+    fitting.keep(run, control, "countdown", made)
 
 
 def completed(records: list[dict[str, Any]], tokenizer: Any, words: int, most: int) -> list[dict[str, Any]]:

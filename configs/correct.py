@@ -15,7 +15,8 @@ from configs import reward, sentiment
 
 
 def arms(arg):
-    learn = reward.world(arg)["learn"]
+    learn = sentiment.of_world(reward.WORLDS, arg)()["learn"]
+    learn |= dict(data=sentiment.SHORT) if arg == "tiny" else {}
     training = dict(training=learn["training"])
     explore = learn["explore"] | dict(n=4 if arg == "tiny" else 10)
     fit = dict(explore=explore, rounds=learn["rounds"], **training)
@@ -36,4 +37,7 @@ def get_config(arg="bundled"):
     if arg == "paper":
         made = {name: arm for name, arm in arms("toxicity").items() if name.startswith("correct")}
         return sentiment.paper("gpt2-large", "Correctors", dict(top_p=dict(), **made), n=25)
-    return reward.experiment(arg, "Correctors", dict(top_p=dict(), **arms(arg)))
+    config = reward.experiment(arg, "Correctors", dict(top_p=dict(), **arms(arg)))
+    if arg == "tiny":
+        config.prompts = sentiment.SHORT
+    return config

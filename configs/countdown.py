@@ -19,10 +19,6 @@ WORDS, TOKENS = 10, 12
 REQUEST = dict(length=dict(kind="length", target=f"{WORDS} words"))
 
 
-# Texts of two words, which fit in the rows of the tiny world.
-SHORT = dict(source=sentiment.REVIEWS, split="validation", limit=8, text=dict(prompt="{first}", text="{first} {last}"))
-
-
 def arms(arg):
     training = sentiment.training("yelp" if arg == "paper" else arg)
     training = {key: training[key] for key in ("adapter", "training") if key in training}
@@ -30,7 +26,7 @@ def arms(arg):
     tokens = 4 if arg == "tiny" else TOKENS
     learn = dict(beta=0.05, explore=dict(n=4, max_new=6 if arg == "tiny" else 40), rounds=1 if arg == "tiny" else 4)
     learn["training"] = dict(steps=2, batch=4) if arg == "tiny" else dict(steps=100, batch=32)
-    data = dict(data=SHORT) if arg == "tiny" else {}
+    data = dict(data=sentiment.SHORT) if arg == "tiny" else {}
     return dict(
         countdown=dict(method="countdown", fit=training | dict(length=tokens)) | data,
         at_most=dict(method="countdown", fit=training | dict(length=tokens, slack=1.0)) | data,

@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 from ctg_jax.types import InputError
 
 REVIEWS = "bundled:reviews"
+# Texts of two words of which the first is the prompt, for methods whose rows would be too long for the tiny world.
+SHORT = dict(source=REVIEWS, split="validation", limit=4, text=dict(prompt="{first}", text="{first} {last}"))
 
 
 def world(name):

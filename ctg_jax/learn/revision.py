@@ -80,9 +80,10 @@ def groups(rows: Sequence[Mapping[str, Any]], size: int, seed: int | None = None
 
 
 @stage_function("restored")
-def restored(run: Run, *, samples: Artifact, prompts: Artifact, revised: Artifact) -> None:
+def restored(run: Run, *, lm: Artifact, samples: Artifact, prompts: Artifact, revised: Artifact) -> None:
     """Stage: writes samples.jsonl, what `revised` holds behind the prompts of `samples`; `prompts` is what `revise`
-    made of these. `sample` counts the revised texts of a prompt, and `draft` is the first text that each was made of.
+    made of these, and `lm` what wrote them. `sample` counts the revised texts of a prompt, and `draft` is the first
+    text that each was made of.
     """
     rows, heads, out, count = samples.rows("samples.jsonl"), prompts.rows("data.jsonl"), [], {}
     for row in revised.rows("samples.jsonl"):
@@ -123,5 +124,5 @@ def corrected(
         prompts = stage(root, revise, {"template": template, "drafts": drafts}, samples=samples)
         drawn = {**settings, "n": 1, "seed": rng.derived_seed(seed, "revision", turn), "strengths": [strength]}
         written = stage(root, sampling.sample, drawn, lm=lm, prompts=prompts, controls=[corrector])
-        samples = stage(root, restored, {}, samples=samples, prompts=prompts, revised=written)
+        samples = stage(root, restored, {}, lm=lm, samples=samples, prompts=prompts, revised=written)
     return samples

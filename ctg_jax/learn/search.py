@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from ctg_jax.data.tokenizer import to_prompts
 from ctg_jax.decode import loop, strategies
 from ctg_jax.decode.beam import beam_search
 from ctg_jax.decode.checks import check_finite
-from ctg_jax.io import json_line
+from ctg_jax.io import dumps, json_line, loads, write_text
 from ctg_jax.learn import calibrate
 from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.stages import sampling
@@ -263,6 +264,24 @@ def _renewed(keys: jax.Array, look: int, n: int) -> jax.Array:
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
 
 
+def kept(value: Value, path: Path) -> Value:
+    """The same values, each of which is on disk, a line of prompt, text and value, before the next are asked for."""
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last line may be half a line
+    known = {(prompt, text): score for prompt, text, score in map(loads, lines)}
+    write_text(path, "".join(line + "\n" for line in lines))
+
+    def asked(prompts, texts):
+        pairs = list(zip(prompts, texts))
+        if new := [pair for pair in pairs if pair not in known]:
+            scores = np.asarray(value([p for p, _ in new], [t for _, t in new]), np.float64).tolist()
+            with open(path, "a", encoding="utf-8") as f:
+                f.write("".join(dumps([*pair, score]) + "\n" for pair, score in zip(new, scores, strict=True)))
+            known.update(zip(new, scores))
+        return [known[pair] for pair in pairs]
+
+    return asked
+
+
 @stage_function("searched", how=("batch",))
 def searched(
     run: Run,
@@ -281,7 +300,7 @@ def searched(
 ) -> None:
     """Stage: writes samples.jsonl, `n` completions of every prompt that a search found; see `search` for the records.
 
-    An interrupted stage continues after its last whole batch, and neither draws nor scores what is there.
+    An interrupted stage continues after its last whole batch. No text is scored twice after the same prompt.
 
     Args:
       lm, prompts, controls, strengths, filter, n, max_new, batch, seed: as of `sampling.sample`.
@@ -294,7 +313,7 @@ def searched(
     records = prompts.rows("data.jsonl")
     texts = [prompt_of(r) for r in records]
     plan.check(len(rewards))
-    judge = open_judge(rewards[0]) if rewards else None
+    judge = kept(open_judge(rewards[0]), run.path / "values.partial") if rewards else None
     control = sampling.build(lm, controls, strengths, filter)
     options = Options(n=n, max_new=max_new, batch=batch, seed=seed)
     partial, size = run.path / "partial.jsonl", batch_of(plan, options, texts)
@@ -310,7 +329,7 @@ def searched(
             f.flush()
             rows += new
     write_jsonl(run.path / "samples.jsonl", rows)
-    run.discard(partial.name)
+    run.discard(partial.name, "values.partial")
     plain = plan.penalty is None and plan == Plan(n=plan.n)
     bound = calibrate.best_of_n_kl(plan.n) if plain else None
     run.record(likelihood=False, kl_bound=bound, drawn=sum(row["drawn"] for row in rows))

@@ -95,7 +95,8 @@ def test_revisions_keep_the_prompt_and_its_number(tmp_path):
     assert [r["prompt"] for r in prompts.rows("data.jsonl")] == ["a x\n=>a", "a y\n=>a", "b z\n=>b", "b w\n=>b"]
     new = [dict(prompt_id=i, sample=0, prompt="?", text=f" {i}", tokens=[i], logp=-1.0) for i in range(4)]
     drawn = stage(tmp_path, written, {"rows": new})
-    found = stage(tmp_path, restored, {}, samples=samples, prompts=prompts, revised=drawn).rows("samples.jsonl")
+    given = dict(lm=drawn, samples=samples, prompts=prompts, revised=drawn)
+    found = stage(tmp_path, restored, {}, **given).rows("samples.jsonl")
     kept = [(r["prompt_id"], r["sample"], r["prompt"], r["text"], r["draft"], r["prompt_label"]) for r in found]
     assert kept == [
         (4, 0, "a", " 0", " x", 7), (4, 1, "a", " 1", " y", 7), (9, 0, "b", " 2", " z", 7), (9, 1, "b", " 3", " w", 7)

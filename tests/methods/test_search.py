@@ -18,6 +18,7 @@ from ctg_jax.run.stage import stage
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.stages.sampling import Options
 from ctg_jax.types import InputError, Sampling
+from experiments import arms
 
 WORLD = worlds.Bigram(4)
 PARAMS = WORLD.init(jax.random.key(2))
@@ -229,9 +230,9 @@ def test_the_stage_is_the_best_of_the_samples_and_goes_on_after_a_kill(small, mo
 
     def judged(artifact):
         def one(prompts, texts):
-            asked.extend(texts)
-            if len(asked) > limit:
+            if len(asked) + len(texts) > limit:
                 raise KeyboardInterrupt
+            asked.extend(zip(prompts, texts))
             return letters(prompts, texts)
 
         one.name, one.threshold, one.version = "letters", 0.5, "1"
@@ -244,13 +245,14 @@ def test_the_stage_is_the_best_of_the_samples_and_goes_on_after_a_kill(small, mo
     prompts = stage(root, sources.load_data, dict(source=f"jsonl:{path}", split="all"))
     judge = stage(root, judges.fit_judge, {"kind": "oracle"})
     settings = dict(n=2, max_new=4, batch=4, plan=dict(n=2))
-    limit = 9
+    limit = 5
     with pytest.raises(KeyboardInterrupt):
         stage(root, searched, settings, lm=lm, prompts=prompts, rewards=[judge])
-    before, limit = len(asked), 10**6
+    assert 0 < len(asked) <= 5
+    limit = 10**6
     out = stage(root, searched, settings, lm=lm, prompts=prompts, rewards=[judge])
     rows = out.rows("samples.jsonl")
-    assert len(asked) - before <= 4 + 4  # the batch that was cut, and the last one
+    assert len(set(asked)) == len(asked)  # nothing is scored twice
     samples = stage(root, sampling.sample, dict(n=4, max_new=4, batch=12), lm=lm, prompts=prompts)
     scored = stage(root, experience.score, {}, samples=samples, rewards=[judge], lm=lm)
     best = stage(root, experience.best, {"n": 2}, scored=scored).rows("samples.jsonl")
@@ -287,3 +289,19 @@ def test_bad_plans_and_values_raise_one_sentence(small):
         beam_search(WORLD, PARAMS, worlds.prompts([[0]]), beams=0)
     with pytest.raises(InputError, match="prompt 1 has 1 tokens and max_new is 40, but the model's context is 32"):
         found(Plan(n=2), new=40)
+
+
+@pytest.mark.parametrize(
+    "arm, words",
+    [
+        (dict(search=dict(k=2), rewards={"a": {}}), "methods.x.search has no setting 'k'; it has accept"),
+        (dict(search=dict(n=2)), "a search chooses by one reward and 0 were given"),
+        (dict(search=dict(n=2), rewards={"a": {}}, chain={"y": 1.0}), "methods.x.chain names 'y', which is no method"),
+        (dict(search=dict(n=2), rewards={"a": {}}, truncate_first=True), "methods.x has truncate_first"),
+        (dict(correct=dict(turn=2), method="correct", data={}), "has no setting 'turn'; did you mean 'turns'"),
+        (dict(correct=dict(turns=2), method="correct"), "methods.x lacks data"),
+    ],
+)
+def test_arms_that_search_or_correct_are_checked_before_anything_runs(arm, words):
+    with pytest.raises(InputError, match=words):
+        arms.read({"x": arm})

@@ -13,7 +13,7 @@ best of 16 comes near, PPO lies between the base and the best of 4. With `paper`
 of 10 to 200 tokens.
 """
 
-from configs import sentiment
+from configs import reward, sentiment
 
 WORDS, TOKENS = 10, 12
 REQUEST = dict(length=dict(kind="length", target=f"{WORDS} words"))
@@ -26,11 +26,12 @@ def arms(arg):
     tokens = 4 if arg == "tiny" else TOKENS
     learn = dict(beta=0.05, explore=dict(n=4, max_new=6 if arg == "tiny" else 40), rounds=1 if arg == "tiny" else 4)
     learn["training"] = dict(steps=2, batch=4) if arg == "tiny" else dict(steps=100, batch=32)
+    prompts = sentiment.of_world(reward.WORLDS, "yelp" if arg == "paper" else arg)()["learn"]["data"]
     data = dict(data=sentiment.SHORT) if arg == "tiny" else {}
     return dict(
         countdown=dict(method="countdown", fit=training | dict(length=tokens)) | data,
         at_most=dict(method="countdown", fit=training | dict(length=tokens, slack=1.0)) | data,
-        ppo=dict(method="ppo", fit=learn, rewards=REQUEST),
+        ppo=dict(method="ppo", fit=learn, rewards=REQUEST, data=prompts),
         best_of_n=dict(best_of=(2,) if arg == "tiny" else (4, 16), rewards=REQUEST),
     )
 

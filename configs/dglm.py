@@ -42,11 +42,16 @@ SETTINGS = {
 }
 PAPER = dict(
     latent=768,
-    denoiser=dict(width=768, depth=12, heads=12, pseudo_tokens=32, spread=8),
-    prompter=dict(width=768, depth=6, heads=12, pseudo_tokens=32, spread=8, length=8, kind="full"),
+    denoiser=dict(
+        width=768, depth=12, heads=12, pseudo_tokens=32, spread=8, context_spread=4, join="features", time_width=384
+    ),
+    prompter=dict(
+        width=768, depth=6, heads=12, pseudo_tokens=8, spread=4, length=8, slots=False, time_width=384, skips=False,
+        kind="full",
+    ),
     attributes=1,
-    draw=dict(sampler="ddpm", steps=250, through=True, average=32),
-)
+    draw=dict(sampler="ddpm", steps=250, through=True, average=32, noise="ratio", mean="loss"),
+)  # fmt: skip
 # What a continuation about food says.
 FOOD = r"\b(food|meal|dish|pizza|burger|sandwich|salad|sushi|tacos?|steak|chicken|beef|pork|soup|fries|bread|rice)\b"
 SCALES = {

@@ -25,14 +25,25 @@ BINS = 100  # of the log-SNR, for importance sampling
 
 
 def network(
-    latent: int, *, width: int = 256, depth: int = 6, heads: int = 4, pseudo_tokens: int = 16, spread: int = 4
+    latent: int,
+    *,
+    width: int = 256,
+    depth: int = 6,
+    heads: int = 4,
+    pseudo_tokens: int = 16,
+    spread: int = 4,
+    context_spread: int = 0,
+    join: str = "sequence",
+    time_width: int = 0,
 ) -> LatentNet:
     """The denoiser: a `LatentNet` that reads latent and prefix, each as `pseudo_tokens`."""
-    trunk = Trunk(width=width, depth=depth, heads=heads, positions=2 * pseudo_tokens)
-    return LatentNet(trunk, latent=latent, out=latent, context=latent, pseudo_tokens=pseudo_tokens, spread=spread)
+    positions = pseudo_tokens * (1 if join == "features" else 2)
+    trunk = Trunk(width=width, depth=depth, heads=heads, positions=positions, time_width=time_width)
+    sizes = dict(pseudo_tokens=pseudo_tokens, spread=spread, context_spread=context_spread, join=join)
+    return LatentNet(trunk, latent=latent, out=latent, context=latent, **sizes)
 
 
-@stage_function("embeddings.denoiser")
+@stage_function("embeddings.denoiser", revision=1)
 def denoise(
     run: Run,
     *,
@@ -73,7 +84,9 @@ def denoise(
 def denoiser_loss(net: LatentNet, weight: str = "asymmetric", drop: float = 0.1) -> losses.LossFn:
     """Weighted squared error of v, per dimension, at log-SNRs drawn by importance.
 
-    params = {"net": …, "bins": float32 [n] of `LogSnrSampler`}; frozen has the latents' mean and deviation [Z].
+    params = {"net": …, "bins": float32 [n] of `LogSnrSampler`}; frozen has the latents' mean and deviation [Z], by
+    which prefixes are standardised too: embeddings of length one are small numbers, which a network hardly reads
+    beside a latent of variance one.
     """
 
     def total(params, frozen, batch, keys):
@@ -82,7 +95,8 @@ def denoiser_loss(net: LatentNet, weight: str = "asymmetric", drop: float = 0.1)
         x = (batch["latent"] - frozen["mean"][None]) / frozen["deviation"][None]
         eps = samplers.noise(rng.named(keys, "noise"), x.shape[1:])
         given = jax.vmap(lambda key: jax.random.uniform(rng.stream(key, "drop")) >= drop)(keys)
-        v = net.apply(params["net"], diffusion.noised(x, gamma, eps), gamma, batch["context"], given)
+        context = (batch["context"] - frozen["mean"][None]) / frozen["deviation"][None]
+        v = net.apply(params["net"], diffusion.noised(x, gamma, eps), gamma, context, given)
         error = jnp.mean((v - diffusion.target("v", x, gamma, eps)) ** 2, axis=1)
         weighted = diffusion.weight(weight, gamma) * error
         count = jnp.float32(error.shape[0])

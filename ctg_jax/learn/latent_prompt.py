@@ -70,24 +70,27 @@ class LatentPrompt(Control):
 
 def init(
     lm: LM, key: jax.Array, latent: int, *, width: int = 256, depth: int = 4, heads: int = 4, pseudo_tokens: int = 16,
-    spread: int = 4, length: int = 8, kind: str = "lora", rank: int = 8,
+    spread: int = 4, length: int = 8, slots: bool = True, time_width: int = 0, skips: bool = True, kind: str = "lora",
+    rank: int = 8,
 ) -> LatentPrompt:  # fmt: skip
     """An untrained `LatentPrompt`.
 
     Args:
       lm: the language model. latent: Z.
-      width, depth, heads: of the transformer of the network. pseudo_tokens, spread: see `LatentNet`.
-      length: P, the number of soft tokens.
+      width, depth, heads, time_width, skips: of the transformer of the network, see `Trunk`.
+      pseudo_tokens, spread, slots: see `LatentNet`. length: P, the number of soft tokens.
       kind: what is trained of the language model: nothing ("frozen"), a change of low rank ("lora", with `rank`) or a
         change of all weights ("full").
     """
-    trunk = Trunk(width=width, depth=depth, heads=heads, positions=pseudo_tokens + length)
-    net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, pseudo_tokens=pseudo_tokens, spread=spread)
+    positions = pseudo_tokens + length * slots
+    trunk = Trunk(width=width, depth=depth, heads=heads, positions=positions, time_width=time_width, skips=skips)
+    sizes = dict(pseudo_tokens=pseudo_tokens, spread=spread, slots=slots)
+    net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, **sizes)
     delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
     return LatentPrompt(net.init(rng.stream(key, "prompter")), delta, net)
 
 
-@stage_function("embeddings.prompter")
+@stage_function("embeddings.prompter", revision=1)
 def train_prompter(
     run: Run,
     *,

@@ -1,8 +1,8 @@
 """The network of continuous diffusion: a transformer that is conditioned on the noise level of its input.
 
 Source: the score network of Lovelace et al. 2024 (DGLM): pre-norm with RMSNorm, normalised queries and keys, SwiGLU, a
-scale and a shift by time around attention and MLP, zero at first (Peebles and Xie 2023), and skips from the first
-half of the blocks to the second.
+scale and a shift by time around attention and MLP, zero at first (Peebles and Xie 2023), and skips from the inputs of
+the first half of the blocks to the second half, so that the last block reads the input of the network.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Trunk:
       width, depth, heads: D, L, heads.
       mlp_width: of the gated MLP; 0 is 8/3 of the width, to a multiple of 8.
       positions: rows of the learned position table, the longest input.
+      time_width: of the embedding of the noise level; 0 is the width. DGLM's networks have half of theirs.
+      skips: whether the second half of the blocks reads the inputs of the first half.
       dtype, param_dtype: of the computation and of the parameters that `init` makes.
     """
 
@@ -36,6 +38,8 @@ class Trunk:
     heads: int = 12
     mlp_width: int = 0
     positions: int = 64
+    time_width: int = 0
+    skips: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
     norm: str = "rms"
@@ -47,6 +51,8 @@ class Trunk:
     def __post_init__(self):
         if self.width % self.heads:
             raise InputError(f"heads is {self.heads}, expected a divisor of the width {self.width}.")
+        if not self.time_width:
+            object.__setattr__(self, "time_width", self.width)
         if not self.mlp_width:
             object.__setattr__(self, "mlp_width", -(-self.width * 8 // 24) * 8)
 
@@ -61,19 +67,19 @@ class Denoiser(nn.Module):
         c = self.trunk
         if x.shape[1] > c.positions:
             raise InputError(f"the input has {x.shape[1]} positions, expected at most {c.positions} (`positions`).")
-        time = dense(c.width, c, c.width, "time")(waves(1000 * alpha_sigma(gamma)[0] ** 2, c.width))
-        time = dense(c.width, c, c.width, "time_out")(jax.nn.silu(time))
+        time = dense(c.time_width, c, c.width, "time")(waves(1000 * alpha_sigma(gamma)[0] ** 2, c.width))
+        time = dense(c.time_width, c, c.time_width, "time_out")(jax.nn.silu(time))
         table = self.param("positions", nn.initializers.normal(0.02), (c.positions, c.width), jnp.dtype(c.param_dtype))
         x = x.astype(c.dtype) + table[None, : x.shape[1]].astype(c.dtype)
         if allowed is None:
             allowed = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
         below = []
         for i in range(c.depth):
-            if i >= (c.depth + 1) // 2:
+            if c.skips and i >= (c.depth + 1) // 2:
                 x = dense(c.width, c, 2 * c.width, f"skip_{i}")(jnp.concatenate([x, below.pop()], axis=-1))
-            x = _Block(c, name=f"block_{i}")(x, time, allowed)
             if i < c.depth // 2:
                 below.append(x)
+            x = _Block(c, name=f"block_{i}")(x, time, allowed)
         return Norm(c, name="norm")(x)
 
 

@@ -12,13 +12,15 @@ from ctg_jax.models.denoiser import Denoiser, Trunk, dense
 from ctg_jax.models.layers import Dense
 from ctg_jax.types import InputError, Params
 
+JOINS = ("sequence", "features")
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentNet:
     """A `Denoiser` between vectors: latent [B, Z], γ [B] and, where `context` is not 0, another vector [B, C] -> one
     vector [B, out], or `prompt` of them, [B, prompt, out].
 
-    Every vector is widened `spread` times and cut into `pseudo_tokens` of its own (32 and 8 in DGLM).
+    Every vector is widened `spread` times and cut into `pseudo_tokens` of its own.
     It predicts what the latent was (DGLM's score network), or writes the soft prompt that makes a language model write
     its text (DGLM's prompt generator, which reads the latent alone).
 
@@ -26,6 +28,11 @@ class LatentNet:
       latent, out: Z, and the width of the output.
       context: C, or 0. `null` [C] is learned and represents a missing context (classifier-free guidance).
       prompt: 0, or the number of soft tokens to write.
+      spread, context_spread: how many times latent and context are widened; a `context_spread` of 0 is `spread`.
+      join: how latent and context meet: one behind the other ("sequence"), or pseudo-token by pseudo-token, each in
+        half of the width ("features", as in the authors' score network).
+      slots: whether the soft tokens are read at positions of their own; if not, the pseudo-tokens of the latent
+        themselves become the soft tokens, as in the authors' prompt generator, and `prompt` is `pseudo_tokens`.
     """
 
     trunk: Trunk
@@ -35,14 +42,27 @@ class LatentNet:
     prompt: int = 0
     pseudo_tokens: int = 32
     spread: int = 8
+    context_spread: int = 0
+    join: str = "sequence"
+    slots: bool = True
 
     def __post_init__(self):
-        for name in ("latent", "context"):
-            if getattr(self, name) * self.spread % self.pseudo_tokens:
+        if not self.context_spread:
+            object.__setattr__(self, "context_spread", self.spread)
+        for name, spread in (("latent", self.spread), ("context", self.context_spread)):
+            if getattr(self, name) * spread % self.pseudo_tokens:
                 raise InputError(
-                    f"{name} is {getattr(self, name)}, which spread {self.spread} times cannot be cut into "
-                    f"{self.pseudo_tokens} pseudo_tokens: choose a divisor of {getattr(self, name) * self.spread}."
+                    f"{name} is {getattr(self, name)}, which spread {spread} times cannot be cut into "
+                    f"{self.pseudo_tokens} pseudo_tokens: choose a divisor of {getattr(self, name) * spread}."
                 )
+        if self.join not in JOINS:
+            raise InputError(f"join is {self.join!r}, expected one of {', '.join(JOINS)}.")
+        if self.join == "features" and self.trunk.width % 2:
+            raise InputError(f"width is {self.trunk.width}, which cannot be halved: join by sequence or make it even.")
+        if self.prompt and not self.slots and self.prompt != self.pseudo_tokens:
+            raise InputError(
+                f"length is {self.prompt} without slots, expected that of pseudo_tokens, {self.pseudo_tokens}."
+            )
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters."""
@@ -77,12 +97,15 @@ class _LatentNet(nn.Module):
     @nn.compact
     def __call__(self, z, gamma, context, given):
         net, c = self.net, self.net.trunk
-        x = self._spread("latent", z)
+        features = net.context and net.join == "features"
+        part = c.width // 2 if features else c.width
+        x = self._spread("latent", z, net.spread, part)
         if net.context:
             null = self.param("null", nn.initializers.normal(0.02), (net.context,), jnp.dtype(c.param_dtype))
             read = jnp.where(given[:, None], context.astype(jnp.float32), null[None].astype(jnp.float32))
-            x = jnp.concatenate([x, self._spread("context", read)], axis=1)
-        if net.prompt:
+            x = jnp.concatenate([x, self._spread("context", read, net.context_spread, part)], axis=2 if features else 1)
+            x = dense(c.width, c, c.width, "join")(x) if features else x
+        if net.prompt and net.slots:
             slots = self.param("prompt", nn.initializers.normal(0.02), (net.prompt, c.width), jnp.dtype(c.param_dtype))
             x = jnp.concatenate([x, jnp.broadcast_to(slots[None], (x.shape[0], *slots.shape)).astype(x.dtype)], axis=1)
         y = Denoiser(c, name="denoiser")(x, gamma)
@@ -92,10 +115,10 @@ class _LatentNet(nn.Module):
         flat = dense(each, c, c.width, "gather")(y[:, : net.pseudo_tokens]).reshape(x.shape[0], -1)
         return Dense(net.out, c, True, name="out")(flat).astype(jnp.float32)
 
-    def _spread(self, name, vector):
+    def _spread(self, name, vector, times, width):
         """[B, n] -> [B, pseudo_tokens, width]."""
         net, c = self.net, self.net.trunk
-        size = vector.shape[1] * net.spread
+        size = vector.shape[1] * times
         part = size // net.pseudo_tokens
         wide = dense(size, c, vector.shape[1], f"{name}_spread")(vector).reshape(-1, net.pseudo_tokens, part)
-        return dense(c.width, c, part, f"{name}_in")(wide)
+        return dense(width, c, part, f"{name}_in")(wide)

@@ -21,6 +21,7 @@ Energy = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, …], gamma [B]) 
 Edit = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
+MEANS = ("likelihood", "loss")
 
 
 def guided(estimate: Estimate, energy: Energy, scale: jax.Array | float, *, through: bool = True) -> Estimate:
@@ -70,7 +71,9 @@ def classifier_free(conditioned: Estimate, unconditioned: Estimate, weight: jax.
     return either
 
 
-def averaged(energy: Energy, keys: jax.Array, samples: int, deviation: Callable[[jax.Array], jax.Array]) -> Energy:
+def averaged(
+    energy: Energy, keys: jax.Array, samples: int, deviation: Callable[[jax.Array], jax.Array], mean: str = "likelihood"
+) -> Energy:
     """-log of the mean of exp(-energy) over Gaussian noise around the estimate: the classifier's likelihood averaged
     over what the clean latent may be (Monte Carlo, Song et al. 2023, "Loss-guided diffusion").
 
@@ -80,22 +83,28 @@ def averaged(energy: Energy, keys: jax.Array, samples: int, deviation: Callable[
       keys: [B], of the rows.
       samples: of the noise; 0 is the energy itself.
       deviation: γ [B] -> the noise's deviation [B].
+      mean: "likelihood"; or "loss": the log of the mean of exp(energy) instead, as the authors of DGLM have it, which
+        the samples with the largest loss decide.
     """
+    if mean not in MEANS:
+        raise InputError(f"mean is {mean!r}, expected one of {', '.join(MEANS)}.")
     if samples < 0:
         raise InputError(f"samples is {samples}, expected 0 or more.")
     if samples == 0:
         return energy
 
-    def mean(x, gamma):
+    sign = -1.0 if mean == "likelihood" else 1.0
+
+    def total(x, gamma):
         width = rows(deviation(gamma), x)
 
         def one(i):
-            return -energy(x + width * noise(rng.at_step(keys, i), x.shape[1:]), gamma)
+            return sign * energy(x + width * noise(rng.at_step(keys, i), x.shape[1:]), gamma)
 
         values = jax.vmap(one)(jnp.arange(samples))
-        return jnp.log(samples) - jax.nn.logsumexp(values, axis=0)
+        return sign * (jax.nn.logsumexp(values, axis=0) - jnp.log(samples))
 
-    return mean
+    return total
 
 
 def noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

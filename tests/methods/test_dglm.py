@@ -15,6 +15,7 @@ from ctg_jax.learn import embeddings, latent_diffusion, latent_prompt, train
 from ctg_jax.learn.attributes import coefficients
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import dglm
+from ctg_jax.models import diffusion
 from ctg_jax.models.diffusion import Schedule
 from ctg_jax.run.stage import Artifact, stage
 from ctg_jax.stages import sources
@@ -139,6 +140,85 @@ def test_the_prompter_says_what_only_the_latent_knows():
     assert np.mean(np.argmax(z[:, 0], axis=-1) == np.arange(8)) > 0.8
 
 
+def test_the_denoiser_reads_the_prefix_as_it_reads_the_latent():
+    """Both standardised by the moments of the latents, in training and in drawing."""
+    seen = []
+
+    class Net:
+        context = 4
+
+        def apply(self, params, z, gamma, context=None, given=None):
+            seen.append((context, given))
+            return z
+
+    mean, deviation = jnp.asarray([0.5, 0, 0, 0.1]), jnp.asarray([0.1, 0.2, 0.1, 0.4])
+    raw, n = jnp.tile(jnp.asarray([[0.6, 0.2, -0.1, 0.5]]), (1000, 1)), 1000
+    batch = {"latent": raw, "context": raw}
+    frozen, keys = {"mean": mean, "deviation": deviation}, rng.per_example(jax.random.key(0), jnp.arange(n))
+    latent_diffusion.denoiser_loss(Net(), drop=0.1)({"net": {}, "bins": jnp.zeros(4)}, frozen, batch, keys)
+    np.testing.assert_allclose(seen[0][0][0], [1.0, 1.0, -1.0, 1.0], rtol=1e-5)
+    assert 0.07 < 1 - np.mean(seen[0][1]) < 0.13  # the share of rows whose prefix is hidden
+    control = dglm.init(LM, jax.random.key(0), latent=4, denoiser=NET, prompter=NET | dict(length=2))
+    control = control.replace(net=Net(), mean=mean, deviation=deviation, draw=dglm.Draw(steps=2))
+    del seen[:]
+    control.latent(prompts(2, {"context": raw[:2]}))
+    np.testing.assert_allclose(seen[0][0][0], [1.0, 1.0, -1.0, 1.0], rtol=1e-5)
+
+
+def test_the_weight_of_the_prefix_decides_how_far_the_draw_follows_it():
+    """A denoiser that believes its prefix and, without one, nothing: at weight w the latent is w times the prefix."""
+
+    class Believes:
+        context = 4
+
+        def apply(self, params, z, gamma, context=None, given=None):
+            alpha, sigma = (a[:, None] for a in diffusion.alpha_sigma(gamma))
+            return (alpha * z - (0.0 if context is None else context)) / sigma
+
+    control = dglm.init(LM, jax.random.key(0), latent=4, denoiser=NET, prompter=NET | dict(length=2))
+    control = control.replace(net=Believes(), draw=dglm.Draw(steps=3), mean=jnp.asarray([1.0, 0, 0, 0]))
+    prefix = jnp.asarray([[1.6, 0.8, 0, 0]])
+    for weight in (0.0, 1.0, 3.0):
+        z = control.replace(free=jnp.float32(weight)).latent(prompts(1, {"context": prefix}))
+        raw = np.asarray([1 + 0.6 * weight, 0.8 * weight, 0, 0])
+        np.testing.assert_allclose(z[0], raw / np.linalg.norm(raw) - [1, 0, 0, 0], atol=2e-3)
+
+
+def test_the_noise_and_the_mean_of_averaged_classifiers():
+    gamma = jnp.asarray([0.0, -2.0])
+    alpha, sigma = diffusion.alpha_sigma(gamma)
+    np.testing.assert_allclose(dglm.Draw().deviation(gamma), sigma)
+    np.testing.assert_allclose(dglm.Draw(noise="ratio").deviation(gamma), sigma / alpha)
+    with pytest.raises(InputError, match="noise is 'none', expected posterior or ratio"):
+        dglm.Draw(noise="none")
+
+
+def test_the_prompter_is_trained_on_latents_with_the_noise_it_names():
+    """At scale 3 of the cosine schedule, times are uniform; the network is given γ and a latent of variance one."""
+    n, seen = 4000, []
+    control = latent_prompt.init(LM, jax.random.key(0), 8, **NET, length=2, kind="frozen")
+
+    class Net:
+        prompt = 2
+
+        def apply(self, params, z, gamma):
+            seen.append((z, gamma))
+            return jnp.zeros((z.shape[0], 2, LM.width))
+
+    batch = {
+        "tokens": jnp.full((n, 2), 1), "mask": jnp.ones((n, 2), bool), "completion": jnp.full((n, 1), 2),
+        "written": jnp.ones((n, 1), bool), "latent": jnp.full((n, 8), 3.0),
+    }  # fmt: skip
+    frozen = {"params": PARAMS, "mean": jnp.full(8, 1.0), "deviation": jnp.full(8, 2.0)}
+    keys = rng.per_example(jax.random.key(0), jnp.arange(n))
+    latent_prompt.loss(LM)(control.replace(net=Net()), frozen, batch, keys)
+    z, gamma = (np.asarray(a) for a in seen[0])
+    t = np.arctan(np.exp(-(gamma - 2 * np.log(3.0)) / 2)) * 2 / np.pi  # the inverse of the schedule
+    np.testing.assert_allclose(np.quantile(t, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
+    alpha, sigma = 1 / np.sqrt(1 + np.exp(-gamma)), 1 / np.sqrt(1 + np.exp(gamma))
+    np.testing.assert_allclose(((z - alpha[:, None]) / sigma[:, None])[gamma < 5].std(), 1.0, atol=0.03)
+
+
 def test_the_sizes_of_the_paper_have_shapes():
     from configs.dglm import PAPER
     from ctg_jax.decode.loop import generate
@@ -148,7 +228,8 @@ def test_the_sizes_of_the_paper_have_shapes():
     lm = Transformer.gpt2(width=1280, depth=36, heads=20)
     control = jax.eval_shape(lambda key: dglm.init(lm, key, **PAPER), jax.random.key(0))
     sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (control.score, control.soft_prompt.prompter)]
-    assert 100e6 < sizes[0] < 200e6 and 40e6 < sizes[1] < 100e6
+    # By count of the authors' layers: the score network has 119 million parameters, the prompt generator 54 million.
+    assert sizes == pytest.approx([118.9e6, 54.3e6], rel=0.005)
     params = jax.eval_shape(lm.init, jax.random.key(0))
     ask = jax.eval_shape(lambda: prompts(2, {"context": jnp.zeros((2, 768))}))
     out = jax.eval_shape(lambda p, a, c: generate(lm, p, a, c, Sampling(max_new=4)), params, ask, control)

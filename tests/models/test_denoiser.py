@@ -53,6 +53,39 @@ def test_writes_a_soft_prompt():
     assert "null" not in params
 
 
+@pytest.mark.parametrize("depth", [2, 3, 4, 7])
+def test_the_last_block_can_read_the_input_of_the_network(depth):
+    """Where the last skip hands on nothing but what it skipped, the network is its last block on its own input."""
+    deep, flat = (Denoiser(Trunk(**(vars(TRUNK) | {"depth": d, "skips": d > 1}))) for d in (depth, 1))
+    x, gamma = jax.random.normal(jax.random.key(0), (2, 5, 16)), jnp.asarray([-1.0, 1.0])
+    params = deep.init(jax.random.key(1), x, gamma)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+    last = f"skip_{depth - 1}"
+    assert [name for name in params if name.startswith("skip")] and params[last]["kernel"].shape == (16, 32)
+    only_skipped = jnp.concatenate([jnp.zeros((16, 16)), jnp.eye(16)], axis=1)
+    params = params | {last: {"kernel": only_skipped, "bias": jnp.zeros(16)}}
+    kept = {name: p for name, p in params.items() if not name.startswith(("skip", "block"))}
+    alone = kept | {"block_0": params[f"block_{depth - 1}"]}
+    found, expected = deep.apply({"params": params}, x, gamma), flat.apply({"params": alone}, x, gamma)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_context_joined_on_features_and_pseudo_tokens_as_soft_tokens():
+    """The shapes of the authors: half of the width for each vector, and no positions for the soft tokens."""
+    sizes = dict(latent=6, out=6, context=6, pseudo_tokens=4, spread=4, context_spread=2)
+    net = LatentNet(Trunk(**(vars(TRUNK) | {"positions": 4, "time_width": 8})), join="features", **sizes)
+    params = net.init(jax.random.key(0))
+    assert params["latent_in"]["kernel"].shape == (8, 6) and params["context_in"]["kernel"].shape == (8, 3)
+    assert params["denoiser"]["block_0"]["modulation"]["kernel"].shape == (64, 8)
+    z, context = vectors(2), vectors(2, seed=3)
+    y = net.apply(params, z, jnp.zeros(2), context)
+    assert np.abs(net.apply(params, z, jnp.zeros(2), context + 1) - y).max() > 1e-3
+    soft = LatentNet(Trunk(**(vars(TRUNK) | {"skips": False})), 6, 10, pseudo_tokens=3, spread=4, prompt=3, slots=False)
+    params = soft.init(jax.random.key(0))
+    assert soft.apply(params, z, jnp.zeros(2)).shape == (2, 3, 10)
+    assert "prompt" not in params and not [name for name in params["denoiser"] if name.startswith("skip")]
+
+
 def test_padding_is_not_read():
     module = Denoiser(TRUNK)
     x, real = jax.random.normal(jax.random.key(0), (1, 5, 16)), jnp.asarray([[True, True, True, False, False]])
@@ -112,6 +145,10 @@ def test_bad_sizes_are_one_sentence():
         Trunk(width=16, heads=5)
     with pytest.raises(InputError, match="latent is 7"):
         LatentNet(TRUNK, latent=7, out=7, pseudo_tokens=4, spread=2)
+    with pytest.raises(InputError, match="join is 'sum', expected one of sequence, features"):
+        LatentNet(TRUNK, latent=8, out=8, pseudo_tokens=4, join="sum")
+    with pytest.raises(InputError, match="length is 3 without slots"):
+        LatentNet(TRUNK, latent=8, out=8, pseudo_tokens=4, prompt=3, slots=False)
     net = LatentNet(TRUNK, latent=8, out=8, pseudo_tokens=16, spread=2)
     with pytest.raises(InputError, match="16 positions, expected at most 12"):
         net.init(jax.random.key(0))

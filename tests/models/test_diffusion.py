@@ -153,6 +153,51 @@ def test_a_linear_classifier_averaged_over_the_noise_gives_its_posterior():
     assert abs((x @ np.array([0.0, 1.0, 0.0])).mean()) < 0.06
 
 
+def test_the_mean_over_the_noise_is_of_likelihoods_or_of_losses():
+    """By hand: with two samples of noise, whichever they are, the one bounds the other from below."""
+    keys = rng.per_example(jax.random.key(0), jnp.arange(3))
+    seen = []
+
+    def energy(x, gamma):
+        seen.append(x)
+        return jnp.sum(x**2, axis=1)
+
+    x, gamma = jnp.ones((3, 2)), jnp.zeros(3)
+    wide = lambda gamma: jnp.full_like(gamma, 0.5)  # noqa: E731
+    with jax.disable_jit():
+        likelihood = samplers.averaged(energy, keys, 2, wide)(x, gamma)
+        loss = samplers.averaged(energy, keys, 2, wide, "loss")(x, gamma)
+    drawn = jnp.stack([x + 0.5 * samplers.noise(rng.at_step(keys, i), (2,)) for i in range(2)])
+    e = np.asarray(jnp.sum(drawn**2, axis=2), np.float64)
+    np.testing.assert_allclose(likelihood, -np.log(np.mean(np.exp(-e), axis=0)), rtol=1e-5)
+    np.testing.assert_allclose(loss, np.log(np.mean(np.exp(e), axis=0)), rtol=1e-5)
+    with pytest.raises(InputError, match="mean is 'median', expected one of likelihood, loss"):
+        samplers.averaged(energy, keys, 2, wide, "median")
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.2, 1.0])
+def test_the_variance_of_one_ancestral_step_by_hand(variance):
+    """Two steps of a model that says the clean latent is 0: what is left is the noise, α_s/α_t (σ_s²/σ_t²) of the first
+    and what the step draws, whose variance lies between the smallest and the largest."""
+    n, seen = 20000, []
+
+    def zero(z, gamma):
+        seen.append(z)
+        return jnp.zeros_like(z)
+
+    keys = rng.per_example(jax.random.key(0), jnp.arange(n))
+    schedule = diffusion.Schedule()
+    with jax.disable_jit():
+        samplers.sample(zero, keys, (1,), schedule=schedule, steps=2, variance=variance)
+    first, second = (np.asarray(z, np.float64)[:, 0] for z in seen)
+    a_t, a_s = (float(diffusion.alpha_sigma(schedule.log_snr(t))[0]) ** 2 for t in (1.0, 0.5))
+    ratio = a_t / a_s
+    smallest, largest = (1 - a_s) / (1 - a_t) * (1 - ratio), 1 - ratio
+    drawn = second - np.sqrt(ratio) * (1 - a_s) / (1 - a_t) * first
+    expected = smallest ** (1 - variance) * largest**variance
+    assert np.var(drawn) == pytest.approx(expected, rel=0.05)
+
+
 def test_no_guidance_is_no_guide_to_the_bit():
     guided = samplers.guided(normal, lambda x, gamma: jnp.sum(x**2, axis=1), 0.0)
     np.testing.assert_array_equal(draw(guided, "ddim", n=16), draw(normal, "ddim", n=16))

@@ -5,8 +5,9 @@ sentence encoder. A prompter turns this latent into a soft prompt that makes the
 
 Known differences from the authors' code: all rows are drawn at once, by a second-order solver in few steps; the
 gradient of the classifiers does not run back through the denoiser unless `through` is set (see docs/design.md); the
-likelihood of the classifiers, not their loss, is averaged over the noise; the language model is changed by LoRA unless
-`kind` is "full" or "frozen"; and only continuations are trained on.
+likelihood of the classifiers is averaged over the noise, not their loss unless `mean` is "loss", and over noise of
+deviation σ unless `noise` is "ratio"; the language model is changed by LoRA unless `kind` is "full" or "frozen"; and
+only continuations are trained on. Networks of the authors' shape are those of `PAPER` in configs/dglm.py.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Draw:
     Attributes:
       sampler, steps, schedule: see `samplers.sample`.
       average: number of noisy copies of the estimate over which the classifiers are averaged; 0: the estimate itself.
+      noise: their deviation: σ, that of the clean latent around its estimate if latents are standard normal
+        ("posterior"), or σ / α ("ratio"), as the authors have it.
+      mean: see `samplers.averaged`.
       through: whether the gradient of the classifiers runs back through the denoiser, as it does in the authors' code;
         see `samplers.guided`.
       signal: α² of the latent that the prompter reads; below 1, the prompter forgives errors of the diffusion.
@@ -51,8 +55,19 @@ class Draw:
     steps: int = 20
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     average: int = 0
+    noise: str = "posterior"
+    mean: str = "likelihood"
     through: bool = False
     signal: float = 0.95
+
+    def __post_init__(self):
+        if self.noise not in ("posterior", "ratio"):
+            raise InputError(f"noise is {self.noise!r}, expected posterior or ratio.")
+
+    def deviation(self, gamma: jax.Array) -> jax.Array:
+        """Of the noise around the estimate, float32 of the shape of γ."""
+        alpha, sigma = diffusion.alpha_sigma(gamma)
+        return sigma if self.noise == "posterior" else sigma / alpha
 
 
 @struct.dataclass
@@ -115,14 +130,16 @@ class Proposal(Control):
                     f"prompts.cond[{self.reads!r}] has width {context.shape[1]}, but the denoiser reads embeddings of "
                     f"width {self.net.context}: use the encoder it was trained with."
                 )
+            context = (context - self.mean[None]) / self.deviation[None]  # as in `latent_diffusion.denoiser_loss`
             estimate = samplers.classifier_free(self._clean(context), estimate, self.free)
         if self.probes.shape[0]:
             weights = jnp.broadcast_to(self.weights_of[None], (keys.shape[0], self.probes.shape[0]))
             if self.cond is not None:
                 weights = weights * condition(prompts, self.cond)
             energy = samplers.averaged(
-                lambda x, gamma: self.energy(x, weights), rng.named(keys, "average"), self.draw.average, _deviation
-            )
+                lambda x, gamma: self.energy(x, weights), rng.named(keys, "average"), self.draw.average,
+                self.draw.deviation, self.draw.mean,
+            )  # fmt: skip
             estimate = samplers.guided(estimate, energy, self.scale, through=self.draw.through)
         x = samplers.sample(
             estimate, keys, self.mean.shape, schedule=self.draw.schedule, steps=self.draw.steps,
@@ -144,11 +161,6 @@ class Proposal(Control):
             return diffusion.clean("v", self.net.apply(self.score, z, gamma, context), z, gamma)
 
         return estimate
-
-
-def _deviation(gamma: jax.Array) -> jax.Array:
-    """σ, the standard deviation of the clean latent around its estimate if latents are standard normal."""
-    return diffusion.alpha_sigma(gamma)[1]
 
 
 def init(
@@ -256,7 +268,7 @@ def fit(
     return stage(root, propose, {"weights": wanted, **hp}, lm=lm, latents=latents, **parts)
 
 
-@stage_function("dglm")
+@stage_function("dglm", revision=1)
 def propose(
     run: Run,
     *,

@@ -25,12 +25,15 @@ SETTINGS = dict(
             training=dict(batch=16, steps=1200),
             heldout=dict(source=REVIEWS, split="test", limit=200),
         ),
-        strengths=(0.0, 1.0, 3.0),
+        strengths=(0.0, 1.0, 4.0, 8.0),
     ),
     tiny=dict(
         data=dict(source=REVIEWS, limit=64),
         fit=dict(
-            TINY, heldout=dict(source=REVIEWS, split="test", limit=4), guide=dict(training=dict(steps=2, batch=4))
+            # A network of two updates knows nothing, so its classifier may know nothing either.
+            TINY,
+            heldout=dict(source=REVIEWS, split="test", limit=4),
+            guide=dict(regression=dict(views=1, margin=-1.0, batch=4)),
         ),
         strengths=(0.0, 1.0),
     ),
@@ -47,10 +50,11 @@ def yelp():
     arm = dict(
         data=lm["data"],
         fit=dict(
-            width=128, depth=4, length=32, draws=1, training=dict(batch=64, steps=2500),
+            width=128, depth=4, length=32, draws=1, schedule="loglinear", ema=0.999,
+            training=dict(batch=64, steps=5000),
             heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all"),
         ),
-        strengths=(0.0, 1.0, 2.0, 4.0),
+        strengths=(0.0, 1.0, 4.0, 8.0, 16.0),
     )  # fmt: skip
     prompts = dict(parts["prompts"], limit=25)
     return parts | dict(lm=dict(lm, source=""), prompts=prompts, evaluate=larger), arm

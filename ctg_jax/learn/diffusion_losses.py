@@ -32,23 +32,6 @@ def masked_loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: 
     return total
 
 
-def masked_classifier_loss(net: Transformer, eos: int) -> losses.LossFn:
-    """Cross-entropy of the classifier `masked.classify` on rows masked at a uniform time; params are those of its head,
-    frozen = {"params": those of the network}."""
-
-    def total(params, frozen, batch, keys):
-        tokens = filled(batch, eos)
-        u = jax.vmap(lambda k: jax.random.uniform(k, (1 + tokens.shape[1],)))(keys)
-        x = jnp.where(u[:, 1:] < u[:, :1], net.vocab - 1, tokens)
-        logp, _ = masked.classify(net, frozen["params"], params, net.embed(frozen["params"], x))
-        label = batch["label"][:, None]
-        right = jnp.sum(jnp.argmax(logp, axis=-1)[:, None] == label, dtype=jnp.float32)
-        count = jnp.float32(len(tokens))
-        return Sum(-jnp.sum(jnp.take_along_axis(logp, label, axis=1)), count, {"accuracy": (right, count)})
-
-    return total
-
-
 def word_loss(net: VectorDenoiser, eos: int, *, read: float = 1.0) -> losses.LossFn:
     """|x0 - f(z_t)|² / d - log p(w | x0), plus `read` times -log p(w | z_t), per token that is not given (see
     `word_diffusion.errors`); params = {"raw": the word vectors, "net": those of the network}.

@@ -113,10 +113,16 @@ def classify(net: Transformer, params: Params, head: Params, e: jax.Array) -> tu
     The classifier, a `linear_head` of width (L + 2) D, is linear in the network's states at all sites, averaged
     over the row. The lowest site is the embeddings themselves, in which the first-order expansion is exact.
     """
+    means, logits = features(net, params, e)
+    return class_log_probabilities(head, means), logits
+
+
+def features(net: Transformer, params: Params, e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what a classifier reads of rows given as embeddings e [B, S, D]: the network's states at all sites, averaged
+    over the row, float32 [B, (L + 2) D]; logits [B, S, V + 1])."""
     check_reads(net, e.shape[1], f"The rows have {e.shape[1]} tokens")
     out = net.apply(params, e, jnp.ones(e.shape[:2], bool), tap=lambda h: jnp.mean(h.astype(jnp.float32), axis=1))
-    means = jnp.concatenate([*out.taps], axis=-1)
-    return class_log_probabilities(head, means), out.logits
+    return jnp.concatenate([*out.taps], axis=-1), out.logits
 
 
 def check(schedule: str) -> None:

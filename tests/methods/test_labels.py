@@ -122,11 +122,18 @@ def test_classifiers_of_diffusion_models(small, counted):
     data = stage(root, records, {"rows": rows()})
     shape = dict(width=8, depth=1, heads=2, length=8, training=dict(steps=1, batch=2))
     network = stage(root, mdlm.mdlm, shape, lm=lm, data=data)
-    found = stage(root, mdlm.classifier, dict(training=dict(steps=1, batch=2)), lm=lm, data=data, network=network)
+    found = stage(
+        root,
+        mdlm.classifier,
+        dict(regression=dict(views=1, margin=-1.0, heldout=0.2)),
+        lm=lm,
+        data=data,
+        network=network,
+    )
     counted(4, 16)
     assert found.spec["init"]["classes"] == 2
     none = stage(root, records, {"rows": [{"text": "a day", "label": -1}] * 3})
-    found = stage(root, mdlm.classifier, dict(training=dict(steps=1, batch=2)), lm=lm, data=none, network=network)
+    found = stage(root, mdlm.classifier, dict(regression=dict(views=1)), lm=lm, data=none, network=network)
     assert found.spec["init"]["classes"] == 0
     words = stage(root, diffusion_lm.diffusion_lm, {**shape, "dim": 4}, lm=lm, data=data)
     hp = dict(fields={"label": 2}, reader_width=8, reader_depth=1, training=dict(steps=1, batch=2))

@@ -10,6 +10,7 @@ from laws import worlds
 
 from ctg_jax import methods, rng
 from ctg_jax.decode import strategies
+from ctg_jax.learn import masked_classifier
 from ctg_jax.learn.diffusion_losses import masked_loss
 from ctg_jax.methods import mdlm
 from ctg_jax.models import masked
@@ -95,6 +96,39 @@ def test_strength_zero_is_no_guidance_to_the_bit_and_a_strength_guides():
     assert share[-2.0] < share[0.0] - 0.05 < share[0.0] + 0.05 < share[2.0]
 
 
+def test_a_fitted_classifier_beats_chance_and_guides():
+    """Texts of class 1 hold token 5 more often, those of class 0 token 3; the network itself has no opinion."""
+    control = mdlm.init(LM, jax.random.key(0), classes=2, **SHAPE)
+    r, n = np.random.default_rng(0), 240
+    labels = np.arange(n) % 2
+    words = np.where(r.uniform(size=(n, 12)) < 0.5, np.where(labels == 1, 5, 3)[:, None], r.integers(1, 7, (n, 12)))
+    part = [slice(at, at + 48) for at in range(0, n, 48)]
+    batches = [
+        {
+            "tokens": words[p],
+            "mask": np.ones((48, 12), bool),
+            "label": labels[p],
+            "ids": np.uint32(np.arange(n)[p]),
+        }
+        for p in part
+    ]
+    options = masked_classifier.Regression(views=3, inverse_l2=1.0, heldout=0.2, margin=0.1)
+    x, found = masked_classifier.read(control.net, control.params, batches, 0, options, 0)
+    assert x.shape == (3, n, 48) and np.array_equal(found, labels) and np.abs(x[0] - x[1]).max() > 0
+    guide, figures = masked_classifier.fit(x, found, options, 0)
+    assert figures["accuracy"] > 0.7 and figures["heldout"] == 48 and figures["chance"] < 0.65
+    shuffled = r.permutation(labels)
+    with pytest.raises(InputError, match="it would guide nowhere"):
+        masked_classifier.fit(x, shuffled, options, 0)
+    keys, nothing = rng.per_example(jax.random.key(4), jnp.arange(128)), jnp.zeros((128, 12), bool)
+    share = {}
+    for strength in (-8.0, 0.0, 8.0):
+        at = methods.with_strength(control.replace(guide=guide), strength)
+        rows, _ = mdlm.infill(at, jnp.zeros((128, 12), jnp.int32), nothing, keys)
+        share[strength] = float(jnp.mean(rows == 5)), float(jnp.mean(rows == 3))
+    assert share[8.0][0] > 2 * share[0.0][0] and share[-8.0][1] > 2 * share[0.0][1]
+
+
 def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding():
     control = methods.with_strength(lively(reveal=6, block=4, final="argmax"), 1.0)
     prompts = worlds.prompts(ROWS, length=6)
@@ -123,23 +157,23 @@ def test_completions_end_at_the_first_end_token():
 def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, monkeypatch, tmp_path):
     _, lm, data = small
     texts = dict(source=str(data.spec["config"]["source"]), split="all")
-    more = dict(heldout=texts, guide=dict(training=dict(steps=4, batch=4, save_every=2, rate=0.1)))
+    more = dict(heldout=texts, guide=dict(regression=dict(margin=-1.0, batch=4)))
     whole = mdlm.fit(tmp_path / "a", lm=lm, data=data, **FIT, **more)
 
     def killed(*a, **k):
         raise KeyboardInterrupt
 
-    for _ in range(2):  # once in each of the stages that train
-        monkeypatch.setattr(checkpoint, "prune", killed)
-        with pytest.raises(KeyboardInterrupt):
-            mdlm.fit(tmp_path / "b", lm=lm, data=data, **FIT, **more)
-        monkeypatch.undo()
-        if not list(tmp_path.glob("b/mdlm-*/DONE")):
-            stage.stage(tmp_path / "b", mdlm.mdlm, FIT, lm=lm, data=data)
-    assert list(tmp_path.glob("b/mdlm.classifier-*/steps/*"))
+    monkeypatch.setattr(checkpoint, "prune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mdlm.fit(tmp_path / "b", lm=lm, data=data, **FIT, **more)
+    monkeypatch.undo()
+    assert list(tmp_path.glob("b/mdlm-*/steps/*")) and not list(tmp_path.glob("b/mdlm-*/DONE"))
     again = mdlm.fit(tmp_path / "b", lm=lm, data=data, **FIT, **more)
     jax.tree.map(np.testing.assert_array_equal, whole.load(), again.load())
-    assert [r["step"] for r in again.metrics()] == [1, 2, 3, 4]
+    steps = stage.read_jsonl(next(tmp_path.glob("b/mdlm-*")) / "metrics.jsonl")
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    (figures,) = again.metrics()
+    assert 0 <= figures["accuracy"] <= 1 and figures["heldout"] == 1
     rows = {r["name"]: r for r in stage.read_jsonl(next(tmp_path.glob("b/mdlm.bound-*")) / "metrics.jsonl")}
     assert rows["mdlm"]["tokens"] == rows["lm"]["tokens"] > 0 and rows["lm"]["exact"] and not rows["mdlm"]["exact"]
     assert rows["mdlm"]["perplexity"] > 1 and rows["lm"]["texts"] == len(data.rows("data.jsonl"))
@@ -190,5 +224,7 @@ def test_bad_input(small, tmp_path):
     with pytest.raises(InputError, match="control has 7 tokens and the model 11"):
         strategies.run(worlds.tiny(), {}, prompts, control, SAMPLING)
     network = stage.stage(tmp_path, mdlm.mdlm, FIT | dict(training=dict(FIT["training"], steps=1)), lm=lm, data=data)
-    with pytest.raises(InputError, match="expected two or more of 0 to"):
+    with pytest.raises(InputError, match="expected two or more, each of 0 to 0"):
         stage.stage(tmp_path, mdlm.classifier, dict(classes=1), lm=lm, data=data, network=network)
+    with pytest.raises(InputError, match="held-out texts, where always naming their most frequent class"):
+        stage.stage(tmp_path, mdlm.classifier, dict(regression=dict(margin=0.9)), lm=lm, data=data, network=network)

@@ -21,7 +21,7 @@ WORLD = {
         prompts=dict(source=sentiment.REVIEWS, split="test", where=SHORT, limit=25),
         fit=dict(dim=16, width=128, depth=3, length=64, training=dict(steps=10000, batch=32, rate=2e-3)),
         guide=dict(fields=dict(label=2, formal=2), training=dict(steps=400)),
-        calls=100,
+        calls=200,
         length=32,
     ),
     "yelp": dict(
@@ -63,7 +63,7 @@ def arms(arg):
         name: dict(
             method="diffusion_lm",
             fit=dict(
-                guide=world["guide"], aim=dict(target=target, calls=world["calls"], rate=0.1, clamp=0.0), **world["fit"]
+                guide=world["guide"], aim=dict(target=target, calls=world["calls"], rate=0.1, clamp=1.0), **world["fit"]
             ),
             strengths=(1.0,) if target else (0.0,),
             filter={},

@@ -3,8 +3,8 @@
     python experiments/diffusion_controls.py --config=configs/diffusion_lm.py[:yelp|:tiny] [--root=runs]
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
-configuration (label by the judge, length and tags by the tokens, exactly), that have all targets of the arm, and the
-pooled perplexity under the autoregressive LM (the mean over samples leaves out those above 10,000, which may be all).
+configuration (label by the judge, length and tags by the tokens, exactly; length also within two tokens, as the paper
+counts it), that have all targets of the arm, and the pooled perplexity under the autoregressive LM (the mean over samples leaves out those above 10,000, which may be all).
 """
 
 import sys
@@ -21,6 +21,9 @@ from ctg_jax.stages.judges import open_judge
 from experiments import cli, experiment
 
 
+WITHIN = "length within 2 of"
+
+
 def holds(name, value, rows, liked, tags, ends):
     """bool [n]: which samples have a target.
 
@@ -30,8 +33,9 @@ def holds(name, value, rows, liked, tags, ends):
     """
     if name == "label":
         return np.asarray(liked) == bool(value)
-    if name == "length":
-        return np.asarray([len(row) == value + 1 and row[-1] in ends for row in rows])
+    if name in ("length", WITHIN):
+        far = 0 if name == "length" else 2
+        return np.asarray([abs(len(row) - value - 1) <= far and row[-1] in ends for row in rows])
     wanted = [(i, TAGS.index(tag)) for i, tag in enumerate(value) if tag is not None]
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 
@@ -48,6 +52,7 @@ def main(argv, session):
     arms = experiment.check(settings)
     asked = {label: dict(getattr(arm, "fit", {}).get("aim", {}).get("target", {})) for label, arm in arms.items()}
     every = {key: value for target in asked.values() for key, value in target.items()}
+    every |= {WITHIN: every["length"]} if "length" in every else {}
     lines = [
         " | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all of its targets", "pooled perplexity", ""])
     ]

@@ -72,11 +72,19 @@ def load(artifact: Artifact, lm: LM) -> Control:
     """The control that a `fit` left, rebuilt for `lm` from what its spec records: {"method": …, "init": {…}}.
 
     Raises:
-      InputError: the artifact holds no control, or one that was fitted on a model of another shape.
+      InputError: the artifact holds no control, one that was fitted on a model of another shape, or one that an earlier
+        revision of its stage made, whose arrays this version would read in another way.
     """
     spec = artifact.spec
     if "method" not in spec:
         raise InputError(f"{artifact.path} holds no control: expected an artifact that the `fit` of a method made.")
+    declared = [getattr(value, "stage_function", None) for value in vars(get(spec["method"])).values()]
+    revision = next((d.revision for d in declared if d and d.name == spec.get("stage")), spec.get("revision"))
+    if revision != spec.get("revision"):
+        raise InputError(
+            f"{artifact.path} was made by revision {spec['revision']} of {spec['stage']}, but this version has revision "
+            f"{revision}, which computes something else: fit the control again"
+        )
     hp = spec.get("init", {})
     like = jax.eval_shape(lambda key: get(spec["method"]).init(lm, key, **hp), jax.random.key(0))
     return artifact.load(like)

@@ -7,6 +7,7 @@ estimate, whose gradient moves it. Every row has a key of its own, so a row does
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,26 @@ from ctg_jax.types import InputError
 
 Estimate = Callable[[jax.Array, jax.Array], jax.Array]  # (z [B, …], gamma [B]) -> x [B, …]
 Energy = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, …], gamma [B]) -> [B]
-# What a sampler may do to each new latent: (z [B, …], x [B, …], the γ of z [B], keys [B]) -> z
-Edit = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Step(NamedTuple):
+    """What a sampler tells of a step that it took.
+
+    Attributes:
+      z: the new latent float32 [B, …]. x: the estimate of the clean latent before the step [B, …].
+      mean, deviation: of the normal distribution [B, …] and [] that z was drawn from; a deterministic step has z and 0.
+      gamma: the log-SNR of z [B]. keys: of the step [B].
+    """
+
+    z: jax.Array
+    x: jax.Array
+    mean: jax.Array
+    deviation: jax.Array
+    gamma: jax.Array
+    keys: jax.Array
+
+
+Edit = Callable[[Step], jax.Array]  # what a sampler may do to each new latent: a step -> z [B, …]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 MEANS = ("likelihood", "loss")
@@ -156,17 +175,19 @@ def sample(
         gain = -jnp.expm1(gamma - then)  # the share of the noise that this step removes
         mean = alpha_then * (z * (1 - gain) / alpha + gain * x)
         deviation = sigma_then ** (1 - variance) * sigma**variance * jnp.sqrt(gain)
-        return mean + deviation * noise(rng.at_step(keys, i + 1), shape)
+        return mean + deviation * noise(rng.at_step(keys, i + 1), shape), mean, deviation
 
     def ddim(z, x, before, gamma, then, i):
         (alpha, sigma), (alpha_then, sigma_then) = alpha_sigma(gamma), alpha_sigma(then)
-        return alpha_then * x + sigma_then * (z - alpha * x) / sigma
+        moved = alpha_then * x + sigma_then * (z - alpha * x) / sigma
+        return moved, moved, jnp.float32(0)
 
     def solver(z, x, before, gamma, then, i):
         (_, sigma), (alpha_then, sigma_then) = alpha_sigma(gamma), alpha_sigma(then)
         h, previous = (then - gamma) / 2, (gamma - gammas[jnp.maximum(i - 1, 0)]) / 2
         ahead = jnp.where(i == 0, 0.0, h / (2 * jnp.where(i == 0, 1.0, previous)))
-        return sigma_then / sigma * z - alpha_then * jnp.expm1(-h) * (x + ahead * (x - before))
+        moved = sigma_then / sigma * z - alpha_then * jnp.expm1(-h) * (x + ahead * (x - before))
+        return moved, moved, jnp.float32(0)
 
     move = {"ddpm": ddpm, "ddim": ddim, "dpm++": solver}[sampler]
 
@@ -174,9 +195,9 @@ def sample(
         z, before = carry
         gamma, then = gammas[i], gammas[i + 1]
         x = at(z, gamma)
-        z = move(z, x, before, gamma, then, i)
+        z, mean, deviation = move(z, x, before, gamma, then, i)
         if edit is not None:
-            z = edit(z, x, jnp.full((batch,), then), rng.at_step(keys, steps + 1 + i))
+            z = edit(Step(z, x, mean, deviation, jnp.full((batch,), then), rng.at_step(keys, steps + 1 + i)))
         return (z, x), None
 
     (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), jnp.arange(steps - 1))

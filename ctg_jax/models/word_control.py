@@ -17,6 +17,9 @@ from ctg_jax.support import remove
 from ctg_jax.types import InputError
 
 
+PULLS = ("drawn", "mean")
+
+
 @dataclasses.dataclass(frozen=True)
 class How:
     """How a text is drawn and steered.
@@ -24,7 +27,9 @@ class How:
     Attributes:
       calls, sampler: `steps` and `sampler` of `samplers.sample`.
       clamp: see `estimate`.
-      updates, rate: of Adagrad, after each step. coef: of the pull to what the sampler drew; see `steered`.
+      updates, rate: of Adagrad, after each step. coef: of the pull back.
+      pull: to what: what the sampler drew, over σ², the noise it holds ("drawn"), or the mean of the sampler's step,
+        over the deviation of that step ("mean"), as the authors have it; see `steered`.
       floor: what Adagrad starts its sum of squares with: entries whose gradient is far below its root stay in place.
         With 0, as the authors have it, every entry moves by `rate` however small its gradient is.
     """
@@ -36,12 +41,17 @@ class How:
     rate: float = 0.1
     coef: float = 0.01
     floor: float = 1e-4
+    pull: str = "drawn"
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
         if not 0 <= self.clamp <= 1 or self.calls < 1 or min(self.updates, self.rate, self.coef, self.floor) < 0:
             raise InputError(f"{self}: expected clamp from 0 to 1, calls from 1, and the others from 0.")
+        if self.pull not in PULLS:
+            raise InputError(f"pull is {self.pull!r}, expected one of {', '.join(PULLS)}.")
+        if self.pull == "mean" and self.sampler != "ddpm":
+            raise InputError(f"pull is 'mean', but a step of the sampler {self.sampler!r} draws nothing: use ddpm.")
 
 
 def energy(
@@ -101,19 +111,23 @@ def _outside(logp, right, counts):
 def steered(energy: Energy, scale: jax.Array, how: How) -> Edit:
     """What follows each step of the sampler: `updates` steps of Adagrad, each time from a new state, down
     scale · energy(z) + coef · |z - z'|² / σ², with z' what the sampler drew and σ the noise it holds (Li et al. 2022,
-    section 5.1; the authors pull to the mean of the step in place of z').
+    section 5.1), or, as the authors' code has it, coef · |z - m|² / s with mean m and deviation s of the step.
 
     Args:
       scale: float32 [] or [B]; where it is 0 the sampler's latent is kept, bit for bit.
     """
     tx = optax.adagrad(how.rate, initial_accumulator_value=how.floor, eps=1e-10)
 
-    def edit(z, x, gamma, keys):
+    def edit(step):
+        z, gamma = step.z, step.gamma
         strength = jnp.broadcast_to(scale, z.shape[:1])
-        variance = rows(alpha_sigma(gamma)[1] ** 2, z)
+        if how.pull == "drawn":
+            centre, width = z, rows(alpha_sigma(gamma)[1] ** 2, z)
+        else:
+            centre, width = step.mean, step.deviation
 
         def total(y):
-            return jnp.sum(strength * energy(y, gamma)) + how.coef * jnp.sum((y - z) ** 2 / variance)
+            return jnp.sum(strength * energy(y, gamma)) + how.coef * jnp.sum((y - centre) ** 2 / width)
 
         def update(_, carry):
             y, state = carry

@@ -18,7 +18,7 @@ from ctg_jax.decode import strategies
 from ctg_jax.learn import losses
 from ctg_jax.learn.diffusion_losses import word_loss
 from ctg_jax.methods import diffusion_lm
-from ctg_jax.models import word_diffusion
+from ctg_jax.models import samplers, word_diffusion
 from ctg_jax.models.diffusion import Schedule, alpha_sigma
 from ctg_jax.models.word_control import How, energy, steered
 from ctg_jax.models.word_diffusion import vectors
@@ -163,21 +163,54 @@ def test_energies_by_hand():
     np.testing.assert_allclose(of(all_), length + tagged + label, rtol=1e-4)
 
 
-def test_updates_by_hand():
-    """Energy Σ c z; the second gradient also pulls back to where the sampler was."""
+@pytest.mark.parametrize("pull", ["drawn", "mean"])
+def test_updates_by_hand(pull):
+    """Energy Σ c z; a gradient also pulls back to where the sampler was, or to the mean of its step."""
     c, z, gamma = np.array([2.0, -1.0, 0.0]), np.zeros((2, 1, 3), np.float32), np.array([0.5, 0.5], np.float32)
-    how = How(updates=2, rate=0.1, coef=0.3, floor=0.04)
+    how = How(updates=2, rate=0.1, coef=0.3, floor=0.04, pull=pull)
     scale = jnp.asarray([0.5, 0.0])
     edit = steered(lambda z, g: jnp.sum(z * jnp.asarray(c, jnp.float32)[None, None], axis=(1, 2)), scale, how)
-    found = np.asarray(edit(jnp.asarray(z), None, jnp.asarray(gamma), None))
-    variance = 1 / (1 + np.exp(0.5))
+    step = samplers.Step(jnp.asarray(z), None, jnp.asarray(z) - 0.5, jnp.float32(0.7), jnp.asarray(gamma), None)
+    found = np.asarray(edit(step))
+    centre, width = (0.0, 1 / (1 + np.exp(0.5))) if pull == "drawn" else (-0.5, 0.7)
     y, squares = np.zeros(3), np.full(3, 0.04)
     for _ in range(2):
-        g = 0.5 * c + 2 * 0.3 * y / variance
+        g = 0.5 * c + 2 * 0.3 * (y - centre) / width
         squares += g * g
         y = y - 0.1 * g / np.sqrt(squares)
     np.testing.assert_allclose(found[0, 0], y, rtol=1e-5)
     np.testing.assert_array_equal(found[1], z[1])
+
+
+def test_the_updates_of_every_step_begin_from_nothing():
+    """Adagrad is a fresh one after each step: the same step twice moves the same way, however it was called before."""
+    edit = steered(lambda z, g: 3 * jnp.sum(z, axis=(1, 2)), jnp.ones(()), How(updates=3, floor=0.0))
+    step = samplers.Step(jnp.zeros((1, 1, 2)), None, jnp.zeros((1, 1, 2)), jnp.float32(1), jnp.zeros(1), None)
+    first = edit(step)
+    np.testing.assert_array_equal(edit(step), first)
+    # With nothing in its sums, the first update moves every entry by the rate, whatever its gradient is.
+    alone = steered(lambda z, g: 3 * jnp.sum(z, axis=(1, 2)), jnp.ones(()), How(updates=1, floor=0.0))(step)
+    np.testing.assert_allclose(alone, -0.1, rtol=1e-5)
+
+
+def test_the_mean_and_deviation_of_a_step_are_those_it_was_drawn_from():
+    seen = []
+
+    def look(step):
+        seen.append((np.asarray(step.z), np.asarray(step.mean), float(step.deviation)))
+        return step.z
+
+    keys = rng.per_example(jax.random.key(0), jnp.arange(4000))
+    with jax.disable_jit():
+        samplers.sample(lambda z, g: 0.5 * z, keys, (1,), steps=3, edit=look)
+        assert all(np.std((z - mean) / deviation) == pytest.approx(1, abs=0.04) for z, mean, deviation in seen)
+        del seen[:]
+        samplers.sample(lambda z, g: 0.5 * z, keys[:4], (1,), steps=3, sampler="ddim", edit=look)
+        assert all(np.array_equal(z, mean) and deviation == 0 for z, mean, deviation in seen)
+    with pytest.raises(InputError, match="a step of the sampler 'ddim' draws nothing"):
+        How(sampler="ddim", pull="mean")
+    with pytest.raises(InputError, match="pull is 'both', expected one of drawn, mean"):
+        How(pull="both")
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ def fit(
     return stage.stage(root, aimed, aim or {}, lm=lm, network=control)
 
 
-@stage.stage_function("diffusion_lm")
+@stage.stage_function("diffusion_lm", revision=1)
 def diffusion_lm(
     run: Run,
     *,
@@ -254,7 +254,7 @@ def diffusion_lm(
     keep(run, control.replace(params=params, tags=jnp.asarray(tag_table(tokenizer))), "diffusion_lm", hp)
 
 
-@stage.stage_function("diffusion_lm.classifier")
+@stage.stage_function("diffusion_lm.classifier", revision=1)
 def classifier(
     run: Run,
     *,
@@ -310,10 +310,11 @@ def aimed(
     rate: float = 0.1,
     coef: float = 0.01,
     floor: float = 1e-4,
+    pull: str = "drawn",
 ) -> None:
     """Stage: sets what a trained model is steered towards (see `init`) and how it samples (see `How`)."""
     model = open_lm(lm)[0]
-    how = dict(calls=calls, sampler=sampler, clamp=clamp, updates=updates, rate=rate, coef=coef, floor=floor)
+    how = dict(calls=calls, sampler=sampler, clamp=clamp, updates=updates, rate=rate, coef=coef, floor=floor, pull=pull)
     hp = network.spec["init"] | dict(target=dict(target or {}), **how)
     control, old = init(model, jax.random.key(0), **hp), methods.load(network, model)
     keep(run, control.replace(params=old.params, guide=old.guide, tags=old.tags), "diffusion_lm", hp)

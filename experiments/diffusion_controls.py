@@ -3,8 +3,9 @@
     python experiments/diffusion_controls.py --config=configs/diffusion_lm.py[:yelp|:tiny] [--root=runs]
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
-configuration (label by the judge, length and tags by the tokens, exactly; length also within two tokens, as the paper
-counts it), that have all targets of the arm, and the pooled perplexity under the autoregressive LM (the mean over samples leaves out those above 10,000, which may be all).
+configuration (label by the judge, length and tags by the tokens, exactly; length within two tokens as well, which is
+what the paper counts), that have all targets of the arm, and the pooled perplexity under the autoregressive LM (the
+mean over samples leaves out those above 10,000, which may be all).
 """
 
 import sys
@@ -20,7 +21,6 @@ from ctg_jax.run.stage import open_artifact, open_lm
 from ctg_jax.stages.judges import open_judge
 from experiments import cli, experiment
 
-
 WITHIN = "length within 2 of"
 
 
@@ -35,7 +35,7 @@ def holds(name, value, rows, liked, tags, ends):
         return np.asarray(liked) == bool(value)
     if name in ("length", WITHIN):
         far = 0 if name == "length" else 2
-        return np.asarray([abs(len(row) - value - 1) <= far and row[-1] in ends for row in rows])
+        return np.asarray([abs(len(row) - value - 1) <= far and bool({*row[-1:]} & {*ends}) for row in rows])
     wanted = [(i, TAGS.index(tag)) for i, tag in enumerate(value) if tag is not None]
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 

@@ -1,6 +1,7 @@
 """Nothing old is given for something new: edited files, other reward functions, other controls, foreign manifests, and
 attempts that were cut short while they were sealed."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -353,3 +354,15 @@ def test_leftovers_of_a_kill_after_sealing_are_removed_and_nothing_else(given, t
     (done.path / "notes").mkdir()
     assert stage(tmp_path, finetune.finetune, settings, lm=lm, data=data) == done
     assert not (done.path / "steps").exists() and (tmp_path / "outside").exists() and (done.path / "notes").exists()
+
+
+def test_a_control_of_an_earlier_revision_of_its_stage_is_refused(given, monkeypatch):
+    """What its arrays mean has changed since: loaded as they are, they would give other text in silence."""
+    lm, made = given[1], given[-1]
+    model = open_lm(lm)[0]
+    assert methods.load(made, model).vector.size
+    stages = {fn.stage_function.name: fn for fn in vars(steer).values() if hasattr(fn, "stage_function")}
+    fn = stages[made.spec["stage"]]
+    monkeypatch.setattr(fn, "stage_function", dataclasses.replace(fn.stage_function, revision=7))
+    with pytest.raises(InputError, match="made by revision 0 of steer, but this version has revision 7"):
+        methods.load(made, model)

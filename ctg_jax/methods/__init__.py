@@ -82,8 +82,8 @@ def load(artifact: Artifact, lm: LM) -> Control:
     revision = next((d.revision for d in declared if d and d.name == spec.get("stage")), spec.get("revision"))
     if revision != spec.get("revision"):
         raise InputError(
-            f"{artifact.path} was made by revision {spec['revision']} of {spec['stage']}, but this version has revision "
-            f"{revision}, which computes something else: fit the control again"
+            f"{artifact.path} was made by revision {spec['revision']} of {spec['stage']}, but this version has "
+            f"revision {revision}, which computes something else: fit the control again"
         )
     hp = spec.get("init", {})
     like = jax.eval_shape(lambda key: get(spec["method"]).init(lm, key, **hp), jax.random.key(0))

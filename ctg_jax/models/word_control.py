@@ -16,7 +16,6 @@ from ctg_jax.models.word_diffusion import words
 from ctg_jax.support import remove
 from ctg_jax.types import InputError
 
-
 PULLS = ("drawn", "mean")
 
 

@@ -390,7 +390,7 @@ def test_bad_input(net, small):
 
 
 def test_how_often_a_control_holds_by_hand():
-    from experiments.diffusion_controls import holds
+    from experiments.diffusion_controls import WITHIN, holds
 
     rows, liked, tags = [[3, 4, 0], [3, 0], [4, 3, 4]], [True, False, True], np.asarray([0, 0, 0, 9, 10])
     assert (TAGS[9], TAGS[10]) == ("adj", "noun")
@@ -398,6 +398,8 @@ def test_how_often_a_control_holds_by_hand():
         ("label", 1, [True, False, True]),
         ("label", 0, [False, True, False]),
         ("length", 2, [True, False, False]),  # the last row does not end
+        (WITHIN, 4, [True, False, False]),
+        (WITHIN, 1, [True, True, False]),
         ("tags", ["adj", None], [True, True, False]),
         ("tags", [None, "adj", "noun"], [False, False, True]),
     ):

@@ -358,7 +358,8 @@ def test_leftovers_of_a_kill_after_sealing_are_removed_and_nothing_else(given, t
 
 def test_a_control_of_an_earlier_revision_of_its_stage_is_refused(given, monkeypatch):
     """What its arrays mean has changed since: loaded as they are, they would give other text in silence."""
-    lm, made = given[1], given[-1]
+    root, lm, data = given
+    made = steer.fit(root, lm=lm, data=data, sites="middle", tokens=8)
     model = open_lm(lm)[0]
     assert methods.load(made, model).vector.size
     stages = {fn.stage_function.name: fn for fn in vars(steer).values() if hasattr(fn, "stage_function")}

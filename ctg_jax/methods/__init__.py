@@ -19,6 +19,7 @@ from ctg_jax.control import Control
 from ctg_jax.control import with_strength as with_strength
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
+from ctg_jax.run.identity import StageFunction
 from ctg_jax.run.stage import Artifact, Run, nearest, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
@@ -79,7 +80,8 @@ def load(artifact: Artifact, lm: LM) -> Control:
     if "method" not in spec:
         raise InputError(f"{artifact.path} holds no control: expected an artifact that the `fit` of a method made.")
     declared = [getattr(value, "stage_function", None) for value in vars(get(spec["method"])).values()]
-    revision = next((d.revision for d in declared if d and d.name == spec.get("stage")), spec.get("revision"))
+    stages = {d.name: d.revision for d in declared if isinstance(d, StageFunction)}
+    revision = stages.get(spec.get("stage"), spec.get("revision"))
     if revision != spec.get("revision"):
         raise InputError(
             f"{artifact.path} was made by revision {spec['revision']} of {spec['stage']}, but this version has "

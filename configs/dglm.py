@@ -102,10 +102,13 @@ def get_config(arg="bundled"):
 
 
 def sweep():
-    """Samplers and their steps, with the gradient through the denoiser and without, at one strength."""
+    """Samplers and their steps, with the gradient through the denoiser and without, and weights of the prefix, at one
+    strength."""
     ways = [dict(sampler="dpm++", steps=n) for n in (10, 50)]
     ways += [dict(sampler="ddpm", steps=n) for n in (20, 50, 250)]
     ways += [dict(sampler="ddim", steps=20), dict(sampler="dpm++", steps=20, through=True)]
     ways += [dict(sampler="ddpm", steps=250, through=True), dict(average=8)]
     for draw in ways:
         yield {"methods.dglm.fit.draw": draw, "methods.dglm.strengths": (100.0,)}
+    for free in (1.0, 2.0, 3.0, 5.0):
+        yield {"methods.dglm.fit.free": free, "methods.dglm.strengths": (0.0, 100.0)}

@@ -1,7 +1,8 @@
 """How much of a text its latent keeps.
 
-DGLM's prompter writes continuations from the true latent or from that of another text, and the language model writes
-some without a latent; all of them are compared with what people wrote."""
+DGLM's prompter writes continuations from the true latent, from one that the diffusion draws, or from that of another
+text, and the language model writes some without a latent; all of them are compared with what people wrote. What the
+true latent costs in perplexity is the least that a better diffusion could cost."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError
 
-LATENTS = ("own", "other", "none")
+LATENTS = ("own", "drawn", "other", "none")
 
 
-@stage_function("dglm.reconstruct", how=("batch",))
+@stage_function("dglm.reconstruct", revision=1, how=("batch",))
 def reconstruct(
     run: Run,
     *,
@@ -35,11 +36,12 @@ def reconstruct(
     resamples: int = 1000,
 ) -> None:
     """Stage: writes one continuation of each prefix to samples.jsonl, and measures how close it is to the true one by
-    the cosine of their embeddings and by corpus BLEU-4.
+    the cosine of their embeddings and by corpus BLEU-4, and its pooled perplexity under the language model alone.
 
     Args:
       control: an artifact of `dglm.fit`. latents: held-out texts, encoded by `embeddings.encode` with the same encoder.
-      latent: "own": the latent of the true continuation; "other": that of the next text; "none": no soft prompt.
+      latent: "own": the latent of the true continuation; "drawn": one that the diffusion draws for the prefix, without
+        classifiers; "other": that of the next text; "none": no soft prompt.
       top_p: of nucleus sampling. max_new: new tokens at most.
 
     Raises:
@@ -54,7 +56,7 @@ def reconstruct(
         )
     opened = sampling.opened(lm)
     proposal = methods.load(control, opened[0])
-    pieces, (x, _) = latents.rows("pieces.jsonl"), embeddings.arrays(latents)
+    pieces, (x, contexts) = latents.rows("pieces.jsonl"), embeddings.arrays(latents)
     mean, deviation = np.asarray(proposal.mean), np.asarray(proposal.deviation)
     given = np.roll(x, -1, axis=0) if latent == "other" else x
     signal = proposal.draw.signal
@@ -62,7 +64,10 @@ def reconstruct(
         "latent": (given - mean) / deviation,
         "gamma": np.full(len(x), math.log(signal / (1 - signal)), np.float32),
     }
-    writer = Chain((IDENTITY if latent == "none" else proposal.soft_prompt, truncate.rules(opened[0], top_p=top_p)))
+    if proposal.reads is not None:
+        cond[proposal.reads] = contexts
+    ways = {"none": IDENTITY, "drawn": methods.with_strength(proposal, 0.0)}
+    writer = Chain((ways.get(latent, proposal.soft_prompt), truncate.rules(opened[0], top_p=top_p)))
     prompts, drawing = [p["prompt"] for p in pieces], sampling.Options(max_new=max_new, batch=batch, seed=seed)
     rows = [row for part in sampling.complete(*opened, prompts, writer, drawing, cond=cond) for row in part]
     write_jsonl(run.path / "samples.jsonl", rows)
@@ -71,3 +76,7 @@ def reconstruct(
     boot = evaluation.Bootstrap(range(len(rows)), seed=seed, resamples=resamples)
     run.log(name="cosine", **boot.mean(evaluation.cosine(found, x)).as_json())
     run.log(name="BLEU-4", **evaluation.bleu(texts, wanted, resamples, seed).as_json())
+    heads, tails = opened[2].encode_prompts(prompts), [row["tokens"] for row in rows]
+    nats = -evaluation.log_probabilities(*opened, heads, tails, batch=batch)
+    pooled = evaluation.Perplexity("pooled").figure(boot, nats, np.asarray([len(tail) for tail in tails]))
+    run.log(name="perplexity_pooled", **pooled.as_json())

@@ -73,3 +73,5 @@ def sweep():
         yield {"methods.mdlm.fit.guide.reveal": reveal}
     for block in (1, 8):
         yield {"methods.mdlm.fit.guide.block": block}
+    for reveal in (4, 8, 16):
+        yield {"methods.mdlm.fit.guide.by": "confidence", "methods.mdlm.fit.guide.reveal": reveal}

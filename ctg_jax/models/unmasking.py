@@ -17,6 +17,7 @@ from ctg_jax.types import InputError
 
 NEVER = -1  # the step of a token that is given
 FINALS = ("draw", "argmax")
+CHOICES = ("time", "confidence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +27,22 @@ class Order:
     Attributes:
       reveal, block, schedule: `steps`, `block` and `schedule` of `order`.
       final: how tokens are chosen in the last of every `reveal` steps: "draw" or "argmax".
+      by: what decides which tokens a step writes: their moments in the forward process ("time"), which samples the
+        model's distribution as steps become many; or how probable the tokens are that were drawn for them
+        ("confidence", Chang et al. 2022; Nie et al. 2025, LLaDA), which needs fewer steps and samples another one. The
+        number of tokens that a step writes is the same.
     """
 
     reveal: int = 0
     block: int = 0
     schedule: str = "loglinear"
     final: str = "draw"
+    by: str = "time"
 
     def __post_init__(self):
         check(self.schedule)
+        if self.by not in CHOICES:
+            raise InputError(f"by is {self.by!r}, expected one of {', '.join(CHOICES)}.")
         if self.final not in FINALS:
             raise InputError(f"final is {self.final!r}, expected one of {', '.join(FINALS)}.")
         if min(self.reveal, self.block) < 0:
@@ -57,8 +65,7 @@ def order(
       schedule: see `masked.share`.
     """
     u = jax.vmap(lambda k: jax.random.uniform(k, (hidden.shape[1],)))(keys)
-    nth = jnp.cumsum(hidden, axis=1, dtype=jnp.int32) - 1
-    part = nth // block if block else jnp.zeros_like(nth)
+    part = blocks(hidden, block)
     if steps:
         after = 1 - jnp.arange(1, steps + 1) / steps
         still = u[:, :, None] < share(after, schedule)[None, None]
@@ -67,6 +74,12 @@ def order(
         late = jnp.where(hidden, part + u, jnp.inf)
         when = jnp.argsort(jnp.argsort(late, axis=1), axis=1).astype(jnp.int32)
     return jnp.where(hidden, when, NEVER)
+
+
+def blocks(hidden: jax.Array, block: int) -> jax.Array:
+    """The block of each token int32 [B, S], see `order`; only those of hidden tokens mean anything."""
+    nth = jnp.cumsum(hidden, axis=1, dtype=jnp.int32) - 1
+    return nth // block if block else jnp.zeros_like(nth)
 
 
 def step_count(tokens: int, *, steps: int = 0, block: int = 0) -> int:
@@ -84,6 +97,7 @@ def unmask(
     final: int = 0,
     greedy: bool = False,
     cache: bool = True,
+    part: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes every token of the rows.
 
@@ -95,6 +109,8 @@ def unmask(
       greedy: every step takes the most likely token.
       cache: whether to call the denoiser only at steps in which some token of the batch is written; at the others its
         input does not change. This affects the speed only.
+      part: `blocks` of the tokens, where the most probable tokens of a block are written first: as many as `when` has
+        in that step. None: `when` names the tokens themselves.
 
     Returns:
       The rows, int32 [B, S], and the number of calls of the denoiser, int32 []. A token whose logits are not finite
@@ -109,7 +125,11 @@ def unmask(
             flat = jax.vmap(rng.per_example, (0, None))(rng.at_step(keys, i), jnp.arange(x.shape[1])).reshape(-1)
             drawn = rng.draw(flat, z.reshape(-1, z.shape[-1])).reshape(x.shape)
             best = jnp.where(i % final == final - 1, best, drawn) if final else drawn
-        here = (when == i) & ~jnp.any(jnp.isnan(z), axis=-1)
+        here = when == i
+        if part is not None:
+            score = jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), best[:, :, None], axis=-1)[:, :, 0]
+            here = _most_probable(score, here, (x == z.shape[-1] - 1) & (when != NEVER), part)
+        here &= ~jnp.any(jnp.isnan(z), axis=-1)
         return jnp.where(here, best.astype(x.dtype), x), calls + 1
 
     def step(carry, i):
@@ -118,6 +138,14 @@ def unmask(
         return lax.cond(jnp.any(when == i), write, lambda carry, i: carry, carry, i), None
 
     return lax.scan(step, (x, jnp.zeros((), jnp.int32)), jnp.arange(steps))[0]
+
+
+def _most_probable(score, here, open_, part):
+    """bool [B, S]: as many tokens as `here` names, of the same block and still open, those with the highest scores."""
+    block = jnp.max(jnp.where(here, part, -1), axis=1, keepdims=True)
+    among = jnp.where(open_ & (part == block), score, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-among, axis=1), axis=1)
+    return (rank < jnp.sum(here, axis=1, keepdims=True)) & open_ & (part == block)
 
 
 def first_order(gradient: jax.Array, table: jax.Array, mask: int) -> jax.Array:

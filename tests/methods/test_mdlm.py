@@ -129,8 +129,9 @@ def test_a_fitted_classifier_beats_chance_and_guides():
     assert share[8.0][0] > 2 * share[0.0][0] and share[-8.0][1] > 2 * share[0.0][1]
 
 
-def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding():
-    control = methods.with_strength(lively(reveal=6, block=4, final="argmax"), 1.0)
+@pytest.mark.parametrize("by", ["time", "confidence"])
+def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding(by):
+    control = methods.with_strength(lively(reveal=6, block=4, final="argmax", by=by), 1.0)
     prompts = worlds.prompts(ROWS, length=6)
     batch = strategies.run(LM, {}, prompts, control, SAMPLING)
     alone = worlds.prompts([ROWS[1]])
@@ -210,6 +211,8 @@ def test_bad_input(small, tmp_path):
     _, lm, data = small
     with pytest.raises(InputError, match="final is 'best', expected one of draw, argmax"):
         mdlm.init(LM, jax.random.key(0), final="best")
+    with pytest.raises(InputError, match="by is 'size', expected one of time, confidence"):
+        mdlm.init(LM, jax.random.key(0), by="size")
     with pytest.raises(InputError, match="width is 10, which heads=4 does not divide"):
         mdlm.init(LM, jax.random.key(0), width=10)
     with pytest.raises(InputError, match="reveal=-1"):

@@ -9,7 +9,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax import rng
-from ctg_jax.models import masked
+from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.unmasking import NEVER, first_order, order, step_count, unmask
 from ctg_jax.types import InputError
@@ -188,6 +188,38 @@ def test_rows_and_steps():
     for i in (0, 4):
         alone, _, _ = run(x[i : i + 1], hidden[i : i + 1], keys[i : i + 1])
         np.testing.assert_array_equal(alone[0], rows[i])
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_most_probable_tokens_are_written_first(block):
+    """A denoiser that is the surer the farther right: each step writes the rightmost open tokens of its block, as many
+    as the forward process has in that step."""
+    sure = jnp.broadcast_to(jnp.arange(N, dtype=jnp.float32)[None, :, None] * jnp.eye(V + 1)[1], (1, N, V + 1))
+    keys, hidden = rng.per_example(jax.random.key(0), jnp.arange(40)), jnp.ones((40, N), bool)
+    when = order(keys, hidden, steps=2, block=block)
+    steps = step_count(N, steps=2, block=block)
+    seen = []
+
+    def denoise(x):
+        seen.append(np.asarray(x == V))
+        return jnp.broadcast_to(sure, (len(x), N, V + 1))
+
+    x = jnp.full((40, N), V)
+    with jax.disable_jit():
+        rows, _ = unmask(
+            denoise, x, when, keys, steps=steps, greedy=True, cache=False, part=unmasking.blocks(hidden, block)
+        )
+    assert bool(jnp.all(rows < V))
+    seen.append(np.zeros((40, N), bool))
+    for i in range(steps):
+        wrote = seen[i] & ~seen[i + 1]
+        count = np.asarray(when == i).sum(1)
+        np.testing.assert_array_equal(wrote.sum(1), count)
+        for row, left, n in zip(wrote, seen[i], count):
+            part = np.arange(N) // block == i // 2 if block else np.ones(N, bool)
+            np.testing.assert_array_equal(
+                np.flatnonzero(row), np.flatnonzero(left & part)[len(np.flatnonzero(left & part)) - n :]
+            )
 
 
 def test_orders_by_hand():

@@ -175,6 +175,7 @@ def infill(
     return unmasking.unmask(
         model, x, when, keys_of["tokens"], steps=unmasking.step_count(x.shape[1], **steps),
         final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache,
+        part=unmasking.blocks(~given, order.block) if order.by == "confidence" else None,
     )  # fmt: skip
 
 
@@ -262,6 +263,7 @@ def classifier(
     block: int = 0,
     schedule: str = "loglinear",
     final: str = "draw",
+    by: str = "time",
     regression: Regression = Regression(),
     seed: int = 0,
 ) -> None:
@@ -272,7 +274,7 @@ def classifier(
       network: an artifact of the stage `mdlm`.
       classes: the number of classes, whose labels are 0 to classes - 1; None: the number found; 0: no classifier.
         Records without a label are left out and counted in a warning.
-      target: see `init`. reveal, block, schedule, final: see `Order`.
+      target: see `init`. reveal, block, schedule, final, by: see `Order`.
       regression: how the classifier is fitted. seed: of the masks and of the held-out texts.
 
     Raises:
@@ -291,8 +293,8 @@ def classifier(
                 f"labels of {data.path} are {sorted(found)}, expected two or more, each of 0 to {classes - 1}."
             )
     classes = classes or 0
-    hp = dict(target=target, reveal=reveal, block=block, schedule=schedule, final=final, classes=classes)
-    hp = network.spec["init"] | hp
+    hp = dict(target=target, reveal=reveal, block=block, schedule=schedule, final=final, by=by)
+    hp = network.spec["init"] | hp | dict(classes=classes)
     control = init(model, jax.random.key(seed), **hp).replace(params=old.params)
     if classes:
         source, length = Source(str(data.path), "all", records), control.net.context

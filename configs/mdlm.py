@@ -50,8 +50,8 @@ def yelp():
     arm = dict(
         data=lm["data"],
         fit=dict(
-            width=128, depth=4, length=32, draws=1, schedule="loglinear", ema=0.999,
-            training=dict(batch=64, steps=5000),
+            width=128, depth=4, length=32, draws=1, schedule="loglinear",
+            training=dict(batch=64, steps=5000, ema=0.999),
             heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all"),
         ),
         strengths=(0.0, 1.0, 4.0, 8.0, 16.0),

@@ -40,6 +40,8 @@ class Training:
       decay: decoupled weight decay.
       clip: the largest norm of a gradient, or None.
       accumulate: the parts that a batch is run in, one after the other: less memory, the same gradient.
+      ema: the decay of a moving average, which is kept in place of the last values (`ctg_jax.learn.train.averaged`);
+        None: the last values are kept.
       save_every: updates between checkpoints; 0 for none but the last.
       log_every: updates between rows of metrics.jsonl.
       tensorboard: whether to write TensorBoard event files too.
@@ -55,6 +57,7 @@ class Training:
     decay: float = 0.0
     clip: float | None = 1.0
     accumulate: int = 1
+    ema: float | None = None
     save_every: int = how(100)
     log_every: int = how(1)
     tensorboard: bool = how(False)
@@ -170,7 +173,6 @@ def train(
     trained: str = ".*",
     seed: int = 0,
     tx: optax.GradientTransformation | None = None,
-    ema: float | None = None,
 ) -> PyTree:
     """What the updates made of a control or of parameters; an interrupted stage continues from its last checkpoint.
 
@@ -181,21 +183,20 @@ def train(
       trained: a regular expression for the paths of the leaves that learn.
       seed: of the randomness in the loss.
       tx: an optimizer in place of `training.optimizer(trained)`.
-      ema: the decay of a moving average, which is then returned in place of the parameters; see `train.averaged`.
 
     Raises:
       InputError: steps below 1, and what the training loop raises.
     """
     tx = training.optimizer(trained) if tx is None else tx
     key = rng.stream(jax.random.key(seed), "train")
-    state = training_loop.init_state(learner, tx, key, ema=ema is not None)
-    averaging = {} if ema is None else {"ema": ema}
+    state = training_loop.init_state(learner, tx, key, ema=training.ema is not None)
+    averaging = {} if training.ema is None else {"ema": training.ema}
     step = training_loop.make_step(loss, tx, accumulate=training.accumulate, **averaging)
     state = training_loop.loop(
         run.path, state, step, batches, steps=training.steps, save_every=training.save_every, frozen=frozen,
         log_every=training.log_every, tensorboard=training.tensorboard,
     )  # fmt: skip
-    return state.params if ema is None else state.ema
+    return state.params if training.ema is None else state.ema
 
 
 def keep(run: Run, control: Control, method: str, init: Mapping[str, Any]) -> None:

@@ -51,8 +51,9 @@ def denoise(
     net: Mapping[str, Any] | None = None,
     weight: str = "asymmetric",
     drop: float = 0.1,
-    ema: float = 0.999,
-    training: Training = Training(steps=5000, batch=128, rate=1e-3, warmup=100, schedule="cosine", save_every=500),
+    training: Training = Training(
+        steps=5000, batch=128, rate=1e-3, warmup=100, schedule="cosine", ema=0.999, save_every=500
+    ),
     seed: int = 0,
 ) -> None:
     """Stage: trains the denoiser of standardised latents, conditioned on the prefix; its moving average is kept.
@@ -60,7 +61,6 @@ def denoise(
     Args:
       net: settings of `network`. weight: of the squared error of v, see `diffusion.weight`.
       drop: share of rows whose prefix is hidden, for classifier-free guidance.
-      ema: decay of the moving average, see `ctg_jax.learn.train.averaged`.
       training: how it is trained. seed: of initial values, batches and noise.
     """
     x = embeddings.arrays(latents)[0]
@@ -74,7 +74,7 @@ def denoise(
     batches = embeddings.batches(latents, batch=training.batch, seed=seed)
     averages = fitting.train(
         run, params, denoiser_loss(model, weight, drop), {"mean": mean, "deviation": deviation}, batches, training,
-        seed=seed, tx=tx, ema=ema,
+        seed=seed, tx=tx,
     )  # fmt: skip
     checkpoint.save(run.path / "state", averages["net"])
     run.discard("steps")

@@ -221,7 +221,6 @@ def mdlm(
     length: int = 32,
     schedule: str = "cosine",
     draws: int = 4,
-    ema: float | None = None,
     training: Training = Training(steps=2000, rate=2e-3, warmup=50, schedule="cosine", decay=0.01, save_every=200),
     seed: int = 0,
 ) -> None:
@@ -231,8 +230,6 @@ def mdlm(
       lm: gives the tokenizer and the size of the vocabulary.
       width, depth, heads, length: see `init`; longer texts are cut.
       schedule, draws: of the bound that is minimised, see `masked.nelbo`.
-      ema: decay of the moving average of the weights that is kept, see `ctg_jax.learn.train.averaged`; None: the last
-        weights are kept.
       training: how it is trained. seed: of initial values, of the order of texts, and of the noise.
 
     Raises:
@@ -246,7 +243,7 @@ def mdlm(
     source = Source(str(data.path), str(where), records)
     batches = pipeline(source, tokenizer, batch=training.batch, length=length, seed=seed)
     objective = masked_loss(control.net, control.eos, schedule=schedule, draws=draws)
-    params = fitting.train(run, control.params, objective, {}, batches, training, seed=seed, ema=ema)
+    params = fitting.train(run, control.params, objective, {}, batches, training, seed=seed)
     keep(run, control.replace(params=params), "mdlm", hp)
 
 

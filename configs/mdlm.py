@@ -70,8 +70,8 @@ def get_config(arg="bundled"):
 
 def sweep():
     for reveal in (8, 32):
-        yield {"methods.mdlm.fit.guide.reveal": reveal}
+        yield {"methods.mdlm.fit.guide.order.reveal": reveal}
     for block in (1, 8):
-        yield {"methods.mdlm.fit.guide.block": block}
+        yield {"methods.mdlm.fit.guide.order.block": block}
     for reveal in (4, 8, 16):
-        yield {"methods.mdlm.fit.guide.by": "confidence", "methods.mdlm.fit.guide.reveal": reveal}
+        yield {"methods.mdlm.fit.guide.order.by": "confidence", "methods.mdlm.fit.guide.order.reveal": reveal}

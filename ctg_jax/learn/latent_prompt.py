@@ -70,22 +70,20 @@ class LatentPrompt(Control):
 
 def init(
     lm: LM, key: jax.Array, latent: int, *, width: int = 256, depth: int = 4, heads: int = 4, pseudo_tokens: int = 16,
-    spread: int = 4, length: int = 8, slots: bool = True, time_width: int = 0, skips: bool = True, kind: str = "lora",
-    rank: int = 8,
+    spread: int = 4, length: int = 8, slots: bool = True, kind: str = "lora", rank: int = 8, **trunk: Any,
 ) -> LatentPrompt:  # fmt: skip
     """An untrained `LatentPrompt`.
 
     Args:
       lm: the language model. latent: Z.
-      width, depth, heads, time_width, skips: of the transformer of the network, see `Trunk`.
+      width, depth, heads: of the transformer of the network. trunk: further settings of `Trunk`.
       pseudo_tokens, spread, slots: see `LatentNet`. length: P, the number of soft tokens.
       kind: what is trained of the language model: nothing ("frozen"), a change of low rank ("lora", with `rank`) or a
         change of all weights ("full").
     """
-    positions = pseudo_tokens + length * slots
-    trunk = Trunk(width=width, depth=depth, heads=heads, positions=positions, time_width=time_width, skips=skips)
+    shape = Trunk(width=width, depth=depth, heads=heads, positions=pseudo_tokens + length * slots, **trunk)
     sizes = dict(pseudo_tokens=pseudo_tokens, spread=spread, slots=slots)
-    net = LatentNet(trunk, latent=latent, out=lm.width, prompt=length, **sizes)
+    net = LatentNet(shape, latent=latent, out=lm.width, prompt=length, **sizes)
     delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
     return LatentPrompt(net.init(rng.stream(key, "prompter")), delta, net)
 

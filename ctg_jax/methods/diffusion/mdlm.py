@@ -256,11 +256,7 @@ def classifier(
     network: Artifact,
     classes: int | None = None,
     target: int = 1,
-    reveal: int = 0,
-    block: int = 0,
-    schedule: str = "loglinear",
-    final: str = "draw",
-    by: str = "time",
+    order: Order = Order(),
     regression: Regression = Regression(),
     seed: int = 0,
 ) -> None:
@@ -271,7 +267,7 @@ def classifier(
       network: an artifact of the stage `mdlm`.
       classes: the number of classes, whose labels are 0 to classes - 1; None: the number found; 0: no classifier.
         Records without a label are left out and counted in a warning.
-      target: see `init`. reveal, block, schedule, final, by: see `Order`.
+      target: see `init`. order: in which order tokens are written.
       regression: how the classifier is fitted. seed: of the masks and of the held-out texts.
 
     Raises:
@@ -290,8 +286,7 @@ def classifier(
                 f"labels of {data.path} are {sorted(found)}, expected two or more, each of 0 to {classes - 1}."
             )
     classes = classes or 0
-    hp = dict(target=target, reveal=reveal, block=block, schedule=schedule, final=final, by=by)
-    hp = network.spec["init"] | hp | dict(classes=classes)
+    hp = network.spec["init"] | dict(target=target, classes=classes, **dataclasses.asdict(order))
     control = init(model, jax.random.key(seed), **hp).replace(params=old.params)
     if classes:
         source, length = Source(str(data.path), "all", records), control.net.context

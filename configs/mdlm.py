@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import reward, sentiment
 
 REVIEWS = sentiment.REVIEWS
-TINY = dict(width=16, depth=1, heads=2, length=64, draws=2, training=dict(steps=2, batch=4, warmup=1))
+TINY = dict(width=16, depth=1, heads=2, length=64, objective=dict(draws=2), training=dict(steps=2, batch=4, warmup=1))
 SETTINGS = dict(
     bundled=dict(
         data=dict(source=REVIEWS, where=dict(topic=0)),
@@ -50,7 +50,7 @@ def yelp():
     arm = dict(
         data=lm["data"],
         fit=dict(
-            width=128, depth=4, length=32, draws=1, schedule="loglinear",
+            width=128, depth=4, length=32, objective=dict(draws=1, schedule="loglinear"),
             training=dict(batch=64, steps=5000, ema=0.999),
             heldout=dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all"),
         ),
@@ -73,5 +73,6 @@ def sweep():
         yield {"methods.mdlm.fit.guide.order.reveal": reveal}
     for block in (1, 8):
         yield {"methods.mdlm.fit.guide.order.block": block}
+    yield {"methods.mdlm.fit.objective.kind": "film", "methods.mdlm.fit.guide.order.by": "certain"}
     for reveal in (4, 8, 16):
         yield {"methods.mdlm.fit.guide.order.by": "confidence", "methods.mdlm.fit.guide.order.reveal": reveal}

@@ -5,6 +5,7 @@ Batches are those of `ctg_jax.data.pipeline`; what follows a text in its row is 
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -14,19 +15,55 @@ from ctg_jax.learn import losses
 from ctg_jax.models import masked, word_diffusion
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.word_diffusion import VectorDenoiser
-from ctg_jax.types import Sum
+from ctg_jax.types import InputError, Sum
+
+KINDS = ("bound", "film")
 
 
-def masked_loss(net: Transformer, eos: int, *, schedule: str = "cosine", draws: int = 4) -> losses.LossFn:
-    """The bound of masked diffusion in nats per token of the text, its end included; params are those of the network.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a masked diffusion model minimises: the section `objective` of a configuration.
 
-    The nats are summed over whole rows, including the end tokens that fill them, so they bound those of the text.
+    Attributes:
+      kind: "bound", the bound of masked diffusion, or "film", the mean cross-entropy of masked tokens (FiLM).
+      schedule, draws: of the bound, see `masked.nelbo`.
+      rate: the two parameters of the Beta distribution of the masked share, see `masked.film`.
+      mean: of "film", over the masked tokens of a "batch", or over those of a "row" and then over rows.
+    """
+
+    kind: str = "bound"
+    schedule: str = "cosine"
+    draws: int = 4
+    rate: tuple[float, float] = (2.5, 2.5)
+    mean: str = "batch"
+
+    def __post_init__(self):
+        object.__setattr__(self, "rate", tuple(self.rate))  # configurations hold lists
+        if self.kind not in KINDS or self.mean not in ("batch", "row"):
+            raise InputError(
+                f"objective is {self.kind!r} with the mean over a {self.mean!r}, expected a kind of {', '.join(KINDS)} "
+                "and a mean over a batch or a row."
+            )
+        if len(self.rate) != 2 or min(self.rate) <= 0:
+            raise InputError(f"rate is {self.rate}, expected the two positive parameters of a Beta distribution.")
+
+
+def masked_loss(net: Transformer, eos: int, objective: Objective = Objective()) -> losses.LossFn:
+    """The objective in nats per token; params are those of the network.
+
+    The nats are those of whole rows, including the end tokens that fill them. The bound is divided by the number of
+    tokens of the text, its end included, so it bounds the nats of the text.
     """
 
     def total(params, frozen, batch, keys):
         recover = partial(masked.recovery, net, params)
-        nats = masked.nelbo(recover, filled(batch, eos), keys, net.vocab - 1, schedule=schedule, draws=draws)
-        real = jnp.any(batch["mask"], axis=1)
+        rows, real = filled(batch, eos), jnp.any(batch["mask"], axis=1)
+        if objective.kind == "film":
+            nats, count = masked.film(recover, rows, keys, net.vocab - 1, objective.rate)
+            share = count if objective.mean == "row" else jnp.ones_like(count)
+            weight = jnp.where(real, count / share, 0.0)
+            return Sum(jnp.sum(jnp.where(real, nats / share, 0.0)), jnp.sum(weight))
+        nats = masked.nelbo(recover, rows, keys, net.vocab - 1, schedule=objective.schedule, draws=objective.draws)
         return Sum(jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(batch["mask"], dtype=jnp.float32))
 
     return total

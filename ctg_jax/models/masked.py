@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from ctg_jax import rng
 from ctg_jax.models import positions
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import class_log_probabilities
@@ -92,6 +94,24 @@ def nelbo(
     x = jnp.where(gone, mask, tokens[:, None, :]).reshape(batch * draws, length)
     found = recover(x, jnp.repeat(tokens, draws, axis=0))
     return jnp.mean(weight(t, schedule) * jnp.sum(found, axis=-1).reshape(batch, draws), axis=-1)
+
+
+def film(
+    recover: Recovery, tokens: jax.Array, keys: jax.Array, mask: int, rate: tuple[float, float]
+) -> tuple[jax.Array, jax.Array]:
+    """(nats float32 [B], number of tokens float32 [B]) of what is masked in rows int [B, S], one draw for each of the
+    keys [B]: every token with a probability that is Beta(`rate`) of the row; where none is, all are (FiLM, Shen et al.
+    2023).
+
+    With a uniform probability the number of masked tokens is uniform too, and the mean over them is the bound of
+    `nelbo` divided by S, but for rows without a masked token, which count as rows of nothing but masks here.
+    """
+    named = {name: jax.vmap(partial(rng.stream, name=name))(keys) for name in ("rate", "mask")}
+    p = jax.vmap(lambda key: jax.random.beta(key, *rate))(named["rate"])
+    gone = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(named["mask"]) < p[:, None]
+    gone |= ~jnp.any(gone, axis=1, keepdims=True)
+    found = recover(jnp.where(gone, mask, tokens), tokens)
+    return jnp.sum(found, axis=1), jnp.sum(gone, axis=1, dtype=jnp.float32)
 
 
 def denoise(net: Transformer, params: Params, x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from ctg_jax.types import InputError
 
 NEVER = -1  # the step of a token that is given
 FINALS = ("draw", "argmax")
-CHOICES = ("time", "confidence")
+CHOICES = ("time", "left", "right", "certain", "uncertain", "confidence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,13 @@ class Order:
     Attributes:
       reveal, block, schedule: `steps`, `block` and `schedule` of `order`.
       final: how tokens are chosen in the last of every `reveal` steps: "draw" or "argmax".
-      by: what decides which tokens a step writes: their moments in the forward process ("time"), which samples the
-        model's distribution as steps become many; or how probable the tokens are that were drawn for them
-        ("confidence", Chang et al. 2022; Nie et al. 2025, LLaDA), which needs fewer steps and samples another one. The
-        number of tokens that a step writes is the same.
+      by: what decides which tokens of its block a step writes; how many they are is the same whatever decides.
+        "time": their moments in the forward process, which samples the model's distribution as steps become many.
+        "left", "right": their places. "certain", "uncertain": the least or the greatest entropy of what the model
+        predicts for them (FiLM, Shen et al. 2023). With one token a step these sample the distribution too, if the
+        model's conditionals are consistent.
+        "confidence": the greatest probability of the token that was drawn (Chang et al. 2022; Nie et al. 2025, LLaDA),
+        which needs few steps and samples a sharper distribution.
     """
 
     reveal: int = 0
@@ -97,6 +100,7 @@ def unmask(
     final: int = 0,
     greedy: bool = False,
     cache: bool = True,
+    by: str = "time",
     part: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes every token of the rows.
@@ -109,8 +113,8 @@ def unmask(
       greedy: every step takes the most likely token.
       cache: whether to call the denoiser only at steps in which some token of the batch is written; at the others its
         input does not change. This affects the speed only.
-      part: `blocks` of the tokens, where the most probable tokens of a block are written first: as many as `when` has
-        in that step. None: `when` names the tokens themselves.
+      by: see `Order`. Where it is not "time", a step writes as many tokens as `when` has in it.
+      part: `blocks` of the tokens, which `by` needs where it is not "time".
 
     Returns:
       The rows, int32 [B, S], and the number of calls of the denoiser, int32 []. A token whose logits are not finite
@@ -126,9 +130,8 @@ def unmask(
             drawn = rng.draw(flat, z.reshape(-1, z.shape[-1])).reshape(x.shape)
             best = jnp.where(i % final == final - 1, best, drawn) if final else drawn
         here = when == i
-        if part is not None:
-            score = jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), best[:, :, None], axis=-1)[:, :, 0]
-            here = _most_probable(score, here, (x == z.shape[-1] - 1) & (when != NEVER), part)
+        if by != "time":
+            here = _first(_scores(by, z, best), here, (x == z.shape[-1] - 1) & (when != NEVER), part)
         here &= ~jnp.any(jnp.isnan(z), axis=-1)
         return jnp.where(here, best.astype(x.dtype), x), calls + 1
 
@@ -140,7 +143,19 @@ def unmask(
     return lax.scan(step, (x, jnp.zeros((), jnp.int32)), jnp.arange(steps))[0]
 
 
-def _most_probable(score, here, open_, part):
+def _scores(by, z, best):
+    """float32 [B, S]: tokens with high scores are written first."""
+    place = jnp.broadcast_to(jnp.arange(z.shape[1], dtype=jnp.float32)[None], z.shape[:2])
+    if by in ("left", "right"):
+        return place if by == "right" else -place
+    logp = jax.nn.log_softmax(z, axis=-1)
+    if by == "confidence":
+        return jnp.take_along_axis(logp, best[:, :, None], axis=-1)[:, :, 0]
+    entropy = -jnp.sum(jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0), axis=-1)
+    return entropy if by == "uncertain" else -entropy
+
+
+def _first(score, here, open_, part):
     """bool [B, S]: as many tokens as `here` names, of the same block and still open, those with the highest scores."""
     block = jnp.max(jnp.where(here, part, -1), axis=1, keepdims=True)
     among = jnp.where(open_ & (part == block), score, -jnp.inf)

@@ -23,7 +23,14 @@ LM = worlds.tiny(vocab=7)
 SHAPE = dict(width=16, depth=1, heads=2, length=12, eos=0)
 ROWS = [[1, 2, 3], [4], [5, 6], [1, 1, 1, 1]]
 SAMPLING = Sampling(max_new=6, eos=(0,), pad=0)
-FIT = dict(width=16, depth=1, heads=2, length=16, draws=2, training=dict(steps=4, batch=4, warmup=1, save_every=2))
+FIT = dict(
+    width=16,
+    depth=1,
+    heads=2,
+    length=16,
+    objective=dict(draws=2),
+    training=dict(steps=4, batch=4, warmup=1, save_every=2),
+)
 
 
 def lively(seed=1, **more):
@@ -129,7 +136,7 @@ def test_a_fitted_classifier_beats_chance_and_guides():
     assert share[8.0][0] > 2 * share[0.0][0] and share[-8.0][1] > 2 * share[0.0][1]
 
 
-@pytest.mark.parametrize("by", ["time", "confidence"])
+@pytest.mark.parametrize("by", ["time", "confidence", "uncertain"])
 def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding(by):
     control = methods.with_strength(lively(reveal=6, block=4, final="argmax", by=by), 1.0)
     prompts = worlds.prompts(ROWS, length=6)
@@ -211,7 +218,7 @@ def test_bad_input(small, tmp_path):
     _, lm, data = small
     with pytest.raises(InputError, match="final is 'best', expected one of draw, argmax"):
         mdlm.init(LM, jax.random.key(0), final="best")
-    with pytest.raises(InputError, match="by is 'size', expected one of time, confidence"):
+    with pytest.raises(InputError, match="by is 'size', expected one of time, left, right"):
         mdlm.init(LM, jax.random.key(0), by="size")
     with pytest.raises(InputError, match="width is 10, which heads=4 does not divide"):
         mdlm.init(LM, jax.random.key(0), width=10)

@@ -92,7 +92,7 @@ def test_the_estimate_is_unbiased_and_draws_of_a_row_do_better_than_as_many_apar
         assert four.var() < 0.9 * one.var() / 4
 
 
-def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, **plan):
+def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="time", **plan):
     """float64 [V^N]: the share of each text among sampled rows."""
     keys = rng.per_example(jax.random.key(seed), jnp.arange(rows))
     hidden = jnp.ones((rows, N), bool) if hidden is None else jnp.broadcast_to(hidden[None], (rows, N))
@@ -102,7 +102,8 @@ def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, **pl
     def sampled(keys):
         when = order(rng.at_step(keys, 1 << 20), hidden, **plan)
         steps = step_count(N, **{k: v for k, v in plan.items() if k != "schedule"})
-        return unmask(denoise, start, when, keys, steps=steps, final=final)[0]
+        part = unmasking.blocks(hidden, plan.get("block", 0))
+        return unmask(denoise, start, when, keys, steps=steps, final=final, by=by, part=part)[0]
 
     found = np.asarray(sampled(keys)) @ V ** np.arange(N)[::-1]
     return np.bincount(found, minlength=V**N) / rows
@@ -119,6 +120,41 @@ def far(found, truth):
 )
 def test_samples_have_the_true_distribution(plan):
     assert far(draws(TRUE, **plan), TRUTH) < 1.25
+
+
+@pytest.mark.parametrize("by", ["left", "right", "certain", "uncertain"])
+def test_one_token_a_step_has_the_true_distribution_in_any_order_that_looks_at_what_is_written(by):
+    assert far(draws(TRUE, by=by), TRUTH) < 1.25
+
+
+def test_orders_by_certainty_by_hand():
+    """Entropies of three places: 0.33, ln 3 and 0.80; the token that was drawn does not matter."""
+    p = np.asarray([[0.9, 0.1, 0], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]])
+    with np.errstate(divide="ignore"):
+        z = jnp.asarray(np.log(p), jnp.float32)[None]
+    best = jnp.asarray([[1, 0, 2]])
+    order_of = lambda by: np.argsort(-np.asarray(unmasking._scores(by, z, best))[0]).tolist()  # noqa: E731
+    assert order_of("certain") == [0, 2, 1] and order_of("uncertain") == [1, 2, 0]
+    assert order_of("left") == [0, 1, 2] and order_of("right") == [2, 1, 0]
+    assert order_of("confidence")[0] == 1  # ln 1/3 of place 1, and ln .1 of the two others
+
+
+def test_the_objective_of_film_is_the_mean_over_masked_tokens_at_its_rate():
+    """With a uniform rate the number of masked tokens is uniform over 0 to N, and 0 counts as N: a fifth each for 1 to
+    3, and two fifths for 4."""
+    row, keys = EVERY[37], jax.random.split(jax.random.key(1), 20000)
+    rows = jnp.broadcast_to(jnp.asarray(row)[None], (len(keys), N))
+    nats, count = jax.jit(lambda: masked.film(truthful, rows, keys, V, (1.0, 1.0)))()
+    shares = np.bincount(np.asarray(count, int), minlength=N + 1) / len(keys)
+    np.testing.assert_allclose(shares, [0, 0.2, 0.2, 0.2, 0.4], atol=0.015)
+    every = np.asarray([g for g in worlds.sequences(worlds.Bigram(2), N).astype(bool) if g.any()])
+    of_mask = np.asarray(truthful(jnp.asarray(np.where(every, V, row[None])), jnp.asarray(row)[None].repeat(15, 0)))
+    each = of_mask.sum(1) / every.sum(1)
+    by_count = np.asarray([each[every.sum(1) == k].mean() for k in range(1, N + 1)])
+    expected = by_count @ [0.2, 0.2, 0.2, 0.4]
+    assert float(jnp.mean(nats / count)) == pytest.approx(expected, rel=0.02)
+    # The bound in any order is the sum over orders and places: the mean over each number of masked tokens, times N.
+    assert by_count.sum() == pytest.approx(-np.log(TRUTH[37]), rel=1e-4)
 
 
 def test_few_steps_do_not():
@@ -209,7 +245,15 @@ def test_the_most_probable_tokens_are_written_first(block):
     x = jnp.full((40, N), V)
     with jax.disable_jit():
         rows, _ = unmask(
-            denoise, x, when, keys, steps=steps, greedy=True, cache=False, part=unmasking.blocks(hidden, block)
+            denoise,
+            x,
+            when,
+            keys,
+            steps=steps,
+            greedy=True,
+            cache=False,
+            by="confidence",
+            part=unmasking.blocks(hidden, block),
         )
     assert bool(jnp.all(rows < V))
     seen.append(np.zeros((40, N), bool))

@@ -3,7 +3,7 @@
 A bidirectional transformer is trained on the tokens of another language model's tokenizer, the only part of that model
 that is used. It completes prompts by filling in masks (`MaskedDiffusion`), and rows in which any tokens are given
 (`infill`); see `ctg_jax.learn.whole_rows`. A linear classifier of partly masked rows, on the network's own states,
-guides it with strength `scale`.
+guides it with strength `scale`. With an `objective` of kind "film" and another `order` it is FiLM (Shen et al. 2023).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.evaluation.likelihood import log_probabilities
 from ctg_jax.learn import fitting, masked_classifier
-from ctg_jax.learn.diffusion_losses import filled, masked_loss
+from ctg_jax.learn.diffusion_losses import Objective, filled, masked_loss
 from ctg_jax.learn.fitting import Training, keep, matching
 from ctg_jax.learn.masked_classifier import Regression
 from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, placed
@@ -175,7 +175,7 @@ def infill(
     return unmasking.unmask(
         model, x, when, keys_of["tokens"], steps=unmasking.step_count(x.shape[1], **steps),
         final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache,
-        part=unmasking.blocks(~given, order.block) if order.by == "confidence" else None,
+        by=order.by, part=unmasking.blocks(~given, order.block),
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def fit(
     return stage.stage(root, classifier, guide or {}, lm=lm, data=data, network=network)
 
 
-@stage.stage_function("mdlm")
+@stage.stage_function("mdlm", revision=1)
 def mdlm(
     run: Run,
     *,
@@ -219,8 +219,7 @@ def mdlm(
     depth: int = 4,
     heads: int = 4,
     length: int = 32,
-    schedule: str = "cosine",
-    draws: int = 4,
+    objective: Objective = Objective(),
     training: Training = Training(steps=2000, rate=2e-3, warmup=50, schedule="cosine", decay=0.01, save_every=200),
     seed: int = 0,
 ) -> None:
@@ -229,7 +228,7 @@ def mdlm(
     Args:
       lm: gives the tokenizer and the size of the vocabulary.
       width, depth, heads, length: see `init`; longer texts are cut.
-      schedule, draws: of the bound that is minimised, see `masked.nelbo`.
+      objective: what is minimised.
       training: how it is trained. seed: of initial values, of the order of texts, and of the noise.
 
     Raises:
@@ -242,8 +241,8 @@ def mdlm(
     control = init(model, rng.stream(key, "init"), **hp)
     source = Source(str(data.path), str(where), records)
     batches = pipeline(source, tokenizer, batch=training.batch, length=length, seed=seed)
-    objective = masked_loss(control.net, control.eos, schedule=schedule, draws=draws)
-    params = fitting.train(run, control.params, objective, {}, batches, training, seed=seed)
+    loss = masked_loss(control.net, control.eos, objective)
+    params = fitting.train(run, control.params, loss, {}, batches, training, seed=seed)
     keep(run, control.replace(params=params), "mdlm", hp)
 
 

@@ -47,6 +47,35 @@ def test_multipliers_of_two_features_by_hand():
     assert gdc.multipliers(phi[:, :1], [0.9], weights=[3, 3, 1, 1])[0] == pytest.approx(np.log(27), rel=1e-4)
 
 
+def test_multipliers_where_every_prompt_has_its_own_normaliser():
+    """Two prompts after which the feature has shares .9 and .1, and .8 is asked for: λ is 2.636, since the first
+    prompt can hardly have it more often. One normaliser for both gives log 4 = 1.386, with which the mean share of the
+    two is .69."""
+    phi, groups = np.array([[1], [0], [1], [0]]), np.array([4, 4, 9, 9])
+    weights = np.array([0.9, 0.1, 0.1, 0.9])
+    (lam,) = gdc.multipliers(phi, [0.8], weights, groups)
+    assert lam == pytest.approx(2.636, abs=1e-3)
+    shares = [w * np.exp(lam) / (w * np.exp(lam) + 1 - w) for w in (0.9, 0.1)]
+    assert np.mean(shares) == pytest.approx(0.8, abs=1e-5)
+    assert gdc.multipliers(phi, [0.8], weights)[0] == pytest.approx(np.log(4), abs=1e-3)
+    assert gdc.multipliers(phi, [0.8], weights * [1, 1, 7, 7], groups)[0] == pytest.approx(lam, abs=1e-3)
+    with pytest.raises(InputError, match=r"moment 0 is 0\.8 and the feature is between 0 and 0\.5 in 4"):
+        gdc.multipliers(np.array([[1], [0], [0], [0]]), [0.8], weights, groups)
+
+
+def test_samples_held_out_are_whole_prompts():
+    prompts = np.repeat(np.arange(8), 3)
+    found = gdc.held_out(prompts, 0.25, seed=1)
+    assert found.sum() == 6 and len(set(prompts[found])) == 2 and not set(prompts[found]) & set(prompts[~found])
+    assert (gdc.held_out(prompts, 0.25, seed=2) != found).any() and (gdc.held_out(prompts, 0.25, seed=1) == found).all()
+    assert gdc.held_out(np.zeros(9), 0.25, seed=1).sum() == 2  # one prompt: every fourth sample
+    assert gdc.held_out(np.zeros(2), 0.25, seed=1).tolist() == [False, True]
+    with pytest.raises(InputError, match="held is 0, expected a share between 0 and 1"):
+        gdc.held_out(prompts, 0, seed=1)
+    with pytest.raises(InputError, match="the pool has 1 sample, expected at least 2"):
+        gdc.held_out(np.zeros(1), 0.25, seed=1)
+
+
 @pytest.mark.parametrize("moment", [1.0, 0.8])
 def test_it_reaches_the_target(moment):
     """KL-adaptive distributional policy gradient: proposals improve as the policy does."""
@@ -80,6 +109,8 @@ def test_weights_by_hand():
     np.testing.assert_allclose(gdc.importance(log_p, log_q, groups), [2 / 3, 4 / 3, 4 / 3, 2 / 3])
     none = gdc.importance(np.array([-np.inf, 0.0]), np.zeros(2), np.array([0, 1]))
     assert none.tolist() == [0, 1]
+    far = gdc.importance(np.array([1000.0, 0.0]), np.array([0.0, 500.0]))  # exp(1000) is no float
+    np.testing.assert_allclose(far, [2.0, 0.0])
 
 
 def test_bad_input():

@@ -1,8 +1,16 @@
 """GDC (Khalifa et al. 2021): the distribution closest to the LM in which features occur at given rates; and the
-KL-adaptive distributional policy gradient that turns it into a policy."""
+KL-adaptive distributional policy gradient that turns it into a policy.
+
+Where every prompt has a normaliser of its own (`per_prompt`, Korbak et al. 2022), a share such as .8 is that of all
+texts together: prompts after which a feature is frequent have it more often, others less. The paper's unconditional
+generation is the case of one empty prompt, for which the model reads its beginning token. The paper's tasks are single
+words, lists of words, and classes with the share of each; `configs/gdc.py` has them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +20,7 @@ import numpy as np
 
 from ctg_jax import methods, rng
 from ctg_jax.control import Chain
-from ctg_jax.learn import fitting, losses
+from ctg_jax.learn import experience, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, drawing_filter, log_probabilities, read
 from ctg_jax.learn.rounds import explored
@@ -40,14 +48,23 @@ def loss(lm: LM) -> losses.LossFn:
     return total
 
 
-def multipliers(features: np.ndarray, moments: Sequence[float], weights: np.ndarray | None = None) -> np.ndarray:
+def multipliers(
+    features: np.ndarray,
+    moments: Sequence[float],
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """λ float64 [F] for which samples with weights w · exp(λ · φ) have the given mean features: self-normalised
     importance sampling (Khalifa et al. 2021, section 2.2), solved as the convex dual by Newton's method.
 
+    Where each of C groups has a normaliser Z_c of its own, the dual is Σ_c log Z_c(λ) / C - λ · μ, and the mean feature
+    is the mean over groups.
+
     Args:
       features: φ of samples of the base, float [n, F].
-      moments: the mean that each feature should have.
+      moments: the mean that each feature should have, μ.
       weights: [n], of pointwise constraints; 1 by default.
+      groups: [n], the group of each sample, such as its prompt; None: all are one. A group without weight is left out.
 
     Raises:
       InputError: a moment outside what the samples reach.
@@ -57,9 +74,11 @@ def multipliers(features: np.ndarray, moments: Sequence[float], weights: np.ndar
 
     phi, mu = np.asarray(features, np.float64), np.asarray(moments, np.float64)
     w = np.ones(len(phi)) if weights is None else np.asarray(weights, np.float64)
-    phi, w = phi[w > 0], w[w > 0]
+    groups = np.zeros(len(phi), int) if groups is None else np.asarray(groups)
+    phi, w, groups = phi[w > 0], w[w > 0], groups[w > 0]
+    parts = [np.flatnonzero(groups == g) for g in np.unique(groups)]
     for f in range(phi.shape[1]):
-        low, high = phi[:, f].min(initial=np.inf), phi[:, f].max(initial=-np.inf)
+        low, high = (np.mean([pick(phi[at, f]) for at in parts] or [np.nan]) for pick in (np.min, np.max))
         if not low < mu[f] < high:
             raise InputError(
                 f"moment {f} is {mu[f]:g} and the feature is between {low:g} and {high:g} in {len(phi)} samples of "
@@ -67,9 +86,16 @@ def multipliers(features: np.ndarray, moments: Sequence[float], weights: np.ndar
             )
 
     def dual(lam):
-        log_w = phi @ lam + np.log(w)
-        p = np.exp(log_w - logsumexp(log_w))
-        return logsumexp(log_w) - lam @ mu, p @ phi - mu, (phi * p[:, None]).T @ phi - np.outer(p @ phi, p @ phi)
+        value, slope, curve = -lam @ mu, -mu, np.zeros((len(mu), len(mu)))
+        for at in parts:
+            log_w = phi[at] @ lam + np.log(w[at])
+            total = logsumexp(log_w)
+            p = np.exp(log_w - total)
+            mean = p @ phi[at]
+            value += total / len(parts)
+            slope = slope + mean / len(parts)
+            curve += ((phi[at] * p[:, None]).T @ phi[at] - np.outer(mean, mean)) / len(parts)
+        return value, slope, curve
 
     found = minimize(
         lambda x: dual(x)[0],
@@ -88,11 +114,37 @@ def multipliers(features: np.ndarray, moments: Sequence[float], weights: np.ndar
 
 def importance(log_p: np.ndarray, log_q: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """P / (Z q) float64 [n] of samples of q, with Z estimated on them (in each group apart, where groups are given); a
-    group without any mass has weights 0."""
+    group without any mass has weights 0. Differences are taken from the largest of a group, so none overflows."""
     groups = np.zeros(len(log_p), int) if groups is None else np.unique(groups, return_inverse=True)[1]
-    ratio = np.exp(np.asarray(log_p, np.float64) - log_q)
+    gap = np.asarray(log_p, np.float64) - log_q
+    top = np.full(groups.max() + 1, -np.inf)
+    np.maximum.at(top, groups, gap)
+    ratio = np.exp(gap - np.where(np.isfinite(top), top, 0.0)[groups])
     mean = np.bincount(groups, ratio) / np.bincount(groups)
     return np.divide(ratio, mean[groups], out=np.zeros_like(ratio), where=mean[groups] > 0)
+
+
+def held_out(prompts: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """bool [n]: which samples the policy does not learn from, so that they can tell whether it is nearer to the target:
+    those of a random share of the prompts, at least one; where there are fewer than four prompts, every k-th sample.
+
+    Args:
+      prompts: [n], the prompt of each sample. share: between 0 and 1. seed: of the choice.
+
+    Raises:
+      InputError: another share; fewer than two samples.
+    """
+    prompts = np.asarray(prompts)
+    if not 0 < share < 1:
+        raise InputError(f"held is {share}, expected a share between 0 and 1, such as 0.25")
+    if len(prompts) < 2:
+        raise InputError(f"the pool has {len(prompts)} sample, expected at least 2: one is held out")
+    distinct = np.unique(prompts)
+    if len(distinct) < 4:
+        every = max(2, round(1 / share))
+        return np.arange(len(prompts)) % every == min(every, len(prompts)) - 1
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    return np.isin(prompts, np.random.default_rng(seed).choice(distinct, count, replace=False))
 
 
 def energies(pool: Pool, names: Sequence[str], moments: Sequence[float], thresholds, lam=()) -> np.ndarray:
@@ -115,6 +167,7 @@ def fit(
     moments: Mapping[str, float],
     rounds: int = 4,
     explore: Mapping[str, Any] | None = None,
+    base_samples: int = 16,
     seed: int = 0,
     **settings: Any,
 ) -> Artifact:
@@ -123,6 +176,8 @@ def fit(
 
     Args:
       moments: name of a reward -> share of texts that should reach its threshold; 1 for all of them.
+      base_samples: of each prompt, at least, from which λ is solved where prompts have normalisers of their own; where
+        `explore` draws fewer, the frozen model draws this number once.
       lm, data, rewards, rounds, explore, seed: see `quark.fit`. settings: of the stage `gdc`. Of the filters those that
         leave every token a probability may be there (`POSITIVE`): a text that cannot be drawn has no weight.
 
@@ -130,16 +185,20 @@ def fit(
       InputError: moments of rewards that are not there, rounds below 1, greedy samples, or another filter.
     """
     check_drawn(explore or {}, "gdc", POSITIVE)
-    policy = None
+    drawn, policy, base = dict(explore or {}), None, None
+    few = drawn.get("n", base_samples) < base_samples and settings.get("per_prompt", True)
+    if few and any(moment < 1 for moment in moments.values()):
+        drawn |= {"n": base_samples, "seed": rng.derived_seed(seed, "base", 0)}
+        base = experience.explore(root, lm=lm, data=data, rewards=rewards, **drawn)
     for turn in explored(root, rounds, lm=lm, data=data, rewards=rewards, explore=explore, seed=seed):
-        given = {"pool": turn.pools[0], "base": turn.seen[0], "rewards": list(rewards), "start_from": policy}
+        given = {"pool": turn.pools[0], "base": base or turn.seen[0], "rewards": list(rewards), "start_from": policy}
         own = settings | {"moments": dict(moments), "seed": turn.seed}
         policy = stage(root, gdc, own, lm=lm, **given)
         turn.proposal = policy if policy.spec["closer"] else turn.proposal
     return policy
 
 
-@stage_function("gdc")
+@stage_function("gdc", revision=1)
 def gdc(
     run: Run,
     *,
@@ -151,12 +210,15 @@ def gdc(
     start_from: Artifact | None = None,
     per_prompt: bool = True,
     limit: float | None = None,
+    held: float = 0.25,
+    passes: float | None = 2.0,
     adapter: Adapter = Adapter(),
     training: Training = Training(steps=100, warmup=0),
     seed: int = 0,
 ) -> None:
     """Stage: λ from samples of the base, weights of the proposal's samples, one round of learning, and whether the
-    policy is now closer to the target than the proposal (`closer` in spec.json).
+    policy is now closer to the target than the proposal (`closer` in spec.json). That is decided on samples which the
+    policy did not learn from; on its own it always looks close. metrics.jsonl has both gaps, KL(p ‖ π) - KL(p ‖ q).
 
     Args:
       pool: samples of the proposal, scored. base: samples of the frozen model, scored. start_from: the policy so far.
@@ -164,6 +226,9 @@ def gdc(
       per_prompt: whether each prompt has a Z of its own, so that every prompt counts the same (Korbak et al. 2022);
         False: one Z.
       limit: largest weight, or None.
+      held: the share of prompts whose samples decide, see `held_out`.
+      passes: over the samples that have a weight, at most; fewer updates than `training.steps` are made where they
+        would be more. None: no limit.
       adapter: the change of weights. training: how it is trained.
       seed: of initial values, batches and training.
 
@@ -188,8 +253,9 @@ def gdc(
     if soft:
         phi = np.stack([origin.column(f"reward_{n}") >= thresholds[n] for n, _ in soft], axis=1)
         # The samples of the base were drawn under the filter: weights make them samples of the base itself.
-        own = importance(energies(origin, *asked, lam=np.zeros(len(soft))), origin.column("logp"))
-        lam = multipliers(phi, [m for _, m in soft], own)
+        groups = origin.column("prompt_id") if per_prompt else None
+        own = importance(energies(origin, *asked, lam=np.zeros(len(soft))), origin.column("logp"), groups)
+        lam = multipliers(phi, [m for _, m in soft], own, groups)
     log_q = samples.column("logp").astype(np.float64)
     weight = importance(energies(samples, *asked, lam=lam), log_q, samples.column("prompt_id") if per_prompt else None)
     if not weight.any():
@@ -200,17 +266,23 @@ def gdc(
     used = np.flatnonzero(weight)
     scale = len(used) / len(weight)  # rows of weight 0 are left out, and the others represent all
     chosen = samples.with_(weight=(weight * scale).astype(np.float32)).take(used)
+    held_back = held_out(chosen.column("prompt_id"), held, seed)
+    learned = chosen.take(np.flatnonzero(~held_back))
+    if passes is not None:
+        most = max(1, math.ceil(passes * len(learned) / training.batch))
+        training = dataclasses.replace(training, steps=min(training.steps, most))
     policy = init(model, rng.stream(jax.random.key(seed), "init"), **vars(adapter))
     policy = policy if start_from is None else methods.load(start_from, model)
-    rows = batches(chosen, tokenizer, batch=training.batch, seed=seed, fields=("weight",))
+    rows = batches(learned, tokenizer, batch=training.batch, seed=seed, fields=("weight",))
     policy = fitting.train(
         run, policy, loss(model), {"params": params}, rows, training.at(adapter.rate), trained="changes/.*", seed=seed
     )
     # The next proposal is the policy under the filter.
     new = Chain((policy, drawing_filter([pool], model)))
     log_pi = log_probabilities(model, params, chosen, tokenizer, new, batch=training.batch)
-    share = weight[used] / weight.sum()
-    gap = float(share @ (log_q[used] - log_pi))  # KL(p ‖ π) - KL(p ‖ q)
+    nearer = weight[used] * (log_q[used] - log_pi)
+    gap, own_gap = (float(nearer[at].sum() / weight[used][at].sum()) for at in (held_back, ~held_back))
     run.record(closer=gap < 0, gap=gap, lam=dict(zip([n for n, _ in soft], lam.tolist())))
-    run.log(kl_gap=gap, effective=float(weight.sum() ** 2 / np.square(weight).sum()), used=len(used))
+    effective = float(weight.sum() ** 2 / np.square(weight).sum())
+    run.log(kl_gap=gap, kl_gap_learned=own_gap, effective=effective, used=len(used), updates=training.steps)
     fitting.keep(run, policy, "gdc", vars(adapter))

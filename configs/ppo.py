@@ -12,7 +12,7 @@ from configs import reward
 
 
 def arms(arg):
-    fit = dict(beta=0.1, normalise=arg != "tiny", training=dict(rate=5e-4))
+    fit = dict(beta=0.1, objective=dict(normalise=arg != "tiny"), training=dict(rate=5e-4))
     return dict(ppo=dict(method="ppo", fit=fit, strengths=(0.5, 1.0)))
 
 

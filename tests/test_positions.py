@@ -171,11 +171,9 @@ def recovered():
 def users():
     delta, frozen = finetune.example(LM, KEYS[0]), {"params": PARAMS}
     state = {"policy": delta, "value": heads.value_head(LM.width)}
-    old = {
-        **frozen,
-        "old": {"policy": finetune.example(LM, KEYS[1]), "value": heads.value_head(LM.width)},
-        "beta": jnp.float32(0.1),
-    }
+    old = {**frozen, "beta": jnp.float32(0.1)}
+    credited = {name: jax.random.normal(k, COMPLETION.shape) for name, k in zip(ppo.FIELDS, KEYS)}
+    credited["old"] = -jnp.abs(credited["old"])
     everything = unlikelihood.Objective(likelihood=1.0, token=0.5, sequence=0.5, policy=0.5, ngram=1)
     all_terms = quark.Objective(kl=0.1, entropy=0.1, unlikelihood=0.1)
     filtered = Chain((steer.example(LM, KEYS[3]), truncate.RepetitionPenalty(1.3, vocab=LM.vocab)))
@@ -188,7 +186,7 @@ def users():
         "control_loss": lambda: learned(losses.control_loss(LM), filtered, frozen, text()),
         "control_loss and KL": lambda: learned(losses.control_loss(LM, kl_weight=0.5, z=0.1), filtered, frozen, text()),
         "quark": lambda: learned(quark.loss(LM, all_terms), quark.example(LM, KEYS[2]), frozen, batch()),
-        "ppo": lambda: learned(ppo.loss(LM, ppo.Objective(entropy=0.1)), state, old, batch()),
+        "ppo": lambda: learned(ppo.loss(LM, ppo.Objective(entropy=0.1)), state, old, batch() | credited),
         "gdc": lambda: learned(gdc.loss(LM), delta, frozen, batch()),
         "click": lambda: learned(click.loss(LM), delta, frozen, batch()),
         "unlikelihood": lambda: learned(unlikelihood.loss(LM, everything), delta, frozen, batch()),

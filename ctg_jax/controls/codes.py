@@ -23,23 +23,29 @@ class Coded(Control):
       codes: float32 [C, D], a learned input vector for each code.
       scale: float32 [] or [B], 0 … 1: the code to decode on, from the first (0) to the last (1), rounded to one.
       cond: None, or the name of an int [B] entry of `prompts.cond` that names each row's code instead.
+      start: None, or the token that stands for an empty prompt: in a row with no other token, and in one without any,
+        the text begins behind the code itself.
     """
 
     delta: Delta
     codes: jax.Array
     scale: jax.Array
     cond: str | None = struct.field(pytree_node=False, default=None)
+    start: int | None = struct.field(pytree_node=False, default=None)
 
     def weights(self, params):
         return self.delta.weights(params)
 
     def init(self, prompts, length):
-        batch = prompts.tokens.shape[0]
+        size = jnp.sum(prompts.mask, axis=1)
+        alone = size == 0
+        if self.start is not None:
+            alone |= (size == 1) & (prompts.tokens[:, -1] == self.start)
         if self.cond is not None:
-            return gathered(self.codes, prompts, self.cond)
+            return gathered(self.codes, prompts, self.cond), alone
         last = self.codes.shape[0] - 1
         code = jnp.clip(jnp.round(jnp.asarray(self.scale, jnp.float32) * last), 0, last).astype(jnp.int32)
-        return self.codes[jnp.broadcast_to(code, (batch,))]
+        return self.codes[jnp.broadcast_to(code, alone.shape)], alone
 
     def check(self, prompts):
         self.delta.check(prompts)
@@ -50,7 +56,9 @@ class Coded(Control):
         return 1
 
     def prompt(self, x, mask, state):
-        return joined(x, mask, state[:, None])
+        code, alone = state
+        before, after = (joined(x, mask & ~alone[:, None], code[:, None], last) for last in (False, True))
+        return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(alone, tuple(range(1, a.ndim))), b, a), before, after)
 
 
 def coded(key: jax.Array, delta: Delta, width: int, codes: int, deviation: float = 0.02) -> Coded:

@@ -38,12 +38,14 @@ def log_probabilities(
     they do not depend on the batch.
 
     Args:
-      heads: n prompts as token ids, none of them empty. tails: n completions; an empty one has log-probability 0.
+      heads: n prompts as token ids; one may be empty where the control puts vectors before the text. tails: n completions; an empty one has log-probability 0.
       batch: rows of a compiled batch.
 
     Raises:
-      InputError: a prompt and its completion do not fit the context.
+      InputError: a prompt and its completion do not fit the context; an empty prompt.
     """
+    if not all(map(len, heads)) and not control.added():
+        raise InputError("a prompt is empty: give at least the token with which texts begin")
     control = constraints.only(tokenizer.known(lm.vocab), control)
     out = np.zeros(len(tails))
     order = sorted((i for i, tail in enumerate(tails) if len(tail)), key=lambda i: (len(tails[i]), len(heads[i])))
@@ -60,7 +62,7 @@ def log_probabilities(
 
 
 def _padded(rows: Sequence[Sequence[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
-    return pad_rows(rows, padded_length(max(map(len, rows))), 0, left=left)
+    return pad_rows(rows, padded_length(max(1, *map(len, rows))), 0, left=left)
 
 
 class LMScorer:

@@ -13,8 +13,13 @@ import numpy as np
 from ctg_jax.types import InputError
 
 
-def bins(rewards: Sequence[float], count: int) -> np.ndarray:
-    """Quantile bin int32 [n] of each reward, 0 the lowest; bins differ in size by one at most, ties keep their order.
+def bins(rewards: Sequence[float], count: int, seed: int = 0) -> np.ndarray:
+    """Quantile bin int32 [n] of each reward, 0 the lowest; bins differ in size by one at most.
+
+    Equal rewards are sorted at random: in the order of the pool those of its last prompts would be the better ones.
+
+    Args:
+      rewards: [n]. count: of bins. seed: of the order of equal rewards.
 
     Raises:
       InputError: fewer than two bins, fewer rewards than bins, a reward that is not finite, or all rewards equal.
@@ -26,7 +31,7 @@ def bins(rewards: Sequence[float], count: int) -> np.ndarray:
         raise InputError(f"{count} quantile bins were asked for and the pool has {len(rewards)} samples: take fewer")
     if np.all(rewards == rewards[0]):
         raise InputError(f"all {len(rewards)} rewards are {rewards[0]:g}: there is nothing to sort; try another reward")
-    order = np.argsort(rewards, kind="stable")
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(rewards)), rewards))
     out = np.empty(len(rewards), np.int32)
     out[order] = np.arange(len(rewards)) * count // len(rewards)
     return out
@@ -63,17 +68,44 @@ def rank_within(
     return out
 
 
-def transformed(calibrated: np.ndarray, n: int) -> np.ndarray:
-    """The reward to optimise for decoding by the best of n: exp(n u) / exp(n) of the calibrated reward u, which is flat
-    where the best of n cannot lie (Balashankar et al. 2024). n = 0 leaves u alone.
+def transformed(calibrated: np.ndarray, t: float | str) -> np.ndarray:
+    """The reward to optimise in place of the calibrated reward u, float64 [n] (Balashankar et al. 2024, section 5).
+
+    Args:
+      t: above 0, exp(t (u - 1)), which is flat where the best of several cannot lie; below 0, -exp(t u), which is flat
+        where the worst of several cannot lie; 0, u itself; "log", log u, with u at least 1e-6.
 
     Raises:
-      InputError: a negative n.
+      InputError: another string, or a number that is not finite.
     """
-    if n < 0:
-        raise InputError(f"n is {n}, expected 0 or more")
     u = np.asarray(calibrated, np.float64)
-    return u if n == 0 else np.exp(n * (u - 1.0))
+    if t == "log":
+        return np.log(np.maximum(u, 1e-6))
+    if isinstance(t, str) or not np.isfinite(t):
+        raise InputError(f"t is {t!r}, expected a finite number or 'log'")
+    return u if t == 0 else np.exp(t * (u - 1.0)) if t > 0 else -np.exp(t * u)
+
+
+def win_rate(calibrated: np.ndarray, n: int = 1, worst: bool = False) -> float:
+    """How often the best of n samples (with `worst`, the worst) has a higher reward than that of n samples of the base,
+    ties counted half, for rewards of the base without ties.
+
+    The best of n samples is below u in F(u)^n of all cases, F being the distribution of the policy's calibrated rewards
+    and u itself that of the base's, so the rate is the integral of n u^(n-1) (1 - F(u)^n) over u from 0 to 1.
+
+    Args:
+      calibrated: float [m], the ranks of the policy's samples by `rank`.
+
+    Raises:
+      InputError: n below 1.
+    """
+    if n < 1:
+        raise InputError(f"n is {n}, expected at least 1")
+    u = np.sort(finite(calibrated))
+    u = 1 - u[::-1] if worst else u
+    share = (np.arange(len(u) + 1) / len(u)) ** n  # F^n left of each rank, and 1 beyond the last
+    rate = 1 - float(share @ np.diff(np.r_[0.0, u, 1.0] ** n))
+    return 1 - rate if worst else rate
 
 
 def best_of(rewards: Sequence[float], groups: Sequence[int]) -> np.ndarray:

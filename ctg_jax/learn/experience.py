@@ -48,17 +48,32 @@ def explore(
     settings = {**settings, "seed": drawn, "strengths": [] if control is None else [strength]}
     controls = [] if control is None else [control]
     samples = stage.stage(root, sampling.sample, settings, lm=lm, prompts=data, controls=controls)
-    return stage.stage(root, score, {"round": round}, samples=samples, rewards=list(rewards), lm=lm)
+    given = dict(samples=samples, rewards=list(rewards), lm=lm, controls=controls)
+    return stage.stage(root, score, {"round": round}, **given)
 
 
-@stage.stage_function("score", how=("batch",))
+@stage.stage_function("score", revision=1, how=("batch",))
 def score(
-    run: Run, *, samples: Artifact, rewards: Sequence[Artifact], lm: Artifact, round: int = 0, batch: int = 256
+    run: Run,
+    *,
+    samples: Artifact,
+    rewards: Sequence[Artifact],
+    lm: Artifact,
+    controls: Sequence[Artifact] = (),
+    round: int = 0,
+    batch: int = 256,
 ) -> None:
     """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt (and messages, where it is a
     conversation), text, tokens, `logp` under what drew it, `base` (its log-probability under the frozen model),
     `reward` (by the first of the rewards) and reward_<name> by each of them. spec.json records under `drawn` whether
     the samples are greedy and their filter.
+
+    Both log-probabilities come from one function, which reads whole texts, so that their difference is 0 where nothing
+    was changed. That of the sampler, which reads token by token, differs from both by the rounding of bfloat16; it is
+    kept as `logp` only where a control reads more than the tokens of the prompt.
+
+    Args:
+      controls: those under which the samples were drawn, in the order of the stage `sample`.
 
     Equal texts after equal prompts are scored once. An interrupted stage continues after the last batch it scored.
 
@@ -84,23 +99,31 @@ def score(
     if len(set(names)) < len(names):
         raise InputError(f"the rewards are called {names}: give each a name of its own")
     scores = _scored(run, rows, judges, batch)
-    base = evaluation.LMScorer(*stage.open_lm(lm))
-    nats, _ = base.ids(base.tokenizer.encode_prompts([prompt_of(r) for r in rows]), [r["tokens"] for r in rows])
-    table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens", "logp")}
+    prompts, how = [prompt_of(r) for r in rows], samples.spec["config"]
+    model = stage.open_lm(lm)
+    heads, tails = model[2].encode_prompts(prompts), [r["tokens"] for r in rows]
+    nats, _ = evaluation.LMScorer(*model).ids(heads, tails)
+    logp = np.asarray([r["logp"] for r in rows])
+    rule = {name: how.get(name) or default for name, default in (("filter", {}), ("truncate_first", False))}
+    if not controls and not rule["filter"]:
+        logp = -nats
+    elif not sampling.conditions(controls, lm, prompts[:1]):
+        drawing = sampling.build(lm, controls, how.get("strengths") or (), **rule)
+        logp = -evaluation.LMScorer(*model, control=drawing).ids(heads, tails)[0]
+    table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens")}
     if any(map(has_messages, rows)):
         table["messages"] = [r.get("messages") for r in rows]
-    table |= {"round": [round] * len(rows), "base": (-nats).tolist(), "reward": scores[:, 0].tolist()}
+    table |= {"logp": logp.tolist(), "round": [round] * len(rows), "base": (-nats).tolist(), "reward": scores[:, 0].tolist()}
     table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
     new = run.path / f".{POOL}"
     pq.write_table(pa.table(table), new)
     new.replace(run.path / POOL)
     run.discard("scores.partial")
     size = sum(len(r["tokens"]) for r in rows)
-    far = sum(r["logp"] for r in rows) + float(nats.sum())
+    far = float(logp.sum() + nats.sum())
     figures = {f"reward_{name}": float(scores[:, i].mean()) for i, name in enumerate(names)}
     shares = {f"share_{j.name}": float((scores[:, i] >= j.threshold).mean()) for i, j in enumerate(judges)}
     run.log(round=round, samples=len(rows), tokens=size, kl_per_token=far / size, **figures, **shares)
-    how = samples.spec["config"]
     drawn = {"greedy": bool(how.get("greedy")), "filter": dict(how.get("filter") or {})}
     run.record(rewards={j.name: j.version for j in judges}, drawn=drawn)
 

@@ -39,6 +39,11 @@ class Training:
       final: the share of `rate` at which "linear" and "cosine" end.
       decay: decoupled weight decay.
       clip: the largest norm of a gradient, or None.
+      algorithm: "adam", or "adafactor" (Shazeer & Stern 2018), which keeps a row and a column of second moments for
+        each kernel instead of two numbers for each weight.
+      b2, eps: of Adam.
+      rounds: of a method that learns in rounds, those that share one optimizer and one schedule of `rounds · steps`
+        updates; 1: each round begins again with both.
       accumulate: the parts that a batch is run in, one after the other: less memory, the same gradient.
       ema: the decay of a moving average, which is kept in place of the last values (`ctg_jax.learn.train.averaged`);
         None: the last values are kept.
@@ -56,6 +61,10 @@ class Training:
     final: float = 0.0
     decay: float = 0.0
     clip: float | None = 1.0
+    algorithm: str = "adam"
+    b2: float = 0.999
+    eps: float = 1e-8
+    rounds: int = 1
     accumulate: int = 1
     ema: float | None = None
     save_every: int = how(100)
@@ -70,18 +79,21 @@ class Training:
         """The learning rate by update.
 
         Raises:
-          InputError: steps below 1, no rate, an unknown schedule.
+          InputError: steps or rounds below 1, no rate, an unknown schedule.
         """
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}, expected at least 1.")
+        for name in ("steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1.")
         if self.rate is None:
             raise InputError("rate is None, expected a learning rate.")
-        warmup = min(self.warmup, self.steps - 1)
-        return optimizer.schedule(self.rate, self.schedule, warmup=warmup, steps=self.steps, final=self.final)
+        steps = self.steps * self.rounds
+        warmup = min(self.warmup, steps - 1)
+        return optimizer.schedule(self.rate, self.schedule, warmup=warmup, steps=steps, final=self.final)
 
     def optimizer(self, trained: str = ".*", **options: Any) -> optax.GradientTransformation:
-        """AdamW for the leaves whose paths match `trained`; options are those of `ctg_jax.learn.optimizer`."""
-        options = dict(clip=self.clip, decay=self.decay, trained=trained) | options
+        """The optimizer of the leaves whose paths match `trained`; options are those of `ctg_jax.learn.optimizer`."""
+        own = dict(clip=self.clip, decay=self.decay, algorithm=self.algorithm, b2=self.b2, eps=self.eps)
+        options = own | dict(trained=trained) | options
         return optimizer.optimizer(self.rates(), **options)
 
 
@@ -173,6 +185,8 @@ def train(
     trained: str = ".*",
     seed: int = 0,
     tx: optax.GradientTransformation | None = None,
+    ema: float | None = None,
+    start_from: Artifact | None = None,
 ) -> PyTree:
     """What the updates made of a control or of parameters; an interrupted stage continues from its last checkpoint.
 
@@ -183,20 +197,26 @@ def train(
       trained: a regular expression for the paths of the leaves that learn.
       seed: of the randomness in the loss.
       tx: an optimizer in place of `training.optimizer(trained)`.
+      ema: the decay of a moving average, which is then returned in place of the parameters; see `train.averaged`.
+      start_from: the artifact of the round before, whose optimizer continues where `training.rounds` is above 1.
 
     Raises:
       InputError: steps below 1, and what the training loop raises.
     """
     tx = training.optimizer(trained) if tx is None else tx
     key = rng.stream(jax.random.key(seed), "train")
-    state = training_loop.init_state(learner, tx, key, ema=training.ema is not None)
-    averaging = {} if training.ema is None else {"ema": training.ema}
+    state = training_loop.init_state(learner, tx, key, ema=ema is not None)
+    averaging = {} if ema is None else {"ema": ema}
+    if training.rounds > 1 and start_from is not None:
+        state = state.replace(opt_state=checkpoint.load(start_from.path / "optimizer", state.opt_state))
     step = training_loop.make_step(loss, tx, accumulate=training.accumulate, **averaging)
     state = training_loop.loop(
         run.path, state, step, batches, steps=training.steps, save_every=training.save_every, frozen=frozen,
         log_every=training.log_every, tensorboard=training.tensorboard,
     )  # fmt: skip
-    return state.params if training.ema is None else state.ema
+    if training.rounds > 1:
+        checkpoint.save(run.path / "optimizer", state.opt_state)
+    return state.params if ema is None else state.ema
 
 
 def keep(run: Run, control: Control, method: str, init: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The optimizers, AdamW and Adafactor, and schedules of their learning rate."""
+"""The optimizer, AdamW or Adafactor, and schedules of its learning rate."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def optimizer(
     decay: float = 0.0,
     decayed: str = r"(?!.*(norm|bias)).*",
     trained: str = ".*",
+    algorithm: str = "adam",
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
+    """AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018), after clipping by the global norm.
 
     Args:
       rate: a learning rate or a `schedule`.
@@ -52,32 +53,20 @@ def optimizer(
       decay: decoupled weight decay, on leaves whose path matches `decayed`.
       decayed: regular expression for whole paths; norms and biases are left out by default.
       trained: regular expression for whole paths; other leaves keep their values and need no moments.
+      algorithm: "adam", or "adafactor", whose update is `rate` times a direction of root mean square 1 at most.
       b1, b2, eps: of Adam.
+
+    Raises:
+      InputError: another algorithm.
     """
-    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
-    tx = adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
-    return _only(tx, trained)
-
-
-def adafactor(
-    rate: float | optax.Schedule, *, clip: float | None = 1.0, decay: float = 0.0, trained: str = ".*"
-) -> optax.GradientTransformation:
-    """Adafactor (Shazeer & Stern 2018) without momentum and without scaling by the size of the parameters, its second
-    moments with decay rate 0.8, as prompt tuning uses it (Lester et al. 2021).
-
-    Args:
-      rate, decay, trained: as of `optimizer`.
-      clip: the largest root mean square of an update, or None.
-    """
-    tx = optax.adafactor(
-        rate, multiply_by_parameter_scale=False, decay_rate=0.8, clipping_threshold=clip,
-        weight_decay_rate=decay or None,
-    )  # fmt: skip
-    return _only(tx, trained)
-
-
-def _only(tx: optax.GradientTransformation, trained: str) -> optax.GradientTransformation:
-    """The updates of `tx` for the leaves whose whole path matches `trained`; the others keep their values."""
+    if algorithm not in ("adam", "adafactor"):
+        raise InputError(f"algorithm is {algorithm!r}, expected 'adam' or 'adafactor'")
+    if algorithm == "adam":
+        tx = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
+    else:
+        mask = lambda p: _matching(p, decayed)  # noqa: E731
+        tx = optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=mask)
+    tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     if trained == ".*":
         return tx
     return optax.partition({True: tx, False: optax.set_to_zero()}, lambda p: _matching(p, trained))

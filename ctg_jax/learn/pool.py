@@ -7,20 +7,20 @@ a file and copies none. Only batches reach a device.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import evaluation
+from ctg_jax import evaluation, rng
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import truncate
 from ctg_jax.data import Source
-from ctg_jax.data.completions import completions
+from ctg_jax.data.completions import Completions, completions
 from ctg_jax.data.messages import prompt_of, shown
-from ctg_jax.data.pipeline import Batches
+from ctg_jax.data.pipeline import Batch, Batches
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.decode import reading
 from ctg_jax.learn import losses
@@ -161,6 +161,22 @@ def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tup
     distinct = list({p if isinstance(p, str) else shown(p): p for p in prompts}.values())
     longest = max(map(len, tokenizer.encode_prompts(distinct)))
     return longest, max(map(len, tokens))
+
+
+def annotated(
+    pool: Pool, tokenizer: Tokenizer, fn: Callable[[Batch, jax.Array], Mapping[str, jax.Array]], *, batch: int
+) -> dict[str, np.ndarray]:
+    """What `fn(rows, keys)` says of every token of the pool's completions: name -> array [n, N] that `with_` takes and
+    `batches` pads no further, N being the length of the longest completion. The rows are those of `batches`."""
+    prompt, new = _lengths(pool, tokenizer)
+    rows = Completions(Source("the pool", "all", pool), tokenizer, prompt, new)
+    found: list[Mapping[str, np.ndarray]] = []
+    for at in range(0, len(pool), batch):
+        part = [rows[i] for i in range(at, min(at + batch, len(pool)))]
+        full = {name: np.stack([r[name] for r in part + part[:1] * (batch - len(part))]) for name in part[0]}
+        keys = rng.per_example(jax.random.key(0), full["ids"])
+        found.append(jax.tree.map(lambda x, n=len(part): np.asarray(x)[:n], fn(full, keys)))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def read(

@@ -38,6 +38,7 @@ class Options:
       stop: a completion ends behind the first of these texts: its text there, its tokens with the one that completes
         that text.
       each: whether records hold the log-probability of each token as well, under `logps`.
+      empty: whether a prompt may be empty: the model then continues the token with which its texts begin.
     """
 
     n: int = 1
@@ -47,6 +48,7 @@ class Options:
     seed: int = 0
     stop: Sequence[str] = ()
     each: bool = False
+    empty: bool = False
 
     def sampling(self, tokenizer: Any) -> Sampling:
         """The same for the decode loop. A text of `stop` ends a row where it is spelled with the tokens that it encodes
@@ -149,12 +151,13 @@ def sample(
     that a larger `n` keeps the samples of a smaller one. An interrupted stage continues after its last whole batch.
 
     Args:
-      lm, prompts: the language model, and records with `prompt`, `text` or `messages`.
+      lm, prompts: the language model, and records with `prompt`, `text` or `messages`. Where the prompt is empty, the
+        model writes a whole text.
       controls, strengths, filter, truncate_first: see `build`.
       n, max_new, greedy, batch, seed: see `Options`.
 
     Raises:
-      InputError: no prompts, an empty prompt, one that does not fit in the context, and what `build` raises.
+      InputError: no prompts, an empty one where no token begins a text, one that does not fit in the context, and what `build` raises.
     """
     from tqdm import tqdm
 
@@ -163,8 +166,8 @@ def sample(
     control = build(lm, controls, strengths, filter, truncate_first)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
-    rows = whole_batches(partial, min(batch, total), total)
-    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed)
+    rows = _whole_batches(partial, min(batch, total), total)
+    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, empty=True)
     cond = conditions(controls, lm, texts)
     batches = complete(*opened(lm), texts, control, options, skip=len(rows), cond=cond)
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
@@ -263,7 +266,7 @@ def complete(
     """
     from ctg_jax.data.tokenizer import to_prompts
 
-    check_prompts(model, tokenizer, texts, options.max_new, control)
+    check_prompts(model, tokenizer, texts, options.max_new, control, options.empty)
     control = constraints.only(tokenizer.known(model.vocab), control)
     work = [(i, j) for i in range(len(texts)) for j in range(options.n)]
     numbers = range(len(texts)) if numbers is None else numbers
@@ -306,13 +309,15 @@ def complete(
         ]
 
 
-def check_prompts(model, tokenizer, texts: Sequence[str | Messages], max_new: int, control: Control = IDENTITY) -> None:
-    """InputError where there are no prompts, one is empty or has no tokens, or one is too long for `model` or for
-    another model that reads it under `control`."""
+def check_prompts(
+    model, tokenizer, texts: Sequence[str | Messages], max_new: int, control: Control = IDENTITY, empty: bool = False
+) -> None:
+    """InputError where there are no prompts, one has no tokens or, unless `empty`, no text, or one is too long for
+    `model` or for another model that reads it under `control`."""
     if not texts:
         raise InputError("the list of prompts is empty: give at least one prompt")
     for i, ids in enumerate(tokenizer.encode_prompts(texts)):
-        if not ids or (isinstance(texts[i], str) and not texts[i].strip()):
+        if not ids or (not empty and isinstance(texts[i], str) and not texts[i].strip()):
             raise InputError(f"prompt {i + 1} is empty: give at least one word")
         if strategies.of(control) is strategies.PLAIN:  # others check the rows that they were trained on
             what = f"prompt {i + 1} has {len(ids)} tokens and max_new is {max_new}"

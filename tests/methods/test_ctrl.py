@@ -49,6 +49,65 @@ def test_every_code_reaches_the_texts_of_its_label():
         assert worlds.divergence(drawn, worlds.probabilities(LM, PARAMS, PROMPT, NEW, control)) > 0.5 or k == K - 1
 
 
+def test_two_codes_with_different_first_tokens_learn_them():
+    """Texts of label 0 begin with token 3 and those of label 1 with token 1, whatever follows: behind the empty prompt
+    each code writes its own, and p(c | x) is known from the first token."""
+    tails = np.array([[3, 2], [1, 2]] * 16, np.int32)
+    batch = {
+        "tokens": jnp.asarray(tails), "mask": jnp.ones(tails.shape, bool), "ids": jnp.arange(32),
+        "label": jnp.tile(jnp.array([0, 1]), 16),
+    }  # fmt: skip
+    control = ctrl.init(LM, jax.random.key(0), codes=2, kind="full")
+    control, _ = worlds.trained(
+        ctrl.loss(LM), control, {"params": PARAMS}, [batch] * 150, trained=r"delta/changes/.*|codes"
+    )
+    empty = worlds.prompts([[], []], length=1, cond={"code": jnp.array([0, 1])})
+    both = control.replace(cond="code")
+    every = [jnp.full((2, 1), v, jnp.int32) for v in range(LM.vocab)]
+    first = np.exp(np.concatenate([loop.score(LM, PARAMS, empty, v, both) for v in every], axis=1))
+    assert first[0, 3] > 0.95 and first[1, 1] > 0.95
+    # The token that stands for an empty prompt is one; another token is a prompt.
+    stands = worlds.prompts([[4], [4]], cond={"code": jnp.array([0, 1])})
+    named = both.replace(start=4)
+    np.testing.assert_allclose(
+        loop.score(LM, PARAMS, stands, every[3], named), loop.score(LM, PARAMS, empty, every[3], both), rtol=1e-5
+    )
+    longer = loop.score(LM, PARAMS, stands, every[3], both)
+    assert not np.allclose(longer, loop.score(LM, PARAMS, stands, every[3], named), atol=1e-2)
+    # A short row beside a long one, as decoding has them.
+    mixed = worlds.prompts([[], [2, 0, 1]], cond={"code": jnp.array([0, 1])})
+    np.testing.assert_allclose(np.exp(loop.score(LM, PARAMS, mixed, every[3], both))[0], first[0, 3:4], rtol=1e-4)
+
+
+class Letters:
+    """A tokenizer of the letters a to e whose texts begin with nothing."""
+
+    adds_bos, start, eos, bos = False, None, None, None
+
+    def begun(self, ids):
+        return list(ids)
+
+    def encode_after(self, prompts, texts):
+        return [["abcde".index(c) for c in text] for text in texts]
+
+    def known(self, vocab):
+        return np.ones(vocab, bool)
+
+
+def test_the_source_of_a_text_by_hand():
+    """p(c | x) is p(x | c) p(c) over its sum, with the first token in p(x | c)."""
+    control = ctrl.example(LM, jax.random.key(3))
+    empty = worlds.prompts([[]], length=1)
+    logp = [float(loop.score(LM, PARAMS, empty, jnp.array([[3, 1, 2]]), methods.with_strength(control, k)).sum()) for k in (0.0, 1.0)]
+    for prior in (None, [0.9, 0.1]):
+        wanted = np.exp(logp) * (prior or [1, 1])
+        found = ctrl.attributed(LM, PARAMS, Letters(), control, ["dbc", "a"], prior=prior)
+        np.testing.assert_allclose(found[0], wanted / wanted.sum(), rtol=1e-4)
+        np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
+    with pytest.raises(InputError, match=r"prior is \[1\.0, 0\.0\], expected 2 positive numbers"):
+        ctrl.attributed(LM, PARAMS, Letters(), control, ["dbc"], prior=[1, 0])
+
+
 def test_the_loss_reads_the_code_of_each_row():
     control = ctrl.example(LM, jax.random.key(3))
     tokens, labels = jnp.array([[1, 2, 3], [4, 0, 2]]), jnp.array([1, 0])
@@ -56,9 +115,13 @@ def test_the_loss_reads_the_code_of_each_row():
     out = ctrl.loss(LM)(control, {"params": PARAMS}, batch, jax.random.split(jax.random.key(0), 2))
     wanted = 0.0
     for row, k in zip(tokens, (1.0, 0.0)):
-        one = worlds.prompts([[int(row[0])]])
-        wanted -= float(loop.score(LM, PARAMS, one, row[None, 1:], methods.with_strength(control, k)).sum())
-    assert float(out.total) == pytest.approx(wanted, rel=1e-5) and float(out.weight) == 4
+        one = worlds.prompts([[]], length=1)
+        wanted -= float(loop.score(LM, PARAMS, one, row[None], methods.with_strength(control, k)).sum())
+    assert float(out.total) == pytest.approx(wanted, rel=1e-5) and float(out.weight) == 6
+    rest = ctrl.loss(LM, first=False)(control, {"params": PARAMS}, batch, jax.random.split(jax.random.key(0), 2))
+    assert float(rest.weight) == 4
+    narrow = batch | {"loss_mask": jnp.array([[True, False, True], [False, True, True]])}
+    assert float(ctrl.loss(LM)(control, {"params": PARAMS}, narrow, jax.random.split(jax.random.key(0), 2)).weight) == 4
     other = losses.control_loss(LM)(control, {"params": PARAMS}, batch, jax.random.split(jax.random.key(0), 2))
     assert float(other.total) != pytest.approx(wanted, rel=1e-3)  # both rows on the first code
 

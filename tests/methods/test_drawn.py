@@ -55,9 +55,14 @@ def test_a_constant_reward_moves_ppo_nowhere(name):
     q = worlds.probabilities(LM, PARAMS, PROMPT, NEW, truncate.rules(LM, **FILTERS[name]))
     ones = np.ones(len(EVERY), np.float32)
 
+    rows, keys = worlds.written(PROMPT, EVERY), jax.random.split(jax.random.key(0), len(EVERY))
+
     def norm(options, beta):
-        given = frozen(options, old=state, beta=jnp.float32(beta))
-        return expected_gradient(ppo.loss(LM), state, given, q, reward=ones)
+        given = frozen(options, beta=jnp.float32(beta))
+        start = jax.tree.map(np.asarray, ppo.at_start(LM)(given, state, rows, keys))
+        fields = ppo.credited(ones, np.zeros(len(EVERY)), **start, beta=beta)
+        fields = {name: np.where(np.isfinite(x), x, 0) for name, x in fields.items()}  # texts that are never drawn
+        return expected_gradient(ppo.loss(LM), state, given, q, **fields)
 
     assert norm(FILTERS[name], 0.0) < 1e-5
     if name != "top-p":  # the KL to the base is 0 as well, where no token is removed
@@ -110,7 +115,7 @@ def test_multipliers_of_gdc_are_those_of_the_base_whatever_drew_its_samples(smal
     root, lm, data = small
     explore = dict(**EXPLORE, filter=SOFT)
     common = dict(lm=lm, data=data, rewards=[dice], explore=explore)
-    control = gdc.fit(root, **common, rounds=1, moments={"dice": 0.6}, **SHORT)
+    control = gdc.fit(root, **common, rounds=1, moments={"dice": 0.6}, per_prompt=False, **SHORT)
     pool = Pool.open(history(control))
     phi = pool.column("reward_dice") >= 0.5
     weights = np.exp(pool.column("base") - pool.column("logp"))
@@ -144,6 +149,9 @@ def test_the_probability_before_learning_is_that_of_what_drew(small, dice, metho
     assert np.abs(pool.column("logp") - pool.column("base")).max() > 0.1
     batch, policy = seen["batch"], seen["control"]
     wanted = pool.column("logp")[batch["ids"]]
+    if method is ppo:
+        np.testing.assert_allclose(batch["old"].sum(axis=1), wanted, atol=1e-3)
+        assert np.abs(batch["old"] - batch["base"]).max() > 0.01
     policy = policy["policy"] if isinstance(policy, dict) else policy
     if method is unlikelihood:
         np.testing.assert_allclose(batch["drawn"], wanted, atol=1e-3)

@@ -140,7 +140,7 @@ def fit(
     return turn.proposal
 
 
-@stage_function("quark")
+@stage_function("quark", revision=1)
 def quark(
     run: Run,
     *,
@@ -163,7 +163,8 @@ def quark(
       tokens: K, quantiles and reward tokens. best_only: learn from the best quantile alone (an ablation).
       strata: whether batches hold every quantile in equal parts; otherwise samples are drawn uniformly.
       adapter: the change of weights. objective: of the loss; its kl is multiplied by kl_factor.
-      training: how it is trained; each round has a new optimizer.
+      training: how it is trained. Each round has a new optimizer and schedule; the paper's one of both for all is
+        `training.rounds`, the number of rounds.
       seed: of initial values, batches and training.
 
     Raises:
@@ -178,13 +179,13 @@ def quark(
     else:
         control = methods.load(start_from, model)
     samples = Pool.open(pool)
-    samples = samples.with_(bin=calibrate.bins(samples.column("reward"), tokens))
+    samples = samples.with_(bin=calibrate.bins(samples.column("reward"), tokens, seed))
     if best_only:
         samples = samples.take((samples.column("bin") == tokens - 1).nonzero()[0])
     options = dict(batch=training.batch, seed=seed, fields=("bin",), strata="bin" if strata else None)
     frozen = {"params": params, "kl": jnp.float32(kl_factor)}
     control = fitting.train(
         run, control, loss(model, objective), frozen, batches(samples, tokenizer, **options),
-        training.at(adapter.rate), trained=r"delta/changes/.*|codes", seed=seed,
+        training.at(adapter.rate), trained=r"delta/changes/.*|codes", seed=seed, start_from=start_from,
     )  # fmt: skip
     fitting.keep(run, control, "quark", made)

@@ -35,13 +35,19 @@ init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_d
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Weights of the terms of `loss`, and the length of its n-grams: the section `objective`."""
+    """Weights of the terms of `loss`, and the length of its n-grams: the section `objective`.
+
+    Attributes:
+      greedy: whether the policy may learn from greedy samples, as that of the authors' code does by default. Its
+        gradient is then not that of the expected reward.
+    """
 
     likelihood: float = 1.0
     token: float = 1.0
     sequence: float = 0.0
     policy: float = 0.0
     ngram: int = 4
+    greedy: bool = False
 
     @property
     def sampled(self) -> bool:
@@ -67,7 +73,7 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
     Raises:
       InputError: a negative weight, no positive one, or n-grams below one token.
     """
-    likelihood, token, sequence, policy, ngram = dataclasses.astuple(objective)
+    likelihood, token, sequence, policy, ngram, _ = dataclasses.astuple(objective)
     weights = dict(likelihood=likelihood, token=token, sequence=sequence, policy=policy)
     if min(weights.values()) < 0 or not any(weights.values()):
         raise InputError(f"the weights are {weights}: expected none below 0 and at least one above it.")
@@ -144,7 +150,7 @@ def fit(
       InputError: rounds below 1, or a policy gradient of greedy samples.
     """
     objective = section(Objective(), settings.get("objective"), "objective of unlikelihood")
-    if objective.policy:
+    if objective.policy and not objective.greedy:
         check_drawn(explore or {}, "policy", None)
     if objective.sampled and not rewards:
         rewards = [stage(root, judges.fit_judge, {"kind": "diversity", "name": "diversity"})]
@@ -198,7 +204,7 @@ def unlikelihood(
         tails[:] = [human[i] for i in at]
         samples = samples.with_(human=tails)
         if objective.policy:
-            for part in pool:
+            for part in pool if not objective.greedy else ():
                 check_drawn(part.spec["drawn"], "policy", None)
             frozen["filter"] = drawing_filter(pool, model)
             drawing = Chain((control, frozen["filter"]))

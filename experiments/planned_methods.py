@@ -3,6 +3,7 @@
 import inspect
 
 from ctg_jax import methods
+from ctg_jax.learn.fitting import Adapter
 
 
 def acts(method: str) -> bool:
@@ -14,7 +15,10 @@ def init_of(method: str, fit: dict) -> dict | None:
     """The settings of a method's `init` among those of its `fit`; None where `init` needs one that is not there, such
     as a width that an encoder decides."""
     known = dict(list(inspect.signature(methods.get(method).init).parameters.items())[2:])
-    given = fit | dict(fit.get("shape") or {}) | fit.get("adapter", {})
+    for name in [n for n, p in known.items() if p.kind is p.VAR_KEYWORD]:  # what else it takes are those of an adapter
+        known |= inspect.signature(Adapter).parameters
+        del known[name]
+    given = fit | fit.get("adapter", {})
     found = {key: value for key, value in given.items() if key in known and value is not None}
     return None if any(p.default is p.empty and key not in found for key, p in known.items()) else found
 

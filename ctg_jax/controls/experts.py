@@ -25,6 +25,8 @@ class Experts(Control):
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `alpha` row by row.
       trim: whether a side may have more tokens than the base model, which are left out: rows at the end of its
         vocabulary.
+      rule: "linear", as above; "forget", z − alpha max(0, z⁻ − z) (Eldan & Russinovich 2023): only what the anti-expert
+        likes more than the base becomes less likely, and nothing that it likes less becomes likelier.
     """
 
     expert: Stream | None
@@ -32,6 +34,7 @@ class Experts(Control):
     alpha: jax.Array
     cond: str | None = struct.field(pytree_node=False, default=None)
     trim: bool = struct.field(pytree_node=False, default=False)
+    rule: str = struct.field(pytree_node=False, default="linear")
 
     def sides(self) -> dict[str, Stream]:
         """The streams by the names of their sides."""
@@ -61,6 +64,7 @@ class Experts(Control):
             found[name] = read[..., :size]
         known = ~(removed(found["expert"]) | removed(found["anti"]))
         push = jnp.where(known, found["expert"] - found["anti"], 0.0)
+        push = jnp.minimum(push, 0.0) if self.rule == "forget" else push
         return z + strength * push, (strength, after)
 
 
@@ -70,12 +74,15 @@ def experts(
     alpha: float = 2.0,
     cond: str | None = None,
     trim: bool = False,
+    rule: str = "linear",
 ) -> Experts:
     """DExperts; without an anti-expert z + alpha (z⁺ − z), and without an expert z + alpha (z − z⁻).
 
     Raises:
-      InputError: alpha is not finite.
+      InputError: alpha is not finite; an unknown rule, or "forget" with an expert.
     """
+    if rule not in ("linear", "forget") or (rule == "forget" and (expert is not None or anti is None)):
+        raise InputError(f"rule is {rule!r}, expected 'linear', or 'forget' with an anti-expert alone.")
     if not isinstance(alpha, jax.Array) and not np.all(np.isfinite(alpha)):
         raise InputError(f"alpha is {alpha}, expected a finite number.")
-    return Experts(expert, anti, jnp.asarray(alpha, jnp.float32), cond, trim)
+    return Experts(expert, anti, jnp.asarray(alpha, jnp.float32), cond, trim, rule)

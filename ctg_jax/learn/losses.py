@@ -114,6 +114,28 @@ def repeated(tokens: jax.Array, written: jax.Array, ngram: int) -> jax.Array:
     return out
 
 
+def reweighted(logits: jax.Array, targets: jax.Array, gamma: float = 1.0) -> jax.Array:
+    """(1 + cos π p)^gamma · (-log p) float32 [...], p the probability of the target: tokens that are learned already
+    count less (TLDR, Jiang et al. 2020). The weight is differentiated too. Its minimum is flatter than the data: for a
+    token that follows in 7 of 10 cases it is p = .60 with gamma 1."""
+    nll = next_token(logits, targets)
+    return (1.0 + jnp.cos(jnp.pi * jnp.exp(-nll))) ** gamma * nll
+
+
+def earth_mover(logits: jax.Array, targets: jax.Array, table: jax.Array) -> jax.Array:
+    """Σ_v p_v (1 - cos(e_v, e_target)) float32 [...]: a bound of the earth mover's distance between the next-token
+    distribution and the target (EMO, Ren et al. 2024, eq. 10). `table` float32 [V, D] holds a row e_v for each token,
+    of length one (`unit_rows`)."""
+    p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    return 1.0 - jnp.sum((p @ table) * table[targets], axis=-1)
+
+
+def unit_rows(table: jax.Array) -> jax.Array:
+    """float32 [V, D] with rows of length one; rows of zeros stay."""
+    table = jnp.asarray(table, jnp.float32)
+    return table / jnp.maximum(jnp.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+
+
 def z_loss(logits: jax.Array) -> jax.Array:
     """Squared log-normaliser float32 [...] of logits [..., V] (Chowdhery et al. 2022, PaLM, section 5)."""
     return jnp.square(logsumexp(logits))
@@ -166,7 +188,9 @@ def lm_loss(lm: LM, *, z: float = 0.0) -> LossFn:
     return loss
 
 
-def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
+def control_loss(
+    lm: LM, *, kl_weight: float = 0.0, z: float = 0.0, token: Callable[..., jax.Array] | None = None
+) -> LossFn:
     """Next-token loss of the controlled model: params is a Control, frozen = {"params": LM parameters}.
 
     The first token of a row is its prompt and the rest its completion, through `reading.read`, so every hook of
@@ -176,6 +200,8 @@ def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
       lm: the frozen language model.
       kl_weight: weight of KL(controlled ‖ base) per token; the metric `kl` is then logged.
       z: weight of `z_loss`.
+      token: (logits [..., V], targets [...], frozen) -> float32 [...] in place of the cross-entropy, which is then a
+        metric.
     """
 
     def loss(params: PyTree, frozen: dict[str, Params], batch: dict[str, Any], keys: jax.Array) -> Sum:
@@ -184,11 +210,16 @@ def control_loss(lm: LM, *, kl_weight: float = 0.0, z: float = 0.0) -> LossFn:
         tokens, real = batch["tokens"][:, :1], batch["mask"][:, :1]
         prompts = Prompts(tokens=tokens, mask=real, keys=keys, cond=batch.get("cond"))
         text = read(lm, frozen["params"], prompts, targets, params)
+
+        def own(logits, targets):
+            values = _terms(z, logits, targets)
+            return values if token is None else values | {"token": token(logits, targets, frozen)}
+
         if not kl_weight:
-            return _token_sum(reduced(text, partial(_terms, z), targets), mask, z)
+            return _token_sum(reduced(text, own, targets), mask, z)
 
         def terms(logits, base, targets):
-            return _terms(z, logits, targets) | {"kl": kl(logits, jax.lax.stop_gradient(base))}
+            return own(logits, targets) | {"kl": kl(logits, jax.lax.stop_gradient(base))}
 
         values = reduced((text, read(lm, frozen["params"], prompts, targets)), terms, targets)
         out = _token_sum(values, mask, z)
@@ -205,8 +236,10 @@ def _terms(z: float, logits: jax.Array, targets: jax.Array) -> dict[str, jax.Arr
 
 
 def _token_sum(values: dict[str, jax.Array], mask: jax.Array, z: float) -> Sum:
-    total, weight = masked_sum(values["cross_entropy"], mask)
-    if not z:
-        return Sum(total=total, weight=weight)
-    extra, _ = masked_sum(values["z_loss"], mask)
-    return Sum(total=total + z * extra, weight=weight, metrics={"cross_entropy": (total, weight)})
+    nats, weight = masked_sum(values["cross_entropy"], mask)
+    if not z and "token" not in values:
+        return Sum(total=nats, weight=weight)
+    total, _ = masked_sum(values.get("token", values["cross_entropy"]), mask)
+    if z:
+        total = total + z * masked_sum(values["z_loss"], mask)[0]
+    return Sum(total=total, weight=weight, metrics={"cross_entropy": (nats, weight)})

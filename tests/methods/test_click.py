@@ -7,7 +7,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax import methods
-from ctg_jax.learn import experience
+from ctg_jax.learn import experience, preferences
 from ctg_jax.learn.pool import Pool, batches
 from ctg_jax.methods import click
 from ctg_jax.run.stage import open_lm, stage
@@ -86,9 +86,9 @@ def test_pairs_by_hand():
     rewards = [1, 0, 1, 1, 0, 1, 0]
     likelihood = [-1.0, -3.0, -5.0, -9.0, -10.0, -2.0, -2.0]
     prompts = [0, 0, 0, 0, 0, 1, 2]
-    good, bad = click.pairs(rewards, likelihood, prompts, threshold=0.5)
+    good, bad = preferences.next_below(rewards, likelihood, prompts, threshold=0.5)
     assert (good.tolist(), bad.tolist()) == ([2, 3], [1, 4])
-    good, bad = click.pairs(rewards, likelihood, prompts, threshold=0.5, pair="above")
+    good, bad = preferences.next_below(rewards, likelihood, prompts, threshold=0.5, pair="above")
     assert (good.tolist(), bad.tolist()) == ([0, 3], [1, 4])
 
 
@@ -129,13 +129,13 @@ def test_fit_explores_pairs_and_learns(small, judge):
 def test_bad_input(small, judge):
     root, lm, data = small
     with pytest.raises(InputError, match=r"no prompt has samples on both sides of the threshold 0\.5, and 3 of 3"):
-        click.pairs([1, 1, 1], [-1, -2, -3], [0, 0, 0], threshold=0.5)
+        preferences.next_below([1, 1, 1], [-1, -2, -3], [0, 0, 0], threshold=0.5)
     with pytest.raises(InputError, match="and 1 of 2 samples are at or above it"):
-        click.pairs([1, 0], [-1, -2], [0, 1], threshold=0.5)
+        preferences.next_below([1, 0], [-1, -2], [0, 1], threshold=0.5)
     with pytest.raises(InputError, match="reward 1 is nan"):
-        click.pairs([1, np.nan], [-1, -2], [0, 0], threshold=0.5)
+        preferences.next_below([1, np.nan], [-1, -2], [0, 0], threshold=0.5)
     with pytest.raises(InputError, match="pair is 'next', expected one of below, above"):
-        click.pairs([1, 0], [-1, -2], [0, 0], threshold=0.5, pair="next")
+        preferences.next_below([1, 0], [-1, -2], [0, 0], threshold=0.5, pair="next")
     with pytest.raises(InputError, match="kind is 'prompt'"):
         click.init(BIGRAM, jax.random.key(0), kind="prompt")
     with pytest.raises(InputError, match="no reward was given"):

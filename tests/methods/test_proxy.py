@@ -76,6 +76,21 @@ def test_fit_with_a_small_model_of_another_size(small):
     np.testing.assert_allclose(found, z + 0.7 * (plus - minus), rtol=1e-4, atol=1e-4)
 
 
+def test_both_sides_may_be_tuned(small):
+    """DExperts with experts of another size: the sides are changes of low rank of one small model."""
+    root, lm, data = small
+    model = open_lm(lm)[0]
+    short = dict(adapter=dict(rank=2), training=dict(steps=2, batch=4, tokens=12))
+    other = dict(width=8, depth=1, heads=2, training=dict(steps=2, batch=4, tokens=12, warmup=1))
+    artifact = proxy.fit(root, lm=lm, data=data, small=other, anti={"label": 0}, **short)
+    control = methods.load(artifact, model)
+    changes = [side.control.changes for side in (control.expert, control.anti)]
+    assert all(set(c) == {"a", "b"} for side in changes for c in side.values())
+    assert any(np.abs(np.asarray(x - y)).max() > 0 for x, y in zip(*map(jax.tree.leaves, changes)))
+    jax.tree.map(np.testing.assert_array_equal, control.expert.params, control.anti.params)
+    assert control.expert.lm.width == 8 != model.width
+
+
 def test_models_from_folders(small, tmp_path):
     root, lm, data = small
     model, params, tokenizer = open_lm(lm)

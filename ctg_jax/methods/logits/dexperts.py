@@ -25,9 +25,12 @@ from ctg_jax.learn.fitting import example_delta
 from ctg_jax.models import hf
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
+from ctg_jax.run.identity import nearest
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
+SIDES = ("both", "expert", "anti", "forget")
+OWN = ("rank", "targets", "length", "choices")  # settings of `finetune.init`
 FITTED = ("lora", "full", "prompt")  # kinds of expert that are trained
 INSTRUCTED = "instructed"  # the entry of `prompts.cond` with instruction and prompt, int32 [B, T'], −1 for padding
 
@@ -49,15 +52,13 @@ def init(
     key: jax.Array,
     *,
     kind: str = "lora",
-    rank: int = 8,
-    targets: str | None = None,
-    length: int = 16,
-    choices: int | None = None,
+    sides: str = "both",
     amateur: str | None = None,
     keep: int = 1,
     instruction: str | None = None,
     alpha: float = 2.0,
     cond: str | None = None,
+    **adapter: Any,
 ) -> Experts:
     """Experts that have learned nothing.
 
@@ -66,19 +67,25 @@ def init(
         decoding, (1 + alpha) z − alpha z_amateur (O'Brien & Lewis 2023, eq. 3); the plausibility mask of Li et al.
         (2023) is the rule `min_p` before it. "guidance": see `guidance`, gamma = 1 + alpha. "instruction": see
         `prompted`.
-      rank, targets, length, choices: of the experts; see `finetune.init`.
+      sides: of experts that are trained: "both"; "expert" or "anti", the base taking the other side's place; "forget",
+        an anti-expert under the rule of that name (`controls.experts.Experts`).
+      adapter: `rank`, `targets`, `length` and `choices` of the experts; see `finetune.init`.
       amateur: folder or hub id of the weaker model of contrastive decoding, with the same tokenizer.
       keep: the number of tokens of the prompt that the unconditional side of guidance reads.
       instruction: the text that is put before every prompt.
 
     Raises:
-      InputError: an unknown kind, or one that lacks its amateur or instruction.
+      InputError: an unknown kind, side or setting of the experts, or a kind that lacks its amateur or instruction.
     """
+    if sides not in SIDES:
+        raise InputError(f"sides is {sides!r}, expected one of {', '.join(SIDES)}.")
+    for name in adapter:
+        if name not in OWN:
+            raise InputError(f"dexperts has no setting {name!r}{nearest(name, OWN)}")
     if kind in FITTED:
-        hp = dict(kind=kind, rank=rank, targets=targets, length=length, choices=choices)
         tuned = methods.get("finetune").init
-        sides = [Stream(control=tuned(lm, k, **hp), lm=lm) for k in jax.random.split(key)]
-        return experts(*sides, alpha, cond)
+        both = [Stream(control=tuned(lm, k, kind=kind, **adapter), lm=lm) for k in jax.random.split(key)]
+        return combined(*both, sides, alpha, cond)
     if kind == "guidance":
         return guidance(lm, 1.0 + alpha, keep, cond)
     if kind == "instruction":
@@ -91,6 +98,12 @@ def init(
         small = hf.shape(amateur)
         return experts(anti=Stream(small.init(key), lm=small), alpha=alpha, cond=cond)
     raise InputError(f"kind is {kind!r}, expected {', '.join(FITTED)}, contrastive, guidance or instruction.")
+
+
+def combined(expert: Stream | None, anti: Stream | None, sides: str, alpha: float, cond: str | None) -> Experts:
+    """The control of the sides that `sides` names."""
+    kept = (expert if sides in ("both", "expert") else None, None if sides == "expert" else anti)
+    return experts(*kept, alpha, cond, rule="forget" if sides == "forget" else "linear")
 
 
 def make(lm: LM, key: jax.Array, **settings: Any) -> Experts:
@@ -135,25 +148,30 @@ def fit(
     data: Artifact,
     expert: Mapping[str, Any] | None = None,
     anti: Mapping[str, Any] | None = None,
+    sides: str = "both",
     alpha: float = 2.0,
     cond: str | None = None,
     **settings: Any,
 ) -> Artifact:
-    """Two fine-tuning stages on the same model, and their combination.
+    """Two fine-tuning stages on the same model, and their combination; or one, where `sides` is not "both".
 
     Args:
       lm, data: an LM artifact, and records with `text` and a field to choose by.
       expert, anti: `where` of each side; by default {"label": 1} and {"label": 0}.
+      sides: see `init`.
       alpha: the strength at first. cond: see `Experts`.
       settings: the other settings of `finetune`, the same for both.
 
     Raises:
       InputError: what `finetune` raises.
     """
-    chosen = (expert or {"label": 1}, anti or {"label": 0})
+    if sides not in SIDES:
+        raise InputError(f"sides is {sides!r}, expected one of {', '.join(SIDES)}.")
+    chosen = {"expert": expert or {"label": 1}, "anti": anti or {"label": 0}}
+    names = {"both": ("expert", "anti"), "expert": ("expert",)}.get(sides, ("anti",))
     tune = methods.get("finetune").fit
-    tuned = [tune(root, lm=lm, data=data, **{**settings, "where": dict(where)}) for where in chosen]
-    return stage(root, dexperts, dict(alpha=alpha, cond=cond), lm=lm, expert=tuned[0], anti=tuned[1])
+    tuned = {name: tune(root, lm=lm, data=data, **{**settings, "where": dict(chosen[name])}) for name in names}
+    return stage(root, dexperts, dict(sides=sides, alpha=alpha, cond=cond), lm=lm, **tuned)
 
 
 from_pairs, from_texts = lists.learners(fit)
@@ -161,10 +179,18 @@ from_pairs, from_texts = lists.learners(fit)
 
 @stage_function("dexperts", revision=1)
 def dexperts(
-    run: Run, *, lm: Artifact, expert: Artifact, anti: Artifact, alpha: float = 2.0, cond: str | None = None
+    run: Run,
+    *,
+    lm: Artifact,
+    expert: Artifact | None = None,
+    anti: Artifact | None = None,
+    sides: str = "both",
+    alpha: float = 2.0,
+    cond: str | None = None,
 ) -> None:
-    """Stage: two controls that were fitted on `lm` become the two sides of one. It holds no weights of the model."""
+    """Stage: controls that were fitted on `lm` become the sides of one. It holds what they change, such as a LoRA each,
+    and no weights of the model."""
     model = open_lm(lm)[0]
-    sides = [Stream(control=methods.load(a, model), lm=model) for a in (expert, anti)]
-    checkpoint.save(run.path / "state", experts(*sides, alpha, cond))
-    run.record(method="dexperts", init=expert.spec["init"] | dict(alpha=alpha, cond=cond))
+    both = [None if a is None else Stream(control=methods.load(a, model), lm=model) for a in (expert, anti)]
+    checkpoint.save(run.path / "state", combined(*both, sides, alpha, cond))
+    run.record(method="dexperts", init=(expert or anti).spec["init"] | dict(sides=sides, alpha=alpha, cond=cond))

@@ -3,7 +3,8 @@
     z' = z + alpha (z⁺ - z⁻)
 
 z⁺ is a small tuned model and z⁻ the same small model before it was tuned; both share the large one's tokenizer, and
-neither its weights nor its size. The rule is that of DExperts, whose experts are tuned copies of the base itself.
+neither its weights nor its size. The rule is that of DExperts, whose experts are tuned copies of the base itself; with
+`anti` as well, both sides are tuned, which is DExperts with experts of another size.
 
     tuned, untuned = "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
     control = proxy.make(lm, key, tokenizer=tokenizer, expert=tuned, anti=untuned)
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import methods
+from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY
 from ctg_jax.controls.experts import Experts, experts
 from ctg_jax.controls.streams import Stream
@@ -52,6 +53,7 @@ def init(
     expert: Model,
     anti: Model,
     adapter: Mapping[str, Any] | None = None,
+    anti_adapter: Mapping[str, Any] | None = None,
     before: str = "",
     after: str = "",
     alpha: float = 1.0,
@@ -61,7 +63,7 @@ def init(
 
     Args:
       expert, anti: the tuned and the untuned small model: a folder, a hub id, or the fields of a decoder.
-      adapter: settings of `finetune.init`, where the expert is a small model with a change of its weights.
+      adapter, anti_adapter: settings of `finetune.init`, where a side is a small model with a change of its weights.
       before, after: text around the prompt that the expert alone reads, such as a chat template.
       alpha, cond: see `controls.experts.Experts`.
 
@@ -76,10 +78,12 @@ def init(
                 "model with the same tokenizer."
             )
     a, b, c = jax.random.split(key, 3)
-    change = IDENTITY if adapter is None else methods.get("finetune").init(plus, c, **adapter)
+    tuned = methods.get("finetune").init
+    change = IDENTITY if adapter is None else tuned(plus, c, **adapter)
+    other = IDENTITY if anti_adapter is None else tuned(minus, rng.stream(key, "anti"), **anti_adapter)
     own = own_entry(before, after) if before or after else None
     return experts(
-        Stream(plus.init(a), change, lm=plus, own=own), Stream(minus.init(b), lm=minus), alpha, cond, trim=True
+        Stream(plus.init(a), change, lm=plus, own=own), Stream(minus.init(b), other, lm=minus), alpha, cond, trim=True
     )
 
 
@@ -137,6 +141,7 @@ def fit(
     data: Artifact,
     small: Mapping[str, Any],
     where: Mapping[str, Any] | None = None,
+    anti: Mapping[str, Any] | None = None,
     before: str = "",
     after: str = "",
     alpha: float = 1.0,
@@ -150,6 +155,7 @@ def fit(
       small: the settings of `load_lm`, as {"source": "gpt2"}, or, without a source, those of `sibling`, which trains a
         small model on the texts of `data`.
       where: the fields of the records that the small model is tuned on; by default {"label": 1}.
+      anti: those of the records that the other side is tuned on; None: it stays as it is.
       before, after, alpha, cond: see `init`.
       settings: the other settings of `finetune`.
 
@@ -158,9 +164,10 @@ def fit(
     """
     made = stage(root, load_lm, small) if "source" in small else stage(root, sibling, small, lm=lm, data=data)
     tune = methods.get("finetune").fit
-    tuned = tune(root, lm=made, data=data, **{**settings, "where": dict(where or {"label": 1})})
+    chosen = {"tuned": where or {"label": 1}} | ({} if anti is None else {"anti": anti})
+    sides = {k: tune(root, lm=made, data=data, **{**settings, "where": dict(v)}) for k, v in chosen.items()}
     hp = dict(before=before, after=after, alpha=alpha, cond=cond)
-    return stage(root, proxy, hp, lm=lm, small=made, tuned=tuned)
+    return stage(root, proxy, hp, lm=lm, small=made, **sides)
 
 
 @stage_function("proxy")
@@ -170,20 +177,23 @@ def proxy(
     lm: Artifact,
     small: Artifact,
     tuned: Artifact,
+    anti: Artifact | None = None,
     before: str = "",
     after: str = "",
     alpha: float = 1.0,
     cond: str | None = None,
 ) -> None:
-    """Stage: a small model, and the same with the change that was fitted on it, become the two sides of one control.
-    It holds the weights of the small model, and none of the base."""
+    """Stage: a small model, and the same with the change that was fitted on it, become the two sides of one control;
+    `anti` is a change of the other side. It holds the weights of the small model, and none of the base."""
     model, _, tokenizer = open_lm(lm)
     other, params, theirs = open_lm(small)
     check_shared(tokenizer, theirs, other.vocab, small.path.name)
     hp = dict(expert=record(other), anti=record(other), adapter=tuned.spec["init"])
+    hp |= {} if anti is None else dict(anti_adapter=anti.spec["init"])
     hp |= dict(before=before, after=after, alpha=alpha, cond=cond)
     like = jax.eval_shape(lambda key: init(model, key, **hp), jax.random.key(0))
-    change = methods.load(tuned, other)
-    sides = dict(expert=like.expert.replace(params=params, control=change), anti=like.anti.replace(params=params))
+    changes = [IDENTITY if side is None else methods.load(side, other) for side in (tuned, anti)]
+    both = zip((like.expert, like.anti), changes)
+    sides = dict(zip(("expert", "anti"), (side.replace(params=params, control=change) for side, change in both)))
     checkpoint.save(run.path / "state", like.replace(**sides, alpha=jnp.float32(alpha)))
     run.record(method="proxy", init=hp)

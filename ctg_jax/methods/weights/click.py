@@ -8,19 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ctg_jax import methods, rng
-from ctg_jax.learn import calibrate, fitting, losses
+from ctg_jax.learn import fitting, losses, preferences
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import Pool, batches, nats
 from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
-from ctg_jax.types import InputError, Sum
-
-PAIRS = ("below", "above")
-
+from ctg_jax.types import Sum
 
 init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
@@ -55,46 +51,6 @@ def loss(lm: LM, *, margin: float = 15.0, gamma: float = 0.1) -> losses.LossFn:
         return Sum(jnp.sum(value), weight, metrics)
 
     return total
-
-
-def pairs(
-    rewards: Sequence[float],
-    likelihood: Sequence[float],
-    prompts: Sequence[int],
-    *,
-    threshold: float,
-    pair: str = "below",
-) -> tuple[np.ndarray, np.ndarray]:
-    """(positives, negatives), indices int64 [P]: each sample whose reward is below the threshold, with the sample of
-    its prompt that is at or above it and comes next below it in likelihood; where none is below, the nearest one.
-
-    Args:
-      rewards, likelihood, prompts: [n]; likelihood is the log-probability of the whole sample.
-      pair: "below" or "above": on which side of the negative to look first. The authors' code does not hold this step,
-        so it is an option.
-
-    Raises:
-      InputError: no prompt has samples on both sides, or a reward that is not finite.
-    """
-    if pair not in PAIRS:
-        raise InputError(f"pair is {pair!r}, expected one of {', '.join(PAIRS)}.")
-    rewards, likelihood, prompts = calibrate.finite(rewards), np.asarray(likelihood, float), np.asarray(prompts)
-    good = rewards >= threshold
-    chosen = []
-    for p in np.unique(prompts):
-        positives, negatives = np.flatnonzero((prompts == p) & good), np.flatnonzero((prompts == p) & ~good)
-        if not len(positives):
-            continue
-        for n in negatives:
-            away = likelihood[n] - likelihood[positives] if pair == "below" else likelihood[positives] - likelihood[n]
-            away = np.where(away > 0, away, np.inf) if np.any(away > 0) else np.abs(away)
-            chosen.append((positives[np.argmin(away)], n))
-    if not chosen:
-        raise InputError(
-            f"no prompt has samples on both sides of the threshold {threshold:g}, and {int(good.sum())} of {len(good)} "
-            "samples are at or above it: set threshold, raise n or take another reward"
-        )
-    return tuple(np.asarray(chosen).T)
 
 
 def fit(
@@ -150,18 +106,19 @@ def click(
 
     Args:
       pool: rounds of samples, by `experience.score`. start_from: the control of the round before, or None.
-      threshold: a number, or "median" of the rewards. pair: see `pairs`; likelihood is that under the frozen model.
+      threshold: a number, or "median" of the rewards. pair: see `preferences.next_below`; likelihood is that under the frozen model.
       margin, gamma: of the loss. adapter: the change of weights.
       training: how it is trained, with pairs as rows; each round has a new optimizer.
       seed: of initial values, batches and training.
 
     Raises:
-      InputError: no pair, and what `pairs`, `init` and training raise.
+      InputError: no pair, and what `next_below`, `init` and training raise.
     """
     samples = Pool.open(pool)
     rewards = samples.column("reward")
     limit = samples.threshold(threshold)
-    good, bad = pairs(rewards, samples.column("base"), samples.column("prompt_id"), threshold=limit, pair=pair)
+    given = (rewards, samples.column("base"), samples.column("prompt_id"))
+    good, bad = preferences.next_below(*given, threshold=limit, pair=pair)
     run.record(pairs={"threshold": limit, "pairs": len(bad), "positives": int((rewards >= limit).sum())})
     model, params, tokenizer = open_lm(lm)
     key = rng.stream(jax.random.key(seed), "init")

@@ -7,7 +7,8 @@ Expected on Yelp, from .32 of the samples positive: Click .78, `best_only` .73 a
 .71, Quark .69 and PPO .68 at the lowest, best of four .48; two hours on one core.
 
 Sources: Lu et al. 2022 (Quark), Ouyang et al. 2022 (PPO), Khalifa et al. 2021 (GDC), Zheng et al. 2023 (Click),
-Rafailov et al. 2023 (DPO, which was not there when these figures were taken), Stiennon et al. 2020 (best of n). Fine-tuning on the best samples alone is Quark with `best_only`.
+Rafailov et al. 2023 (DPO, of which there are no figures yet), Stiennon et al. 2020 (best of n). Fine-tuning on the best
+samples alone is Quark with `best_only`.
 
     python experiments/compare.py --config=configs/compare_reward.py[:yelp|:yelp_down|:tiny]
 """

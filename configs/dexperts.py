@@ -38,12 +38,19 @@ def others(arg):
     )
 
 
+def paper_arms(task="sentiment"):
+    small = dict(kind="contrastive", amateur="openai-community/gpt2", alpha=0.5)
+    common = dict(method="dexperts", truncate_first=True)
+    return dict(
+        dexperts=common | dict(fit=PAPER, strengths=(-3.2, 3.2)),
+        anti=common | dict(fit=PAPER | dict(sides="anti"), strengths=(-3.2, 3.2)),
+        contrastive=dict(method="dexperts", init=small, strengths=(0.5,)),
+    )
+
+
 def get_config(arg="bundled"):
     if arg == "paper":
-        made = dict(method="dexperts", init=dict(kind="contrastive", amateur="openai-community/gpt2", alpha=0.5))
-        tuned = dict(method="dexperts", fit=PAPER, strengths=(-3.2, 3.2), truncate_first=True)
-        arms_of_paper = dict(top_p=dict(), dexperts=tuned, contrastive=made | dict(strengths=(0.5,)))
-        return sentiment.paper("openai-community/gpt2-large", "DExperts", arms_of_paper, n=25)
+        return sentiment.paper("openai-community/gpt2-large", "DExperts", dict(top_p=dict(), **paper_arms()), n=25)
     found = arms(arg) if arg in ("tiny", "gemma") else arms(arg) | others(arg)
     return sentiment.experiment(arg, "DExperts", dict(top_p=dict(), **found))
 

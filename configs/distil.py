@@ -1,5 +1,5 @@
-"""Distillation: the experts of a decoding-time control, written into weights, so that decoding costs the model alone; and
-Who's Harry Potter, which makes a model forget negative reviews.
+"""Distillation: the experts of a decoding-time control, written into weights, so that decoding costs the model alone;
+and Who's Harry Potter, which makes a model forget negative reviews.
 
 Sources: Eldan & Russinovich 2023 (the arm `forget`: alpha 5, the likeliest tokens as labels).
 

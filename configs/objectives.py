@@ -1,5 +1,5 @@
-"""Fine-tuning with other objectives, against repetition and for values: the next-token loss, TLDR, EMO, hyperfitting and
-PALMS, each a LoRA or all weights on the same texts.
+"""Fine-tuning with other objectives, against repetition and for values: the next-token loss, TLDR, EMO, hyperfitting
+and PALMS, each a LoRA or all weights on the same texts.
 
 Sources: Jiang et al. 2020 (TLDR), Ren et al. 2024 (EMO), Carlsson et al. 2024 (hyperfitting), Solaiman & Dennison 2021
 (PALMS).

@@ -3,6 +3,7 @@
 Source: Lu et al. 2022.
 
     python experiments/main.py --config=configs/quark.py[:yelp|:yelp_down|:repetition|:toxicity|:gemma|:tiny]
+    python experiments/main.py --config=configs/quark.py:paper[_toxicity|_sentiment|_sentiment_down|_repetition]
     python experiments/ablate.py --config=configs/quark.py[:yelp|:tiny]
 
 Expected: the share of positive text rises with the quantile asked for and with the rounds. Yelp: from .32 without
@@ -10,7 +11,7 @@ control to .28, .50 and .69 at the lowest, the middle and the highest; 20 minute
 measures perplexity, is there (15 minutes).
 """
 
-from configs import reward
+from configs import paper, reward
 
 SETTINGS = dict(tokens=5, objective=dict(kl=0.05, entropy=0.06))
 REVIEWS = dict(tokens=5, objective=dict(kl=0.05, entropy=0.0), training=dict(steps=300))
@@ -34,7 +35,35 @@ def arms(arg):
     return dict(quark=quark)
 
 
+# One pass over the prompts with one sample each before every 500 updates; one optimizer and schedule over all 23,438.
+PAPER = dict(
+    tokens=5,
+    objective=dict(kl=0.05, entropy=0.06),
+    rounds=47,
+    explore=dict(n=1, max_new=20, batch=512, filter=dict(min_length=3)),
+    adapter=dict(kind="full"),
+    training=dict(
+        steps=500, batch=128, rate=1e-5, eps=1e-5, warmup=500, schedule="linear", rounds=47, clip=None, save_every=500
+    ),
+)
+TASKS = ("toxicity", "sentiment", "sentiment_down", "repetition")
+
+
+def paper_arms(task):
+    fit = PAPER
+    if task == "repetition":  # with unlikelihood beside it, as in the paper's second row
+        fit = PAPER | dict(objective=PAPER["objective"] | dict(unlikelihood=0.5))
+        fit["explore"] = dict(n=1, max_new=100, batch=128, filter=dict(min_length=3))
+    return dict(quark=dict(method="quark", strengths=(1.0,), fit=fit))
+
+
 def get_config(arg="bundled"):
+    if task := paper.task_of(arg, TASKS):
+        lm, data = paper.LARGE, dict(limit=85_000)
+        if task == "repetition":
+            lm, data = paper.SMALL, dict(limit=25_000)
+        prompts = reward.WORLDS[paper.WORLDS[task]]()["learn"]["data"] | data
+        return paper.experiment(task, "Quark", lm, paper_arms(task), data=prompts)
     return reward.experiment(arg, "Quark", dict(top_p=dict(), **arms(arg)))
 
 

@@ -4,7 +4,11 @@ Sources: Welleck et al. 2020; Lagutin et al. 2021, of which the arm `implicit` h
 quarter each of sequence-level unlikelihood and policy gradient; the authors draw one of them for every update, with
 these as probabilities).
 
-    python experiments/main.py --config=configs/unlikelihood.py[:repetition|:yelp|:tiny]
+`paper` has the mixture that the authors' code draws: a policy-gradient update with probability .25, otherwise
+sequence-level unlikelihood with probability .25, otherwise likelihood, which is .25, .1875 and .5625 of all. The policy
+gradient has the coefficient 3.0 and learns from greedy samples, as their default top-k of 1 makes them.
+
+    python experiments/main.py --config=configs/unlikelihood.py[:repetition|:yelp|:tiny|:paper]
     python experiments/ablate.py --config=configs/unlikelihood.py:repetition
 
 `repetition` is the world to look at: the figures are rep-3, the share of diverse continuations and the perplexity of
@@ -14,7 +18,7 @@ Expected there: rep-3 of greedy continuations from .34 to .14 with `sequence`; `
 text becomes likelier, since these reviews are new to the LM.
 """
 
-from configs import reward
+from configs import paper, reward
 
 DIVERSITY = dict(diversity=dict(kind="diversity"))
 ARMS = dict(
@@ -35,7 +39,29 @@ def arms(arg):
     return found
 
 
+# 50 tokens of prompt and 100 of continuation; the mean of the terms stands for a draw of one of them at each update.
+PAPER = dict(
+    rounds=100,
+    explore=dict(n=1, max_new=100, batch=256, greedy=True),
+    length=100,
+    adapter=dict(kind="full"),
+    training=dict(
+        steps=50, batch=6, rate=6.25e-5, warmup=0, schedule="linear", rounds=100, decay=0.01, clip=1.0, save_every=0
+    ),
+)
+MIXED = dict(likelihood=0.5625, token=0.0, sequence=0.1875, policy=0.25 * 3.0, greedy=True)
+
+
+def paper_arms(task="repetition"):
+    sequence = dict(likelihood=0.5, token=0.0, sequence=0.5)  # Welleck et al. 2020
+    common = dict(method="unlikelihood", rewards=DIVERSITY, strengths=(1.0,))
+    weights = dict(sequence=sequence, implicit=MIXED)
+    return {label: common | dict(fit=PAPER | dict(objective=objective)) for label, objective in weights.items()}
+
+
 def get_config(arg="bundled"):
+    if paper.task_of(arg, ("repetition",)):
+        return paper.experiment("repetition", "Unlikelihood", paper.SMALL, paper_arms(), n=1, max_new=100)
     return reward.experiment(arg, "Unlikelihood", dict(base=dict(filter={}), **arms(arg)))
 
 

@@ -28,6 +28,7 @@ WRITTEN = {
     "Design": "design.md",
     "A new method": "new_method.md",
     "Worlds": "worlds.md",
+    "Settings of the papers": "paper_settings.md",
     "Silent faults": "faults.md",
 }  # pages in docs/
 DIFFERS = re.compile(r"(?<![:`])\b(papers?|authors?)\b")  # `:paper` is an argument of configurations

@@ -12,7 +12,7 @@ def test_bins_by_hand():
 
 
 def test_ties_are_broken_at_random_and_again_alike():
-    """Three equal rewards share the place of the lower bin and one of the upper: each has it in a third of the seeds."""
+    """Three equal rewards share one place of the upper bin: each has it in a third of the seeds."""
     upper = np.array([calibrate.bins([7, 7, 7, 9], 2, seed=s) for s in range(300)])
     assert upper.sum(axis=1).tolist() == [2] * 300 and upper[:, 3].all()
     assert np.all(np.abs(upper[:, :3].mean(axis=0) - 1 / 3) < 0.1)
@@ -72,8 +72,12 @@ def test_win_rates_by_hand():
     """The base wins half of all; one sample above all of the base wins always, and between its halves: the best of two
     of the base is below 1/2 in a quarter."""
     u = (np.arange(1000) + 0.5) / 1000
-    assert [calibrate.win_rate(u, n, worst) for n in (1, 4) for worst in (False, True)] == pytest.approx([0.5] * 4, abs=2e-3)
-    assert calibrate.win_rate([0.5], 2) == pytest.approx(0.25) and calibrate.win_rate([0.5], 2, True) == pytest.approx(0.75)
+    assert [calibrate.win_rate(u, n, worst) for n in (1, 4) for worst in (False, True)] == pytest.approx(
+        [0.5] * 4, abs=2e-3
+    )
+    assert calibrate.win_rate([0.5], 2) == pytest.approx(0.25) and calibrate.win_rate([0.5], 2, True) == pytest.approx(
+        0.75
+    )
     assert calibrate.win_rate([1.0, 1.0], 3) == 1 and calibrate.win_rate([0.0], 3, worst=True) == 0
     with pytest.raises(InputError, match="n is 0, expected at least 1"):
         calibrate.win_rate([0.5], 0)

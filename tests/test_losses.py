@@ -63,7 +63,8 @@ def test_reweighted_by_hand():
     np.testing.assert_allclose(slope, -4.178, atol=2e-3)
     p = jnp.linspace(0.01, 0.99, 981)  # of a token that follows in 7 of 10 cases
     for gamma, wanted in ((0.0, 0.7), (1.0, 0.6046), (2.0, 0.5625)):
-        value = [0.7 * jax.vmap(lambda p: of(p, gamma))(p) + 0.3 * jax.vmap(lambda p: of(1 - p, gamma))(p)][0]
+        one = jax.vmap(of, in_axes=(0, None))
+        value = 0.7 * one(p, gamma) + 0.3 * one(1 - p, gamma)
         assert abs(float(p[jnp.argmin(value)]) - wanted) < 2e-3
 
 

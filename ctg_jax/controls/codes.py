@@ -58,7 +58,9 @@ class Coded(Control):
     def prompt(self, x, mask, state):
         code, alone = state
         before, after = (joined(x, mask & ~alone[:, None], code[:, None], last) for last in (False, True))
-        return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(alone, tuple(range(1, a.ndim))), b, a), before, after)
+        return jax.tree.map(
+            lambda a, b: jnp.where(jnp.expand_dims(alone, tuple(range(1, a.ndim))), b, a), before, after
+        )
 
 
 def coded(key: jax.Array, delta: Delta, width: int, codes: int, deviation: float = 0.02) -> Coded:

@@ -38,7 +38,8 @@ def log_probabilities(
     they do not depend on the batch.
 
     Args:
-      heads: n prompts as token ids; one may be empty where the control puts vectors before the text. tails: n completions; an empty one has log-probability 0.
+      heads: n prompts as token ids; one may be empty where the control puts vectors before the text.
+      tails: n completions; an empty one has log-probability 0.
       batch: rows of a compiled batch.
 
     Raises:

@@ -113,7 +113,12 @@ def score(
     table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens")}
     if any(map(has_messages, rows)):
         table["messages"] = [r.get("messages") for r in rows]
-    table |= {"logp": logp.tolist(), "round": [round] * len(rows), "base": (-nats).tolist(), "reward": scores[:, 0].tolist()}
+    table |= {
+        "logp": logp.tolist(),
+        "round": [round] * len(rows),
+        "base": (-nats).tolist(),
+        "reward": scores[:, 0].tolist(),
+    }
     table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
     new = run.path / f".{POOL}"
     pq.write_table(pa.table(table), new)

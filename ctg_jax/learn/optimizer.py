@@ -65,7 +65,9 @@ def optimizer(
         tx = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
     else:
         mask = lambda p: _matching(p, decayed)  # noqa: E731
-        tx = optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=mask)
+        tx = optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=mask
+        )
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     if trained == ".*":
         return tx

@@ -175,7 +175,7 @@ def annotated(
         part = [rows[i] for i in range(at, min(at + batch, len(pool)))]
         full = {name: np.stack([r[name] for r in part + part[:1] * (batch - len(part))]) for name in part[0]}
         keys = rng.per_example(jax.random.key(0), full["ids"])
-        found.append(jax.tree.map(lambda x, n=len(part): np.asarray(x)[:n], fn(full, keys)))
+        found.append({name: np.asarray(x)[: len(part)] for name, x in fn(full, keys).items()})
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 

@@ -51,7 +51,8 @@ def next_below(
     pair: str = "below",
 ) -> tuple[np.ndarray, np.ndarray]:
     """(positives, negatives), indices int64 [P]: each sample whose reward is below the threshold, with the sample of
-    its prompt that is at or above it and comes next below it in likelihood; where none is below, the nearest one: the pairs of Click (Zheng et al. 2023).
+    its prompt that is at or above it and comes next below it in likelihood; where none is below, the nearest one. These are
+    the pairs of Click (Zheng et al. 2023).
 
     Args:
       rewards, likelihood, prompts: [n]; likelihood is the log-probability of the whole sample.
@@ -109,7 +110,9 @@ def improving(
             higher = own[rewards[own] > rewards[i]]
             if len(higher):
                 like = [likeness(texts[i], texts[j]) for j in higher]
-                chosen.append((i, draw.choice(higher, p=weights(rewards[higher] - rewards[i], like, alpha, similarity))))
+                chosen.append(
+                    (i, draw.choice(higher, p=weights(rewards[higher] - rewards[i], like, alpha, similarity)))
+                )
     if not chosen:
         raise InputError("No prompt has two samples of different reward: raise n or take another reward.")
     return tuple(np.asarray(chosen).T)

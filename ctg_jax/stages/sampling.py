@@ -157,7 +157,8 @@ def sample(
       n, max_new, greedy, batch, seed: see `Options`.
 
     Raises:
-      InputError: no prompts, an empty one where no token begins a text, one that does not fit in the context, and what `build` raises.
+      InputError: no prompts, an empty one where no token begins a text, one that does not fit in the context, and what
+        `build` raises.
     """
     from tqdm import tqdm
 

@@ -98,7 +98,10 @@ def test_the_source_of_a_text_by_hand():
     """p(c | x) is p(x | c) p(c) over its sum, with the first token in p(x | c)."""
     control = ctrl.example(LM, jax.random.key(3))
     empty = worlds.prompts([[]], length=1)
-    logp = [float(loop.score(LM, PARAMS, empty, jnp.array([[3, 1, 2]]), methods.with_strength(control, k)).sum()) for k in (0.0, 1.0)]
+    logp = [
+        float(loop.score(LM, PARAMS, empty, jnp.array([[3, 1, 2]]), methods.with_strength(control, k)).sum())
+        for k in (0.0, 1.0)
+    ]
     for prior in (None, [0.9, 0.1]):
         wanted = np.exp(logp) * (prior or [1, 1])
         found = ctrl.attributed(LM, PARAMS, Letters(), control, ["dbc", "a"], prior=prior)

@@ -36,7 +36,9 @@ def test_forgetting_by_hand():
 @pytest.mark.parametrize("hard", [False, True])
 def test_the_student_is_its_teacher(hard):
     control = distil.init(LM, jax.random.key(0), kind="full")
-    start = distil.loss(LM, hard=hard)(control, {"params": PARAMS, "teacher": TEACHER}, ROWS, jax.random.split(jax.random.key(0), 1))
+    start = distil.loss(LM, hard=hard)(
+        control, {"params": PARAMS, "teacher": TEACHER}, ROWS, jax.random.split(jax.random.key(0), 1)
+    )
     tables = [[worlds.probabilities(LM, PARAMS, [u], 1, c) for u in range(3)] for c in (control, TEACHER)]
     assert float(start.weight) == 9
     before = np.asarray(ROWS["tokens"])[0, :-1]

@@ -47,7 +47,7 @@ def learned(objective, rounds, updates=6, new=NEW, reward=REWARD, rate=1e-2):
 
 @pytest.mark.parametrize("advantage", ["values", "leave_one_out"])
 def test_it_reaches_the_tilted_base(advantage):
-    """The policy that maximises E[r] - β KL(π ‖ p) is p · exp(r / β) / Z (Ziegler et al. 2019, eq. 3), also that of RLOO."""
+    """The policy that maximises E[r] - β KL(π ‖ p) is p · exp(r / β) / Z (Ziegler et al. 2019, eq. 3)."""
     base = worlds.probabilities(LM, PARAMS, PROMPT, NEW)
     wanted = base * np.exp(REWARD / BETA)
     wanted /= wanted.sum()
@@ -102,7 +102,9 @@ def test_what_a_text_is_credited_with_by_hand():
     white = found(advantage="leave_one_out", whiten=True)
     third = 1.75 / 3
     spread = np.sqrt((2 * (1.75 - third) ** 2 + (1.75 + third) ** 2) / 3)
-    np.testing.assert_allclose(white["advantage"], np.array([[1.75 - third] * 2, [-1.75 - third, 0]]) / spread * mask, rtol=1e-6)
+    np.testing.assert_allclose(
+        white["advantage"], np.array([[1.75 - third] * 2, [-1.75 - third, 0]]) / spread * mask, rtol=1e-6
+    )
     np.testing.assert_allclose(white["goal"], one)
     values = found(gamma=1.0, lam=1.0)["advantage"]
     np.testing.assert_allclose(values, [[2.75, 3.0], [1.0, 0]])

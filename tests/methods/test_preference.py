@@ -102,7 +102,9 @@ def one(objective, better=-1.0, worse=-2.0, reference=-1.5, other=-1.0, target=1
     control = preference.init(lm, jax.random.key(0), kind="full")
     fields = dict(reference=jnp.array([reference]), other_reference=jnp.array([other]), target=jnp.array([target]))
     rows = worlds.written([0], np.array([[0]]), other=jnp.array([[1]]), other_written=jnp.array([[True]]), **fields)
-    return preference.loss(lm, objective)(control, {"params": params}, rows | more, jax.random.split(jax.random.key(0), 1))
+    return preference.loss(lm, objective)(
+        control, {"params": params}, rows | more, jax.random.split(jax.random.key(0), 1)
+    )
 
 
 def test_the_losses_by_hand():
@@ -205,7 +207,7 @@ def test_fit_leaves_a_control_that_loads(given, hp, monkeypatch):
 
 
 def test_pairs_of_data_have_the_preferences_of_judges(given):
-    root, lm, _, pairs, _ = given
+    _, lm, _, pairs, _ = given
     tokenizer = open_lm(lm)[2]
     soft = Objective(kind="squared", target="difference", temperature=3.0)
     rows, gaps = preference.paired((), pairs, tokenizer, "data", soft, 8, 0)
@@ -214,7 +216,7 @@ def test_pairs_of_data_have_the_preferences_of_judges(given):
 
 
 def test_bad_input(given):
-    root, lm, texts, pairs, dice = given
+    root, lm, texts, pairs, _ = given
     with pytest.raises(InputError, match="kind is 'dpo', expected one of logistic, squared, hinge, edits"):
         Objective(kind="dpo")
     with pytest.raises(InputError, match="beta is 0, expected a positive number"):

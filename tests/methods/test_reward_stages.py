@@ -6,8 +6,6 @@ One language model of a few words, one pool and one reading program are shared b
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,7 +74,10 @@ def change(world, pool, control):
 def rises(world, pool, control, least=0.25):
     """Whether texts have become likelier the better they are, within each prompt."""
     more = change(world, pool, control)
-    away = [x - np.array([x[pool.column("prompt_id") == p].mean() for p in pool.column("prompt_id")]) for x in (more, pool.column("reward"))]
+    away = [
+        x - np.array([x[pool.column("prompt_id") == p].mean() for p in pool.column("prompt_id")])
+        for x in (more, pool.column("reward"))
+    ]
     found = np.corrcoef(*away)[0, 1]
     assert found > least, f"the change of log-probabilities has a correlation of {found:.2f} with the reward"
 
@@ -109,7 +110,8 @@ def test_ppo(world, pool, advantage):
         assert first["kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_ppo_credits_what_the_pool_gives(world, pool, monkeypatch):
+@pytest.mark.parametrize("normalise", [False, True])
+def test_ppo_credits_what_the_pool_gives(world, pool, monkeypatch, normalise):
     """The reward stands at the last token, the end token where there is one; with β the penalty is 0 at first."""
     seen = {}
 
@@ -119,11 +121,13 @@ def test_ppo_credits_what_the_pool_gives(world, pool, monkeypatch):
 
     monkeypatch.setattr(fitting, "train", stop)
     with pytest.raises(KeyboardInterrupt):
-        fitted(world, ppo, beta=0.7, objective=dict(gamma=1.0, lam=0.0))
+        fitted(world, ppo, beta=0.7, objective=dict(gamma=1.0, lam=0.0, normalise=normalise))
     batch = seen["batch"]
     length = batch["written"].sum(axis=1)
     wanted = np.zeros(batch["written"].shape)
-    wanted[np.arange(len(length)), length - 1] = pool.column("reward")[batch["ids"]]
+    reward = pool.column("reward")
+    reward = (reward - reward.mean()) / reward.std() if normalise else reward
+    wanted[np.arange(len(length)), length - 1] = reward[batch["ids"]]
     np.testing.assert_allclose(batch["advantage"], wanted, atol=1e-4)  # λ = 0 and values of 0: the rewards themselves
     np.testing.assert_allclose(batch["old"].sum(axis=1), pool.column("base")[batch["ids"]], atol=1e-3)
     np.testing.assert_allclose(batch["old"], batch["base"], atol=1e-5)
@@ -224,4 +228,3 @@ def test_sequence_level_unlikelihood_of_samples(world, pool):
     again = np.array([len(set(t)) < len(t) for t in pool.column("tokens")])
     assert again.any() and (~again).any()
     assert (more / size)[again].mean() < (more / size)[~again].mean()
-    jax.block_until_ready(jnp.zeros(()))

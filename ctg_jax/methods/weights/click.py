@@ -106,7 +106,8 @@ def click(
 
     Args:
       pool: rounds of samples, by `experience.score`. start_from: the control of the round before, or None.
-      threshold: a number, or "median" of the rewards. pair: see `preferences.next_below`; likelihood is that under the frozen model.
+      threshold: a number, or "median" of the rewards.
+      pair: see `preferences.next_below`; likelihood is that under the frozen model.
       margin, gamma: of the loss. adapter: the change of weights.
       training: how it is trained, with pairs as rows; each round has a new optimizer.
       seed: of initial values, batches and training.

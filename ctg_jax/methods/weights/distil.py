@@ -78,13 +78,17 @@ def fit(root, *, lm: Artifact, data: Artifact, teacher: Mapping[str, Any], **set
     """
     known = ("method", "fit", "init", "data")
     if "method" not in teacher or ("init" in teacher) == ("fit" in teacher) or set(teacher) - set(known):
-        raise InputError(f"teacher is {dict(teacher)}, expected method and one of fit and init, and with fit also data.")
+        raise InputError(
+            f"teacher is {dict(teacher)}, expected method and one of fit and init, and with fit also data."
+        )
     if "init" in teacher:
         found = stage(root, made, {"method": teacher["method"], "init": dict(teacher["init"])}, lm=lm)
     else:
         module = methods.get(teacher["method"])
         if "rewards" in inspect.signature(module.fit).parameters:
-            raise InputError(f"the teacher {teacher['method']!r} learns from rewards: distil learns from those that do not.")
+            raise InputError(
+                f"the teacher {teacher['method']!r} learns from rewards: distil learns from those that do not."
+            )
         texts = stage(root, load_data, dict(teacher["data"])) if "data" in teacher else data
         found = module.fit(root, lm=lm, data=texts, **teacher["fit"])
     return stage(root, distil, settings, lm=lm, data=data, teacher=found)
@@ -115,12 +119,15 @@ def distil(
       seed: of initial values and of the order of texts.
 
     Raises:
-      InputError: a teacher that gives texts no likelihood or reads more than tokens, and what `init` and training raise.
+      InputError: a teacher that gives texts no likelihood or reads more than tokens, and what `init` and training
+        raise.
     """
     model, params, tokenizer = open_lm(lm)
     taught = sampling.build(lm, [teacher], [strength], filter)
     if not strategies.of(taught).likelihood or sampling.conditions([teacher], lm, ["a"]):
-        raise InputError(f"{teacher.path.name} cannot teach: expected a control that gives texts a likelihood by their tokens.")
+        raise InputError(
+            f"{teacher.path.name} cannot teach: expected a control that gives texts a likelihood by their tokens."
+        )
     records = fitting.matching(data, where)
     control = init(model, rng.stream(jax.random.key(seed), "init"), **vars(adapter))
     source = Source(str(data.path), str(where), records)

@@ -102,9 +102,7 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
         text = read(lm, frozen["params"], batch, keys, control)
         logp, spread = reduced(text, lambda z, x: (_logp(z, x), losses.entropy(z)), completion)
         ratio = jnp.exp(jnp.where(mask, logp - batch["old"], 0.0))
-        gain = jnp.minimum(
-            ratio * batch["advantage"], jnp.clip(ratio, 1 - o.clip, 1 + o.clip) * batch["advantage"]
-        )
+        gain = jnp.minimum(ratio * batch["advantage"], jnp.clip(ratio, 1 - o.clip, 1 + o.clip) * batch["advantage"])
         terms = {"gain": -gain, "entropy": spread, "clipped": jnp.abs(ratio - 1) > o.clip}
         value = -gain - o.entropy * spread
         if o.advantage == "group":

@@ -1,6 +1,6 @@
 """Learning from preferences: of two texts after one prompt the better becomes likelier than the other, measured against
-a reference. DPO (Rafailov et al. 2023), IPO (Azar et al. 2024), SPIN (Chen et al. 2024), iREPO (Le et al. 2024) and FIGA
-(Guo et al. 2024) are settings of one loss and of where the pairs come from.
+a reference. DPO (Rafailov et al. 2023), IPO (Azar et al. 2024), SPIN (Chen et al. 2024), iREPO (Le et al. 2024) and
+FIGA (Guo et al. 2024) are settings of one loss and of where the pairs come from.
 
     m = β [(log π(y⁺) - log ref(y⁺)) - (log π(y⁻) - log ref(y⁻))]
 

@@ -1,0 +1,75 @@
+"""The configurations of the papers' tasks: every setting is one, and the controls fit on paper at the papers' size."""
+
+import importlib
+import inspect
+
+import jax
+import pytest
+from laws import worlds
+
+from ctg_jax import methods
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.run.stage import check_settings
+from ctg_jax.types import InputError
+from experiments import arms, planned_methods
+
+TASKS = {
+    "quark": ("", "_toxicity", "_sentiment", "_sentiment_down", "_repetition"),
+    "ppo": ("", "_toxicity", "_sentiment"),
+    "gdc": ("", "_word", "_list", "_female", "_science", "_hybrid"),
+    "click": ("", "_sentiment", "_sentiment_down", "_repetition", "_toxicity"),
+    "unlikelihood": ("", "_repetition"),
+    "ctrl": ("",),
+    "dexperts": ("",),
+    "proxy": ("",),
+}
+SIZES = {  # GPT-2 by name, two blocks of each
+    "gpt2": dict(width=768, heads=12),
+    "gpt2-large": dict(width=1280, heads=20),
+    "gpt2-xl": dict(width=1600, heads=25),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("CTG_DATA_DIR", str(tmp_path))  # nothing is read there
+
+
+def config_of(name, task):
+    return importlib.import_module(f"configs.{name}").get_config(f"paper{task}")
+
+
+@pytest.mark.parametrize("name, task", [(n, t) for n, tasks in TASKS.items() for t in tasks])
+def test_every_setting_is_one(name, task):
+    config = config_of(name, task).to_dict()
+    found = arms.read(config["methods"])
+    for arm in found.values():
+        if isinstance(arm, arms.Fitted):
+            module = methods.get(arm.method)
+            own = inspect.signature(module.fit).parameters
+            rest = {key: value for key, value in arm.fit.items() if key not in own}
+            if hasattr(module, arm.method) and arm.method != "dexperts":  # whose settings are those of fine-tuning
+                check_settings(getattr(module, arm.method), rest)
+            for key in set(arm.fit.get("moments", ())):
+                assert key in arm.rewards
+    assert any(isinstance(arm, arms.MethodArm) for arm in found.values())
+
+
+@pytest.mark.parametrize("name", [n for n in TASKS if n != "proxy"])  # tests/methods/test_proxy.py has it
+def test_it_fits_on_paper(name):
+    config = config_of(name, "").to_dict()
+    lm = Transformer.gpt2(vocab=50257, depth=2, context=1024, **SIZES[config["lm"]["source"].rpartition("/")[2]])
+    for arm in arms.read(config["methods"]).values():
+        if isinstance(arm, arms.Fitted):
+            settings = planned_methods.init_of(arm.method, arm.fit)
+            make = lambda key, arm=arm, settings=settings: methods.get(arm.method).init(lm, key, **settings)  # noqa: E731
+            out = worlds.written_on_paper(lm, make)
+            assert out.tokens.shape == (1, 2)
+            control = jax.eval_shape(make, jax.random.key(0))
+            sizes = sum(x.size for x in jax.tree.leaves(control))
+            assert sizes > 1e6, f"{name} learns {sizes} numbers: the papers change all weights"
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(InputError, match="'paper_politeness': expected paper or paper_toxicity, paper_sentiment"):
+        config_of("ppo", "_politeness")

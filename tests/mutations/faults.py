@@ -1,0 +1,149 @@
+"""One-line faults in reductions, losses and loops of the methods that learn from rewards, each with the tests of which
+one must fail. None of them raises an error by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+LOSSES, CALIBRATE = "tests/test_losses.py", "tests/test_calibrate.py"
+STAGES = "tests/methods/test_reward_stages.py"
+
+
+def of(method: str) -> str:
+    return f"tests/methods/test_{method}.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """`old`, a text that a file of the package holds once, becomes `new`; `tests` are node ids of pytest."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}: {self.new}"
+
+
+def fault(file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(f"ctg_jax/{file}", old, new, tests)
+
+
+PPO, GDC, CLICK = f"{of('ppo')}::test", f"{of('gdc')}::test", f"{of('click')}::test"
+WEIGHTS = "methods/weights"
+
+FAULTS = [
+    # reductions
+    fault("learn/losses.py", "jnp.sum(values), jnp.sum(mask, dtype=jnp.float32)",
+          "jnp.sum(values), jnp.float32(mask.size)", f"{LOSSES}::test_masked_total_by_hand"),
+    fault("learn/losses.py", "return total / jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)",
+          "return total / mask.shape[-1]", f"{CLICK}_the_gradient_by_hand"),
+    fault("learn/losses.py", "gap = jnp.where(removed(p), 0.0, p - q)", "gap = jnp.where(removed(p), 0.0, q - p)",
+          f"{LOSSES}::test_kl_by_hand_in_both_directions"),
+    fault("learn/losses.py", "jnp.sum(jnp.where(allowed, rest, 0.0), axis=-1)", "jnp.sum(rest, axis=-1)",
+          f"{of('quark')}::test_unlikelihood_by_hand"),
+    fault("learn/losses.py", "(tokens[:, None] != target)", "(tokens[:, None] == target)",
+          f"{of('quark')}::test_unlikelihood_by_hand"),
+    fault("learn/losses.py", "jnp.ones((starts, starts), bool), -1)", "jnp.ones((starts, starts), bool), 0)",
+          f"{of('unlikelihood')}::test_repeated_n_grams_by_hand"),
+    fault("learn/losses.py", "(1.0 + jnp.cos(jnp.pi * jnp.exp(-nll)))", "(1.0 - jnp.cos(jnp.pi * jnp.exp(-nll)))",
+          f"{LOSSES}::test_reweighted_by_hand"),
+    fault("learn/calibrate.py", "permutation(len(rewards)), rewards))", "permutation(len(rewards)), -rewards))",
+          f"{CALIBRATE}::test_bins_by_hand"),
+    fault("learn/calibrate.py", "np.random.default_rng(seed).permutation(len(rewards))", "np.arange(len(rewards))",
+          f"{CALIBRATE}::test_ties_are_broken_at_random_and_again_alike"),
+    fault("learn/calibrate.py", "/ (2 * len(base))", "/ len(base)", f"{CALIBRATE}::test_ranks_by_hand"),
+    fault("learn/calibrate.py", "-rewards, groups))", "rewards, groups))", f"{CALIBRATE}::test_best_of_n"),
+    fault("learn/calibrate.py", "np.exp(t * (u - 1.0))", "np.exp(t * (1.0 - u))", f"{CALIBRATE}::test_transformed"),
+    fault("learn/critics.py", "carry = d + gamma * lam * carry", "carry = d + gamma * carry",
+          f"{PPO}_advantages_by_hand"),
+    fault("learn/critics.py", "rewards + gamma * after - values", "rewards + gamma * after + values",
+          f"{PPO}_advantages_by_hand"),
+    fault("learn/rounds.py", 'seen if pool == "all" else seen[-1:]', 'seen if pool == "all" else seen[:1]',
+          "tests/test_rounds.py::test_the_last_samples_or_none"),
+    fault("learn/rounds.py", "coefficient * (1 + min(", "coefficient * (1 - min(",
+          "tests/test_experience.py::test_the_kl_coefficient_follows_the_samples"),
+    fault("learn/experience.py", "logp = -nats", "logp = nats",
+          f"{STAGES}::test_the_pool_is_ragged_and_its_texts_end"),
+    fault("learn/fitting.py", "if training.rounds > 1 and start_from is not None",
+          "if training.rounds > 2 and start_from is not None",
+          "tests/test_rounds_of_training.py::test_two_rounds_with_one_optimizer_are_one_run_of_twice_the_length"),
+    # PPO, GRPO and RLOO
+    fault(f"{WEIGHTS}/ppo.py", "-beta * (old - base), 0.0)", "beta * (old - base), 0.0)",
+          f"{PPO}_token_rewards_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", "gain = jnp.minimum(", "gain = jnp.maximum(", f"{PPO}_the_objective_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", 'value = value + o.value * terms["value_error"]', "value = value",
+          f"{PPO}_the_objective_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", "jnp.exp(apart) - apart - 1", "jnp.exp(apart) + apart - 1",
+          f"{PPO}_options_of_the_objective_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", "error = jnp.maximum(error,", "error = jnp.minimum(error,",
+          f"{PPO}_options_of_the_objective_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", "away * (count / (count - 1))[at]", "away * ((count - 1) / count)[at]",
+          f"{PPO}_relative_advantages_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", 'if o.advantage == "group" else by_row', 'if o.advantage == "values" else by_row',
+          f"{PPO}_a_text_counts_by_its_tokens_or_as_one"),
+    fault(f"{WEIGHTS}/ppo.py", "reward - beta * np.where(mask", "reward + beta * np.where(mask",
+          f"{PPO}_what_a_text_is_credited_with_by_hand"),
+    fault(f"{WEIGHTS}/ppo.py", "samples.with_(reward=reward.astype(", "samples.with_(reward=-reward.astype(",
+          f"{STAGES}::test_ppo_credits_what_the_pool_gives"),
+    fault(f"{WEIGHTS}/ppo.py", "(reward - reward.mean()) / reward.std()", "(reward.mean() - reward) / reward.std()",
+          f"{STAGES}::test_ppo_credits_what_the_pool_gives"),
+    # Quark
+    fault(f"{WEIGHTS}/quark.py", "kl * far - entropy * free", "kl * far + entropy * free",
+          f"{of('quark')}::test_the_loss_by_hand"),
+    fault(f"{WEIGHTS}/quark.py", 'pair = (base, z) if direction == "reference_policy"',
+          'pair = (base, z) if direction != "reference_policy"', f"{of('quark')}::test_the_loss_by_hand"),
+    fault(f"{WEIGHTS}/quark.py", 'samples.column("bin") == tokens - 1)', 'samples.column("bin") == 0)',
+          f"{STAGES}::test_quark"),
+    fault(f"{WEIGHTS}/quark.py", 'samples.column("reward"), tokens, seed)', '-samples.column("reward"), tokens, seed)',
+          f"{STAGES}::test_quark"),
+    # GDC
+    fault(f"{WEIGHTS}/gdc.py", "gap = np.asarray(log_p, np.float64) - log_q",
+          "gap = log_q - np.asarray(log_p, np.float64)", f"{GDC}_weights_by_hand"),
+    fault(f"{WEIGHTS}/gdc.py", "    return found.x\n", "    return -found.x\n",
+          f"{GDC}_multipliers_of_two_features_by_hand"),
+    fault(f"{WEIGHTS}/gdc.py", "value += total / len(parts)", "value += total",
+          f"{GDC}_multipliers_where_every_prompt_has_its_own_normaliser"),
+    fault(f"{WEIGHTS}/gdc.py", "log_p + next(rest) * phi", "log_p - next(rest) * phi", f"{STAGES}::test_gdc"),
+    fault(f"{WEIGHTS}/gdc.py", 'policy if policy.spec["closer"] else turn.proposal',
+          'turn.proposal if policy.spec["closer"] else policy',
+          f"{STAGES}::test_gdc_moves_its_proposal_to_a_closer_policy_alone"),
+    fault(f"{WEIGHTS}/gdc.py", "run.record(closer=gap < 0", "run.record(closer=gap > 0", f"{STAGES}::test_gdc"),
+    fault(f"{WEIGHTS}/gdc.py", "learned = chosen.take(np.flatnonzero(~held_back))", "learned = chosen",
+          f"{STAGES}::test_gdc"),
+    fault(f"{WEIGHTS}/gdc.py", 'losses.masked_sum(batch["weight"] * nll, rows)', "losses.masked_sum(nll, rows)",
+          f"{STAGES}::test_gdc"),
+    # Click and preferences
+    fault(f"{WEIGHTS}/click.py", "gap = jnp.sum(negative, axis=1) - jnp.sum(positive, axis=1)",
+          "gap = jnp.sum(positive, axis=1) - jnp.sum(negative, axis=1)", f"{CLICK}_the_gradient_by_hand"),
+    fault(f"{WEIGHTS}/click.py", 'samples.take(good).with_(negative=samples.column("tokens")[bad])',
+          'samples.take(bad).with_(negative=samples.column("tokens")[good])', f"{STAGES}::test_click"),
+    fault("learn/preferences.py", "good = rewards >= threshold", "good = rewards < threshold",
+          f"{CLICK}_pairs_by_hand"),
+    fault("learn/preferences.py", "np.argsort(-rewards[order]", "np.argsort(rewards[order]",
+          f"{of('preference')}::test_pairs_by_hand"),
+    fault("learn/preferences.py", "log_p = alpha * ", "log_p = -alpha * ", f"{of('preference')}::test_pairs_by_hand"),
+    fault(f"{WEIGHTS}/preference.py", "m, target = o.beta * (up - down)", "m, target = o.beta * (down - up)",
+          f"{of('preference')}::test_the_losses_by_hand"),
+    fault(f"{WEIGHTS}/preference.py", "up - o.negative * down", "up + o.negative * down",
+          f"{of('preference')}::test_the_loss_of_edits_by_hand"),
+    fault(f"{WEIGHTS}/preference.py", 'for name in ("tokens", "other")]', 'for name in ("other", "tokens")]',
+          f"{STAGES}::test_preference[logistic]"),
+    # unlikelihood, control codes, distillation, fine-tuning, experts
+    fault(f"{WEIGHTS}/unlikelihood.py", '-batch["advantage"] * w * logp', 'batch["advantage"] * w * logp',
+          f"{STAGES}::test_unlikelihood_of_samples"),
+    fault(f"{WEIGHTS}/unlikelihood.py", "out = rewards - np.where(", "out = rewards + np.where(",
+          f"{of('unlikelihood')}::test_advantages_by_hand"),
+    fault(f"{WEIGHTS}/ctrl.py", 'coded = params.replace(cond="label")', "coded = params",
+          f"{of('ctrl')}::test_the_loss_reads_the_code_of_each_row"),
+    fault(f"{WEIGHTS}/ctrl.py", "code / (count - 1)", "code / count",
+          f"{of('ctrl')}::test_the_source_of_a_text_by_hand"),
+    fault(f"{WEIGHTS}/distil.py", "losses.kl(wanted, z)", "losses.kl(z, wanted)",
+          f"{of('distil')}::test_the_student_is_its_teacher[False]"),
+    fault(f"{WEIGHTS}/finetune.py", "0.5 * (nats + scale * far)", "0.5 * (nats - scale * far)",
+          f"{LOSSES}::test_earth_mover_by_hand"),
+    fault("controls/experts.py", 'found["expert"] - found["anti"], 0.0)', 'found["anti"] - found["expert"], 0.0)',
+          f"{of('dexperts')}::test_three_tokens_by_hand"),
+]  # fmt: skip

@@ -29,7 +29,9 @@ def arms(arg):
 PAPER = dict(
     codes=2,
     adapter=dict(kind="full"),
-    training=dict(steps=5000, batch=64, tokens=256, rate=1e-5, warmup=500, schedule="linear", clip=0.25, save_every=500),
+    training=dict(
+        steps=5000, batch=64, tokens=256, rate=1e-5, warmup=500, schedule="linear", clip=0.25, save_every=500
+    ),
 )
 
 

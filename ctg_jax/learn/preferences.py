@@ -51,8 +51,8 @@ def next_below(
     pair: str = "below",
 ) -> tuple[np.ndarray, np.ndarray]:
     """(positives, negatives), indices int64 [P]: each sample whose reward is below the threshold, with the sample of
-    its prompt that is at or above it and comes next below it in likelihood; where none is below, the nearest one. These are
-    the pairs of Click (Zheng et al. 2023).
+    its prompt that is at or above it and comes next below it in likelihood; where none is below, the nearest one. These
+    are the pairs of Click (Zheng et al. 2023).
 
     Args:
       rewards, likelihood, prompts: [n]; likelihood is the log-probability of the whole sample.

@@ -7,9 +7,14 @@ import pytest
 from laws import worlds
 from scipy.optimize import brentq
 
+from ctg_jax.decode import loop
 from ctg_jax.learn import train
 from ctg_jax.learn.optimizer import optimizer, schedule
+from ctg_jax.learn.pool import Pool
+from ctg_jax.learn.rounds import history
 from ctg_jax.methods import gdc
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import judges, sources
 from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=5, depth=1)
@@ -111,6 +116,24 @@ def test_weights_by_hand():
     assert none.tolist() == [0, 1]
     far = gdc.importance(np.array([1000.0, 0.0]), np.array([0.0, 500.0]))  # exp(1000) is no float
     np.testing.assert_allclose(far, [2.0, 0.0])
+
+
+def test_one_empty_prompt_is_the_unconditional_case(small):
+    """The model reads its beginning token, in sampling, in scoring and in learning."""
+    root, lm, data = small
+    settings = dict(source=f"jsonl:{data.path / 'data.jsonl'}", split="all", words=0, limit=1)
+    empty = stage(root, sources.load_data, settings)
+    judge = dict(kind="function", name="dice", function="configs.reward:dice", version="1")
+    rewards = [stage(root, judges.fit_judge, judge)]
+    short = dict(adapter=dict(rank=2), training=dict(steps=2, batch=4), explore=dict(n=12, max_new=4, batch=12))
+    artifact = gdc.fit(root, lm=lm, data=empty, rewards=rewards, moments={"dice": 0.5}, rounds=1, **short)
+    pool = Pool.open(history(artifact))
+    assert set(pool.column("prompt")) == {""} and len(set(map(tuple, pool.column("tokens")))) > 4
+    model, params, tokenizer = open_lm(lm)
+    start, tail = [[tokenizer.start]], list(pool.column("tokens")[0])
+    prompts = worlds.prompts(start)
+    found = float(loop.score(model, params, prompts, jnp.asarray([tail])).sum())
+    assert pool.column("base")[0] == pytest.approx(found, abs=1e-4)
 
 
 def test_bad_input():

@@ -147,10 +147,15 @@ def texts(small, tmp_path_factory):
     return stage(root, sources.load_data, settings)
 
 
-@pytest.mark.parametrize("weights", [dict(token=1.0), dict(token=0.0, sequence=0.5, policy=0.5)], ids=["texts", "own"])
+@pytest.mark.parametrize(
+    "weights",
+    [dict(token=1.0), dict(token=0.0, sequence=0.5, policy=0.5), dict(token=0.0, policy=0.75, greedy=True)],
+    ids=["texts", "own", "greedy"],
+)
 def test_fit_leaves_a_control_that_loads(small, texts, weights):
     root, lm, _ = small
-    explore = dict(n=2, max_new=5, batch=8)
+    greedy = weights.get("greedy", False)
+    explore = dict(n=1 if greedy else 2, max_new=5, batch=8, greedy=greedy)
     artifact = unlikelihood.fit(
         root,
         lm=lm,

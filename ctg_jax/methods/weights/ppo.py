@@ -288,7 +288,8 @@ def ppo(
     training: Training = Training(steps=100, warmup=0),
     seed: int = 0,
 ) -> None:
-    """Stage: one round of PPO on samples of the policy it starts from.
+    """Stage: one round of PPO on samples of the policy it starts from. Where rewards are calibrated, spec.json has the
+    `win_rates` of these samples against those of the base, alone and as the best and the worst of four.
 
     Args:
       pool: what `experience.score` made of those samples. base: samples of the base, for calibration.
@@ -316,7 +317,10 @@ def ppo(
     if base is not None:
         origin = Pool.open([base])
         pairs = (samples.column("prompt_id"), origin.column("reward"), origin.column("prompt_id"))
-        reward = calibration.transformed(calibration.rank_within(reward, *pairs), calibrate_for or 0)
+        ranks = calibration.rank_within(reward, *pairs)
+        asked = {"one": (1, False), "best of 4": (4, False), "worst of 4": (4, True)}
+        run.record(win_rates={name: calibration.win_rate(ranks, *given) for name, given in asked.items()})
+        reward = calibration.transformed(ranks, calibrate_for or 0)
     if objective.normalise:
         if np.ptp(reward) == 0:
             raise InputError(

@@ -1,0 +1,75 @@
+"""Learning from a rare reward, at equal samples and at equal updates: which method moves a feature that at most one
+text of twenty has, and at what distance from the LM?
+
+Quark, fine-tuning on its best quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and scorer. Every
+method has as many rounds and samples; with `yelp` and `tiny` they also make as many updates of as many texts, so that
+methods whose rows are pairs have half the rows; with `yelp_own` each makes the updates of its own configuration. The
+reward is whether a text speaks of drinks.
+
+    python experiments/compare.py --config=configs/compare_fair.py[:yelp|:yelp_own|:tiny]
+    python experiments/ablate.py  --config=configs/compare_fair.py:yelp      three seeds
+
+Reports draw every figure over the KL to the LM, which is how methods are compared here: at equal KL.
+
+Sources: Lu et al. 2022, whose tables have Quark before PPO on a reward that is rare for the LM; the methods\' own
+configurations name theirs. What comes out has not been measured yet.
+"""
+
+from configs import click, gdc, ppo, preference, quark, reward
+from ctg_jax.types import InputError
+
+DRINKS = {"drink", "drinks", "beer", "beers", "wine", "coffee", "tea", "cocktail", "cocktails", "margarita", "bar"}
+PAIRED = ("click", "dpo")
+
+
+def rare(prompt, text):
+    """1 where a text speaks of drinks."""
+    words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
+    return float(bool(DRINKS & set(words)))
+
+
+def arms(world):
+    """The arms, each with the strengths and the settings of its own configuration."""
+    best = quark.arms(world)["quark"]
+    rewards = dict(drinks=dict(kind="function", function="configs.compare_fair:rare", version="1"))
+    found = dict(
+        quark=best,
+        best_only=best | dict(fit=best["fit"] | dict(best_only=True), strengths=(1.0,)),
+        **ppo.arms(world),
+        **ppo.value_free(world),
+        dpo=preference.arms(world)["dpo"],
+        gdc=dict(method="gdc", strengths=(0.5, 1.0), fit=dict(moments=dict(drinks=1.0), limit=10.0)),
+        click=click.arms(world)["click"],
+    )
+    return {label: arm | dict(rewards=rewards) for label, arm in found.items()}
+
+
+def equal(found, steps, batch):
+    """The arms with as many updates, each of as many texts."""
+    for label, arm in found.items():
+        rows = batch // 2 if label in PAIRED else batch
+        own = {k: v for k, v in arm["fit"].get("training", {}).items() if k not in ("steps", "batch")}
+        more = dict(passes=None) if label == "gdc" else {}  # else it makes fewer updates where few samples count
+        arm["fit"] = arm["fit"] | dict(training=own | dict(steps=steps, batch=rows)) | more
+    return found
+
+
+def get_config(arg="yelp"):
+    world = arg.removesuffix("_own")
+    if world not in ("yelp", "tiny"):
+        raise InputError(f"the argument of the configuration is {arg!r}: expected yelp, yelp_own or tiny")
+    learn = reward.WORLDS[world]()["learn"]
+    found = arms(world)
+    for arm in found.values():  # a rare reward needs more samples of a prompt
+        arm["fit"] = arm["fit"] | dict(explore=learn["explore"] | dict(n=4 if world == "tiny" else 8))
+    if world == arg:
+        found = equal(found, learn["training"]["steps"] * (1 if world == "tiny" else 2), learn["training"]["batch"])
+    if world == "tiny":  # no text of its untrained LM speaks of drinks
+        found = {label: found[label] | dict(rewards=learn["rewards"]) for label in ("ppo", "grpo", "rloo", "dpo")}
+    return reward.experiment(world, "A rare reward", dict(base=dict(filter={}), top_p=dict(), **found))
+
+
+def sweep():
+    names = ("quark", "best_only", "ppo", "grpo", "rloo", "dpo", "gdc", "click")
+    for seed in range(3):
+        yield {f"methods.{name}.fit.seed": seed for name in names}

@@ -2,7 +2,7 @@
 text of twenty has, and at what distance from the LM?
 
 Quark, fine-tuning on its best quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and scorer. Every
-method has as many rounds and samples; with `yelp` and `tiny` they also make as many updates of as many texts, so that
+method has as many rounds and samples. With `yelp` and `tiny` they also make as many updates of as many texts, so that
 methods whose rows are pairs have half the rows; with `yelp_own` each makes the updates of its own configuration. The
 reward is whether a text speaks of drinks.
 
@@ -15,7 +15,7 @@ Sources: Lu et al. 2022, whose tables have Quark before PPO on a reward that is 
 configurations name theirs. What comes out has not been measured yet.
 """
 
-from configs import click, gdc, ppo, preference, quark, reward
+from configs import click, ppo, preference, quark, reward
 from ctg_jax.types import InputError
 
 DRINKS = {"drink", "drinks", "beer", "beers", "wine", "coffee", "tea", "cocktail", "cocktails", "margarita", "bar"}
@@ -38,18 +38,18 @@ def arms(world):
         **ppo.arms(world),
         **ppo.value_free(world),
         dpo=preference.arms(world)["dpo"],
-        gdc=dict(method="gdc", strengths=(0.5, 1.0), fit=dict(moments=dict(drinks=1.0), limit=10.0)),
+        gdc=dict(method="gdc", strengths=(0.5, 1.0), fit=dict(moments=dict(drinks=1.0), samples=dict(limit=10.0))),
         click=click.arms(world)["click"],
     )
     return {label: arm | dict(rewards=rewards) for label, arm in found.items()}
 
 
 def equal(found, steps, batch):
-    """The arms with as many updates, each of as many texts."""
+    """The arms with as many updates, each of as many texts; GDC too, where few of its samples count."""
     for label, arm in found.items():
         rows = batch // 2 if label in PAIRED else batch
         own = {k: v for k, v in arm["fit"].get("training", {}).items() if k not in ("steps", "batch")}
-        more = dict(passes=None) if label == "gdc" else {}  # else it makes fewer updates where few samples count
+        more = dict(samples=dict(limit=10.0, passes=None)) if label == "gdc" else {}
         arm["fit"] = arm["fit"] | dict(training=own | dict(steps=steps, batch=rows)) | more
     return found
 

@@ -19,7 +19,9 @@ def arms(arg):
     moments = [("gdc", 1.0)] if arg == "tiny" else [("gdc", 1.0), ("gdc_share", 0.8)]
     names = reward.of_world(reward.WORLDS, arg)()["learn"]["rewards"]
     return {
-        label: dict(method="gdc", fit=dict(moments=dict.fromkeys(names, moment), limit=10.0), strengths=(0.5, 1.0))
+        label: dict(
+            method="gdc", fit=dict(moments=dict.fromkeys(names, moment), samples=dict(limit=10.0)), strengths=(0.5, 1.0)
+        )
         for label, moment in moments
     }
 
@@ -38,7 +40,7 @@ PAPER = dict(
     base_samples=20_480,
     explore=dict(n=20_480, max_new=40, batch=512),
     per_prompt=False,
-    passes=None,
+    samples=dict(passes=None),
     adapter=dict(kind="full"),
     training=dict(steps=10, batch=2048, rate=1.41e-5, warmup=0, accumulate=32, save_every=0),
 )

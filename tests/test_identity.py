@@ -218,9 +218,9 @@ TEN = [
     "fit_judge-e3823e9403b9",
     "fit_judge-b60955e7d289",
     "sample-e97c08c545d7",
-    "score-f313ed1710b0",
+    "score-a341291d9e78",
     "finetune-d592980aabb6",
-    "quark-6508b1f7e74b",
+    "quark-85a60a448fe9",
     "steer-4ceffe099d6a",
 ]
 

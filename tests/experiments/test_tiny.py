@@ -21,7 +21,8 @@ HERE = Path(__file__).parents[2]
 FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text() and p.stem != "latents")
 
 
-LONG = ("compare_decoding", "compare_fair", "compare_toxicity")  # the configurations of the methods run the same arms by default
+# The configurations of the methods run the same arms by default.
+LONG = ("compare_decoding", "compare_fair", "compare_toxicity")
 
 
 @pytest.fixture(scope="module")

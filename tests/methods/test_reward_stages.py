@@ -145,7 +145,9 @@ def test_gdc(world, pool):
         both = [p for p in np.unique(prompts) if 0 < good[prompts == p].mean() < 1]
         return np.mean([more[good & (prompts == p)].mean() - more[~good & (prompts == p)].mean() for p in both])
 
-    artifact = fitted(world, gdc, moments={"cheer": 0.8}, limit=10.0, passes=None, training=dict(steps=30))
+    artifact = fitted(
+        world, gdc, moments={"cheer": 0.8}, training=dict(steps=30), samples=dict(limit=10.0, passes=None)
+    )
     assert apart(artifact) > 0.5
     lam = artifact.spec["lam"]["cheer"]
     shares = [good[prompts == p].mean() for p in np.unique(prompts)]

@@ -198,6 +198,22 @@ def fit(
     return policy
 
 
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """How the stage `gdc` uses samples: the section `samples`.
+
+    Attributes:
+      limit: largest weight, or None.
+      held: the share of prompts whose samples decide, see `held_out`.
+      passes: over the samples that have a weight, at most; fewer updates than `training.steps` are made where they
+        would be more. None: no limit.
+    """
+
+    limit: float | None = None
+    held: float = 0.25
+    passes: float | None = 2.0
+
+
 @stage_function("gdc", revision=1)
 def gdc(
     run: Run,
@@ -209,9 +225,7 @@ def gdc(
     moments: Mapping[str, float],
     start_from: Artifact | None = None,
     per_prompt: bool = True,
-    limit: float | None = None,
-    held: float = 0.25,
-    passes: float | None = 2.0,
+    samples: Samples = Samples(),
     adapter: Adapter = Adapter(),
     training: Training = Training(steps=100, warmup=0),
     seed: int = 0,
@@ -225,10 +239,7 @@ def gdc(
       moments: see `fit`.
       per_prompt: whether each prompt has a Z of its own, so that every prompt counts the same (Korbak et al. 2022);
         False: one Z.
-      limit: largest weight, or None.
-      held: the share of prompts whose samples decide, see `held_out`.
-      passes: over the samples that have a weight, at most; fewer updates than `training.steps` are made where they
-        would be more. None: no limit.
+      samples: how those of the pool are used.
       adapter: the change of weights. training: how it is trained.
       seed: of initial values, batches and training.
 
@@ -236,8 +247,8 @@ def gdc(
       InputError: an unknown reward, no sample of the pool has the features, samples that `fit` would not draw, and what
         `multipliers` raises.
     """
-    for drawn in (pool, base):
-        check_drawn(drawn.spec["drawn"], "gdc", POSITIVE)
+    for part in (pool, base):
+        check_drawn(part.spec["drawn"], "gdc", POSITIVE)
     model, params, tokenizer = open_lm(lm)
     judges = [open_judge(a) for a in rewards]
     thresholds = {j.name: j.threshold for j in judges}
@@ -247,7 +258,7 @@ def gdc(
         if not 0 < moment <= 1:
             raise InputError(f"the moment of {name!r} is {moment}, expected above 0 and at most 1")
     asked = (list(moments), list(moments.values()), [thresholds[n] for n in moments])
-    origin, samples = Pool.open([base]), Pool.open([pool])
+    origin, drawn = Pool.open([base]), Pool.open([pool])
     soft = [(n, m) for n, m in moments.items() if m < 1]
     lam = np.zeros(0)
     if soft:
@@ -256,20 +267,20 @@ def gdc(
         groups = origin.column("prompt_id") if per_prompt else None
         own = importance(energies(origin, *asked, lam=np.zeros(len(soft))), origin.column("logp"), groups)
         lam = multipliers(phi, [m for _, m in soft], own, groups)
-    log_q = samples.column("logp").astype(np.float64)
-    weight = importance(energies(samples, *asked, lam=lam), log_q, samples.column("prompt_id") if per_prompt else None)
+    log_q = drawn.column("logp").astype(np.float64)
+    weight = importance(energies(drawn, *asked, lam=lam), log_q, drawn.column("prompt_id") if per_prompt else None)
     if not weight.any():
         raise InputError(
             f"none of the {len(weight)} samples has what moments asks for: raise n, or start from a control"
         )
-    weight = weight if limit is None else np.minimum(weight, limit)
+    weight = weight if samples.limit is None else np.minimum(weight, samples.limit)
     used = np.flatnonzero(weight)
     scale = len(used) / len(weight)  # rows of weight 0 are left out, and the others represent all
-    chosen = samples.with_(weight=(weight * scale).astype(np.float32)).take(used)
-    held_back = held_out(chosen.column("prompt_id"), held, seed)
+    chosen = drawn.with_(weight=(weight * scale).astype(np.float32)).take(used)
+    held_back = held_out(chosen.column("prompt_id"), samples.held, seed)
     learned = chosen.take(np.flatnonzero(~held_back))
-    if passes is not None:
-        most = max(1, math.ceil(passes * len(learned) / training.batch))
+    if samples.passes is not None:
+        most = max(1, math.ceil(samples.passes * len(learned) / training.batch))
         training = dataclasses.replace(training, steps=min(training.steps, most))
     policy = init(model, rng.stream(jax.random.key(seed), "init"), **vars(adapter))
     policy = policy if start_from is None else methods.load(start_from, model)

@@ -1,8 +1,8 @@
 """Learning from a rare reward, at equal samples and at equal updates: which method moves a feature that at most one
 text of twenty has, and at what distance from the LM?
 
-Quark, fine-tuning on its best quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. Every
-method has as many rounds and samples. With `yelp` and `tiny` they also make as many updates of as many texts, so that
+Quark, fine-tuning on its best quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. All
+have as many rounds and samples. With `yelp` and `tiny` they also make as many updates of as many texts, so that
 methods whose rows are pairs have half the rows; with `yelp_own` each makes the updates of its own configuration. The
 reward is whether a text speaks of drinks.
 

@@ -24,6 +24,7 @@ from ctg_jax.data.pipeline import Batch, Batches
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.decode import reading
 from ctg_jax.learn import losses
+from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import Read, reduced
 from ctg_jax.run.stage import Artifact
@@ -164,18 +165,31 @@ def _lengths(pool: Sequence, tokenizer: Tokenizer, field: str = "tokens") -> tup
 
 
 def annotated(
-    pool: Pool, tokenizer: Tokenizer, fn: Callable[[Batch, jax.Array], Mapping[str, jax.Array]], *, batch: int
+    pool: Pool,
+    tokenizer: Tokenizer,
+    fn: Callable[[Any, Any, tuple[Batch, jax.Array]], Mapping[str, jax.Array]],
+    static: Any,
+    whole: Any,
+    *,
+    batch: int,
 ) -> dict[str, np.ndarray]:
-    """What `fn(rows, keys)` says of every token of the pool's completions: name -> array [n, N] that `with_` takes and
-    `batches` pads no further, N being the length of the longest completion. The rows are those of `batches`."""
+    """What `fn(static, whole, (rows, keys))` says of every token of the pool's completions: name -> array [n, N] that
+    `with_` takes and `batches` pads no further, N being the length of the longest completion.
+
+    Args:
+      fn, static, whole: see `layout.run_rows`. rows: those of `batches`, in the order of the pool.
+      batch: rows of a compiled batch.
+    """
     prompt, new = _lengths(pool, tokenizer)
     rows = Completions(Source("the pool", "all", pool), tokenizer, prompt, new)
     found: list[Mapping[str, np.ndarray]] = []
-    for at in range(0, len(pool), batch):
-        part = [rows[i] for i in range(at, min(at + batch, len(pool)))]
-        full = {name: np.stack([r[name] for r in part + part[:1] * (batch - len(part))]) for name in part[0]}
-        keys = rng.per_example(jax.random.key(0), full["ids"])
-        found.append({name: np.asarray(x)[: len(part)] for name, x in fn(full, keys).items()})
+    with layout.split_activations(layout.mesh_of(whole)):
+        for at in range(0, len(pool), batch):
+            part = [rows[i] for i in range(at, min(at + batch, len(pool)))]
+            full = {name: np.stack([r[name] for r in part + part[:1] * (batch - len(part))]) for name in part[0]}
+            keys = rng.per_example(jax.random.key(0), full["ids"])
+            out = layout.run_rows(fn, static, whole, (full, keys))
+            found.append({name: np.asarray(x)[: len(part)] for name, x in out.items()})
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 

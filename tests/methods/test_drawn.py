@@ -59,7 +59,7 @@ def test_a_constant_reward_moves_ppo_nowhere(name):
 
     def norm(options, beta):
         given = frozen(options, beta=jnp.float32(beta))
-        start = jax.tree.map(np.asarray, ppo.at_start(LM)(given, state, rows, keys))
+        start = jax.tree.map(np.asarray, ppo.at_start(LM, (given, state), (rows, keys)))
         fields = ppo.credited(ones, np.zeros(len(EVERY)), **start, beta=beta)
         fields = {name: np.where(np.isfinite(x), x, 0) for name, x in fields.items()}  # texts that are never drawn
         return expected_gradient(ppo.loss(LM), state, given, q, **fields)

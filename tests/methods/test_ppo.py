@@ -29,13 +29,13 @@ def learned(objective, rounds, updates=6, new=NEW, reward=REWARD, rate=1e-2):
     every = worlds.sequences(LM, new)
     tx = optimizer(schedule(rate, "linear", steps=rounds * updates), trained=r"policy/changes/.*|value/.*")
     learner = train.init_state(START, tx, jax.random.key(1))
-    step, at_start = jax.jit(train.make_step(ppo.loss(LM, objective), tx)), jax.jit(ppo.at_start(LM))
+    step = jax.jit(train.make_step(ppo.loss(LM, objective), tx))
     draw, frozen = np.random.default_rng(3), {"params": PARAMS, "beta": jnp.float32(BETA)}
     rows = worlds.written(PROMPT, every)
     keys = jax.random.split(jax.random.key(0), len(every))
     for _ in range(rounds):
         pi = worlds.probabilities(LM, PARAMS, PROMPT, new, learner.params["policy"])
-        fields = jax.tree.map(np.asarray, at_start(frozen, learner.params, rows, keys))
+        fields = jax.tree.map(np.asarray, ppo.at_start(LM, (frozen, learner.params), (rows, keys)))
         at = draw.choice(len(pi), 1024 * updates, p=pi / pi.sum())
         fields = {name: x[at] for name, x in fields.items()}
         given = ppo.credited(reward[at], np.zeros(len(at)), **fields, objective=objective, beta=BETA)
@@ -174,7 +174,7 @@ def test_a_text_counts_by_its_tokens_or_as_one():
     batch["written"] = jnp.array([[True, True], [True, False]])
     keys = jax.random.split(jax.random.key(0), 2)
     frozen = {"params": PARAMS, "beta": jnp.float32(0.0)}
-    start = jax.jit(ppo.at_start(LM))(frozen, START, batch, keys)
+    start = ppo.at_start(LM, (frozen, START), (batch, keys))
     batch |= {"old": start["old"], "base": start["base"], "advantage": jnp.array([[1.0, 1.0], [3.0, 0.0]])}
     for advantage, mean in (("values", 5 / 3), ("leave_one_out", 5 / 2), ("group", 4 / 2)):
         out = ppo.loss(LM, ppo.Objective(advantage=advantage, value=0.0))(START, frozen, batch, keys)

@@ -13,7 +13,8 @@ probabilities that did not draw the samples is not an importance weight, and its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY, Chain
 from ctg_jax.data.completions import continuations
+from ctg_jax.data.pipeline import Batch
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.learn import calibrate as calibration
 from ctg_jax.learn import fitting, losses
@@ -151,28 +153,26 @@ def judged(
     Raises:
       InputError: what `credited` raises.
     """
-    reader = jax.jit(at_start(lm))
-    given = {**frozen, "params": params}
-    found = annotated(samples, tokenizer, lambda rows, keys: reader(given, state, rows, keys), batch=batch)
+    given = ({**frozen, "params": params}, state)
+    found = annotated(samples, tokenizer, at_start, lm, given, batch=batch)
     return samples.with_(
         **credited(samples.column("reward"), samples.column("prompt_id"), **found, objective=objective,
                    beta=float(frozen["beta"]))
     )  # fmt: skip
 
 
-def at_start(lm: LM) -> Callable[..., dict[str, jax.Array]]:
-    """(frozen, state, batch, keys) -> `old`, `base` and `before` of `credited`, float32 [B, N] each, and `mask`."""
-
-    def fields(frozen, state, batch, keys):
-        filter, completion = frozen.get("filter", IDENTITY), batch["completion"]
-        text = read(lm, frozen["params"], batch, keys, Chain((state["policy"], filter)))
-        base = read(lm, frozen["params"], batch, keys, filter)
-        before = values(state["value"], text.hidden[:, text.hidden.shape[1] - completion.shape[1] :])
-        old, base = (reduced(x, _logp, completion) for x in (text, base))
-        found = {"old": old, "base": base, "before": before}
-        return {k: jnp.where(batch["written"], x, 0.0) for k, x in found.items()} | {"mask": batch["written"]}
-
-    return fields
+@partial(jax.jit, static_argnums=0)
+def at_start(lm: LM, given: tuple[Mapping[str, Any], PyTree], rows: tuple[Batch, jax.Array]) -> dict[str, jax.Array]:
+    """`old`, `base` and `before` of `credited`, float32 [B, N] each, and `mask`, of (frozen, state) as in `loss` and of
+    a batch and its keys."""
+    (frozen, state), (batch, keys) = given, rows
+    filter, completion = frozen.get("filter", IDENTITY), batch["completion"]
+    text = read(lm, frozen["params"], batch, keys, Chain((state["policy"], filter)))
+    base = read(lm, frozen["params"], batch, keys, filter)
+    before = values(state["value"], text.hidden[:, text.hidden.shape[1] - completion.shape[1] :])
+    old, base = (reduced(x, _logp, completion) for x in (text, base))
+    found = {"old": old, "base": base, "before": before}
+    return {k: jnp.where(batch["written"], x, 0.0) for k, x in found.items()} | {"mask": batch["written"]}
 
 
 def credited(

@@ -1,5 +1,8 @@
 """Rounds that share one optimizer and one schedule are one training run; the optimizers that can be asked for."""
 
+import ast
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from ctg_jax.learn import fitting
 from ctg_jax.learn.fitting import Training
 from ctg_jax.learn.optimizer import optimizer
+from ctg_jax.methods import click, gdc, ppo, preference, quark, unlikelihood
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError, Sum
@@ -48,6 +52,14 @@ def test_two_rounds_with_one_optimizer_are_one_run_of_twice_the_length(tmp_path)
     assert np.abs(weights(alone) - weights(whole)).max() > 1e-3
     plain = stage(tmp_path, learn, dict(first=0, last=6, training=common | dict(steps=6, b2=0.999)))
     assert np.abs(weights(plain) - weights(whole)).max() > 1e-4  # b2 reaches Adam
+
+
+@pytest.mark.parametrize("module", [click, gdc, ppo, preference, quark, unlikelihood])
+def test_every_method_with_rounds_hands_on_its_optimizer(module):
+    """The call of `fitting.train` in a stage that has a `start_from` names it."""
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)]
+    (train,) = [c for c in calls if ast.unparse(c.func) == "fitting.train"]
+    assert {k.arg: ast.unparse(k.value) for k in train.keywords}["start_from"] == "start_from"
 
 
 def test_the_first_update_of_adafactor_has_the_size_of_the_rate():

@@ -109,7 +109,8 @@ def click(
       threshold: a number, or "median" of the rewards.
       pair: see `preferences.next_below`; likelihood is that under the frozen model.
       margin, gamma: of the loss. adapter: the change of weights.
-      training: how it is trained, with pairs as rows; each round has a new optimizer.
+      training: how it is trained, with pairs as rows; each round has a new optimizer, unless `training.rounds` is above
+        1.
       seed: of initial values, batches and training.
 
     Raises:
@@ -128,6 +129,6 @@ def click(
     rows = batches(records, tokenizer, batch=training.batch, seed=seed, also="negative")
     control = fitting.train(
         run, control, loss(model, margin=margin, gamma=gamma), {"params": params}, rows, training.at(adapter.rate),
-        trained=r"changes/.*", seed=seed,
+        trained=r"changes/.*", seed=seed, start_from=start_from,
     )  # fmt: skip
     fitting.keep(run, control, "click", vars(adapter))

@@ -244,8 +244,8 @@ def gdc(
       seed: of initial values, batches and training.
 
     Raises:
-      InputError: an unknown reward, no sample of the pool has the features, samples that `fit` would not draw, and what
-        `multipliers` raises.
+      InputError: an unknown reward, `passes` with one schedule over several rounds, no sample of the pool has the
+        features, samples that `fit` would not draw, and what `multipliers` raises.
     """
     for part in (pool, base):
         check_drawn(part.spec["drawn"], "gdc", POSITIVE)
@@ -279,6 +279,11 @@ def gdc(
     chosen = drawn.with_(weight=(weight * scale).astype(np.float32)).take(used)
     held_back = held_out(chosen.column("prompt_id"), samples.held, seed)
     learned = chosen.take(np.flatnonzero(~held_back))
+    if samples.passes is not None and training.rounds > 1:
+        raise InputError(
+            f"samples.passes is {samples.passes:g} and training.rounds {training.rounds}: one schedule over all rounds "
+            "needs as many updates in each, so set passes to None"
+        )
     if samples.passes is not None:
         most = max(1, math.ceil(samples.passes * len(learned) / training.batch))
         training = dataclasses.replace(training, steps=min(training.steps, most))
@@ -286,8 +291,9 @@ def gdc(
     policy = policy if start_from is None else methods.load(start_from, model)
     rows = batches(learned, tokenizer, batch=training.batch, seed=seed, fields=("weight",))
     policy = fitting.train(
-        run, policy, loss(model), {"params": params}, rows, training.at(adapter.rate), trained="changes/.*", seed=seed
-    )
+        run, policy, loss(model), {"params": params}, rows, training.at(adapter.rate), trained="changes/.*",
+        seed=seed, start_from=start_from,
+    )  # fmt: skip
     # The next proposal is the policy under the filter.
     new = Chain((policy, drawing_filter([pool], model)))
     log_pi = log_probabilities(model, params, chosen, tokenizer, new, batch=training.batch)

@@ -339,7 +339,7 @@ def ppo(
     rows = batches(samples, tokenizer, batch=training.batch, seed=seed, fields=FIELDS, also=also)
     state = fitting.train(
         run, state, loss(model, objective), frozen, rows, training.at(adapter.rate),
-        trained=r"policy/changes/.*|value/.*", seed=seed,
+        trained=r"policy/changes/.*|value/.*", seed=seed, start_from=start_from,
     )  # fmt: skip
     checkpoint.save(run.path / "value", state["value"])
     fitting.keep(run, state["policy"], "ppo", made)

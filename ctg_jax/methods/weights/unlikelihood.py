@@ -215,6 +215,7 @@ def unlikelihood(
     fields = ("advantage", "drawn") if objective.policy else ()
     rows = batches(samples, tokenizer, batch=training.batch, seed=seed, fields=fields, also="human")
     control = fitting.train(
-        run, control, value, frozen, rows, training.at(adapter.rate), trained=r"changes/.*", seed=seed
-    )
+        run, control, value, frozen, rows, training.at(adapter.rate), trained=r"changes/.*", seed=seed,
+        start_from=start_from,
+    )  # fmt: skip
     fitting.keep(run, control, "unlikelihood", vars(adapter))

@@ -30,6 +30,8 @@ def arms(arg):
     wanted = 0 if arg == "yelp_down" else 1
     if arg not in ("repetition", "toxicity", "gemma"):  # what people wrote there has no label
         found["spin"]["data"] = data | dict(where=data.get("where", {}) | dict(label=wanted))
+    if arg == "tiny":
+        found = {label: found[label] | dict(strengths=(1.0,)) for label in ("dpo", "spin")}
     return found
 
 

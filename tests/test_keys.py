@@ -13,7 +13,7 @@ from ctg_jax.control import Control
 from ctg_jax.data import to_prompts, train_bpe
 from ctg_jax.decode import strategies
 from ctg_jax.evaluation import LMScorer
-from ctg_jax.methods import click, gdc, ppo, quark, unlikelihood
+from ctg_jax.methods import click, gdc, ppo, preference, quark, unlikelihood
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import UnfinishedError, stage
@@ -142,6 +142,7 @@ FITS = [
     (ppo, {}),
     (quark, {"strata": True}),
     (click, {"threshold": "median"}),
+    (preference, {}),
     (unlikelihood, {"objective": {"sequence": 1.0}}),
     (gdc, {"moments": {}}),
 ]

@@ -26,7 +26,10 @@ ARMS = dict(
 def arms(arg):
     halved = dict(training=dict(steps=75)) if arg in ("yelp", "yelp_down") else {}  # its rows are pairs
     found = {label: dict(method="preference", strengths=(0.5, 1.0), fit=fit | halved) for label, fit in ARMS.items()}
-    data = reward.of_world(reward.WORLDS, arg)()["learn"]["data"]
+    learn = reward.of_world(reward.WORLDS, arg)()["learn"]
+    data, spin = learn["data"], found["spin"]["fit"]
+    # Human texts are cut where samples are.
+    spin["training"] = spin.get("training", {}) | dict(tokens=learn["explore"]["max_new"])
     wanted = 0 if arg == "yelp_down" else 1
     if arg not in ("repetition", "toxicity", "gemma"):  # what people wrote there has no label
         found["spin"]["data"] = data | dict(where=data.get("where", {}) | dict(label=wanted))

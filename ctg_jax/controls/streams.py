@@ -24,6 +24,9 @@ from ctg_jax.types import InputError, Params, Prompts
 # Bytes of the caches and logits of candidates that are looked ahead at together: 1 GiB.
 AHEAD = 2**30
 
+# Of a share, so that its logarithm is finite.
+LEAST = 1e-30
+
 
 @struct.dataclass
 class Reading:
@@ -301,6 +304,8 @@ def heard(z: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, jnp.where(before, later, first), 0.0)
 
 
-def blend(p: jax.Array, q: jax.Array, gate: jax.Array) -> jax.Array:
-    """log((1 − g) e^p + g e^q) of log-probabilities p and q, with g = sigmoid(gate)."""
-    return jnp.logaddexp(jax.nn.log_sigmoid(-gate) + p, jax.nn.log_sigmoid(gate) + q)
+def mixture(p: jax.Array, q: jax.Array, share: jax.Array) -> jax.Array:
+    """log((1 − g) e^p + g e^q) of log-probabilities p and q [..., V], for shares g between 0 and 1; some of p is always
+    kept, a millionth at least."""
+    g = jnp.clip(share, 0, 1 - 1e-6)
+    return jnp.logaddexp(jnp.log1p(-g) + p, jnp.log(jnp.maximum(g, LEAST)) + q)

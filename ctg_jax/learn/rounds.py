@@ -45,6 +45,7 @@ def explored(
     data: Artifact,
     rewards: Sequence[Artifact],
     explore: Mapping[str, Any] | None = None,
+    proposal: Artifact | None = None,
     pool: str = "last",
     sampled: bool = True,
     seed: int = 0,
@@ -57,6 +58,7 @@ def explored(
       count: how many rounds.
       lm, data, rewards: the language model, the prompts, and the scorers, of which methods learn from the first.
       explore: settings of `ctg_jax.stages.sampling.sample`, such as n (samples of a prompt) and max_new.
+      proposal: the control that draws the samples of the first round; None: the frozen model does.
       pool: "all" gives the samples of all rounds to learn from, "last" those of the last.
       sampled: False draws nothing; `pools` are then empty.
       seed: of all rounds. Samples and learning of each round have seeds of their own, derived from it by name and
@@ -70,7 +72,6 @@ def explored(
     if count < 1:
         raise InputError(f"rounds is {count}, expected at least 1.")
     seen: list[Artifact] = []
-    proposal = None
     for number in range(count):
         if sampled:
             given = dict(lm=lm, data=data, rewards=rewards, control=proposal)

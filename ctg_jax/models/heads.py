@@ -61,3 +61,8 @@ def values(head: Head, hidden: jax.Array) -> jax.Array:
 def vocabulary(params: Params) -> jax.Array:
     """The vocabulary head [V, D] of a decoder's parameters: the embeddings of the input where the two are tied."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["tokens"]
+
+
+def unembedding(params: Params) -> Params:
+    """The part of a model's parameters that its `unembed` reads: the head, or where it is tied the embeddings."""
+    return {"head": params["head"]} if "head" in params else {"embed": {"tokens": params["embed"]["tokens"]}}

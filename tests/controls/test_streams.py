@@ -250,10 +250,11 @@ def test_nothing_borrowed_is_held_or_saved(tmp_path):
         jax.eval_shape(lambda: control.logits(*[jnp.zeros((1, 1, 7))] * 2, jnp.zeros((1, 1), int), None, ((),)))
 
 
-def test_log_probabilities_and_blend_by_hand():
+def test_log_probabilities_and_mixture_by_hand():
     z = jnp.log(jnp.array([0.5, 0.3, 0.2]))
     without = streams.log_probabilities(jnp.array([z[0], -1e30, z[2]]))
     close(without[jnp.array([0, 2])], np.log([5 / 7, 2 / 7]))
     assert float(without[1]) == np.float32(-1e30)
     other = jnp.log(jnp.array([0.1, 0.1, 0.8]))
-    close(jnp.exp(streams.blend(z, other, jnp.log(3.0))), [0.2, 0.15, 0.65])  # a gate of 3/4
+    close(jnp.exp(streams.mixture(z, other, jnp.array([0.75]))), [0.2, 0.15, 0.65])
+    close(streams.mixture(z, other, jnp.zeros(1)), z)

@@ -26,7 +26,7 @@ from jax import lax
 from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream, log_probabilities
+from ctg_jax.controls.streams import Stream, log_probabilities, mixture
 from ctg_jax.data.ids import check_shared
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -42,7 +42,6 @@ from ctg_jax.support import removed
 from ctg_jax.types import InputError, Sum
 
 READS = ("none", "entropies", "probabilities", "both")
-LEAST = 1e-30  # of a gate, so that its logarithm is finite
 
 
 @struct.dataclass
@@ -79,9 +78,7 @@ class Blend(Control):
         strength, reading = state
         other, _, reading = self.small.read(tokens, mask, z.shape[1], reading)
         p, q = log_probabilities(z), log_probabilities(other[..., : z.shape[-1]])
-        g = jnp.clip(strength * jax.nn.sigmoid(self.odds(p, q)), 0, 1 - 1e-6)
-        mixed = jnp.logaddexp(jnp.log1p(-g) + p, jnp.log(jnp.maximum(g, LEAST)) + q)
-        return z + mixed - p, (strength, reading)
+        return z + mixture(p, q, strength * jax.nn.sigmoid(self.odds(p, q))) - p, (strength, reading)
 
     def odds(self, p: jax.Array, q: jax.Array) -> jax.Array:
         """The log-odds float32 [B, M, 1 or V] of g, given the log-probabilities p and q [B, M, V]."""

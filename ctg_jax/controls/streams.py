@@ -12,17 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
-from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Control, edit_logits, enter
 from ctg_jax.controls.conditions import condition
 from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.support import REMOVED, removed
 from ctg_jax.types import InputError, Params, Prompts
-
-# Bytes of the caches and logits of candidates that are looked ahead at together: 1 GiB.
-AHEAD = 2**30
 
 # Of a share, so that its logarithm is finite.
 LEAST = 1e-30
@@ -195,10 +190,8 @@ class Stream:
 
     def peek(self, tokens: jax.Array, reading: Reading, back: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
         """Looks ahead from one cache: what `read` would return after each of K candidates for the next token. A
-        candidate follows what was read and none of the others, and nothing is read, so `reading` stays valid.
-
-        The candidates are computed together, each with a temporary copy of the cache, as many at a time as `AHEAD` has
-        room for.
+        candidate follows what was read and none of the others, and nothing is read, so `reading` stays valid. All of
+        them are one pass over the weights and share the cache, of which nothing is copied.
 
         Args:
           tokens: int32 [B, K].
@@ -220,22 +213,16 @@ class Stream:
         follows = cache.mask & (jnp.arange(cache.mask.shape[1]) < seen)[None, :]
         skipped = jnp.sum(cache.mask & ~follows, axis=1, dtype=jnp.int32)
         cache = cache.replace(mask=follows, length=seen, offset=cache.offset - skipped)
-
-        def after(token):
-            token = token[:, None]
-            real = jnp.ones(token.shape, bool)
-            x = self.lm.embed(self.params, token)
-            out = self.lm.apply(self.params, x, real, cache, self.control, state, last=1)
-            z, _ = edit_logits(self.control, out.logits, out.hidden, token, real, state)
-            return z[:, 0], out.hidden[:, -1]
-
         tokens = self._rows(tokens)
-        most = max(1, AHEAD // (tree.size_bytes(cache) + 4 * len(tokens) * self.lm.vocab))
-        if tokens.shape[1] <= most:
-            found = jax.vmap(after, in_axes=1, out_axes=1)(tokens)
-        else:
-            found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lax.map(after, tokens.T, batch_size=most))
-        return self._apart(found, len(cache.mask))
+        x, real = self.lm.embed(self.params, tokens), jnp.ones(tokens.shape, bool)
+        out = self.lm.apply(self.params, x, real, cache, self.control, state, beside=True)
+
+        def edited(z, h, token):
+            one = jnp.ones((len(token), 1), bool)
+            return edit_logits(self.control, z[:, None], h[:, None], token[:, None], one, state)[0][:, 0]
+
+        z = jax.vmap(edited, in_axes=1, out_axes=1)(out.logits, out.hidden, tokens)
+        return self._apart((z, out.hidden), len(cache.mask))
 
     def _own(self, prompts: Prompts) -> jax.Array:
         """int32 [B, T'], or [B · N, T'] with copies."""

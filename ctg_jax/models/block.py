@@ -25,8 +25,9 @@ class Block(nn.Module):
     lm: Any
 
     @nn.compact
-    def __call__(self, x, allowed, rope, past, length, between):
-        """x [B, T, D], allowed bool [B, T, S], rope or None -> (x, (k, v)); `past` and `length` as in `Attention`.
+    def __call__(self, x, allowed, rope, past, length, between, beside=False):
+        """x [B, T, D], allowed bool [B, T, S], rope or None -> (x, (k, v)); `past`, `length` and `beside` as in
+        `Attention`.
 
         between: edits the stream [B, T, D] between attention and MLP, or None.
         """
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             y = norm("attn_norm", x)
-            attended, kv = Attention(lm, name="attn")(y, allowed, rope, past, length)
+            attended, kv = Attention(lm, name="attn")(y, allowed, rope, past, length, beside)
             mid = x + norm("attn_post_norm", attended)
         if between is not None:
             mid = between(mid)
@@ -53,12 +54,14 @@ class Attention(nn.Module):
     lm: Any
 
     @nn.compact
-    def __call__(self, x, allowed, rope, past, length):
+    def __call__(self, x, allowed, rope, past, length, beside=False):
         """x [B, T, D] -> ([B, T, D], (k, v)).
 
         past: None; a prefix (k, v) [B, K, P, H] that every query may attend to, whatever the window of the layer, when
         length is None; or cached (k, v) [B, K, S, H], into which this call's keys and values are written at slot
         `length`.
+        beside: each token attends to `past` [B, K, S, H] and to itself alone, so allowed is [B, T, S + 1]; nothing is
+        written.
         """
         lm, (batch, t, _) = self.lm, x.shape
         heads, kv, h = lm.heads, lm.kv_heads, lm.head_dim
@@ -74,7 +77,10 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (split(a, "data", None, "tensor", None) for a in (q, k, v))
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        if length is not None:
+        own = None
+        if beside:
+            own, (k, v) = (k, v), past
+        elif length is not None:
             k = lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), (0, 0, length, 0))
             v = lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), (0, 0, length, 0))
         elif past is not None:
@@ -82,6 +88,6 @@ class Attention(nn.Module):
             visible = jnp.ones((batch, t, past[0].shape[2]), bool)
             allowed = jnp.concatenate([visible, allowed], axis=2)
         divisor = lm.query_dim and math.sqrt(lm.query_dim)
-        y = attend(q, k, v, allowed, divisor=divisor, cap=lm.attn_cap).reshape(batch, t, heads * h)
+        y = attend(q, k, v, allowed, divisor=divisor, cap=lm.attn_cap, own=own).reshape(batch, t, heads * h)
         y = split(y, "data", None, "tensor")
         return Dense(lm.width, lm, lm.bias_out, 1 / math.sqrt(2 * lm.depth), name="out")(y), (k, v)

@@ -207,6 +207,7 @@ class Transformer:
         state: Any = (),
         tap: Tap | None = None,
         last: int | None = None,
+        beside: bool = False,
     ) -> Out:
         tap = tap or (lambda h: None)
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
@@ -215,12 +216,17 @@ class Transformer:
             allowed = mask[:, None, :] & ((t[None, :, None] >= t[None, None, :]) | (not self.causal))
             prefix, slots = control.prefix(state), pos
         else:
-            pos = pos + cache.offset[:, None]
-            cache_mask = lax.dynamic_update_slice(cache.mask, mask, (0, cache.length))
-            s, t = jnp.arange(cache_mask.shape[1]), cache.length + jnp.arange(x.shape[1])
-            allowed = cache_mask[:, None, :] & (t[None, :, None] >= s[None, None, :])
             prefix = None  # already in the cache, see `ctg_jax.decode.loop.prefill`
             written = jnp.sum(cache.mask, axis=1, dtype=jnp.int32) - cache.offset  # slots of a prefix
+            if beside:  # all at the next position; the last column is each token itself
+                pos = jnp.broadcast_to(cache.offset[:, None], x.shape[:2])
+                cache_mask = jnp.pad(cache.mask, ((0, 0), (0, 1)), constant_values=True)
+                allowed = jnp.broadcast_to(cache_mask[:, None], (*x.shape[:2], cache_mask.shape[1]))
+            else:
+                pos = pos + cache.offset[:, None]
+                cache_mask = lax.dynamic_update_slice(cache.mask, mask, (0, cache.length))
+                s, t = jnp.arange(cache_mask.shape[1]), cache.length + jnp.arange(x.shape[1])
+                allowed = cache_mask[:, None, :] & (t[None, :, None] >= s[None, None, :])
             slots = jnp.cumsum(cache_mask, axis=1, dtype=jnp.int32) - 1 - written[:, None]
 
         if self.positions == "learned":
@@ -236,7 +242,7 @@ class Transformer:
             def between(h):
                 return control.hidden(h, self.depth + 1 + site, pos, state)
 
-            x, kv = block.apply({"params": layer}, x, *view(site), past, length, between)
+            x, kv = block.apply({"params": layer}, x, *view(site), past, length, between, beside)
             x = split(x, "data", None, None)
             return control.hidden(x, site, pos, state), kv
 
@@ -269,7 +275,7 @@ class Transformer:
                 ks.append(k)
                 vs.append(v)
                 taps.append(tap(x))
-            if cache is not None:
+            if cache is not None and not beside:
                 cache = cache.replace(
                     k=tuple(ks),
                     v=tuple(vs),

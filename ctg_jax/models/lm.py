@@ -104,7 +104,12 @@ class LM(Protocol):
         state: Any = (),
         tap: Tap | None = None,
         last: int | None = None,
+        beside: bool = False,
     ) -> Out:
         """Reads embedded tokens x [B, T, D] with mask bool [B, T] and predicts the next one after the last
         `last` of them (all by default; 0 for the hidden states alone). Runs `control.hidden`, and `control.prefix`
-        when there is no cache; never `control.logits`, which belongs to the decode loop."""
+        when there is no cache; never `control.logits`, which belongs to the decode loop.
+
+        beside: the T tokens are not one text but each is read as the next one behind the cache, at the same position:
+            it attends to the cache and to itself, and `mask` is not read. The cache is shared by all of them, and
+            returned as it was."""

@@ -57,7 +57,7 @@ class Bigram:
     def unembed(self, params, h):
         return jnp.einsum("btu,vu->btv", h, params["head"]["kernel"])
 
-    def apply(self, params, x, mask, cache=None, control=IDENTITY, state=(), tap=None, last=None):
+    def apply(self, params, x, mask, cache=None, control=IDENTITY, state=(), tap=None, last=None, beside=False):
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         taps = []
         for site in (0, 3, 1, 2):

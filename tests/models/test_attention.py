@@ -53,3 +53,15 @@ def test_gradients_and_bfloat16_agree(monkeypatch):
     other = attend(*half, allowed)
     assert low.dtype == other.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), other.astype(jnp.float32), atol=0.03)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_keys_of_a_query_alone_are_keys_that_the_others_do_not_see(backend, monkeypatch):
+    q, k, v, allowed, _ = inputs()
+    own = tuple(jax.random.normal(jax.random.key(n), (2, 2, 3, 8)) for n in (7, 8))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    more = jnp.pad(allowed, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    found = attend(q, k, v, more, cap=2.0, own=own)
+    both = [jnp.concatenate(pair, axis=2) for pair in zip((k, v), own)]
+    each = jnp.concatenate([allowed, jnp.broadcast_to(jnp.eye(3, dtype=bool), (2, 3, 3))], axis=2)
+    np.testing.assert_allclose(found, attend(q, *both, each, cap=2.0), atol=2e-6)

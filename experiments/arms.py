@@ -9,8 +9,8 @@
     Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
     Searched    a search of the language model or of a chain  search, rewards, chain
 
-Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `truncate_first`, which replace those of the
-section `sample`.
+Every arm may have `filter` (options of `ctg_jax.controls.truncate`, and `speculate`, see `stages.sampling.build`) and
+`truncate_first`, which replace those of the section `sample`.
 """
 
 from __future__ import annotations

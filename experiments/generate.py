@@ -10,7 +10,8 @@ without =STRENGTH a control acts as it was fitted. Prompts are arguments, or lin
 input; files whose name ends in .jsonl hold one object with "prompt" or "text" a line. --stop TEXT, repeatable, ends a
 completion behind the first TEXT. --stream shows each completion while it is written. With --chat each
 prompt is the message of a user, behind the system prompt of --system; an object of a .jsonl file may hold "messages"
-itself. --speculate=K lets the LM propose K tokens that controls on logits then judge at once; texts have the same
+itself. A control whose rows choose for themselves, such as one of several forms, reads the field that it names of such
+an object. --speculate=K lets the LM propose K tokens that controls on logits then judge at once; texts have the same
 distribution. Bad input ends with one sentence and exit code 2, and --out is then not written.
 """
 
@@ -24,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from ctg_jax.data import messages
-from ctg_jax.decode import speculate
 from ctg_jax.mesh import processes
 from ctg_jax.run.stage import open_artifact, read_jsonl, write_text
 from ctg_jax.stages import sampling, sources, streaming
@@ -75,18 +75,19 @@ def main(argv, session):
         raise InputError("--stream shows text on standard output: leave out --out and --format=jsonl")
     if "" in fv.stop:
         raise InputError("--stop is empty: give a text that ends a completion")
-    prompts = [conversation(p, fv.chat, fv.system) for p in read_prompts(arguments, fv.file)]
+    records = read_prompts(arguments, fv.file)
+    prompts = [conversation(messages.prompt_of(r), fv.chat, fv.system) for r in records]
     parts = [read_control(text) for text in fv.control]
     lm = sources.language_model(session, fv.lm, fv.dtype)
     filter = {name: fv[name].value for name in FILTERS if fv[name].value is not None}
     controls = [a for a, _ in parts]
-    control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.truncate_first)
     if fv.speculate:
-        control = speculate.split(control, fv.speculate)
+        filter["speculate"] = fv.speculate
+    control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.truncate_first)
     model = sampling.opened(lm)
     sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
     options = sampling.Options(fv.n, fv.max_new, fv.greedy, fv.batch, fv.seed, tuple(fv.stop))
-    cond = sampling.conditions(controls, lm, prompts)
+    cond = sampling.conditions(controls, lm, prompts, records)
     if fv.stream:
         for i, j in itertools.product(range(len(prompts)), range(fv.n)):
             own = {name: values[i : i + 1] for name, values in cond.items()}
@@ -123,11 +124,11 @@ def shown(row, format):
 
 
 def read_prompts(arguments, file):
-    """Prompts from the arguments, or a file, or standard input."""
+    """The records of prompts, from the arguments, or a file, or standard input."""
     if arguments and file:
         raise InputError("prompts are given as arguments and by --file: use one of the two")
     if arguments:
-        return list(arguments)
+        return [{"prompt": text} for text in arguments]
     if file and file.endswith(".jsonl"):
         rows = read_jsonl(Path(file))
         for number, row in enumerate(rows, 1):
@@ -136,14 +137,14 @@ def read_prompts(arguments, file):
                     raise InputError(f"{file} record {number}: {wrong}")
             elif not isinstance(row.get("prompt", row.get("text")), str):
                 raise InputError(f'{file} record {number} has no "prompt" or "text" that is a string')
-        return [messages.prompt_of(row) for row in rows]
+        return rows
     try:
         lines = Path(file).read_text("utf-8") if file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(
             f"{file or 'standard input'} cannot be read ({e}): expected UTF-8 text, a prompt a line"
         ) from None
-    return [line for line in lines.split("\n") if line.strip()]
+    return [{"prompt": line} for line in lines.split("\n") if line.strip()]
 
 
 def conversation(prompt, chat, system):

@@ -175,7 +175,8 @@ def _reader(section: Sequence[str]) -> list[str]:
         return [f.name for f in dataclasses.fields(default.default)] if record else []
     else:
         return []
-    return [p.name for p in inspect.signature(read).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = [p.name for p in inspect.signature(read).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [*known, sampling.PROPOSED] if section[-1] == "filter" else known
 
 
 def _at(config: ConfigDict, path: Sequence[str]) -> ConfigDict:

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from ctg_jax.controls import truncate
 from ctg_jax.decode import strategies
+from ctg_jax.learn.pool import check_drawn
 from ctg_jax.mesh import layout
 from ctg_jax.run.stage import Run, stage, write_jsonl
 from ctg_jax.stages import sampling, sources
@@ -58,6 +60,28 @@ def test_a_text_does_not_depend_on_the_batch_or_on_how_many_there_are(root, lm, 
     more = stage(root, sampling.sample, dict(n=4, max_new=5, batch=7, filter={"top_p": 0.9}), lm=lm, prompts=prompts)
     kept = [r for r in more.rows("samples.jsonl") if r["sample"] < 3]
     assert [r["tokens"] for r in kept] == [r["tokens"] for r in samples.rows("samples.jsonl")]
+
+
+def test_speculation_is_an_option_of_the_filter_that_changes_no_distribution(root, lm, prompts):
+    given = dict(n=2, max_new=4, batch=6)
+    plain, proposed = (
+        stage(root, sampling.sample, given | dict(filter=filter), lm=lm, prompts=prompts)
+        for filter in (None, {"speculate": 2})
+    )
+    assert plain.id != proposed.id
+    rows = [artifact.rows("samples.jsonl") for artifact in (plain, proposed)]
+    assert [r["tokens"] for r in rows[0]] == [r["tokens"] for r in rows[1]]  # where nothing judges
+    chain = sampling.build(lm, filter={"top_p": 0.9, "speculate": 3})
+    assert chain.k == 3 and not chain.draft.parts and [type(c) for c in chain.rule.parts] == [truncate.TopP]
+    assert sampling.truncation({"top_p": 0.9, "speculate": 3}) == {"top_p": 0.9}
+    check_drawn({"filter": {"speculate": 3}}, "a method that reads log-probabilities")
+    for filter, words in [
+        ({"speculate": 2, "no_repeat_ngram": 2}, "^NoRepeatNgram changes its state with every token"),
+        ({"speculate": 2.5}, "speculate is 2.5, expected a whole number"),
+        ({"speculate": -1}, "k is -1, expected at least 1"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            stage(root, sampling.sample, given | dict(filter=filter), lm=lm, prompts=prompts)
 
 
 def test_eight_devices_write_what_one_writes(lm, monkeypatch):

@@ -167,14 +167,14 @@ def test_what_cannot_be_taken_back_is_refused():
     expert = dexperts.example(LM, jax.random.key(2))
     penalty, ngrams = truncate.RepetitionPenalty(1.2, vocab=LM.vocab), truncate.NoRepeatNgram(2)
     later = MinLength(jnp.asarray(marks([0], LM.vocab)), 2)
-    for rule, draft in [
-        (Chain((expert, penalty)), IDENTITY),
-        (expert, ngrams),
-        (Chain((later, expert)), IDENTITY),
-        (gedi.example(LM, jax.random.key(3)), IDENTITY),
-        (form.example(LM, None), IDENTITY),
+    for rule, draft, name in [
+        (Chain((expert, penalty)), IDENTITY, "RepetitionPenalty"),
+        (expert, ngrams, "NoRepeatNgram"),
+        (Chain((later, expert)), IDENTITY, "MinLength"),
+        (gedi.example(LM, jax.random.key(3)), IDENTITY, "Gedi"),
+        (form.example(LM, None), IDENTITY, "Form"),
     ]:
-        with pytest.raises(InputError, match="changes its state with every token, which speculative sampling cannot"):
+        with pytest.raises(InputError, match=f"^{name} changes its state with every token, which speculative sampling"):
             run(Speculative(rule, draft))
     with pytest.raises(InputError, match="rule holds Steer, which acts in hidden"):
         Speculative(Chain((expert, steer.example(LM, jax.random.key(1)))))

@@ -132,7 +132,7 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
         out = lm.apply(params, lm.embed(params, token[:, None]), mask, cache, draft, state)
         z, after = edit_logits(draft, out.logits, out.hidden, token[:, None], mask, state)
         drawn = likeliest(z[:, 0]) if sampling.greedy else rng.draw(_at(prompts.keys, t + step), z[:, 0])
-        after = undone(state, after, None)
+        after = undone(draft, state, after, None)
         return (drawn, alive, t, out.cache, after), (token, z[:, 0], out.hidden[:, 0])
 
     def on(r: _Rows) -> _Rows:
@@ -168,9 +168,9 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
         chances = r.logp.at[on_row, where].set(jnp.where(valid, _of(logp, proposed), r.logp[on_row, where]))
         t = jnp.where(alive, jnp.minimum(r.t + kept + 1, n), r.t)
         used = jnp.where(alive, kept + 1, 0)
-        state = (undone(r.state[0], drafted, used), undone(r.state[1], judged, used))
+        state = (undone(draft, r.state[0], drafted, used), undone(rule, r.state[1], judged, used))
         done = r.done | ended(written[:, :n], t, sampling)
-        return _Rows(r.rounds + 1, t, done, written, chances, undone(r.cache, cache, used), state)
+        return _Rows(r.rounds + 1, t, done, written, chances, _undone(r.cache, cache, used), state)
 
     slots = dataclasses.replace(sampling, max_new=(k + 1) * n)
     d = loop.sample(loop.prefill(lm, params, prompts, chain, slots), prompts.keys, slots)
@@ -190,7 +190,7 @@ def ended(tokens: jax.Array, t: jax.Array, sampling: Sampling) -> jax.Array:
     return (t >= tokens.shape[1]) | ~jnp.take_along_axis(whole, t[:, None], axis=1)[:, 0]
 
 
-def undone(before: PyTree, after: PyTree, kept: jax.Array | None) -> PyTree:
+def undone(control: Control, before: PyTree, after: PyTree, kept: jax.Array | None) -> PyTree:
     """The state of a control after k + 1 tokens, as if only the first `kept` of each row had been read.
 
     Args:
@@ -198,15 +198,17 @@ def undone(before: PyTree, after: PyTree, kept: jax.Array | None) -> PyTree:
       kept: int32 [B]; None: all of them.
 
     Raises:
-      InputError: something other than a cache has changed, which cannot be taken back.
+      InputError: something other than a cache has changed, which cannot be taken back; the message names the control.
     """
+    if isinstance(control, Chain):
+        return tuple(undone(c, a, b, kept) for c, a, b in zip(control.parts, before, after, strict=True))
     is_cache = lambda x: isinstance(x, Cache)  # noqa: E731
     old, shape = jax.tree.flatten(before, is_leaf=is_cache)
     new, other = jax.tree.flatten(after, is_leaf=is_cache)
     if shape != other or any(a is not b for a, b in zip(old, new) if not is_cache(a)):
         raise InputError(
-            "A control changes its state with every token, which speculative sampling cannot take back (repetition "
-            "penalties, n-gram rules, counters of tokens): decode without speculation, or leave the control out."
+            f"{type(control).__name__} changes its state with every token, which speculative sampling cannot take "
+            "back: decode without speculation, or leave the control out."
         )
     found = [_undone(a, b, kept) if is_cache(a) and kept is not None else b for a, b in zip(old, new)]
     return jax.tree.unflatten(shape, found)

@@ -28,6 +28,7 @@ from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import Read, reduced
 from ctg_jax.run.stage import Artifact
+from ctg_jax.stages.sampling import truncation
 from ctg_jax.types import InputError, Params, Prompts
 
 POOL = "pool.parquet"
@@ -47,7 +48,7 @@ def check_drawn(drawn: Mapping[str, Any], what: str, allowed: Collection[str] | 
     """
     if drawn.get("greedy"):
         raise InputError(f"{what} needs samples with a probability, but explore has greedy=True: set it to False")
-    wrong = [] if allowed is None else [k for k, v in (drawn.get("filter") or {}).items() if v and k not in allowed]
+    wrong = [] if allowed is None else [k for k, v in truncation(drawn.get("filter")).items() if v and k not in allowed]
     if wrong:
         usable = f"only {', '.join(allowed)} may be there" if allowed else "no filter may be there"
         raise InputError(

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints, truncate
 from ctg_jax.data import stops
 from ctg_jax.data.messages import Messages, prompt_of, shown, unanswered
-from ctg_jax.decode import strategies
+from ctg_jax.decode import speculate, strategies
 from ctg_jax.io import json_line
 from ctg_jax.mesh import layout
 from ctg_jax.models.lengths import check_reads, room
 from ctg_jax.run.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
 from ctg_jax.types import InputError, Sampling
+
+PROPOSED = "speculate"  # the option of a filter that says how many tokens are proposed at a time, see `build`
 
 # Fields of the record of a prompt that its samples keep -> their names there; `judges.evaluate` reads the last two.
 _CARRIED = {"label": "prompt_label", "source": "source", "keywords": "keywords"}
@@ -72,7 +75,9 @@ def build(
 ) -> Control:
     """The chain that decodes: control artifacts in their order at their strengths (None: as fitted), and the options of
     `controls.truncate` after them, or before them with `truncate_first` (the order of the DExperts paper). `eos` of
-    `filter` is by default every id that ends a text of this LM.
+    `filter` is by default every id that ends a text of this LM. With `speculate` = k in `filter` the controls that act
+    in another place than the logits propose k tokens at a time, which the others judge in one pass
+    (`decode.speculate.split`); texts keep their distribution.
 
     Raises:
       InputError: a control that was fitted on another LM; a strength that is not finite; numbers that do not match; a
@@ -97,23 +102,40 @@ def chained(
     """The same of controls that are loaded; see `build`.
 
     Raises:
-      InputError: an option out of its range; a control that replaces the decode loop together with others.
+      InputError: an option out of its range; a control that replaces the decode loop together with others, or where
+        there is something to speculate about.
     """
     model, _, tokenizer = opened(lm)
-    filters = (truncate.rules(model, **{"eos": tokenizer.ends, **filter}),) if filter else ()
+    options, k = truncation(filter), (filter or {}).get(PROPOSED, 0)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise InputError(f"speculate is {k!r}, expected a whole number of tokens that are proposed at a time.")
+    filters = (truncate.rules(model, **{"eos": tokenizer.ends, **options}),) if options else ()
     chain = (*filters, *parts) if truncate_first else (*parts, *filters)
     control = chain[0] if len(chain) == 1 else Chain(chain)
     strategies.of(control)
-    return control
+    return speculate.split(control, k) if k else control
 
 
-def conditions(controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str | Messages]) -> dict[str, np.ndarray]:
+def truncation(filter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a filter that change the distribution, those of `controls.truncate`: all but `speculate`."""
+    return {name: value for name, value in (filter or {}).items() if name != PROPOSED}
+
+
+def conditions(
+    controls: Sequence[Artifact],
+    lm: Artifact,
+    texts: Sequence[str | Messages],
+    records: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, np.ndarray]:
     """The entries of `prompts.cond` that methods compute from the texts of the prompts, such as their embeddings: name
-    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`."""
+    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`. One
+    with a parameter `records` is given the records of the prompts as well, without fields where there are none."""
     found: dict[str, np.ndarray] = {}
     for artifact in controls:
         make = getattr(methods.get(artifact.spec["method"]), "conditions", None)
-        found |= make(artifact, lm, [shown(t) for t in texts]) if make else {}
+        if make is not None:
+            fields = {"records": records or [{}] * len(texts)} if "records" in signature(make).parameters else {}
+            found |= make(artifact, lm, [shown(t) for t in texts], **fields)
     return found
 
 
@@ -168,8 +190,8 @@ def sample(
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
     rows = _whole_batches(partial, min(batch, total), total)
-    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, empty=True)
-    cond = conditions(controls, lm, texts)
+    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed)
+    cond = conditions(controls, lm, texts, records)
     batches = complete(*opened(lm), texts, control, options, skip=len(rows), cond=cond)
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
     with open(partial, "a", encoding="utf-8") as f, bar:

@@ -20,6 +20,7 @@ from ctg_jax.data.tokenizer import to_prompts
 from ctg_jax.decode import loop
 from ctg_jax.methods import arithmetic, form, steer
 from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sampling, sources
 from ctg_jax.stages.controls import made
 from ctg_jax.types import InputError, Sampling
 from tests.data.sentencepiece import llama_like
@@ -230,6 +231,31 @@ def test_every_sample_is_json_of_its_schema(small):
         assert list(found) == ["dish", "stars"]
     with pytest.raises(InputError, match=r"form 0 cannot be met: its shortest text takes 26 tokens, more than the 25"):
         loop.generate(model, params, prompts, control, Sampling(max_new=25, eos=tokenizer.ends))
+
+
+def test_scripts_read_the_form_of_each_prompt_from_its_record(small, tmp_path):
+    root, lm, _ = small
+    settings = dict(forms=[{"regex": " yes"}, {"regex": " no"}], choice="answer", states=16, classes=16)
+    control = stage(root, made, {"method": "form", "init": settings}, lm=lm)
+    rows = [{"text": t, "answer": n} for t, n in (("it", 1), ("so nice", 0), ("a day", 1))]
+
+    def written(records):
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        data = stage(root, sources.load_data, dict(source=f"jsonl:{tmp_path / 'prompts.jsonl'}", split="all"))
+        given = dict(n=1, max_new=8, batch=3, strengths=[None])
+        out = stage(root, sampling.sample, given, lm=lm, prompts=data, controls=[control])
+        return [r["text"] for r in out.rows("samples.jsonl")]
+
+    assert written(rows) == [" no", " yes", " no"]
+    texts = ["it", "so"]
+    assert form.conditions(control, lm, texts, [{}] * 2)["answer"].tolist() == [0, 1]  # a form for each prompt
+    for records, words in [
+        ([{}] * 3, "There are 2 forms and 3 prompts, none of which has a field 'answer'"),
+        ([{"answer": 0}, {"answer": 2}], "prompt 2 has 2 as its 'answer', expected the number of a form, 0 to 1"),
+        ([{"answer": 0}, {}], "prompt 2 has None as its 'answer'"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            sampling.conditions([control], lm, ["it"] * len(records), records)
 
 
 def test_it_comes_before_truncation_and_beside_other_rules():

@@ -37,7 +37,7 @@ from ctg_jax.controls.automaton import FAR, FREE
 from ctg_jax.controls.conditions import check_choice, condition
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.models.lm import LM
-from ctg_jax.run.stage import nearest
+from ctg_jax.run.stage import Artifact, nearest
 from ctg_jax.support import require
 from ctg_jax.types import InputError
 
@@ -177,7 +177,8 @@ def init(
       forms: the forms, each with some of these parts, all of which hold: "regex", an expression (the syntax of Rust's
         `regex`, without look-around) that matches the whole text; "schema", a JSON schema; "words", strings that all
         appear; "without", strings that do not appear.
-      choice: see `Form`; needed where there are several forms.
+      choice: see `Form`; needed where there are several forms. Scripts read the field of this name of the prompts'
+        records (`conditions`).
       alpha: see `Form`.
       states, classes: the size of the table, 4 · states · classes bytes. JSON schemas take some hundreds of states and
         fewer than a hundred classes; a count such as {1,80} multiplies the states.
@@ -215,6 +216,34 @@ def make(lm: LM, key: jax.Array, *, tokenizer: Tokenizer, **settings: Any) -> Fo
     found = automaton.over_tokens(built, token_bytes(tokenizer, lm.vocab), tokenizer.ends, *control.table.shape)
     arrays = dict(starts=found.starts, table=found.table, classes=found.classes, need=found.need)
     return control.replace(**{name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()})
+
+
+def conditions(
+    artifact: Artifact, lm: Artifact, texts: Sequence[str], records: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """The form of each prompt, where the control has a `choice`: the number in that field of the prompt's record, or
+    where no record has the field form i for prompt i.
+
+    Raises:
+      InputError: a number that is no form's; no field, and another number of forms than of prompts.
+    """
+    choice, count = artifact.spec["init"].get("choice"), len(artifact.spec["init"]["forms"])
+    if choice is None:
+        return {}
+    if not any(choice in record for record in records):
+        if count != len(texts):
+            raise InputError(
+                f"There are {count} forms and {len(texts)} prompts, none of which has a field {choice!r}: write the "
+                "number of its form there for every prompt, or give as many forms as prompts."
+            )
+        return {choice: np.arange(count, dtype=np.int32)}
+    found = [record.get(choice) for record in records]
+    for i, number in enumerate(found):
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
+            raise InputError(
+                f"prompt {i + 1} has {number!r} as its {choice!r}, expected the number of a form, 0 to {count - 1}."
+            )
+    return {choice: np.asarray(found, np.int32)}
 
 
 def compiled(form: Mapping[str, Any]) -> automaton.Bytes:

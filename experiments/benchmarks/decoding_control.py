@@ -1,10 +1,13 @@
 """What controls of the next-token distribution cost: seconds per token beside the number of passes, and beside PyTorch.
 
-    python experiments/benchmarks/decoding_control.py [--batch=1 --batch=8] [--method=gedi] [--layers=12] [--json=FILE]
+    python experiments/benchmarks/decoding_control.py [--shape=gpt2|mini|tiny] [--batch=1 --batch=8] [--method=gedi]
 
-For every method of `ctg_jax/methods/logits` the program of its example decodes in alternation with the plain one.
-`passes` is what the models of a control read for each token, in units of the base model: 1 for the base, and for each
-stream its copies times its share of the base's weights. The cost of a method that does nothing else is its passes.
+For every method of `ctg_jax/methods/logits` the program of its example decodes in alternation with the plain one, and
+so do the arms of `ARMS`, whose settings are those of the papers. `passes` is what the models of a control read for each
+token, in units of the base model: 1 for the base, and for each stream its copies times its share of the base's weights,
+twice where it looks ahead at candidates. The cost of a method that does nothing else is its passes; looking ahead at K
+candidates is one pass over the weights and K times the arithmetic. Under speculation the streams of the rule make one
+pass for all tokens of a round; here the draft is right about every one of them, so that row is the best case.
 
 GeDi, self-debiasing and a formula of three models are also written as their authors do it, one call of `transformers`
 for each model and a loop in Python, over models of the same shape. Both sides decode greedily on one pinned thread in
@@ -30,29 +33,59 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ctg_jax import IDENTITY, Prompts, Sampling, generate, methods, rng, tree
+from ctg_jax import IDENTITY, Prompts, Sampling, methods, rng, tree
 from ctg_jax.controls.streams import Stream
+from ctg_jax.decode import strategies
+from ctg_jax.decode.speculate import Speculative
 from ctg_jax.io import write_json
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
+from ctg_jax.models.record import record
 from ctg_jax.types import InputError
 from experiments import cli
 
 DESCRIPTION = 10  # tokens that a stream reads before the prompt
+PROPOSED = 4  # tokens of a round of speculation
 FORMULA = dict(formula="1.5 * M - 0.4 * (A | M) + 0.3 * B", tuned=("A", "B"), adapter={"rank": 2})
+SHAPES = {
+    "gpt2": dict(),
+    "mini": dict(vocab=8192, width=256, depth=6, heads=4, context=256),  # yelp-gpt2-mini
+    "tiny": dict(vocab=64, width=16, depth=2, heads=2, context=64),
+}
+
+
+def formula(lm, key):
+    return methods.get("arithmetic").init(lm, key, **FORMULA)
+
+
+def half(lm):
+    """A small model with the tokenizer of a base: half as wide and as deep."""
+    sizes = dict(width=lm.width // 2, depth=max(1, lm.depth // 2), heads=max(1, lm.heads // 2))
+    return record(Transformer.gpt2(vocab=lm.vocab, context=lm.context, **sizes))
+
+
+# Arms -> (lm, key) -> control. Without a classifier in the formula, which the reference has neither.
+ARMS = {
+    "arithmetic": formula,
+    "critic": lambda lm, key: methods.get("critic").init(lm, key, top=10),
+    "value_model": lambda lm, key: methods.get("critic").init(lm, key, small=half(lm), top=20, link="centred"),
+    "fudge": lambda lm, key: methods.get("critic").init(lm, key, top=50, link="log", rest="drop"),
+    "residual": lambda lm, key: methods.get("residual").init(lm, key, shape=dict(heads=lm.heads)),
+    "selective": lambda lm, key: methods.get("selective").init(lm, key, context="stream", width=min(512, lm.width)),
+    "speculation": lambda lm, key: Speculative(formula(lm, key), k=PROPOSED),
+}
 
 
 def names():
-    """The methods that act on logits and can be decoded as they are."""
+    """The arms, and the methods that act on logits and can be decoded as they are."""
     found = (n for n in methods.names() if ".logits." in methods.get(n).__name__)
-    return [n for n in found if hasattr(methods.get(n), "example")]
+    return sorted({*ARMS, *(n for n in found if hasattr(methods.get(n), "example"))})
 
 
 def made(name, lm, key):
-    """The example of a method; of model arithmetic a formula without a classifier, which the reference has neither."""
-    module = methods.get(name)
-    control = module.init(lm, key, **FORMULA) if name == "arithmetic" else module.example(lm, key)
-    return jax.tree.map(jnp.asarray, control)
+    """The control of an arm, or the example of a method."""
+    make = ARMS.get(name) or methods.get(name).example
+    return jax.tree.map(jnp.asarray, make(lm, key))
 
 
 def streams(control):
@@ -68,16 +101,17 @@ def weights(lm):
 
 
 def passes(lm, control):
-    return 1 + sum((s.copies or 1) * weights(s.lm) / weights(lm) for s in streams(control))
+    read = sum((s.copies or 1) * (1 + s.ahead) * weights(s.lm) / weights(lm) for s in streams(control))
+    return 1 + (read / (control.k + 1) if isinstance(control, Speculative) else read)
 
 
 def prompts_for(control, tokens):
     """Prompts with what the streams of a control read in their place."""
-    cond, generator = {}, np.random.default_rng(1)
+    cond, generator, most = {}, np.random.default_rng(1), int(tokens.max()) + 1
     for stream in streams(control):
         if stream.own is not None:
             size = (len(tokens), *(() if stream.copies is None else (stream.copies,)), DESCRIPTION)
-            head = generator.integers(0, 1000, size)
+            head = generator.integers(0, most, size)
             body = tokens if stream.copies is None else np.repeat(tokens[:, None], stream.copies, axis=1)
             cond[stream.own] = jnp.asarray(head if stream.before else np.concatenate([head, body], -1), jnp.int32)
     keys = rng.per_example(jax.random.key(1), jnp.arange(len(tokens)))
@@ -109,8 +143,8 @@ def authors_way(torch, model, inputs, combine, new):
 def references(torch, tokens):
     """Method -> (inputs of the calls, what combines their logits), with the authors' arithmetic, for one text: GeDi's
     sums up the likelihood of what was written."""
-    ids = torch.as_tensor(tokens, dtype=torch.long)
-    described = torch.cat([torch.randint(0, 1000, (2 * len(ids), DESCRIPTION)), ids.repeat(2, 1)], 1)
+    ids, most = torch.as_tensor(tokens, dtype=torch.long), int(tokens.max()) + 1
+    described = torch.cat([torch.randint(0, most, (2 * len(ids), DESCRIPTION)), ids.repeat(2, 1)], 1)
     coded = torch.cat([torch.full((2 * len(ids), 2), 7), ids.repeat(2, 1)], 1)
     total = torch.zeros(2 * len(ids), 1)
 
@@ -140,10 +174,10 @@ def references(torch, tokens):
 
 def define(fv):
     flags.DEFINE_multi_integer("batch", [1, 8], "rows at once", 1, flag_values=fv)
-    flags.DEFINE_multi_string("method", None, "the methods that are measured; all by default", flag_values=fv)
+    flags.DEFINE_multi_string("method", None, "methods and arms that are measured; all by default", flag_values=fv)
+    flags.DEFINE_enum("shape", "gpt2", list(SHAPES), "of the base model", flag_values=fv)
     flags.DEFINE_integer("prompt", 32, "tokens of a prompt", 1, flag_values=fv)
     flags.DEFINE_integer("new", 32, "new tokens", 1, flag_values=fv)
-    flags.DEFINE_integer("layers", 12, "layers of the base model", 1, flag_values=fv)
     flags.DEFINE_integer("repeats", 5, "rounds of measurement", 1, flag_values=fv)
     flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=fv)
 
@@ -158,18 +192,19 @@ def main(argv, session):
 
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    lm = Transformer.gpt2(depth=args.layers)
+    lm = Transformer.gpt2(**SHAPES[args.shape])
     params = jax.jit(lm.init)(jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
         hf.save(folder, lm, params)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    params = jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(params))
+    params = jax.block_until_ready(jax.jit(lm.unstack)(params))
     sampling, rows = Sampling(max_new=args.new, greedy=True), []
 
     def reference(name, tokens):
         return authors_way(torch, model, *references(torch, tokens)[name], args.new)
 
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}, one thread each")
+    print(f"{args.shape}, random weights: prompts of {args.prompt} tokens, {args.new} new, medians of {args.repeats}")
     for batch in args.batch:
         tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, args.prompt)).astype(np.int32)
         theirs = set(references(torch, tokens))
@@ -178,7 +213,7 @@ def main(argv, session):
             given = prompts_for(control, tokens)
 
             def run(control, given=given):
-                return jax.block_until_ready(generate(lm, params, given, control, sampling))
+                return jax.block_until_ready(strategies.run(lm, params, given, control, sampling))
 
             calls = [lambda control=control: run(control), lambda: run(IDENTITY)]
             if name in theirs:

@@ -9,7 +9,7 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream
+from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.support import removed
 from ctg_jax.types import InputError
 
@@ -55,11 +55,7 @@ class Experts(Control):
         strength, readings = state
         size, found, after = z.shape[-1], {"expert": z, "anti": z}, {}
         for name, stream in self.sides().items():
-            if stream.lm.vocab != size and not (self.trim and stream.lm.vocab > size):
-                raise InputError(
-                    f"The {name} has a vocabulary of {stream.lm.vocab} tokens and the base model one of {size}: use "
-                    "models that share one tokenizer."
-                )
+            check_vocabulary(f"The {name}", stream.lm.vocab, size, larger=self.trim)
             read, _, after[name] = stream.read(tokens, mask, z.shape[1], readings[name])
             found[name] = read[..., :size]
         known = ~(removed(found["expert"]) | removed(found["anti"]))

@@ -273,6 +273,16 @@ class LastTokens(Control):
         return x, mask & (jnp.arange(x.shape[1]) >= x.shape[1] - self.keep)[None, :]
 
 
+def check_vocabulary(name: str, found: int, vocab: int, larger: bool = False) -> None:
+    """InputError where what is called `name` predicts `found` tokens and the base model `vocab`; `larger`: whether it
+    may have more, which are left out."""
+    if found != vocab and not (larger and found > vocab):
+        raise InputError(
+            f"{name} has a vocabulary of {found} tokens and the base model one of {vocab}: use models that share one "
+            "tokenizer."
+        )
+
+
 def log_probabilities(z: jax.Array) -> jax.Array:
     """Log-probabilities float32 [..., V] of the tokens that logits z leave; `REMOVED` for the others."""
     return jnp.where(removed(z), REMOVED, jax.nn.log_softmax(z, axis=-1))

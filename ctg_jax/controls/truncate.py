@@ -189,6 +189,11 @@ class RepetitionPenalty(Control):
         return jnp.zeros((prompts.tokens.shape[0], self.vocab), bool)
 
     def logits(self, z, h, tokens, mask, state):
+        if self.vocab != z.shape[-1]:
+            raise InputError(
+                f"The repetition penalty is of a vocabulary of {self.vocab} tokens, but the model has {z.shape[-1]}: "
+                "make it for this model."
+            )
         seen = seen_so_far(tokens, mask, state, z.shape[1])
         theta = _broadcast(self.theta, z)
         return jnp.where(seen, jnp.where(z > 0, z / theta, z * theta), z), seen[:, -1]

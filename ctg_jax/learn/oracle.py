@@ -12,7 +12,7 @@ from flax import struct
 
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream
+from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
@@ -67,6 +67,7 @@ class Nado(Control):
 
     def logits(self, z, h, tokens, mask, state):
         strength, reading = state
+        check_vocabulary("The oracle", self.value["kernel"].shape[0], z.shape[-1])
         r, reading = self.odds(z, h, tokens, mask, reading)
         return z + strength * jax.nn.log_sigmoid(r), (strength, reading)
 

@@ -20,6 +20,7 @@ from ctg_jax.controls import constraints, truncate
 from ctg_jax.controls.codes import coded
 from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop
+from ctg_jax.decode.checks import check_rows
 from ctg_jax.learn import train
 from ctg_jax.learn.losses import control_loss
 from ctg_jax.learn.optimizer import optimizer
@@ -29,7 +30,7 @@ from ctg_jax.methods import dexperts, finetune, steer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run import checkpoint
 from ctg_jax.support import removed
-from ctg_jax.types import Sampling
+from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny()
 PARAMS = worlds.lively(LM)
@@ -329,6 +330,18 @@ def test_large_models_fit_on_paper(name, shape, depth):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     plan = Plan(axes={"data": 8, "tensor": 8}, rules=DECODER)
     print(f"{shape}: {plan.bytes_per_device(params) / 2**30:.2f} GiB of parameters on each device of 8 x 8")
+
+
+@pytest.mark.parametrize("which", [n for n in METHODS if ".logits." in methods.get(n).__name__])
+def test_a_model_of_another_vocabulary_is_refused_in_a_sentence_or_served(which):
+    """Nothing is computed: the decode loop is traced for a model with more tokens than the control was made for."""
+    larger, control = worlds.tiny(vocab=13), build(which)
+    params = jax.eval_shape(larger.init, jax.random.key(0))
+    try:
+        check_rows(larger, PROMPTS, control, 2)
+        jax.eval_shape(lambda p, c: loop.loop(larger, p, PROMPTS, c, Sampling(max_new=2)), params, control)
+    except InputError as e:
+        assert "vocabulary" in str(e) and "11 tokens" in str(e) and "13" in str(e)
 
 
 def test_sharding_rules_name_every_leaf_of_a_control(control):

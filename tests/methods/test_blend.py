@@ -102,7 +102,7 @@ def test_bad_input_raises_one_sentence():
         (dict(reads="entropy"), "reads is 'entropy', expected one of"),
         (dict(width=0), "width is 0 and depth 3"),
         (dict(scale=1.5), "scale is 1.5, expected a number from 0 to 1"),
-        (dict(small={**SHAPE, "vocab": 2}), "The small model has 2 tokens and the base 3"),
+        (dict(small={**SHAPE, "vocab": 2}), "The small model has a vocabulary of 2 tokens and the base model one of 3"),
     ]:
         with pytest.raises(InputError, match=words):
             blend.init(WORLD, jax.random.key(0), **{"small": SHAPE, **settings})

@@ -36,7 +36,7 @@ from ctg_jax import methods
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
 from ctg_jax.controls.formula import Formula, parse
-from ctg_jax.controls.streams import Stream, log_probabilities
+from ctg_jax.controls.streams import Stream, check_vocabulary, log_probabilities
 from ctg_jax.data.ids import check_shared
 from ctg_jax.data.instructions import instructed
 from ctg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -93,11 +93,7 @@ class Arithmetic(Control):
         strength, readings = state
         logps, after, known = [log_probabilities(z)], [], ~removed(z)
         for i, (stream, reading) in enumerate(zip(self.streams, readings)):
-            if stream.lm.vocab != z.shape[-1]:
-                raise InputError(
-                    f"Model {i + 1} of the formula has a vocabulary of {stream.lm.vocab} tokens and the base model one "
-                    f"of {z.shape[-1]}: use models that share one tokenizer."
-                )
+            check_vocabulary(f"Model {i + 1} of the formula", stream.lm.vocab, z.shape[-1])
             found, _, reading = stream.read(tokens, mask, z.shape[1], reading)
             after.append(reading)
             for q in [found] if stream.copies is None else jnp.moveaxis(found, 1, 0):

@@ -26,7 +26,7 @@ from jax import lax
 from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream, log_probabilities, mixture
+from ctg_jax.controls.streams import Stream, check_vocabulary, log_probabilities, mixture
 from ctg_jax.data.ids import check_shared
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -76,6 +76,7 @@ class Blend(Control):
 
     def logits(self, z, h, tokens, mask, state):
         strength, reading = state
+        check_vocabulary("The small model", self.small.lm.vocab, z.shape[-1], larger=True)
         other, _, reading = self.small.read(tokens, mask, z.shape[1], reading)
         p, q = log_probabilities(z), log_probabilities(other[..., : z.shape[-1]])
         return z + mixture(p, q, strength * jax.nn.sigmoid(self.odds(p, q))) - p, (strength, reading)
@@ -130,8 +131,7 @@ def init(
     if not isinstance(scale, jax.Array) and not np.all((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)):
         raise InputError(f"scale is {scale}, expected a number from 0 to 1.")
     other = of_record(small)
-    if other.vocab < lm.vocab:
-        raise InputError(f"The small model has {other.vocab} tokens and the base {lm.vocab}: use the same tokenizer.")
+    check_vocabulary("The small model", other.vocab, lm.vocab, larger=True)
     size = 2 * (reads in ("entropies", "both")) + 2 * lm.vocab * (reads in ("probabilities", "both"))
     sizes = [size, *([] if reads == "none" else [width] * depth), lm.vocab if vector else 1]
     a, *keys = jax.random.split(key, len(sizes))

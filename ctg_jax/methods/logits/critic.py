@@ -41,7 +41,7 @@ from jax import lax
 from ctg_jax import methods, rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream
+from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.data.ids import check_shared
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.learn import fitting, losses
@@ -137,11 +137,7 @@ def linked(link: str, after: jax.Array, before: jax.Array, real: jax.Array) -> j
 
 def check_sizes(judge: LM, top: int, vocab: int) -> None:
     """InputError where a vocabulary is too small for the critic or for K candidates."""
-    if judge.vocab < vocab:
-        raise InputError(
-            f"The critic has a vocabulary of {judge.vocab} tokens and the base model one of {vocab}: use a model with "
-            "the same tokenizer."
-        )
+    check_vocabulary("The critic", judge.vocab, vocab, larger=True)
     if not 1 <= top <= vocab:
         raise InputError(f"top is {top}, but the vocabulary has {vocab} tokens: expected 1 to {vocab} candidates.")
 

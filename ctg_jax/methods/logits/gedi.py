@@ -32,7 +32,7 @@ from flax import struct
 from ctg_jax import rng
 from ctg_jax.control import Chain, Control
 from ctg_jax.controls.conditions import check_choice, gathered, per_row
-from ctg_jax.controls.streams import Stream, heard, log_probabilities
+from ctg_jax.controls.streams import Stream, check_vocabulary, heard, log_probabilities
 from ctg_jax.controls.truncate import smallest_cover
 from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.data.ids import check_shared
@@ -100,11 +100,7 @@ class Gedi(Control):
     def logits(self, z, h, tokens, mask, state):
         strength, one, (total, count, last), reading = state
         new, size = z.shape[1], z.shape[2]
-        if self.reader.lm.vocab < size:
-            raise InputError(
-                f"The class-conditional model has a vocabulary of {self.reader.lm.vocab} tokens and the base model one "
-                f"of {size}: use models that share one tokenizer."
-            )
+        check_vocabulary("The class-conditional model", self.reader.lm.vocab, size, larger=True)
         whole = last is None and not self.skip
         r, _, reading = self.reader.read(tokens, mask, new, reading, everything=whole)
         r = r[..., :size]
@@ -173,11 +169,7 @@ def init(
     if len(limits) > 2 or not all(0 <= x <= 1 for x in limits.values()):
         raise InputError(f"filter is {dict(filter or {})}, expected cover and tau, numbers from 0 to 1.")
     reader = lm if small is None else of_record(small)
-    if reader.vocab < lm.vocab:
-        raise InputError(
-            f"The small model has a vocabulary of {reader.vocab} tokens and the base model one of {lm.vocab}: use a "
-            "model with the same tokenizer."
-        )
+    check_vocabulary("The small model", reader.vocab, lm.vocab, larger=True)
     a, b, c = jax.random.split(key, 3)
     behind = SoftPrompt(soft_prompt(b, vectors, reader.width, choices=classes), choice="copy")
     change = Chain((fitting.delta(reader, c, **(adapter or {})), behind))

@@ -32,7 +32,7 @@ from flax import struct
 from ctg_jax import methods, rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition, per_row
-from ctg_jax.controls.streams import Stream
+from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.data.ids import check_shared
 from ctg_jax.learn import fitting, losses, preferences
 from ctg_jax.learn.fitting import Adapter, Training
@@ -88,11 +88,7 @@ class GenArm(Control):
     def logits(self, z, h, tokens, mask, state):
         size, after, out = z.shape[-1], [], z
         for k, (stream, strength, reading) in enumerate(zip(self.rewards, *state)):
-            if stream.lm.vocab < size:
-                raise InputError(
-                    f"Reward model {k + 1} has a vocabulary of {stream.lm.vocab} tokens and the base model one of "
-                    f"{size}: use models that share one tokenizer."
-                )
+            check_vocabulary(f"Reward model {k + 1}", stream.lm.vocab, size, larger=True)
             r, _, reading = stream.read(tokens, mask, z.shape[1], reading)
             r = r[..., :size]
             after.append(reading)
@@ -133,11 +129,7 @@ def init(
     if len(share) != models or not np.all(np.isfinite(share)):
         raise InputError(f"share is {list(share)}, expected {models} finite numbers, one for each reward model.")
     reader = lm if small is None else of_record(small)
-    if reader.vocab < lm.vocab:
-        raise InputError(
-            f"The small model has a vocabulary of {reader.vocab} tokens and the base model one of {lm.vocab}: use a "
-            "model with the same tokenizer."
-        )
+    check_vocabulary("The small model", reader.vocab, lm.vocab, larger=True)
     streams = []
     for k in range(models):
         a, b = jax.random.split(rng.stream(key, f"model {k}"))

@@ -31,7 +31,7 @@ from jax import lax
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import check_choice, condition, per_row
 from ctg_jax.controls.constraints import marks
-from ctg_jax.controls.streams import Reading, Stream, log_probabilities
+from ctg_jax.controls.streams import Reading, Stream, check_vocabulary, log_probabilities
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -96,6 +96,7 @@ class Pplm(Control):
     def logits(self, z, h, tokens, mask, state):
         strength, reading, picked, (total, count) = state
         m, lm, params = z.shape[1], self.reader.lm, self.reader.params
+        check_vocabulary("PPLM's reader", lm.vocab, z.shape[-1])
         cache, old = reading.cache, tokens.shape[1] - m
         if not reading.started and old:
             x = lm.embed(params, tokens[:, :old])

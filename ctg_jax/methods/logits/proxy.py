@@ -27,7 +27,7 @@ import numpy as np
 from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY
 from ctg_jax.controls.experts import Experts, experts
-from ctg_jax.controls.streams import Stream
+from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.data.ids import check_shared
 from ctg_jax.data.instructions import instructed
 from ctg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -72,11 +72,7 @@ def init(
     """
     plus, minus = (hf.shape(m) if isinstance(m, str) else of_record(m) for m in (expert, anti))
     for name, small in (("expert", plus), ("anti", minus)):
-        if small.vocab < lm.vocab:
-            raise InputError(
-                f"The {name} has a vocabulary of {small.vocab} tokens and the base model one of {lm.vocab}: use a "
-                "model with the same tokenizer."
-            )
+        check_vocabulary(f"The {name}", small.vocab, lm.vocab, larger=True)
     a, b, c = jax.random.split(key, 3)
     tuned = methods.get("finetune").init
     change = IDENTITY if adapter is None else tuned(plus, c, **adapter)

@@ -33,7 +33,7 @@ from flax import struct
 from ctg_jax import methods, rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream
+from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.data.instructions import instructed
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
@@ -78,6 +78,7 @@ class Residual(Control):
 
     def logits(self, z, h, tokens, mask, state):
         strength, reading = state
+        check_vocabulary("The plug-in", self.plugin.lm.vocab, z.shape[-1])
         extra = h.astype(jnp.float32) @ self.project.T
         r, _, reading = self.plugin.read(tokens, mask, z.shape[1], reading, extra=extra)
         return jnp.where(removed(z), z, (1 - strength) * z + strength * r), (strength, reading)

@@ -11,7 +11,7 @@ The reward of a whole text is learned from by the policy gradient with a baselin
 then the token, and their gradient is that of log g(choice) + log p_choice(token), so a token that the base gave teaches
 g alone (kind "joint"). Here a sample is the token, and kind "marginal", the default, uses log q(token): it is the mean
 of the former over the choices that may have given the token, so its variance is smaller. For "joint" the choice is
-drawn from its posterior given the token, which is the same as drawing it before. Both can be clipped as in PPO.
+drawn from its posterior given the token, as good as drawing it before. Both can be clipped as in PPO.
 
 The authors' context is an LSTM of two layers and 512 units, whose place "stream" takes; their selector gives two logits
 to a softmax, of which σ of the difference is the same. Their ablations (the larger of the two distributions, a random
@@ -34,7 +34,7 @@ from jax import lax
 from ctg_jax import methods, rng
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.streams import Stream, log_probabilities, mixture
+from ctg_jax.controls.streams import Stream, check_vocabulary, log_probabilities, mixture
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, losses
@@ -116,7 +116,8 @@ class Selective(Control):
     def logits(self, z, h, tokens, mask, state):
         strength, reading = state
         c, reading = self.context(h, tokens, mask, z.shape[1], reading)
-        own = self.lm.unembed(self.head, self.moved(h, c))[..., : z.shape[-1]]
+        check_vocabulary("The adapter", self.lm.vocab, z.shape[-1])
+        own = self.lm.unembed(self.head, self.moved(h, c))
         p, adapted = log_probabilities(z), log_probabilities(remove(own, removed(z)))
         g = strength * jax.nn.sigmoid(self.odds(c))[..., None]
         return z + mixture(p, adapted, g) - p, (strength, reading)
@@ -221,7 +222,7 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
         adapted = Read(control.head, control.moved(text.hidden, c), lm=lm)
 
         def chances(z, own, token):
-            return -losses.next_token(z, token), -losses.next_token(own[..., : z.shape[-1]], token)
+            return -losses.next_token(z, token), -losses.next_token(own, token)
 
         p, own = reduced((text.replace(control=IDENTITY, state=()), adapted), chances, completion)
         odds = control.odds(c)
@@ -246,8 +247,7 @@ def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
         out, weight = losses.masked_sum(-gain, mask)
         error, _ = losses.masked_sum(0.5 * jnp.square(v - reward), mask)
         share, _ = losses.masked_sum(jnp.exp(now[0]), mask)
-        metrics = {"value_error": (error, weight), "adapter": (share, weight)}
-        return Sum(out + objective.value * error, weight, metrics)
+        return Sum(out + objective.value * error, weight, {"value_error": (error, weight), "adapter": (share, weight)})
 
     return total
 

@@ -57,6 +57,21 @@ def labelled(records: Sequence[Record], where: str, field: str = "label", classe
     return [records[i] for i in kept]
 
 
+def of_all_classes(records: Sequence[Record], where: str, classes: int) -> list[Record]:
+    """`labelled` for a classifier, which learns nothing where it has not seen every class.
+
+    Raises:
+      InputError: what `labelled` raises, or no text has one of the labels 0 to classes - 1.
+    """
+    found = labelled(records, where, classes=classes)
+    if missing := set(range(classes)) - {int(r["label"]) for r in found}:
+        raise InputError(
+            f"{where}: none of the {len(found)} labelled texts has the label {min(missing)}, but a classifier of "
+            f"{classes} classes learns from texts of each: give texts of all classes"
+        )
+    return found
+
+
 def check_class(value: Any, classes: int, what: str) -> None:
     """InputError unless a value is a whole number from 0 to classes - 1."""
     if not isinstance(value, int) or not 0 <= value < classes:

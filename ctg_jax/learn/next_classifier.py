@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ctg_jax.data.labels import labelled
+from ctg_jax.data.labels import of_all_classes
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, losses
@@ -69,10 +69,10 @@ def next_classifier(
       training: how it is trained. seed: of the order of texts.
 
     Raises:
-      InputError: a label that is neither 0 nor 1, and what training raises.
+      InputError: a label that is neither 0 nor 1, or no text of one of the two, and what training raises.
     """
     model, params, tokenizer = open_lm(lm)
-    source = Source(str(data.path), "", labelled(data.rows("data.jsonl"), str(data.path), classes=2))
+    source = Source(str(data.path), "", of_all_classes(data.rows("data.jsonl"), str(data.path), 2))
     batches = pipeline(
         source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=("label",)
     )  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ctg_jax.data.labels import is_label, labelled
-from ctg_jax.learn import attributes, embeddings
-from ctg_jax.methods import cav, ctrl, diffusion_lm, finetune, lm_steer, mdlm, steer
+from ctg_jax.learn import attributes, embeddings, next_classifier
+from ctg_jax.methods import cav, ctrl, diffusion_lm, finetune, lm_steer, mdlm, pplm, steer
 from ctg_jax.rewards import BagOfWords, LinearProbe
 from ctg_jax.run.stage import stage, write_jsonl
 from ctg_jax.stages import judges, sources
@@ -97,6 +97,14 @@ def test_lm_steer_and_classes(counted):
         labelled([{"label": 1}, {"label": 7}], "x", classes=2)
     with pytest.raises(InputError, match=r"label of record 0 of x is 0\.7"):
         labelled([{"label": 0.7}], "x", classes=2)
+
+
+@pytest.mark.parametrize("learns", [next_classifier.next_classifier, pplm.pplm], ids=["next token", "pplm"])
+def test_a_classifier_needs_texts_of_every_class(small, learns):
+    root, lm, _ = small
+    data = stage(root, records, {"rows": [r for r in rows(0) if r["label"] == 1]})
+    with pytest.raises(InputError, match=r"none of the 6 labelled texts has the label 0, but a classifier of 2"):
+        stage(root, learns, {}, lm=lm, data=data)
 
 
 @pytest.mark.parametrize("method", [ctrl, finetune, cav], ids=lambda m: m.__name__.rpartition(".")[2])

@@ -32,7 +32,7 @@ from ctg_jax.control import Control
 from ctg_jax.controls.conditions import check_choice, condition, per_row
 from ctg_jax.controls.constraints import marks
 from ctg_jax.controls.streams import Reading, Stream, check_vocabulary, log_probabilities
-from ctg_jax.data.labels import labelled
+from ctg_jax.data.labels import of_all_classes
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tokenizer import Tokenizer
@@ -308,9 +308,9 @@ def pplm(
       seed: of the order of texts.
 
     Raises:
-      InputError: a label that is no class, and what `init` and training raise.
+      InputError: a label that is no class, a class without a text, and what `init` and training raise.
     """
-    records = labelled(data.rows("data.jsonl"), str(data.path), classes=classes)
+    records = of_all_classes(data.rows("data.jsonl"), str(data.path), classes)
     model, params, tokenizer = open_lm(lm)
     made = {"steps": 10, **fitting.divided(control or {}, init)[0], "classes": classes}
     learner = init(model, jax.random.key(seed), **made)

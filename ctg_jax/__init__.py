@@ -2,8 +2,9 @@
 
 data ──fit──▶ Control ──generate──▶ Samples ──reward──▶ Report
 
-`load` and `load_control` are the front door (`ctg_jax.door`), and methods are found by name: `ctg_jax.steer` is the
-module `ctg_jax.methods.get("steer")`. Both are imported when they are first used, so `import ctg_jax` stays cheap.
+`load`, `load_control` and `calibrate` are the front door (`ctg_jax.door`), and methods are found by name:
+`ctg_jax.steer` is the module `ctg_jax.methods.get("steer")`. Both are imported when they are first used, so `import
+ctg_jax` stays cheap.
 """
 
 import importlib
@@ -21,6 +22,7 @@ __all__ = [
     "Prompts",
     "Samples",
     "Sampling",
+    "calibrate",
     "forward",
     "generate",
     "load",
@@ -28,10 +30,11 @@ __all__ = [
     "score",
 ]
 __version__ = "0.1.0"
+_DOOR = ("calibrate", "load", "load_control")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "load_control"):
+    if name in _DOOR:
         return getattr(importlib.import_module("ctg_jax.door"), name)
     if name.isidentifier() and any((Path(__file__).parent / "methods").glob(f"*/{name}.py")) and name[0] != "_":
         return importlib.import_module("ctg_jax.methods").get(name)

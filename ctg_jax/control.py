@@ -278,6 +278,17 @@ def with_strength(control: Control, value: Any) -> Control:
     return found
 
 
+def strength_of(control: Control) -> Any:
+    """The strength that `with_strength` sets: the leaf `scale` or `alpha` of the control, or else that of the first
+    control that it holds and that has one; None where there is none."""
+    values = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
+    if own := [values[name] for name in STRENGTHS if name in values]:
+        return own[0]
+    held = (part for x in values.values() for part in (x if isinstance(x, tuple) else (x,)))
+    found = (strength_of(part) for part in held if isinstance(part, Control))
+    return next((strength for strength in found if strength is not None), None)
+
+
 def _set(control: Control, value: jax.Array) -> Control | None:
     values = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
     if own := [name for name in STRENGTHS if name in values]:

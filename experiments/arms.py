@@ -1,16 +1,17 @@
 """The arms of an experiment, the entries of its section `methods`: a dataclass for each kind of arm.
 
     Plain       the language model alone                      filter
-    Fitted      a method, fitted                              method, fit, data, rewards, strengths
+    Fitted      a method, fitted                              method, fit, data, rewards, strengths or kl
     Direction   latent vectors made into one control          the same, and direction
-    Made        a method that needs no training               method, init, strengths
-    Together    other arms in one chain                       chain: label -> strength; strengths multiply them
+    Made        a method that needs no training               method, init, strengths or kl
+    Together    other arms in one chain                       chain: label -> strength; strengths or kl multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
     Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
     Searched    a search of the language model or of a chain  search, rewards, chain
 
-Every arm may have `filter` (options of `ctg_jax.controls.truncate`, and `speculate`, see `stages.sampling.build`) and
-`truncate_first`, which replace those of the section `sample`.
+Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `truncate_first`, which replace those of the
+section `sample`. In place of `strengths` an arm may have `kl`, nats per token to the base, each of which becomes the
+strength that gives it on the texts of the section `calibrate`, so that arms are compared at equal KL.
 """
 
 from __future__ import annotations
@@ -69,13 +70,25 @@ class Plain(Arm):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodArm(Arm):
-    """A control of one method. `strengths`: the strengths to sample at; None for the one that it was made with."""
+class Swept(Arm):
+    """Controls at several strengths. `strengths`: those to sample at; None for the ones that they were made with. `kl`:
+    in their place the KL to the base, nats per token, of each."""
 
     learns: ClassVar[bool] = True
 
-    method: str
     strengths: tuple[float, ...] | None = None
+    kl: tuple[float, ...] | None = None
+
+    def check(self, label, arms):
+        if self.kl is not None and self.strengths is not None:
+            raise InputError(f"methods.{label} has both strengths and kl: give one of them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodArm(Swept):
+    """A control of one method."""
+
+    method: str
 
     @property
     def likelihood(self) -> bool:
@@ -95,6 +108,7 @@ class Fitted(MethodArm):
     rewards: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
 
     def check(self, label, arms):
+        super().check(label, arms)
         module = methods.get(self.method)
         if not hasattr(module, "fit"):
             raise InputError(
@@ -136,6 +150,7 @@ class Made(MethodArm):
     init: Settings
 
     def check(self, label, arms):
+        super().check(label, arms)
         try:
             methods.maker(self.method)
         except InputError as e:
@@ -144,16 +159,17 @@ class Made(MethodArm):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Together(Arm):
+class Together(Swept):
     """Other arms in one chain, each at its own strength times that of the chain."""
 
-    learns: ClassVar[bool] = True
-
     chain: Mapping[str, float]
-    strengths: tuple[float, ...] | None = None
 
     def check(self, label, arms):
-        check_chain(label, self.chain, arms)
+        super().check(label, arms)
+        known = [name for name, arm in arms.items() if isinstance(arm, MethodArm)]
+        for other in self.chain:
+            if other not in known:
+                raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,12 +31,14 @@ from ctg_jax.learn.search import searched
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact, UnfinishedError, nearest, stage
 from ctg_jax.stages import controls, judges, sampling, sources
+from ctg_jax.stages.strengths import calibrate
 from ctg_jax.studies.label_transfer import direction
 from ctg_jax.types import InputError
 from experiments.arms import Arm, BestOf, Corrected, Direction, Fitted, Made, MethodArm, Searched, Together, read
 
 log = logging.getLogger("ctg_jax.experiment")
-_KEYS = ("title", "lm", "prompts", "sample", "judges", "evaluate", "methods")
+_KEYS = ("title", "calibrate", "lm", "prompts", "sample", "judges", "evaluate", "methods")
+_OPTIONAL = 2  # the first of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,8 @@ def _rows(
     """The rows of one arm."""
     mine, likely, measure = [], _likelihood(arm, arms), fixed.measure
     seed = settings["sample"].get("seed", 0)
-    for strength, samples, made, strengths in sampled(root, fixed.lm, fixed.prompts, settings["sample"], arm, arms):
+    common, levels = settings["sample"], settings.get("calibrate")
+    for strength, samples, made, strengths in sampled(root, fixed.lm, fixed.prompts, common, arm, arms, levels):
         options = measure if likely else {key: value for key, value in measure.items() if key != "kl"}
         figures = stage(root, judges.evaluate, options, samples=samples, **fixed.given)
         read = None
@@ -152,9 +155,9 @@ def check_data(root: str, settings: dict[str, Any], arms: Mapping[str, Arm]) -> 
       InputError: what `load_data` raises; labels that are texts, where a method reads numbers.
     """
     stage(root, sources.load_data, settings["prompts"])
-    for name in ("references", "human"):
-        if settings["evaluate"].get(name):
-            stage(root, sources.load_data, settings["evaluate"][name])
+    for section in (settings["evaluate"].get("references"), settings["evaluate"].get("human"), _levels(settings)):
+        if section:
+            stage(root, sources.load_data, section)
     for _, options in scorers(settings):
         for key in ("data", "heldout"):
             found = options.get(key) or {}
@@ -185,7 +188,7 @@ def inputs(root: str, config: ConfigDict) -> list[str]:
     """Ids of the language models, data, judges and rewards that a configuration starts from. No stage runs."""
     settings = config.to_dict()
     measure = settings["evaluate"]
-    sections = [settings["prompts"], measure.get("references"), measure.get("human")]
+    sections = [settings["prompts"], measure.get("references"), measure.get("human"), _levels(settings)]
     root = Session.of(root).dry_run()
     found = [language_model(root, settings["lm"])]
     found += [language_model(root, measure["fluency"])] if measure.get("fluency") else []
@@ -233,10 +236,21 @@ def check(settings: dict[str, Any]) -> dict[str, Arm]:
     for key in settings:
         if key not in _KEYS:
             raise InputError(f"the configuration has an unknown section {key!r}{nearest(key, _KEYS)}")
-    for key in _KEYS[1:]:
+    for key in _KEYS[_OPTIONAL:]:
         if key not in settings:
             raise InputError(f"the configuration lacks the section {key!r}")
-    return read(settings["methods"])
+    arms = read(settings["methods"])
+    for label, arm in arms.items():
+        if getattr(arm, "kl", None) and not _levels(settings):
+            raise InputError(
+                f"methods.{label} has kl, but there are no texts to find its strength on: give calibrate.data"
+            )
+    return arms
+
+
+def _levels(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of `load_data` of the section `calibrate`, or None."""
+    return (settings.get("calibrate") or {}).get("data")
 
 
 def language_model(root: str, settings: dict[str, Any]) -> Artifact:
@@ -321,10 +335,16 @@ Sampled = tuple[float | None, Artifact, list[Artifact], list[float | None]]
 
 
 def sampled(
-    root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: Arm, arms: Mapping[str, Arm]
+    root: str,
+    lm: Artifact,
+    prompts: Artifact,
+    common: dict[str, Any],
+    arm: Arm,
+    arms: Mapping[str, Arm],
+    levels: Mapping[str, Any] | None = None,
 ) -> Iterator[Sampled]:
     """(strength, samples, controls, their strengths) of one arm at each of its strengths; `arms` are those that a chain
-    may name."""
+    may name, and `levels` is the section `calibrate`."""
     if isinstance(arm, BestOf):
         yield from best_of(root, lm, prompts, common, arm)
         return
@@ -336,7 +356,11 @@ def sampled(
     else:
         found = [(control_of(root, lm, arm), None)] if isinstance(arm, MethodArm) else []
     parts = [control for control, _ in found]
-    for strength in getattr(arm, "strengths", None) or (None,):
+    values = [value for _, value in found]
+    at = getattr(arm, "strengths", None) or (None,)
+    if getattr(arm, "kl", None):
+        at = [strength_at(root, lm, levels, parts, values, kl) for kl in arm.kl]
+    for strength in at:
         strengths = [
             strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
         ]
@@ -348,26 +372,17 @@ def sampled(
         yield strength, samples, parts, strengths
 
 
-def found_by_search(
-    root: str, lm: Artifact, prompts: Artifact, settings: Mapping[str, Any], arm: Searched, parts: list[Artifact]
-) -> Artifact:
-    """The samples of a search, with the settings of `sample` but for those that it does not have."""
-    settings = {key: value for key, value in settings.items() if key not in ("greedy", "truncate_first")}
-    inputs = {"rewards": rewards(root, arm), "controls": parts}
-    return stage(root, searched, settings | {"plan": dict(arm.search)}, lm=lm, prompts=prompts, **inputs)
-
-
-def revised(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: Corrected) -> Iterator[Sampled]:
-    """(strength, samples, the corrector, its strength): samples of the frozen model after an arm's revisions."""
-    control, settings = control_of(root, lm, arm), {**common, **arm.sampling}
-    drawn = settings | {"n": settings.get("n", 1) * arm.correct.get("drafts", 1)}
-    samples = stage(root, sampling.sample, drawn, lm=lm, prompts=prompts)
-    template = dict(arm.fit.get("pairs") or {}).get("template")
-    options = {key: value for key, value in settings.items() if key != "n"} | dict(arm.correct)
-    options |= {"template": template} if template else {}
-    for strength in arm.strengths or (None,):
-        given = dict(lm=lm, corrector=control, samples=samples, strength=strength)
-        yield strength, corrected(root, **given, **options), [control], [strength]
+def strength_at(
+    root: str, lm: Artifact, levels: Mapping[str, Any], parts: list[Artifact], values: list[float | None], kl: float
+) -> float:
+    """The strength of an arm at which its KL to the base is `kl` nats per token, on the texts of the section
+    `calibrate`."""
+    settings = dict(levels)
+    data = stage(root, sources.load_data, settings.pop("data"))
+    settings |= {"kl": kl, "strengths": values}
+    found = stage(root, calibrate, settings, lm=lm, data=data, controls=parts)
+    found.check_finished()
+    return found.spec["strength"]
 
 
 def best_of(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: BestOf) -> Iterator[Sampled]:

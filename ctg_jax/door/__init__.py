@@ -13,7 +13,8 @@ is an artifact like any other, which `--control` of the scripts reads. `import c
 names are looked up when they are first used.
 """
 
+from ctg_jax.door.calibrate import Calibrated, calibrate
 from ctg_jax.door.mix import Mix, load_control
 from ctg_jax.door.model import Model, Written, load
 
-__all__ = ["Mix", "Model", "Written", "load", "load_control"]
+__all__ = ["Calibrated", "Mix", "Model", "Written", "calibrate", "load", "load_control"]

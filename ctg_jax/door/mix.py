@@ -69,6 +69,10 @@ class Mix:
     def __radd__(self, other: Control) -> Mix:
         return Mix((*mix_of(other, "the left side of +").parts, *self.parts))
 
+    def over(self, control: Control) -> Mix:
+        """This mix with other leaves: those of a control of its structure, such as its own at another strength."""
+        return self._with((control,) if len(self.parts) == 1 else control.parts)
+
     def __repr__(self) -> str:
         return " + ".join(map(_shown, self.parts)) or "no control"
 

@@ -34,7 +34,7 @@ MEASURES = {  # what is measured of an attribute -> its name for readers
 def frontier(lines: Sequence[Line], x: str, y: str, theme: str = "light") -> bytes | None:
     """One panel for each setting of the columns, one line for each method over its strengths, from small marker to
     large; where settings are changed one at a time, one line for each of them in one panel. x is the attribute, y the
-    perplexity (logarithmic where it spans a lot). None where no line has both."""
+    perplexity, or the KL to the base (logarithmic where it spans a lot). None where no line has both."""
     usable = [line for line in lines if _known(line, x) and _known(line, y)]
     panels = _panels(usable)
     if not panels:

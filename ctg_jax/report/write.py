@@ -136,6 +136,13 @@ def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tu
                 "intervals. Below at the same share is more fluent."
             )
             drawn["frontier-" + re.sub(r"[^A-Za-z0-9_-]+", "-", share.removesuffix("/share"))] = (light, dark, caption)
+        light, dark = (plots.frontier(table, share, "kl", theme) for theme in ("light", "dark"))
+        if light and dark:
+            caption = (
+                f"Control against the size of the intervention ({plots.describe(share)}, KL to the base): one line for "
+                "each method over its strengths, as above. Below at the same share changes the model less."
+            )
+            drawn["kl-" + re.sub(r"[^A-Za-z0-9_-]+", "-", share.removesuffix("/share"))] = (light, dark, caption)
     wanted = shares + [n for n in _CURVES if n in main]
     light, dark = (plots.curves(table, wanted, theme) for theme in ("light", "dark"))
     if light and dark:

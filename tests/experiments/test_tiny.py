@@ -101,6 +101,23 @@ def test_the_report_says_how_smooth_every_method_is_and_how_it_was_measured(call
     assert about["ctg_jax"].endswith(f", commit {reporting._commit()}") or reporting._commit() is None
 
 
+def test_arms_at_equal_kl_are_sampled_where_it_was_found(root):
+    """The KL asked for, either way; an arm that has no texts for it, or strengths as well, is refused."""
+    config = cli.config_of(f"{HERE / 'configs/compare_equal_kl.py'}:tiny")
+    rows = [row for row in experiment.run(str(root), config) if row.label == "steer"]
+    assert [row.strength > 0 for row in rows] == [False, True]
+    found = [json.loads((p.parent / "spec.json").read_text()) for p in root.glob("calibrate-*/DONE")]
+    assert {abs(spec["kl"] / abs(spec["config"]["kl"]) - 1) < 0.02 for spec in found} == {True}
+    assert {row.strength for row in rows} <= {spec["strength"] for spec in found}
+    config.methods.steer.strengths = (1.0,)
+    with pytest.raises(InputError, match=r"methods\.steer has both strengths and kl"):
+        experiment.run(str(root), config)
+    del config.methods.steer.strengths
+    del config.calibrate
+    with pytest.raises(InputError, match="has kl, but there are no texts to find its strength on"):
+        experiment.run(str(root), config)
+
+
 def test_references_are_data_of_the_evaluation(root, tmp_path):
     """A section of `evaluate`, not a setting; without an encoder it is refused in one sentence."""
     config = cli.config_of(f"{HERE / 'configs/truncate.py'}:tiny")

@@ -1,0 +1,55 @@
+"""The stage that finds the strength at which controls are as far from the base as was asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ctg_jax.data.messages import has_messages
+from ctg_jax.decode import strategies
+from ctg_jax.evaluation.strength import Divergence, dial, solve
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
+from ctg_jax.stages import sampling
+from ctg_jax.types import InputError
+
+
+@stage_function("calibrate", how=("batch",))
+def calibrate(
+    run: Run,
+    *,
+    lm: Artifact,
+    data: Artifact,
+    controls: Sequence[Artifact],
+    kl: float,
+    strengths: Sequence[float | None] = (),
+    tokens: int = 64,
+    batch: int = 16,
+) -> None:
+    """Stage: the strength at which the KL of controls to the base is `kl` nats per token, within 2 %, on the texts of
+    `data`; see `ctg_jax.door.calibrate`. The spec has `strength` and the `kl` there, metrics.jsonl all that was tried.
+
+    Args:
+      data: records with `text`, or `messages` that end with an answer of the assistant.
+      controls: one control, or those of a chain.
+      kl: nats per token; a negative number asks for a KL of its size at a negative strength.
+      strengths: of the controls of a chain, which keep their ratios; the one that is found multiplies them.
+      tokens, batch: texts are cut there, and rows of a compiled batch.
+
+    Raises:
+      InputError: controls without a likelihood or a strength, a KL that they do not reach, texts that are too short.
+    """
+    texts = [row["messages"] if has_messages(row) else row["text"] for row in data.rows("data.jsonl")]
+    given = list(strengths) or [None] * len(controls)
+    control = sampling.build(lm, controls, given)
+    if not strategies.of(control).likelihood:
+        raise InputError(
+            f"{controls[0].path.name} gives no text a likelihood, so it has no KL to the base: leave kl out"
+        )
+    start, at = dial(control)
+    cond = sampling.conditions(controls, lm, texts)
+    measure = Divergence(*open_lm(lm), texts, tokens=tokens, batch=batch, cond=cond)
+    found = solve(lambda value: measure(at(value)), abs(kl), math.copysign(start, kl))
+    for strength, value in found.tried:
+        run.log(strength=strength, kl=value)
+    factor = next((x for x in given if x), 1.0) if len(controls) > 1 else 1.0
+    run.record(strength=found.strength / factor, kl=found.kl)

@@ -126,6 +126,15 @@ class Control:
         """
         return state
 
+    def seen(self, state: State, tokens: jax.Array) -> State:
+        """The state that `hidden` is given while tokens are read, for a rule that depends on which tokens they are. It
+        is not kept: the next tokens are seen from the state that `init`, `began` and `logits` made.
+
+        Args:
+          tokens: int32 [B, T], one for each column of the stream; −1 for vectors that `prompt` added.
+        """
+        return state
+
     def prefix(self, state: State) -> tuple[jax.Array, jax.Array] | None:
         """Learned keys and values (k, v), each [L, B, K, P, H], that every token may attend to. They take slots of the
         cache and no positions."""
@@ -191,6 +200,9 @@ class Chain(Control):
     def began(self, state, start):
         return tuple(c.began(s, start) for c, s in zip(self.parts, state, strict=True))
 
+    def seen(self, state, tokens):
+        return tuple(c.seen(s, tokens) for c, s in zip(self.parts, state, strict=True))
+
     def prefix(self, state):
         found = [p for c, s in zip(self.parts, state, strict=True) if (p := c.prefix(s)) is not None]
         if not found:
@@ -249,6 +261,16 @@ def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tupl
             "return the number of tokens that `prompt` adds."
         )
     return longer, mask, control.began(state, jnp.sum(mask, axis=1, dtype=jnp.int32))
+
+
+def columns(control: Control, tokens: jax.Array, x: jax.Array, state: State) -> jax.Array:
+    """int32 [B, T']: the tokens int32 [B, T] of embedded prompts x [B, T, D] where they are after `Control.prompt`, for
+    `Control.seen`; −1 for the vectors that it adds."""
+    if not control.added():
+        return tokens
+    added = control.prompt(x, jnp.zeros(tokens.shape, bool), state)[1]  # only what is added is marked as real
+    at = jnp.maximum(jnp.cumsum(~added, axis=1) - 1, 0)
+    return jnp.where(added, -1, jnp.take_along_axis(tokens, at, axis=1))
 
 
 def overrides(control: Control, hook: str) -> bool:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ctg_jax.control import IDENTITY, Control, edit_logits, enter
+from ctg_jax import tree
+from ctg_jax.control import IDENTITY, Control, columns, edit_logits, enter
 from ctg_jax.controls.conditions import condition
 from ctg_jax.models.lm import LM, Cache, write_prefix
 from ctg_jax.support import REMOVED, removed
@@ -156,7 +157,7 @@ class Stream:
             raise InputError("A stream reads before it has weights: call Control.bind first, as decoding does.")
         tokens, mask, extra = (None if x is None else self._rows(x) for x in (tokens, mask, extra))
         cache, state = self._together((reading.cache, reading.state))
-        x, ids, seen = self.lm.embed(self.params, tokens), tokens, mask
+        x, ids, seen, columned = self.lm.embed(self.params, tokens), tokens, mask, tokens
         if extra is not None:
             x = x + extra[:, extra.shape[1] - x.shape[1] :].astype(x.dtype)
         last = tokens.shape[1] if everything else new
@@ -175,6 +176,8 @@ class Stream:
                     raise InputError("everything needs something before the prompt: an own prompt or learned vectors.")
                 last += 1
             t = x.shape[1] - later
+            placed = columns(self.control, ids[:, :t], x[:, :t], state)
+            columned = jnp.concatenate([placed, ids[:, t:]], axis=1)
             head, head_mask, state = enter(self.control, x[:, :t], seen[:, :t], state)
             x = jnp.concatenate([head.astype(x.dtype), x[:, t:]], axis=1)
             seen = jnp.concatenate([head_mask, mask[:, t:]], axis=1)
@@ -182,7 +185,8 @@ class Stream:
         prefix = self.control.prefix(state)
         slots = cache.k[0].shape[2] - (0 if prefix is None else prefix[0].shape[3])
         whole = not reading.started and new > 1 and x.shape[1] >= slots - 1 and not self.ahead
-        out = self.lm.apply(self.params, x, seen, None if whole else cache, self.control, state, last=last)
+        told = self.control.seen(state, columned)
+        out = self.lm.apply(self.params, x, seen, None if whole else cache, self.control, told, last=last)
         z, state = edit_logits(self.control, out.logits, out.hidden, ids, mask, state)
         after = self._apart((cache if whole else out.cache, state), len(x))
         z, h = self._apart((z, out.hidden), len(x))
@@ -213,6 +217,15 @@ class Stream:
         follows = cache.mask & (jnp.arange(cache.mask.shape[1]) < seen)[None, :]
         skipped = jnp.sum(cache.mask & ~follows, axis=1, dtype=jnp.int32)
         cache = cache.replace(mask=follows, length=seen, offset=cache.offset - skipped)
+
+        def after(token):
+            token = token[:, None]
+            real = jnp.ones(token.shape, bool)
+            x = self.lm.embed(self.params, token)
+            out = self.lm.apply(self.params, x, real, cache, self.control, self.control.seen(state, token), last=1)
+            z, _ = edit_logits(self.control, out.logits, out.hidden, token, real, state)
+            return z[:, 0], out.hidden[:, -1]
+
         tokens = self._rows(tokens)
         x, real = self.lm.embed(self.params, tokens), jnp.ones(tokens.shape, bool)
         out = self.lm.apply(self.params, x, real, cache, self.control, state, beside=True)

@@ -18,7 +18,7 @@ from flax import struct
 from jax import lax
 
 from ctg_jax import rng
-from ctg_jax.control import IDENTITY, Control, edit_logits, enter
+from ctg_jax.control import IDENTITY, Control, columns, edit_logits, enter
 from ctg_jax.decode.checks import check_finite, check_rows, finite
 from ctg_jax.decode.reading import read_rows
 from ctg_jax.decode.rows import by_rows, is_end, numbers_for_rows
@@ -210,13 +210,15 @@ def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling
     batch, t = prompts.tokens.shape
     n = sampling.max_new
     state = control.init(prompts, t + n)
-    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
+    embedded = lm.embed(params, prompts.tokens)
+    ids = columns(control, prompts.tokens, embedded, state)
+    x, mask, state = enter(control, embedded, prompts.mask, state)
     prefix = control.prefix(state)
     p = 0 if prefix is None else prefix[0].shape[3]
     cache = lm.init_cache(params, batch, p + x.shape[1] + n - 1)
     if prefix is not None:
         cache = write_prefix(cache, prefix)
-    out = lm.apply(params, x, mask, cache, control, state, last=1)
+    out = lm.apply(params, x, mask, cache, control, control.seen(state, ids), last=1)
     z, state = edit_logits(control, out.logits, out.hidden, prompts.tokens, prompts.mask, state)
     return Decoding(
         t=jnp.zeros((), jnp.int32),
@@ -265,7 +267,7 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     """Reads the last written token of every row and computes the controlled logits of the next."""
     token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
     mask = lax.dynamic_slice_in_dim(d.mask, d.t - 1, 1, axis=1)
-    out = lm.apply(params, lm.embed(params, token), mask, d.cache, control, d.state)
+    out = lm.apply(params, lm.embed(params, token), mask, d.cache, control, control.seen(d.state, token))
     z, state = edit_logits(control, out.logits, out.hidden, token, mask, d.state)
     return d.replace(z=z[:, 0], cache=out.cache, state=state)
 

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ctg_jax.control import IDENTITY, Control, enter
+from ctg_jax.control import IDENTITY, Control, columns, enter
 from ctg_jax.decode.checks import check_rows
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import Read
@@ -33,10 +33,13 @@ def read_rows(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, c
     n = completion.shape[1]
     state = control.init(prompts, prompts.tokens.shape[1] + n)
     seen = completion[:, : n - 1]
-    x, mask, state = enter(control, lm.embed(params, prompts.tokens), prompts.mask, state)
+    embedded = lm.embed(params, prompts.tokens)
+    ids = columns(control, prompts.tokens, embedded, state)
+    x, mask, state = enter(control, embedded, prompts.mask, state)
     ones = jnp.ones(seen.shape, bool)
     x = jnp.concatenate([x, lm.embed(params, seen)], axis=1)
     mask = jnp.concatenate([mask, ones], axis=1)
-    hidden = lm.apply(params, x, mask, control=control, state=state, last=0).hidden
+    told = control.seen(state, jnp.concatenate([ids, seen.astype(ids.dtype)], axis=1))
+    hidden = lm.apply(params, x, mask, control=control, state=told, last=0).hidden
     tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
     return Read(params, hidden, tokens, jnp.concatenate([prompts.mask, ones], axis=1), control, state, lm=lm)

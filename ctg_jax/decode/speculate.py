@@ -129,7 +129,8 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
     def propose(carry, step):
         token, alive, t, cache, state = carry
         mask = alive[:, None]
-        out = lm.apply(params, lm.embed(params, token[:, None]), mask, cache, draft, state)
+        told = draft.seen(state, token[:, None])
+        out = lm.apply(params, lm.embed(params, token[:, None]), mask, cache, draft, told)
         z, after = edit_logits(draft, out.logits, out.hidden, token[:, None], mask, state)
         drawn = likeliest(z[:, 0]) if sampling.greedy else rng.draw(_at(prompts.keys, t + step), z[:, 0])
         after = undone(draft, state, after, None)

@@ -6,6 +6,7 @@ The rooms sort methods by where they act: on hidden states, on logits, on weight
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -79,15 +80,12 @@ def load(artifact: Artifact, lm: LM) -> Control:
     spec = artifact.spec
     if "method" not in spec:
         raise InputError(f"{artifact.path} holds no control: expected an artifact that the `fit` of a method made.")
-    declared = [getattr(value, "stage_function", None) for value in vars(get(spec["method"])).values()]
-    stages = {d.name: d.revision for d in declared if isinstance(d, StageFunction)}
-    revision = stages.get(spec.get("stage"), spec.get("revision"))
-    if revision != spec.get("revision"):
+    hp, known = spec.get("init", {}), inspect.signature(get(spec["method"]).init).parameters
+    if unknown := sorted(set(hp) - set(known)):
         raise InputError(
-            f"{artifact.path} was made by revision {spec['revision']} of {spec['stage']}, but this version has "
-            f"revision {revision}, which computes something else: fit the control again"
+            f"{artifact.path} was made by another version, whose {spec['method']} had a setting {unknown[0]!r}: fit it "
+            "again."
         )
-    hp = spec.get("init", {})
     like = jax.eval_shape(lambda key: get(spec["method"]).init(lm, key, **hp), jax.random.key(0))
     return artifact.load(like)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ctg_jax import evaluation, methods
 from ctg_jax.control import IDENTITY, Chain, Control
-from ctg_jax.controls import constraints, truncate
+from ctg_jax.controls import constraints, selection, truncate
 from ctg_jax.data import stops
 from ctg_jax.data.messages import Messages, prompt_of, shown, unanswered
 from ctg_jax.decode import speculate, strategies
@@ -128,10 +128,12 @@ def conditions(
     records: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, np.ndarray]:
     """The entries of `prompts.cond` that methods compute from the texts of the prompts, such as their embeddings: name
-    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`. One
-    with a parameter `records` is given the records of the prompts as well, without fields where there are none."""
+    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`. Where a
+    control selects by them, the roles of tokens are among them."""
     found: dict[str, np.ndarray] = {}
     for artifact in controls:
+        if selection.asks_roles(artifact.spec.get("init", {}).get("positions")):
+            found[selection.ROLE] = selection.roles(opened(lm)[2], texts)
         make = getattr(methods.get(artifact.spec["method"]), "conditions", None)
         if make is not None:
             fields = {"records": records or [{}] * len(texts)} if "records" in signature(make).parameters else {}

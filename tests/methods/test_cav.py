@@ -10,6 +10,7 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.controls.selection import Positions
 from ctg_jax.decode import loop
 from ctg_jax.learn import probes
 from ctg_jax.methods import cav
@@ -70,7 +71,7 @@ def test_the_step_by_hand(direction, p0, scale, expected):
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_each_row_meets_its_own_target_and_what_meets_it_is_untouched(scale):
     h, w, b = states(), np.linspace(-1, 1, 8), 0.3
-    control = at_site(8, w[None], [b], goal="p0", everywhere=True).replace(scale=jnp.float32(scale))
+    control = at_site(8, w[None], [b], goal="p0", positions=Positions()).replace(scale=jnp.float32(scale))
     p0 = jnp.array([0.6, 0.9, 0.99])
     after = edit(control, h, ROWS.replace(cond={"p0": p0}))
     before, now = probability(h, w, b), probability(after, w, b)
@@ -102,14 +103,14 @@ def test_a_tap_sees_the_targets_met_in_a_model():
         p = probability(base[site], control.vector[site, 0], control.bias[site, 0])[:, 2:]
         assert float(jnp.min(p[0])) < 0.78 or float(jnp.max(p[1])) > 0.32 or float(jnp.min(p[2])) < 0.93
     np.testing.assert_array_equal(taps[:, :, :2][:, mask[:, :2]], base[:, :, :2][:, mask[:, :2]])
-    assert float(jnp.max(jnp.abs(read(control.replace(everywhere=True))[1] - base[1])[:, :2])) > 0.1
+    assert float(jnp.max(jnp.abs(read(control.replace(positions=Positions()))[1] - base[1])[:, :2])) > 0.1
 
 
 def test_two_concepts_in_a_chain():
     """The second control has the last word about its concept; where the probes are orthogonal, so does the first."""
     h = states(4)
-    first = at_site(4, [[2.0, 0, 0, 0]], [0.5], p0=0.8, everywhere=True)
-    second = at_site(4, [[0, 1.0, 1, 0]], [0.0], p0=0.1, direction="remove", everywhere=True)
+    first = at_site(4, [[2.0, 0, 0, 0]], [0.5], p0=0.8, positions=Positions())
+    second = at_site(4, [[0, 1.0, 1, 0]], [0.0], p0=0.1, direction="remove", positions=Positions())
     after = edit(Chain((first, second)), h)
     assert float(jnp.min(probability(after, [2.0, 0, 0, 0], 0.5))) > 0.799
     assert float(jnp.max(probability(after, [0, 1.0, 1, 0], 0.0))) < 0.101
@@ -124,7 +125,7 @@ def test_joined_concepts_move_the_least():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(4, 6)) + 0.8 * rng.normal(size=(1, 6))
     directions = ("add", "remove", "both", "add")
-    control = at_site(6, w, np.zeros(4), direction=directions, p0=(0.8, 0.3, 0.6, 0.9), everywhere=True)
+    control = at_site(6, w, np.zeros(4), direction=directions, p0=(0.8, 0.3, 0.6, 0.9), positions=Positions())
     control = control.replace(gate=control.gate.at[1, 3].set(0.0))
     h = np.asarray(states(6))
     found = np.asarray(edit(control, jnp.asarray(h))) - h
@@ -150,7 +151,7 @@ def test_joined_concepts_decode_as_they_score():
     lm, rows = worlds.Bigram(), worlds.prompts([[1, 2, 0], [0], [2, 2]])
     params = worlds.table([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
     a, b = (cav.example(lm, jax.random.key(i)) for i in (1, 2))
-    both = cav.join(a, b.replace(direction=("remove",))).replace(everywhere=True)  # this world counts no positions
+    both = cav.join(a, b.replace(direction=("remove",))).replace(positions=Positions())  # this world has no positions
     samples = loop.generate(lm, params, rows, both, Sampling(max_new=3))
     logp = loop.score(lm, params, rows, samples.tokens, both)
     np.testing.assert_allclose(logp, samples.logp, atol=1e-5)
@@ -223,8 +224,8 @@ def test_bad_input(small):
         loop.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), narrow)
     with pytest.raises(InputError, match="expected those of one model"):
         cav.join(cav.example(LM, jax.random.key(0)), narrow)
-    with pytest.raises(InputError, match="differ in everywhere"):
-        cav.join(narrow, narrow.replace(everywhere=True))
+    with pytest.raises(InputError, match="differ in positions"):
+        cav.join(narrow, narrow.replace(positions=Positions()))
     with pytest.raises(InputError, match="at least one"):
         cav.join()
     with pytest.raises(InputError, match=r"prompts.cond\['p0'\]"):

@@ -10,6 +10,7 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.control import Chain
+from ctg_jax.controls.selection import Positions
 from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.data import Tokenizer
 from ctg_jax.decode import loop
@@ -101,7 +102,7 @@ def test_a_vector_of_contrastive_pairs(small_chat):
     model, params, tokenizer = open_lm(lm)
     answers = [("the food was good", "be brief"), ("good", "a b")]
     pairs = [{"messages": [user(q)], "positive": a, "negative": b} for q, (a, b) in zip(("x", "how was"), answers)]
-    settings = dict(kind="pairs", pool="assistant", sites="all", tokens=48, everywhere=False)
+    settings = dict(kind="pairs", pool="assistant", sites="all", tokens=48, positions="answer")
     fitted = steer.fit(root, lm=lm, data=data("pairs", pairs), **settings)
     control = methods.load(fitted, model)
 
@@ -113,7 +114,7 @@ def test_a_vector_of_contrastive_pairs(small_chat):
 
     sides = [[state([*r["messages"], assistant(r[side])]) for r in pairs] for side in ("positive", "negative")]
     np.testing.assert_allclose(control.vector, np.mean(sides[0], 0) - np.mean(sides[1], 0), atol=1e-4)
-    assert not control.everywhere
+    assert control.positions == Positions("answer")
     with pytest.raises(InputError, match="steer has no setting 'pols'; did you mean 'pool'"):
         steer.fit(root, lm=lm, data=data("pairs", pairs), pols="last")
 
@@ -143,19 +144,20 @@ def test_bad_readings(tokenizer):
 
 
 def test_a_push_from_the_last_prompt_token_on():
-    control = steer.example(LM, jax.random.key(0)).replace(everywhere=False)
+    control = steer.example(LM, jax.random.key(0)).replace(positions=Positions("answer"))
     prompts, completion = worlds.prompts([[1, 2, 3], [4, 5]]), jnp.array([[1, 2], [3, 4]])
     seen = {}
 
     def run(control, *front):
         return np.asarray(loop.forward(LM, PARAMS, prompts, completion, Chain((*front, control))))
 
-    base, pushed, everywhere = run(steer.neutral(control)), run(control), run(control.replace(everywhere=True))
+    base, pushed, everywhere = run(steer.neutral(control)), run(control), run(control.replace(positions=Positions()))
     seen = [np.abs(a - b).max() for a, b in ((base, pushed), (pushed, everywhere))]
     assert min(seen) > 1e-3
     # One token is its own prompt's last: both push the same.
     short = worlds.prompts([[1], [4]])
-    one = [loop.forward(LM, PARAMS, short, completion, control.replace(everywhere=e)) for e in (True, False)]
+    both = (control.replace(positions=Positions(part)) for part in ("all", "answer"))
+    one = [loop.forward(LM, PARAMS, short, completion, c) for c in both]
     np.testing.assert_allclose(*one, atol=1e-5)
     # Behind a soft prompt it acts where it acts alone: a soft prompt of the first token's embedding is that token.
     soft = SoftPrompt(LM.embed(PARAMS, jnp.array([7, 8])))

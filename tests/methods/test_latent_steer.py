@@ -20,6 +20,7 @@ from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
 from ctg_jax.types import InputError, Prompts, Sampling
 
+POSITIONS = ("all", "first", "prompt")
 LM = worlds.tiny()
 PARAMS = worlds.lively(LM)
 BEGIN = 0
@@ -71,7 +72,7 @@ def test_time_steps_differ_as_they_should():
     """ "first" and "prompt" agree where the prompt is one token, and differ where it has three."""
     z = jax.random.normal(jax.random.key(0), (LM.width,))
     of = {}
-    for positions in latent_steer.POSITIONS:
+    for positions in POSITIONS:
         control = latent_steer.init(LM, jax.random.key(0), positions=positions).replace(z=z)
         ask = prompts(SENTENCES, np.zeros(4, int))
         of[positions] = loop.forward(LM, PARAMS, ask, jnp.ones((4, 3), jnp.int32), control)
@@ -88,7 +89,7 @@ def before(kind):
 
 
 @pytest.mark.parametrize("kind", ["soft", "coded"])
-@pytest.mark.parametrize("positions", latent_steer.POSITIONS)
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_time_steps_are_those_of_the_prompt_behind_a_soft_prompt_too(positions, kind):
     z = jax.random.normal(jax.random.key(0), (LM.width,))
     ask, site = prompts(SENTENCES, np.zeros(4, int)), LM.depth + 1
@@ -211,7 +212,7 @@ def test_long_sentences_are_left_out_or_refused(small, tmp_path):
     [
         (dict(site="block:9"), "site is 'block:9', expected one of embeddings"),
         (dict(site=99), "site is 99"),
-        (dict(positions="last"), "positions is 'last', expected one of all, first, prompt"),
+        (dict(positions="middle"), "positions is 'middle', expected one of all, prompt, generated, answer"),
         (dict(dim=0), "dim is 0, expected a number from 1"),
         (dict(dim=LM.width + 1), "expected a number from 1"),
     ],

@@ -12,7 +12,6 @@ controls, one after another, or `join`ed: the least change that meets all their 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +23,9 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition, per_row
+from ctg_jax.controls.least_change import multipliers
+from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import positions as selected
 from ctg_jax.learn import activations, lists
 from ctg_jax.learn.activations import batches, gates, sides
 from ctg_jax.learn.fitting import divided
@@ -50,7 +52,8 @@ class Cav(Control):
       p0: float32 [K], or [B, K] row by row: the probabilities to reach, between 0 and 1.
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
       direction: for each concept "add" (P ≥ p0), "remove" (P ≤ p0) or "both" (P = p0).
-      everywhere: whether the whole prompt is edited too, and not its last token and what follows, as in the paper.
+      positions: the tokens that are edited, see `ctg_jax.controls.selection`; in the paper the last of the prompt and
+        what follows.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
       goal: None, or the name of a float [B] or [B, K] entry of `prompts.cond` that replaces `p0`, kept within
         1e-6 of 0 and 1.
@@ -62,7 +65,7 @@ class Cav(Control):
     p0: jax.Array
     scale: jax.Array
     direction: tuple[str, ...] = struct.field(pytree_node=False, default=("add",))
-    everywhere: bool = struct.field(pytree_node=False, default=False)
+    positions: Positions = struct.field(pytree_node=False, default=Positions("answer"))
     cond: str | None = struct.field(pytree_node=False, default=None)
     goal: str | None = struct.field(pytree_node=False, default=None)
 
@@ -72,11 +75,17 @@ class Cav(Control):
             p0 = condition(prompts, self.goal).astype(jnp.float32)
             p0 = p0[:, None] if p0.ndim == 1 else p0
         p0 = jnp.clip(p0, 1e-6, 1 - 1e-6)
-        first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None] - 1
-        return per_row(self.scale, prompts, self.cond), (jnp.log(p0) - jnp.log1p(-p0))[:, None], first
+        target = (jnp.log(p0) - jnp.log1p(-p0))[:, None]
+        return per_row(self.scale, prompts, self.cond), target, self.positions.begin(prompts)
+
+    def check(self, prompts):
+        self.positions.check(prompts)
 
     def began(self, state, start):
-        return *state[:2], start[:, None] - 1
+        return *state[:2], state[2].began(start)
+
+    def seen(self, state, tokens):
+        return *state[:2], self.positions.seen(state[2], tokens)
 
     def hidden(self, h, site, pos, state):
         sites, _, width = self.vector.shape
@@ -91,45 +100,15 @@ class Cav(Control):
         else:
             at = jnp.minimum(site, sites - 1)
             gate = jnp.where(site < sites, self.gate[at], 0.0)
-        scale, target, first = state
+        scale, target, placed = state
         w = jnp.where((gate > 0)[:, None], self.vector[at], 0.0)
         z = jnp.einsum("btd,kd->btk", h.astype(jnp.float32), w, precision="highest") + self.bias[at][None, None]
         steps = multipliers(target - jnp.sign(scale) * z, w, self.direction)
         steps = scale * gate[None, None] * steps
-        if not self.everywhere:
-            steps = jnp.where((pos >= first)[:, :, None], steps, 0.0)
+        chosen = self.positions.mask(pos, placed)
+        if chosen is not None:
+            steps = jnp.where(chosen[:, :, None], steps, 0.0)
         return h + jnp.einsum("btk,kd->btd", steps, w, precision="highest").astype(h.dtype)
-
-
-def multipliers(gap: jax.Array, w: jax.Array, direction: tuple[str, ...]) -> jax.Array:
-    """The least change Σ λ_k w_k of a state that closes the gaps: λ float32 [B, T, K].
-
-    For one concept λ = gap / ‖w‖² where the constraint is violated. For more, the set of active constraints is the
-    one of all sets whose least-norm solution meets the Karush-Kuhn-Tucker conditions; there is exactly one change.
-
-    Args:
-      gap: float32 [B, T, K], how much each w_k·h must grow.
-      w: float32 [K, D]; a zero vector has no constraint.
-      direction: "add" (grow at least by it), "remove" (at most) or "both" (exactly), K of them.
-    """
-    square = jnp.sum(jnp.square(w), axis=-1)
-    inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)  # 1 / ‖w‖
-    sign = jnp.array([-1.0 if d == "remove" else 1.0 for d in direction])
-    exact = np.array([d == "both" for d in direction])
-    need = (inverse * sign)[None, None] * gap  # the distances to go along each oriented unit vector
-    if len(direction) == 1:
-        return (inverse * sign)[None, None] * (need if exact[0] else jnp.maximum(need, 0.0))
-    unit = (inverse * sign)[:, None] * w
-    eye = jnp.eye(len(direction))
-    gram = jnp.where(eye > 0, 1.0 + 1e-6, jnp.einsum("kd,jd->kj", unit, unit, precision="highest"))
-    sets = np.array([s for s in itertools.product([False, True], repeat=len(direction)) if np.all(s >= exact)])
-    system = jnp.where(sets[:, :, None] & sets[:, None, :], gram[None], eye[None])
-    forces = jnp.einsum("skj,btsj->btsk", jnp.linalg.inv(system), jnp.where(sets, need[:, :, None], 0.0),
-                        precision="highest")  # fmt: skip
-    short = need[:, :, None] - jnp.einsum("btsj,jk->btsk", forces, gram, precision="highest")
-    wrong = jnp.max(jnp.where(exact, 0.0, jnp.maximum(-forces, short)), axis=-1)
-    best = jnp.argmin(wrong, axis=-1)[:, :, None, None]
-    return (inverse * sign)[None, None] * jnp.take_along_axis(forces, best, axis=2)[:, :, 0]
 
 
 def init(
@@ -138,7 +117,7 @@ def init(
     *,
     p0: float | Sequence[float] = 0.9,
     direction: str | Sequence[str] = "add",
-    everywhere: bool = False,
+    positions: Any = "answer",
     cond: str | None = None,
     goal: str | None = None,
 ) -> Cav:
@@ -151,7 +130,7 @@ def init(
     sites, k = lm.depth + 2, len(direction)
     probes = jnp.zeros((sites, k, lm.width), jnp.float32), jnp.zeros((sites, k), jnp.float32)
     gate, scale = jnp.ones((sites, k), jnp.float32), jnp.ones((), jnp.float32)
-    return Cav(*probes, gate, check_p0(p0, k), scale, direction, everywhere, cond, goal)
+    return Cav(*probes, gate, check_p0(p0, k), scale, direction, selected(positions), cond, goal)
 
 
 def example(lm: LM, key: jax.Array) -> Cav:
@@ -178,8 +157,8 @@ def join(*controls: Cav) -> Cav:
         raise InputError("join was given no controls, expected at least one.")
     first = controls[0]
     for c in controls:
-        if (c.everywhere, c.cond, c.goal) != (first.everywhere, first.cond, first.goal):
-            raise InputError("the controls to join differ in everywhere, cond or goal: fit them with the same.")
+        if (c.positions, c.cond, c.goal) != (first.positions, first.cond, first.goal):
+            raise InputError("the controls to join differ in positions, cond or goal: fit them with the same.")
         if (len(c.vector), c.vector.shape[2]) != (len(first.vector), first.vector.shape[2]):
             raise InputError(
                 f"the controls to join have probes of shapes {first.vector.shape} and {c.vector.shape}: expected those "
@@ -304,7 +283,7 @@ def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float
         run.log(site=site, train_accuracy=float(a), heldout_accuracy=float(b), norm=float(np.linalg.norm(vector[site])))
 
 
-@stage_function("cav")
+@stage_function("cav", revision=1)
 def cav(
     run: Run,
     *,
@@ -315,7 +294,7 @@ def cav(
     threshold: float = 0.0,
     p0: float = 0.9,
     direction: str = "add",
-    everywhere: bool = False,
+    positions: Any = "answer",
     scale: float = 1.0,
     cond: str | None = None,
     goal: str | None = None,
@@ -326,7 +305,7 @@ def cav(
       probed: of the stage `probes`.
       sites: where to act, see `ctg_jax.learn.activations.gates`; of these the `top` with the best held-out accuracy
         (None: all), if it is at least `threshold`.
-      p0, direction, everywhere, scale, cond, goal: see `Cav`.
+      p0, direction, positions, scale, cond, goal: see `Cav`.
 
     Raises:
       InputError: no site is left, and what `init` raises.
@@ -338,7 +317,7 @@ def cav(
     gate = choose_sites(accuracy, gates(len(vector) - 2, sites), top, threshold)
     for row in rows:
         run.log(**row, chosen=bool(gate[row["site"]]))
-    options = dict(p0=p0, direction=direction, everywhere=everywhere, cond=cond, goal=goal)
+    options = dict(p0=p0, direction=direction, positions=positions, cond=cond, goal=goal)
     control = init(open_lm(lm)[0], jax.random.key(0), **options)
     leaves = dict(vector=vector[:, None], bias=bias[:, None], gate=gate[:, None], scale=np.float32(scale))
     checkpoint.save(run.path / "state", control.replace(**{k: jnp.asarray(v) for k, v in leaves.items()}))

@@ -22,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import check_choice, gathered, per_row
+from ctg_jax.controls.selection import Placed, Positions, replaced
+from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.tokenizer import pad_rows
 from ctg_jax.learn import slot_search
 from ctg_jax.learn.activations import sites
@@ -35,7 +37,6 @@ from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.support import likeliest
 from ctg_jax.types import InputError, Params
 
-POSITIONS = ("all", "first", "prompt")
 _ITERATIONS = 16  # updates between two looks of the host at the search
 
 
@@ -48,8 +49,7 @@ class LatentSteer(Control):
       scale: float32 [] or [B].
       basis: float32 [d, width], fixed orthonormal rows that z goes through, or None where d is the width.
       sites: where it is added, see `sites`; none for the memory.
-      positions: "all" tokens, the "first" one of the prompt, or those of the "prompt": as many as it has, which end
-        where the completion begins, and none that a control put before them.
+      positions: the tokens where it is added, see `ctg_jax.controls.selection`.
       parts: the number of vectors in z, of which every token gets the mixture that its own state attends to.
       memory: (L, K, P, H) of the keys and values, or None.
     """
@@ -58,7 +58,7 @@ class LatentSteer(Control):
     scale: jax.Array
     basis: jax.Array | None = None
     sites: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    positions: str = struct.field(pytree_node=False, default="all")
+    positions: Positions = struct.field(pytree_node=False, default=Positions())
     parts: int = struct.field(pytree_node=False, default=1)
     memory: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     choice: str | None = struct.field(pytree_node=False, default=None)
@@ -68,27 +68,28 @@ class LatentSteer(Control):
             z = jnp.broadcast_to(self.z[None], (prompts.tokens.shape[0], *self.z.shape))
         else:
             z = gathered(self.z, prompts, self.choice)
-        size = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-        return self.spread(z, size), per_row(self.scale, prompts, None)[:, 0]
+        return self.spread(z), per_row(self.scale, prompts, None)[:, 0], self.positions.begin(prompts)
 
     def check(self, prompts):
+        self.positions.check(prompts)
         if self.choice is not None:
             check_choice(prompts, self.choice, self.z.shape[0], "vector")
 
-    def spread(self, z: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(float32 [B, parts, D], or [B, width of the memory]; int32 [B] each, where the prompt begins and ends) of z
-        [B, d] and the number of tokens of each prompt, int32 [B], where nothing is before it."""
+    def spread(self, z: jax.Array) -> jax.Array:
+        """float32 [B, parts, D], or [B, width of the memory], of z [B, d]."""
         full = z if self.basis is None else z @ self.basis
-        return (full if self.memory else full.reshape(len(z), self.parts, -1)), jnp.zeros_like(size), size
+        return full if self.memory else full.reshape(len(z), self.parts, -1)
 
     def began(self, state, start):
-        (full, _, size), scale = state
-        return (full, jnp.maximum(start - size, 0), start), scale
+        return *state[:2], state[2].began(start)
+
+    def seen(self, state, tokens):
+        return *state[:2], self.positions.seen(state[2], tokens)
 
     def prefix(self, state):
         if self.memory is None:
             return None
-        (full, *_), scale = state
+        full, scale, _ = state
         layers, heads, slots, width = self.memory
         both = (full * scale).reshape(-1, 2, layers, heads, slots, width)
         return both[:, 0].swapaxes(0, 1), both[:, 1].swapaxes(0, 1)
@@ -96,7 +97,7 @@ class LatentSteer(Control):
     def hidden(self, h, site, pos, state):
         if not self.sites or (isinstance(site, int) and site not in self.sites):
             return h
-        (full, first, end), scale = state
+        full, scale, placed = state
         if (width := full.shape[-1]) != h.shape[-1]:
             raise InputError(
                 f"The latent vector has width {width}, and the model {h.shape[-1]}: it was learned on another model."
@@ -105,10 +106,9 @@ class LatentSteer(Control):
         if self.parts > 1:
             weight = jax.nn.softmax(jnp.einsum("btd,bpd->btp", h.astype(jnp.float32), full), axis=-1)
             push = jnp.einsum("btp,bpd->btd", weight, full)
-        if self.positions == "first":
-            push = jnp.where((pos == first[:, None])[:, :, None], push, 0.0)
-        elif self.positions == "prompt":
-            push = jnp.where(((pos >= first[:, None]) & (pos < end[:, None]))[:, :, None], push, 0.0)
+        chosen = self.positions.mask(pos, placed)
+        if chosen is not None:
+            push = jnp.where(chosen[:, :, None], push, 0.0)
         if not isinstance(site, int):
             push = jnp.where(jnp.isin(site, jnp.asarray(self.sites)), push, 0.0)
         return h + (scale[:, :, None] * push).astype(h.dtype)
@@ -120,7 +120,7 @@ def init(
     *,
     count: int | None = None,
     site: str | int | Sequence = "middle",
-    positions: str = "all",
+    positions: Any = "all",
     dim: int | None = None,
     parts: int = 1,
     slots: int = 1,
@@ -135,10 +135,9 @@ def init(
       slots: places in the memory.
 
     Raises:
-      InputError: a site or a time step that does not exist, or a dimension that is too large.
+      InputError: a site or positions that do not exist, or a dimension that is too large.
     """
-    if positions not in POSITIONS:
-        raise InputError(f"positions is {positions!r}, expected one of {', '.join(POSITIONS)}.")
+    positions = selected(positions)
     memory = (lm.depth, lm.kv_heads, slots, lm.head_dim) if site == "memory" else None
     width = 2 * math.prod(memory) if memory else parts * lm.width
     dim = width if dim is None else dim
@@ -194,7 +193,7 @@ def objective(lm: LM, control: LatentSteer) -> slot_search.Objective:
     def f(z, rows, frozen):
         params, basis = frozen
         c = control.replace(basis=basis)
-        state = (c.spread(z, rows["start"]), jnp.ones((len(z), 1), jnp.float32))
+        state = (c.spread(z), jnp.ones((len(z), 1), jnp.float32), Placed.behind(rows["start"]))
         hidden = lm.apply(params, rows["stream"], rows["mask"], control=c, state=state, last=0).hidden
         nll, likeliest = reduced(Read(params, hidden, lm=lm), terms, rows["target"])
         count = jnp.sum(rows["counted"], axis=1)
@@ -218,7 +217,7 @@ def latent_steer(
     lm: Artifact,
     data: Artifact,
     site: Any = "middle",
-    positions: str = "all",
+    positions: Any = "all",
     dim: int | None = None,
     parts: int = 1,
     slots: int = 1,
@@ -250,6 +249,8 @@ def latent_steer(
         check_reads(model, len(row), f"sentence {i + 1} of {data.path} has {len(row)} tokens")
     limit = min(tokens or model.context, model.context)
     kept = [i for i, (row, first) in enumerate(sentences) if len(row) - first <= limit and len(row) <= model.context]
+    if selected(positions) != replaced(selected(positions)):
+        raise InputError(f"positions is {positions!r}, but a search reads no tokens, roles or rows: select by place.")
     hp = dict(site=site, positions=positions, dim=dim, parts=parts, slots=slots)
     control = init(model, jax.random.key(seed), **hp)
     z0 = search.starts(jax.random.key(seed), np.arange(len(records)), control.z.shape[-1])

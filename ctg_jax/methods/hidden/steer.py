@@ -17,6 +17,9 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.operators import Probe, check_operator, operate
+from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import positions as selected
 from ctg_jax.learn import lists
 from ctg_jax.learn.activations import Moments, Pairs, batches, gates, moments, pair_moments, sides
 from ctg_jax.learn.fitting import divided
@@ -33,28 +36,39 @@ STEPS = {"normalise": "step"}  # settings of controls from lists
 
 @struct.dataclass
 class Steer(Control):
-    """h + scale · gate[site] · vector[site] at sites 0 … L+1.
+    """h + scale · gate[site] · vector[site] at sites 0 … L+1, or another operator with that vector and strength.
 
     Attributes:
       vector: float32 [L + 2, D], one for each site of the residual stream (see `ctg_jax.models.lm`).
       gate: float32 [L + 2], how much each site takes part.
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
+      target: float32 [], where "clamp" sets the coordinate, in lengths of the vector; None for the other operators.
+      probe: None, or a gate for each token.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
-      everywhere: whether all tokens are pushed, or the last of the prompt and what follows, as by CAA.
+      positions: the tokens that are edited, see `ctg_jax.controls.selection`.
+      operator: see `ctg_jax.controls.operators`.
     """
 
     vector: jax.Array
     gate: jax.Array
     scale: jax.Array
+    target: jax.Array | None = None
+    probe: Probe | None = None
     cond: str | None = struct.field(pytree_node=False, default=None)
-    everywhere: bool = struct.field(pytree_node=False, default=True)
+    positions: Positions = struct.field(pytree_node=False, default=Positions())
+    operator: str = struct.field(pytree_node=False, default="add")
 
     def init(self, prompts, length):
-        first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None] - 1
-        return per_row(self.scale, prompts, self.cond), first
+        return per_row(self.scale, prompts, self.cond), self.positions.begin(prompts)
+
+    def check(self, prompts):
+        self.positions.check(prompts)
 
     def began(self, state, start):
-        return state[0], start[:, None] - 1
+        return state[0], state[1].began(start)
+
+    def seen(self, state, tokens):
+        return state[0], self.positions.seen(state[1], tokens)
 
     def hidden(self, h, site, pos, state):
         sites, width = self.vector.shape
@@ -66,21 +80,46 @@ class Steer(Control):
         if isinstance(site, int):  # unrolled layers: nothing to compute inside a block
             if site >= sites:
                 return h
-            push = self.gate[site] * self.vector[site]
+            at, gate = site, self.gate[site]
         else:
             at = jnp.minimum(site, sites - 1)
-            push = jnp.where(site < sites, self.gate[at], 0.0) * self.vector[at]
-        scale, first = state
-        if not self.everywhere:
-            scale = jnp.where((pos >= first)[:, :, None], scale, 0.0)
-        return h + (scale * push[None, None, :]).astype(h.dtype)
+            gate = jnp.where(site < sites, self.gate[at], 0.0)
+        scale, placed = state
+        chosen = self.positions.mask(pos, placed)
+        if chosen is not None:
+            scale = jnp.where(chosen[:, :, None], scale, 0.0)
+        if self.probe is not None:
+            scale = jnp.where(self.probe.open(h, at), scale, 0.0)
+        if self.operator != "add":
+            return operate(self.operator, h, self.vector[at], scale * gate, self.target).astype(h.dtype)
+        return h + (scale * (gate * self.vector[at])[None, None, :]).astype(h.dtype)
 
 
-def init(lm: LM, key: jax.Array, *, cond: str | None = None, everywhere: bool = True) -> Steer:
-    """A neutral control: zero vectors, every gate open, scale 1."""
-    sites = lm.depth + 2
+def init(
+    lm: LM,
+    key: jax.Array,
+    *,
+    cond: str | None = None,
+    positions: Any = "all",
+    operator: str = "add",
+    target: float = 1.0,
+    probe: bool = False,
+) -> Steer:
+    """A neutral control: zero vectors, every gate open, scale 1.
+
+    Args:
+      cond: see `Steer`. positions: see `ctg_jax.controls.selection.positions`.
+      operator: see `ctg_jax.controls.operators`. target: of "clamp", in lengths of the vector.
+      probe: whether it has a gate for each token.
+
+    Raises:
+      InputError: an unknown operator, and what `positions` raises.
+    """
+    sites, ones = lm.depth + 2, jnp.ones((), jnp.float32)
     vector = jnp.zeros((sites, lm.width), jnp.float32)
-    return Steer(vector, jnp.ones((sites,), jnp.float32), jnp.ones((), jnp.float32), cond, everywhere)
+    gate = Probe(vector, jnp.zeros((sites,), jnp.float32)) if probe else None
+    goal = target * ones if check_operator(operator) == "clamp" else None
+    return Steer(vector, jnp.ones((sites,), jnp.float32), ones, goal, gate, cond, selected(positions), operator)
 
 
 def example(lm: LM, key: jax.Array) -> Steer:
@@ -213,7 +252,7 @@ def activations(
     run.record(paired=paired)
 
 
-@stage_function("steer")
+@stage_function("steer", revision=1)
 def steer(
     run: Run,
     *,
@@ -224,14 +263,16 @@ def steer(
     normalise: str = "none",
     scale: float = 1.0,
     cond: str | None = None,
-    everywhere: bool = True,
+    positions: Any = "all",
+    operator: str = "add",
+    target: float = 1.0,
 ) -> None:
     """Stage: the control, from what `activations` summed.
 
     Args:
       kind: "mean" (difference of means), "pairs" (mean pair difference) or "pca" (first component of differences).
       sites: see `ctg_jax.learn.activations.gates`. normalise: see `scaled`.
-      scale: the strength at first. cond, everywhere: see `Steer`.
+      scale: the strength at first. cond, positions, operator, target: see `init`.
 
     Of pairs, metrics.jsonl has the `agreement` at each site, and little of it is told in a warning.
     """
@@ -246,7 +287,10 @@ def steer(
     norm = np.asarray(m.norm) / np.asarray(texts)
     vector = scaled(vector, norm, normalise)
     gate = gates(len(vector) - 2, sites)
-    control = Steer(jnp.asarray(vector), jnp.asarray(gate), jnp.asarray(scale, jnp.float32), cond, everywhere)
+    options = dict(cond=cond, positions=positions, operator=operator, target=target)
+    leaves = dict(vector=vector, gate=gate, scale=np.float32(scale))
+    control = init(open_lm(lm)[0], jax.random.key(0), **options)
+    control = control.replace(**{name: jnp.asarray(x) for name, x in leaves.items()})
     checkpoint.save(run.path / "state", control)
     for site, (length, stream) in enumerate(zip(np.linalg.norm(vector, axis=-1), norm)):
         known = {} if kind == "mean" or np.isnan(shared[site]) else {"agreement": float(shared[site])}
@@ -257,4 +301,4 @@ def steer(
             "0: they have nothing in common): give more pairs, or pairs that differ in the attribute alone",
             best,
         )
-    run.record(method="steer", init={"cond": cond, "everywhere": everywhere})
+    run.record(method="steer", init=options)

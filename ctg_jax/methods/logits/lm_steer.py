@@ -20,6 +20,8 @@ from flax import struct
 from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -47,6 +49,7 @@ class LMSteer(Control):
       fixed: the number of the last columns of p1 and p2 that are the dummy steer of the authors' code: they act at
         strength 1 regardless of `scale`, and absorb what the texts have in common. 0 for none.
       cond: None, or the name of a float [B] entry of `prompts.cond` that multiplies `scale` row by row.
+      positions: the tokens after which it acts, see `ctg_jax.controls.selection`.
     """
 
     p1: jax.Array
@@ -56,13 +59,23 @@ class LMSteer(Control):
     epsilon: float = struct.field(pytree_node=False, default=1e-3)
     fixed: int = struct.field(pytree_node=False, default=0)
     cond: str | None = struct.field(pytree_node=False, default=None)
+    positions: Positions = struct.field(pytree_node=False, default=Positions())
 
     def init(self, prompts, length):
         strength = per_row(self.scale, prompts, self.cond)
-        if not self.fixed:
-            return strength
-        steered = jnp.repeat(strength, self.p1.shape[1] - self.fixed, axis=2)
-        return jnp.concatenate([steered, jnp.ones((*strength.shape[:2], self.fixed))], axis=2)
+        if self.fixed:
+            steered = jnp.repeat(strength, self.p1.shape[1] - self.fixed, axis=2)
+            strength = jnp.concatenate([steered, jnp.ones((*strength.shape[:2], self.fixed))], axis=2)
+        return strength, self.positions.begin(prompts)
+
+    def check(self, prompts):
+        self.positions.check(prompts)
+
+    def began(self, state, start):
+        return state[0], state[1].began(start)
+
+    def seen(self, state, tokens):
+        return state[0], self.positions.seen(state[1], tokens)
 
     def hidden(self, h, site, pos, state):
         if not isinstance(site, int) or site != self.site:
@@ -73,7 +86,11 @@ class LMSteer(Control):
                 f"The LM-Steer has width {width}, but the model's is {h.shape[-1]}: it was fitted on another model; "
                 "see lm_steer.transfer."
             )
-        inner = (h.astype(jnp.float32).reshape(-1, width) @ self.p1).reshape(*h.shape[:2], -1) * state
+        strength, placed = state
+        chosen = self.positions.mask(pos, placed)
+        if chosen is not None:
+            strength = jnp.where(chosen[:, :, None], strength, 0.0)
+        inner = (h.astype(jnp.float32).reshape(-1, width) @ self.p1).reshape(*h.shape[:2], -1) * strength
         push = (inner.reshape(-1, self.p2.shape[1]) @ self.p2.T).reshape(h.shape)
         return h + (self.epsilon * push).astype(h.dtype)
 
@@ -87,22 +104,24 @@ def init(
     deviation: float = 0.01,
     fixed: int = 0,
     cond: str | None = None,
+    positions: Any = "all",
 ) -> LMSteer:
     """A map that is almost nothing, at strength 1.
 
     Args:
       lm: the frozen model. key: of P1 and P2, normal with the standard deviation `deviation`.
       rank: R of the map, or the width D where that is less.
-      epsilon, fixed, cond: see `LMSteer`; `fixed` columns are added to the R.
+      epsilon, fixed, cond, positions: see `LMSteer`; `fixed` columns are added to the R.
 
     Raises:
-      InputError: a rank below 1.
+      InputError: a rank below 1, and what `ctg_jax.controls.selection.positions` raises.
     """
     if rank < 1:
         raise InputError(f"rank is {rank}, expected at least 1.")
     shape = (lm.width, min(rank, lm.width) + fixed)
     p1, p2 = (deviation * jax.random.normal(k, shape, jnp.float32) for k in jax.random.split(key))
-    return LMSteer(p1, p2, jnp.ones(()), site=lm.depth + 1, epsilon=epsilon, fixed=fixed, cond=cond)
+    static = dict(site=lm.depth + 1, epsilon=epsilon, fixed=fixed, cond=cond, positions=selected(positions))
+    return LMSteer(p1, p2, jnp.ones(()), **static)
 
 
 def example(lm: LM, key: jax.Array) -> LMSteer:
@@ -206,7 +225,8 @@ def add(a: LMSteer, b: LMSteer) -> LMSteer:
     Raises:
       InputError: steers of different models, with different `cond`, a strength per row, or a dummy steer.
     """
-    for what, x, y in (("width", len(a.p1), len(b.p1)), ("site", a.site, b.site), ("cond", a.cond, b.cond)):
+    same = [(name, getattr(a, name), getattr(b, name)) for name in ("site", "cond", "positions")]
+    for what, x, y in (("width", len(a.p1), len(b.p1)), *same):
         if x != y:
             raise InputError(f"The {what} of the first steer is {x!r} and of the second {y!r}: only equal ones add up.")
     if a.scale.ndim or b.scale.ndim or a.fixed or b.fixed:

@@ -135,6 +135,10 @@ class Control:
         """
         return state
 
+    def beside(self, params: Params, state: State) -> Params:
+        """The parameters that rows are read with, where what is added to them differs from row to row."""
+        return params
+
     def prefix(self, state: State) -> tuple[jax.Array, jax.Array] | None:
         """Learned keys and values (k, v), each [L, B, K, P, H], that every token may attend to. They take slots of the
         cache and no positions."""
@@ -202,6 +206,11 @@ class Chain(Control):
 
     def seen(self, state, tokens):
         return tuple(c.seen(s, tokens) for c, s in zip(self.parts, state, strict=True))
+
+    def beside(self, params, state):
+        for c, s in zip(self.parts, state, strict=True):
+            params = c.beside(params, s)
+        return params
 
     def prefix(self, state):
         found = [p for c, s in zip(self.parts, state, strict=True) if (p := c.prefix(s)) is not None]

@@ -1,8 +1,9 @@
-"""`Delta`, a change of a model's weights: dense (fine-tuning) or of low rank (LoRA)."""
+"""`Delta`, a change of a model's weights: dense (fine-tuning) or of low rank (LoRA); `RowDelta`, one for each row."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from ctg_jax import rng, tree
 from ctg_jax.control import Control
+from ctg_jax.controls.conditions import check_choice, gathered
 from ctg_jax.types import InputError, Params
 
 # The matrices of every block: what LoRA changes by default.
@@ -112,3 +114,84 @@ def full(params: Any, targets: str = EVERYTHING) -> Delta:
     """A neutral dense `Delta` (zeros) on every parameter whose whole path matches `targets`."""
     found = chosen(params, targets, least=0)
     return Delta({p: {"full": jnp.zeros(w.shape, jnp.float32)} for p, w in found.items()}, jnp.ones((), jnp.float32))
+
+
+@struct.dataclass
+class RowDelta(Control):
+    """Low-rank changes of weights of which each row takes its own: W + scale · s_k b_k a_k for a row of choice k. They
+    are computed as products of rank r beside that with W, so that K changes share one program.
+
+    Attributes:
+      changes: path of a kernel in the stacked layout -> {"a": [K, L, r, in], "b": [K, L, out, r]}.
+      strengths: float32 [K], s of each.
+      scale: float32 [] or, per row, [B].
+      choice: the name of an int [B] entry of `prompts.cond`, from 0 to K − 1.
+    """
+
+    changes: dict[str, dict[str, jax.Array]]
+    strengths: jax.Array
+    scale: jax.Array
+    choice: str = struct.field(pytree_node=False, default="entry")
+
+    def check(self, prompts):
+        check_choice(prompts, self.choice, len(self.strengths), "change of weights")
+
+    def init(self, prompts, length):
+        scale = self.scale * gathered(self.strengths, prompts, self.choice)
+        taken = jax.tree.map(lambda x: gathered(x, prompts, self.choice), self.changes)
+        return {path: {"a": x["a"], "b": x["b"] * scale.reshape(-1, 1, 1, 1)} for path, x in taken.items()}
+
+    def beside(self, params: Params, state: Any) -> Params:
+        return _with_rows(params, state)
+
+
+def _with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
+    """Parameters in whose layers, beside each kernel that is changed, is what `models.layers.Dense` adds for rows."""
+    for path, change in rows.items():
+        at = path.split("/")
+        if at[0] != "layers" or at[-1] != "kernel":
+            raise InputError(f"The control changes {path} for each row, expected kernels of the layers.")
+        per_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), change)  # [L, B, …]
+        if isinstance(params["layers"], dict):
+            layers = _put(params["layers"], at[1:-1], per_layer)
+        else:
+            parts = tree.unstack(per_layer)
+            layers = tuple(_put(layer, at[1:-1], part) for layer, part in zip(params["layers"], parts, strict=True))
+        params = {**params, "layers": layers}
+    return params
+
+
+def _put(layer: Params, at: list[str], change: dict[str, jax.Array]) -> Params:
+    if not at:
+        held = layer.get("rows")
+        joined = (
+            change
+            if held is None
+            else {  # another control of the chain changes this kernel too
+                "a": jnp.concatenate([held["a"], change["a"]], axis=-2),
+                "b": jnp.concatenate([held["b"], change["b"]], axis=-1),
+            }
+        )
+        return {**layer, "rows": joined}
+    if at[0] not in layer:
+        raise InputError(f"The control changes {'/'.join(at)}, which this model lacks: it was fitted on another model.")
+    return {**layer, at[0]: _put(layer[at[0]], at[1:], change)}
+
+
+def row_delta(deltas: Sequence[Delta], choice: str = "entry") -> RowDelta:
+    """K low-rank changes, each at its strength, of which each row takes one.
+
+    Raises:
+      InputError: none; dense changes; other kernels or ranks than the first.
+    """
+    if not deltas:
+        raise InputError("row_delta was given no changes of weights, expected at least one.")
+    shapes = [{path: {k: x.shape for k, x in change.items()} for path, change in d.changes.items()} for d in deltas]
+    for found in shapes:
+        if found != shapes[0] or any(set(change) != {"a", "b"} for change in found.values()):
+            raise InputError(
+                "the changes of weights are dense, or of other kernels or ranks: expected LoRA of one shape."
+            )
+    changes = jax.tree.map(lambda *x: jnp.stack(x), *(d.changes for d in deltas))
+    strengths = jnp.stack([jnp.asarray(d.scale, jnp.float32) for d in deltas])
+    return RowDelta(changes, strengths, jnp.ones((), jnp.float32), choice)

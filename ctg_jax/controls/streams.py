@@ -186,7 +186,8 @@ class Stream:
         slots = cache.k[0].shape[2] - (0 if prefix is None else prefix[0].shape[3])
         whole = not reading.started and new > 1 and x.shape[1] >= slots - 1 and not self.ahead
         told = self.control.seen(state, columned)
-        out = self.lm.apply(self.params, x, seen, None if whole else cache, self.control, told, last=last)
+        params = self.control.beside(self.params, state)
+        out = self.lm.apply(params, x, seen, None if whole else cache, self.control, told, last=last)
         z, state = edit_logits(self.control, out.logits, out.hidden, ids, mask, state)
         after = self._apart((cache if whole else out.cache, state), len(x))
         z, h = self._apart((z, out.hidden), len(x))
@@ -222,7 +223,8 @@ class Stream:
             token = token[:, None]
             real = jnp.ones(token.shape, bool)
             x = self.lm.embed(self.params, token)
-            out = self.lm.apply(self.params, x, real, cache, self.control, self.control.seen(state, token), last=1)
+            told, params = self.control.seen(state, token), self.control.beside(self.params, state)
+            out = self.lm.apply(params, x, real, cache, self.control, told, last=1)
             z, _ = edit_logits(self.control, out.logits, out.hidden, token, real, state)
             return z[:, 0], out.hidden[:, -1]
 

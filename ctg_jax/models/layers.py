@@ -34,7 +34,8 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """y = x Wᵀ + b with kernel (out, in)."""
+    """y = x Wᵀ + b with kernel (out, in); of parameters with `rows`, {"a": [B, r, in], "b": [B, out, r]}, also the
+    low-rank change of each row, y_i + (x_i a_iᵀ) b_iᵀ, in float32."""
 
     features: int
     lm: Any
@@ -46,6 +47,10 @@ class Dense(nn.Module):
         dtype = jnp.dtype(self.lm.param_dtype)
         init = jax.nn.initializers.normal(0.02 * self.scale)
         y = matmul(x, self.param("kernel", init, (self.features, x.shape[-1]), dtype), self.lm.dtype)
+        if self.has_variable("params", "rows"):
+            rows = self.get_variable("params", "rows")
+            inner = jnp.einsum("bti,bri->btr", x.astype(jnp.float32), rows["a"], precision="highest")
+            y = (y + jnp.einsum("btr,bor->bto", inner, rows["b"], precision="highest")).astype(y.dtype)
         if self.bias:
             b = self.param("bias", jax.nn.initializers.zeros, (self.features,), dtype)
             y = y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -71,6 +71,14 @@ class Judge:
         return self.embedder.run(lambda params, tokens, mask: tokens[:, :1] * 1.0, texts, 1)[:, 0]
 
 
+def test_the_benchmark_of_banks_runs_every_kind(benchmark):
+    bank = benchmark("bank")
+    sizes = dict(batch=4, prompt=3, new=2, repeats=1)
+    rows = bank.measure(bank.shapes("tiny"), ("steer", "lora"), (0, 1, 4), **sizes)
+    assert [(row["kind"], row["distinct"]) for row in rows] == [(k, n) for k in ("steer", "lora") for n in (0, 1, 4)]
+    assert all(row["tok_s"] > 0 and row["relative"] > 0 for row in rows)
+
+
 def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):
     """Sampling, too: a round that has to be compiled spends most of its time in `generate`."""
     quark = benchmark("quark")

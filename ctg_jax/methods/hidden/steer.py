@@ -7,6 +7,7 @@ Difference of means of labelled texts (Subramani et al. 2022; Turner et al. 2023
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from flax import struct
 
 from ctg_jax.control import Control
+from ctg_jax.controls import interchange
 from ctg_jax.controls.conditions import per_row
 from ctg_jax.controls.operators import Probe, check_operator, operate
 from ctg_jax.controls.selection import Positions
@@ -133,6 +135,36 @@ def example(lm: LM, key: jax.Array) -> Steer:
 def neutral(control: Steer) -> Steer:
     """Strength 0."""
     return control.replace(scale=jnp.zeros_like(control.scale))
+
+
+def read_gguf(path: str | os.PathLike, lm: LM) -> Steer:
+    """A control vector of repeng or llama.cpp, a GGUF file, at strength 1; the package `gguf` reads it.
+
+    Raises:
+      InputError: what `interchange.read_gguf` raises; vectors of another model.
+    """
+    found, control = interchange.read_gguf(path), init(lm, jax.random.key(0))
+    vector, gate = np.zeros(control.vector.shape, np.float32), np.zeros(control.gate.shape, np.float32)
+    for site, x in found.items():
+        if site > lm.depth or x.shape != (lm.width,):
+            raise InputError(
+                f"{path} has a vector of {x.shape} for block {site - 1}, but the model has {lm.depth} blocks of width "
+                f"{lm.width}: it is another model's."
+            )
+        vector[site], gate[site] = x, 1.0
+    return control.replace(vector=jnp.asarray(vector), gate=jnp.asarray(gate))
+
+
+def write_gguf(path: str | os.PathLike, control: Steer, lm: LM) -> None:
+    """The vectors of a control at the sites where it acts, at its strength, as a vector for repeng or llama.cpp.
+
+    Raises:
+      InputError: another operator than "add", a strength for each row, and what `interchange.write_gguf` raises.
+    """
+    if control.operator != "add" or np.ndim(control.scale):
+        raise InputError("a control vector is added at one strength to all rows: expected operator 'add', one scale.")
+    push = np.asarray(control.scale * control.gate[:, None] * control.vector)
+    interchange.write_gguf(path, {s: push[s] for s in np.flatnonzero(np.asarray(control.gate)).tolist()}, lm.family)
 
 
 def difference_of_means(m: Moments, target: int, rest: tuple[int, ...]) -> np.ndarray:

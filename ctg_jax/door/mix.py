@@ -13,7 +13,8 @@ import numpy as np
 
 from ctg_jax import methods
 from ctg_jax.control import STRENGTHS, Chain, Control, leaves, with_strength
-from ctg_jax.io import write_json
+from ctg_jax.door import file
+from ctg_jax.io import sha256_of, write_json
 from ctg_jax.run import checkpoint
 from ctg_jax.run.seal import seal
 from ctg_jax.run.stage import Artifact, open_artifact
@@ -105,7 +106,8 @@ class Mix:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the mix, with its strengths, to a folder that `load_control` reads; the folder of one control is an
-        artifact, which the scripts' `--control` reads as well. A mix that is there already is replaced.
+        artifact, which the scripts' `--control` reads as well. A path that ends with .safetensors becomes one file, to
+        pass on. A mix that is there already is replaced.
 
         Raises:
           InputError: nothing to save, a part that was made by hand, one number for each row as a strength, something
@@ -122,13 +124,18 @@ class Mix:
                 )
             if any(np.ndim(v) for v in _strengths(part.control)):
                 raise InputError("the strength is one number for each row: save the control at a single strength")
-        if path.exists() and not _folders(path):
+        single = path.suffix == file.SUFFIX
+        if path.exists() and not (path.is_file() if single else _folders(path)):
             raise InputError(f"{path} exists and holds no saved control: choose another path or remove it")
         new = path.with_name(f".{path.name}.new")
         try:
+            if single:
+                file.write(path, [(part.control, _spec(part.artifact)) for part in self.parts])
+                return
             shutil.rmtree(new, ignore_errors=True)
             for number, part in enumerate(self.parts, 1):
-                _write(new if len(self.parts) == 1 else new / str(number), part)
+                folder = new if len(self.parts) == 1 else new / str(number)
+                _write(folder, part.control, _spec(part.artifact), part.artifact.path / "metrics.jsonl")
             _replace(path, new)
         except OSError as e:
             raise InputError(f"{path} cannot be written ({e.strerror})") from None
@@ -165,8 +172,10 @@ def load_control(path: str | os.PathLike, lm: Any) -> Mix:
 
     check_model(lm)
     if not isinstance(path, str | os.PathLike):
-        raise InputError(f"path is {path!r:.60}, expected the folder of a saved control")
+        raise InputError(f"path is {path!r:.60}, expected the folder or file of a saved control")
     path = Path(path).expanduser().absolute()
+    if path.suffix == file.SUFFIX and path.is_file():
+        path = _unpacked(path, lm)
     parts = []
     for folder in _folders(path) or [path]:
         artifact = open_artifact(folder, lm.session)
@@ -198,14 +207,29 @@ def _replace(path: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(folder: Path, part: Part) -> None:
+def _spec(artifact: Artifact) -> dict[str, Any]:
+    return {key: value for key, value in artifact.spec.items() if key not in ("paths", "discarded")}
+
+
+def _write(folder: Path, control: Control, spec: dict[str, Any], metrics: Path | None = None) -> None:
     folder.mkdir(parents=True)
-    spec = {key: value for key, value in part.artifact.spec.items() if key not in ("paths", "discarded")}
-    checkpoint.save(folder / "state", part.control)
-    if (part.artifact.path / "metrics.jsonl").exists():
-        shutil.copy(part.artifact.path / "metrics.jsonl", folder)
+    checkpoint.save(folder / "state", control)
+    if metrics is not None and metrics.exists():
+        shutil.copy(metrics, folder)
     write_json(folder / "spec.json", spec)
     seal(folder)
+
+
+def _unpacked(path: Path, lm: Any) -> Path:
+    """The folder of the controls of a file, below the root of the language model; one that is there is used again."""
+    place = lm.session.root / "loaded" / sha256_of(path.read_bytes(), lm.artifact.fingerprint)[:16]
+    if not _folders(place):
+        new = place.with_name(f".{place.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        for number, (control, spec) in enumerate(file.read(path, lm.lm), 1):
+            _write(new / str(number), control, spec)
+        _replace(place, new)
+    return place
 
 
 def _strengths(control: Control) -> list[Any]:

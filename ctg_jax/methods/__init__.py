@@ -80,14 +80,21 @@ def load(artifact: Artifact, lm: LM) -> Control:
     spec = artifact.spec
     if "method" not in spec:
         raise InputError(f"{artifact.path} holds no control: expected an artifact that the `fit` of a method made.")
-    hp, known = spec.get("init", {}), inspect.signature(get(spec["method"]).init).parameters
-    if unknown := sorted(set(hp) - set(known)):
+    return artifact.load(shapes(spec, lm, str(artifact.path)))
+
+
+def shapes(spec: Mapping[str, Any], lm: LM, where: str) -> Control:
+    """The control of a spec with the shapes of its leaves in their place.
+
+    Raises:
+      InputError: a setting that the method no longer has; `where` names what holds the spec.
+    """
+    init, settings = get(spec["method"]).init, spec.get("init", {})
+    if unknown := sorted(set(settings) - set(inspect.signature(init).parameters)):
         raise InputError(
-            f"{artifact.path} was made by another version, whose {spec['method']} had a setting {unknown[0]!r}: fit it "
-            "again."
+            f"{where} was made by another version, whose {spec['method']} had a setting {unknown[0]!r}: fit it again."
         )
-    like = jax.eval_shape(lambda key: get(spec["method"]).init(lm, key, **hp), jax.random.key(0))
-    return artifact.load(like)
+    return jax.eval_shape(lambda key: init(lm, key, **settings), jax.random.key(0))
 
 
 def save(root: str | os.PathLike, lm: Artifact, control: Control, method: str, **init: Any) -> Artifact:

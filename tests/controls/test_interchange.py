@@ -75,6 +75,7 @@ def test_an_adapter_of_one_module_by_hand(tmp_path):
         read_peft(tmp_path, dataclasses.replace(LLAMA, width=32, head_dim=4))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
 @pytest.mark.parametrize("lm", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_peft_gives_the_logits_of_the_control(lm, tmp_path):
     """The adapter that is written, in peft; and the one that peft writes, read back."""

@@ -59,6 +59,30 @@ def test_five_lines(lm, steer, folder):
     assert repr(again) == "20 * steer" and lm.write(TEXTS, control=again, max_new=6) == pushed
 
 
+def test_a_mix_is_one_file_to_pass_on(lm, steer, folder):
+    """With its strengths, the settings of its parts and the fingerprint of the model; loaded twice it is one artifact."""
+    both = 20 * steer + 3 * steer
+    both.save(folder / "both.safetensors")
+    again = ctg.load_control(folder / "both.safetensors", lm)
+    assert repr(again) == "20 * steer + 3 * steer"
+    assert lm.write(TEXTS, again, max_new=4) == lm.write(TEXTS, both, max_new=4)
+    twice = ctg.load_control(folder / "both.safetensors", lm)
+    assert twice.artifacts == again.artifacts
+    (2 * again).save(folder / "both.safetensors")  # what was loaded can be saved, and replaces the file
+    assert repr(ctg.load_control(folder / "both.safetensors", lm)) == "2 * steer + 2 * steer"
+    again.save(folder / "both")  # and as a folder
+    assert repr(ctg.load_control(folder / "both", lm)) == repr(again)
+    (folder / "no.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="cannot be read"):
+        ctg.load_control(folder / "no.safetensors", lm)
+    hf.save(folder / "model", lm.lm, hf.load(folder / "lm")[1])
+    with pytest.raises(InputError, match="holds tensors, but no control"):
+        ctg.load_control(folder / "model" / "model.safetensors", lm)
+    other = ctg.load(write_lm(folder / "other", width=8), root=folder / "root")
+    with pytest.raises(InputError, match=r"expected .*: it was fitted on another model"):
+        ctg.load_control(folder / "both.safetensors", other)
+
+
 def test_texts_are_those_of_the_stages(lm, steer):
     """The same prompts, seed and control through `build` and `complete`, which experiments call."""
     control = sampling.build(lm.artifact, steer.artifacts, [20.0], {"top_p": 0.9})

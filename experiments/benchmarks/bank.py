@@ -64,7 +64,7 @@ def timed(f):
 
 def measure(lm, kinds, counts, *, batch, prompt, new, repeats):
     """Rows {"kind", "distinct", "tok_s", "relative"}: tokens per second, and their ratio to those without control."""
-    params = jax.block_until_ready(jax.jit(lm.unstack, donate_argnums=0)(jax.jit(lm.init)(jax.random.key(0))))
+    params = jax.block_until_ready(jax.jit(lm.unstack)(jax.jit(lm.init)(jax.random.key(0))))
     tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, prompt)).astype(np.int32)
     keys = rng.per_example(jax.random.key(1), jnp.arange(batch))
     prompts = Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys)

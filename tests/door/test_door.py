@@ -60,7 +60,7 @@ def test_five_lines(lm, steer, folder):
 
 
 def test_a_mix_is_one_file_to_pass_on(lm, steer, folder):
-    """With its strengths, the settings of its parts and the fingerprint of the model; loaded twice it is one artifact."""
+    """With strengths, the settings of its parts and the fingerprint of the model; twice loaded it is one artifact."""
     both = 20 * steer + 3 * steer
     both.save(folder / "both.safetensors")
     again = ctg.load_control(folder / "both.safetensors", lm)

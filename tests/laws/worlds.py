@@ -107,6 +107,8 @@ def where_it_acts(lm, batch: Prompts, new: int, control: Control, before: Contro
     """bool [2 L + 2, B, T + new]: the sites and tokens, of the prompt and a completion, whose state `control` changes,
     alone or behind another control that stands before the prompt; never where the prompt is padded."""
     size, acts = batch.tokens.shape[1], []
+    params = lm.init(jax.random.key(0))
+    control = control.bind(params, params)
     x = jnp.zeros((*batch.tokens.shape, lm.width))
     state, more = control.init(batch, size + new), 0
     if before is None:

@@ -5,7 +5,7 @@ PYTHON := $(V)/bin/python
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: test nightly demo docs lint lock parity clean
+.PHONY: test nightly demo docs bench-accelerator lint lock parity clean
 
 # The tests compile thousands of small programs and run each for milliseconds, so what compiles fastest is fastest:
 # without LLVM's optimisations, with XLA's older code for fusions, in one piece. `make nightly` compiles as users do. XLA
@@ -20,6 +20,9 @@ nightly: $(V)/.ok $(V)/.parity ## everything, the long ones too
 
 demo: $(V)/.ok ## the main job on the bundled corpus; ends with the path of report.html
 	$(PYTHON) experiments/compare.py --config=configs/compare_sentiment.py --root=runs/demo
+
+bench-accelerator: ## what one accelerator gives, within nine minutes, with the packages of a bare CUDA image
+	$(PY) experiments/benchmarks/accelerator.py
 
 docs: $(V)/.ok ## the site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(V)/bin/mkdocs build --strict

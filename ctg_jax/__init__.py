@@ -2,7 +2,7 @@
 
 data ──fit──▶ Control ──generate──▶ Samples ──reward──▶ Report
 
-`load`, `load_control` and `calibrate` are the front door (`ctg_jax.door`), and methods are found by name:
+`load`, `load_control`, `calibrate` and `choose` are the front door (`ctg_jax.door`), and methods are found by name:
 `ctg_jax.steer` is the module `ctg_jax.methods.get("steer")`. Both are imported when they are first used, so `import
 ctg_jax` stays cheap.
 """
@@ -23,6 +23,7 @@ __all__ = [
     "Samples",
     "Sampling",
     "calibrate",
+    "choose",
     "forward",
     "generate",
     "load",
@@ -30,7 +31,7 @@ __all__ = [
     "score",
 ]
 __version__ = "0.1.0"
-_DOOR = ("calibrate", "load", "load_control")
+_DOOR = ("calibrate", "choose", "load", "load_control")
 
 
 def __getattr__(name: str) -> Any:

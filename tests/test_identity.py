@@ -220,8 +220,8 @@ TEN = [
     "sample-e97c08c545d7",
     "score-a341291d9e78",
     "finetune-d592980aabb6",
-    "quark-85a60a448fe9",
-    "steer-4ceffe099d6a",
+    "quark-6508b1f7e74b",
+    "steer-d2e80ade0a0e",
 ]
 
 

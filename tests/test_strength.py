@@ -160,3 +160,22 @@ def test_the_door(opened, tmp_path):
         ctg.calibrate(mix, lm, ["the food was", "a"], kl=0.2)
     with pytest.raises(InputError, match="lm is str"):
         ctg.calibrate(mix, "lm", TEXTS, kl=0.2)
+
+
+def test_a_layer_and_a_strength_are_chosen_on_held_out_prompts(opened, tmp_path):
+    """The best first, each at the KL that was asked; what is chosen writes what it was chosen for."""
+    lm = ctg.load(opened[0], root=tmp_path)
+    pairs = [("the food was good", "the food was bad"), ("we liked it", "we left early"), ("good", "bad")]
+    candidates = {site: ctg.steer.from_pairs(lm, pairs, sites=site) for site in (1, 2)}
+    options = dict(texts=TEXTS, kl=(0.2, 1e6), n=2, max_new=4)
+    found = ctg.choose(candidates, lm, ["the", "we"], lambda text: text.count("o"), **options)
+    assert sorted(choice.name for choice in found) == [1, 2] and found[0].score >= found[1].score
+    assert all(choice.kl == pytest.approx(0.2, rel=0.02) for choice in found)  # nothing reaches the other
+    texts = [t for row in lm.write(["the", "we"], found[0].control, n=2, max_new=4) for t in row]
+    assert found[0].score == pytest.approx(np.mean([t.count("o") for t in texts]))
+    with pytest.raises(InputError, match=r"candidate 1: kl is 1e\+06 nats per token, but the control reaches"):
+        ctg.choose(candidates, lm, ["the"], len, texts=TEXTS, kl=(1e6,))
+    with pytest.raises(InputError, match="candidates is"):
+        ctg.choose({}, lm, ["the"], len, texts=TEXTS)
+    with pytest.raises(InputError, match="score gives nan for"):
+        ctg.choose(candidates, lm, ["the"], lambda text: float("nan"), **options)

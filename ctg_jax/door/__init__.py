@@ -14,7 +14,8 @@ names are looked up when they are first used.
 """
 
 from ctg_jax.door.calibrate import Calibrated, calibrate
+from ctg_jax.door.choose import Choice, choose
 from ctg_jax.door.mix import Mix, load_control
 from ctg_jax.door.model import Model, Written, load
 
-__all__ = ["Calibrated", "Mix", "Model", "Written", "calibrate", "load", "load_control"]
+__all__ = ["Calibrated", "Choice", "Mix", "Model", "Written", "calibrate", "choose", "load", "load_control"]

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from ctg_jax import IDENTITY, Prompts, Sampling, generate, rng
 from ctg_jax.controls.bank import bank
@@ -26,7 +25,6 @@ from ctg_jax.decode import loop
 from ctg_jax.io import write_json
 from ctg_jax.methods import cav, finetune, lm_steer, steer
 from ctg_jax.models.decoder import Transformer
-from experiments import cli
 
 COUNTS = (0, 1, 8, 32, 64, 128, 256)
 
@@ -89,6 +87,8 @@ def measure(lm, kinds, counts, *, batch, prompt, new, repeats):
 
 
 def define(fv):
+    from absl import flags
+
     flags.DEFINE_enum("shape", "gpt2", ("gpt2", "gemma", "tiny"), "the shape of the model", flag_values=fv)
     flags.DEFINE_multi_enum("kind", ["steer"], ("steer", "cav", "lm_steer", "lora"), "what is banked", flag_values=fv)
     flags.DEFINE_multi_integer("distinct", COUNTS, "K, distinct controls in the batch", 0, flag_values=fv)
@@ -100,6 +100,8 @@ def define(fv):
 
 
 def main(argv, session):
+    from experiments import cli
+
     args, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {args.batch}, {args.new} new tokens")
     sizes = dict(batch=args.batch, prompt=args.prompt, new=args.new, repeats=args.repeats)
@@ -109,4 +111,6 @@ def main(argv, session):
 
 
 if __name__ == "__main__":
+    from experiments import cli
+
     raise SystemExit(cli.run(main, devices=False))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -37,7 +38,11 @@ def benchmark(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py")))
+# It reads its own flags, because a bare CUDA image lacks the library of the others.
+BARE = "accelerator"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != BARE))
 def test_a_benchmark_has_the_command_line_of_every_script(benchmark, capsys, name):
     main = benchmark(name).main
     assert cli.run(main, ["--help"], devices=False) == 0
@@ -77,6 +82,29 @@ def test_the_benchmark_of_banks_runs_every_kind(benchmark):
     rows = bank.measure(bank.shapes("tiny"), ("steer", "lora"), (0, 1, 4), **sizes)
     assert [(row["kind"], row["distinct"]) for row in rows] == [(k, n) for k in ("steer", "lora") for n in (0, 1, 4)]
     assert all(row["tok_s"] > 0 and row["relative"] > 0 for row in rows)
+
+
+def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypatch, capsys):
+    """Every section but that of another library, which takes long to import; and what the time does not allow."""
+    bench = benchmark(BARE)
+    monkeypatch.setattr(bench, "SECTIONS", tuple(s for s in bench.SECTIONS if s is not bench.against_transformers))
+    assert bench.main(["--dry", f"--out={tmp_path}"]) == 0
+    saved = json.loads((tmp_path / "accelerator.json").read_text())
+    assert saved["device"]["bandwidth"] > 0 and saved["device"]["matrix"] > 0
+    assert {row["section"] for row in saved["rows"]} == {"decoding", "controls", "banks", "training"}
+    assert all(row.keys() & {"tok_s", "relative"} for row in saved["rows"])
+    assert (tmp_path / "accelerator.md").read_text().count("\n") == len(saved["rows"]) + 4
+    _, rows = bench.measure(True, 0)
+    assert [row["left_out"] for row in rows] == ["the time was up"] * 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_an_accelerator_needs_what_a_bare_image_has():
+    """Without the packages that configurations, data and reports need."""
+    blocked = ("ml_collections", "grain", "scipy", "sklearn", "pyarrow", "matplotlib", "tensorflow_datasets")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\nimport experiments.benchmarks.accelerator"
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):

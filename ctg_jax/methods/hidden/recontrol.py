@@ -33,7 +33,7 @@ class Ascent(Control):
     """h + scale · (h* − h) at site L + 1, where h* is h after n steps of h ← h + rate · ∇V(h).
 
     Attributes:
-      value: {"in": [F, D], "bias": [F], "out": [F], "offset": []}, float32, of V(h) = out · max(in h + bias, 0) + offset.
+      value: float32 {"in": [F, D], "bias": [F], "out": [F], "offset": []}; V(h) = out · max(in h + bias, 0) + offset.
       rate: float32 [], η.
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
       steps: n. site: L + 1, where the layer scan never comes.

@@ -87,7 +87,7 @@ class Reft(Control):
 
 
 def orthonormal(basis: jax.Array) -> jax.Array:
-    """float32 [S, r, D]: orthonormal rows with the span of basis [S, r, D]; the same rows where they are orthonormal."""
+    """float32 [S, r, D]: orthonormal rows with the span of basis [S, r, D]; the same rows where they are such."""
     q, upper = jnp.linalg.qr(jnp.swapaxes(basis, 1, 2))
     sign = jnp.where(jnp.diagonal(upper, axis1=1, axis2=2) < 0, -1.0, 1.0)
     return jnp.swapaxes(q, 1, 2) * sign[:, :, None]

@@ -120,7 +120,7 @@ def run(values, session, argv, asked, folder):
 
 def command(argv, session, number):
     """The command line of a process that runs one cell and writes no report."""
-    shared = ("--config", "--noconfig", "--mesh", "--plan", "--precision", "--remat", "--noremat")
+    shared = ("--config", "--noconfig", "--mesh", "--plan", "--precision", "--remat", "--noremat", "--tensorboard", "--wandb")
     own = [f"--root={session}", f"--only={number}", "--noreport"]
     return [sys.executable, str(Path(__file__).resolve()), *(a for a in argv if a.startswith(shared)), *own]
 

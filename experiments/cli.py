@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctg_jax.mesh import layout
+from ctg_jax.run import metrics
 from ctg_jax.run import session as sessions
 from ctg_jax.run.session import Session, Tally
 from ctg_jax.run.stage import nearest
@@ -90,6 +91,13 @@ def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values, sys_argv=["ctg_jax", *(a for a in argv if not a.startswith(_SETTINGS))],
     )  # fmt: skip
     flags.DEFINE_string("root", "runs", "all artifacts and reports: a directory, or gs://BUCKET/…", flag_values=values)
+    board_flags(values)
+
+
+def board_flags(values: flags.FlagValues) -> None:
+    """Defines --tensorboard and --wandb, which `run` reads, for scripts that train."""
+    flags.DEFINE_boolean("tensorboard", False, "event files of every training, in its folder", flag_values=values)
+    flags.DEFINE_boolean("wandb", False, "every training on Weights & Biases", flag_values=values)
 
 
 def module_of(spec: str) -> Any:
@@ -150,7 +158,8 @@ def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | Non
             keep_compiled()
             hosts.start(argv)
         with layout.laid_out(hosts.chosen(argv)) if devices else contextlib.nullcontext():
-            session = Session(roots.opened(hosts.value(argv, "--root") or "runs"))
+            drawn = [name for name in metrics.BOARDS if f"--{name}" in argv or f"--{name}=true" in argv]
+            session = Session(roots.opened(hosts.value(argv, "--root") or "runs"), boards=drawn)
             count = session.tally
             result = main(argv, session)
         return 0

@@ -36,6 +36,7 @@ def define(fv):
     text("root", "runs", "where artifacts are kept", flag_values=fv)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of an LM that is imported", flag_values=fv)
     flags.DEFINE_multi_string("read", [], "KEY=VALUE: a setting of load_data; repeatable", flag_values=fv)
+    cli.board_flags(fv)
     flags.DEFINE_multi_string("set", [], "KEY=VALUE: a setting of the method's fit; repeatable", flag_values=fv)
 
 

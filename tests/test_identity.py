@@ -164,7 +164,7 @@ def test_batch_sizes_of_training_count_and_those_of_sampling_and_scoring_do_not(
     assert set().union(*left_out.values()) == {"batch"}
     assert all("batch" in left_out[name] for name in ("sample", "score", "human_perplexity", "mdlm.bound"))
     fields = {f.name: f.metadata.get("how", False) for f in dataclasses.fields(Training)}
-    assert {name for name, how in fields.items() if how} == {"save_every", "log_every", "tensorboard"}
+    assert {name for name, how in fields.items() if how} == {"save_every", "log_every"}
     for fn in package_stages().values():
         parameters = inspect.signature(fn).parameters
         assert not {"steps", "save_every", "log_every"} & parameters.keys(), fn.__name__

@@ -79,7 +79,8 @@ def test_every_module_can_be_imported_with_the_core_alone():
         ("mauve", "metrics", lambda tmp: evaluation.mauve([[1.0]] * 60, [[1.0]] * 60, range(60))),
         ("nltk.stem.porter", "metrics", lambda tmp: evaluation.text.coverage("a dog", ["dogs"])),
         ("sacrebleu.metrics", "metrics", lambda tmp: bleu(["a"], ["a"])),
-        ("tensorboardX", "tensorboard", lambda tmp: Writer(tmp / "metrics.jsonl", tensorboard=tmp)),
+        ("tensorboardX", "tensorboard", lambda tmp: Writer(tmp / "metrics.jsonl", boards=["tensorboard"])),
+        ("wandb", "wandb", lambda tmp: Writer(tmp / "metrics.jsonl", boards=["wandb"])),
     ],
 )
 def test_a_missing_library_is_answered_with_the_extra_that_installs_it(monkeypatch, tmp_path, module, extra, use):

@@ -1,11 +1,14 @@
 """The JSONL of a run: exactly one row per step, whatever a crash left behind."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from ctg_jax.run.metrics import Writer
+from ctg_jax.run.session import Session
+from ctg_jax.types import InputError
 
 
 def rows(path):
@@ -47,7 +50,43 @@ def test_values_that_are_not_finite_stay_json(tmp_path):
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
     pytest.importorskip("tensorboardX")
-    with Writer(tmp_path / "m.jsonl", tensorboard=tmp_path / "board") as w:
+    with Writer(tmp_path / "m.jsonl", boards=["tensorboard"]) as w:
         w.write(1, {"loss": 0.5})
-    (file,) = (tmp_path / "board").iterdir()
+    (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in file.read_bytes()
+
+
+class Board:
+    """Stands in for the package wandb and for one of its runs."""
+
+    def __init__(self):
+        self.asked, self.rows, self.ended = None, [], 0
+
+    def init(self, **asked):
+        self.asked = asked
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
+    board = Board()
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    folder = tmp_path / "lm_steer-0123456789ab"
+    folder.mkdir()
+    (folder / "spec.json").write_text('{"config": {"rank": 4}}')
+    with Writer(folder / "metrics.jsonl", boards=["wandb"]) as w:
+        w.write(1, {"loss": np.float32(0.5)})
+    assert board.rows == [(1, {"loss": 0.5})] and board.ended == 1
+    assert board.asked["id"] == folder.name and board.asked["resume"] == "allow"
+    assert board.asked["group"] == "lm_steer" and board.asked["config"] == {"rank": 4}
+    assert board.asked["dir"] == str(tmp_path)  # nothing but figures in the folder of the artifact
+
+
+def test_an_unknown_board_is_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="boards names 'wand', expected some of tensorboard, wandb"):
+        Session(tmp_path, boards=["wand"])

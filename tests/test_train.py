@@ -156,7 +156,7 @@ def test_batches_that_end_early_are_an_error_after_saving(tmp_path):
 
 
 def test_log_every_and_tensorboard(tmp_path):
-    loop(tmp_path, Batches(), steps=10, log_every=4, tensorboard=True)
+    loop(tmp_path, Batches(), steps=10, log_every=4, boards=["tensorboard"])
     assert [r["step"] for r in rows(tmp_path)] == [4, 8, 10]
     assert set(rows(tmp_path)[0]) == {"step", "loss", "weight", "grad_norm"}
     assert list((tmp_path / "tensorboard").iterdir())

@@ -49,7 +49,6 @@ class Training:
         None: the last values are kept.
       save_every: updates between checkpoints; 0 for none but the last.
       log_every: updates between rows of metrics.jsonl.
-      tensorboard: whether to write TensorBoard event files too.
     """
 
     steps: int = 200
@@ -69,7 +68,6 @@ class Training:
     ema: float | None = None
     save_every: int = how(100)
     log_every: int = how(1)
-    tensorboard: bool = how(False)
 
     def at(self, rate: float) -> Training:
         """The same at this learning rate, where it has none of its own."""
@@ -212,7 +210,7 @@ def train(
     step = training_loop.make_step(loss, tx, accumulate=training.accumulate, **averaging)
     state = training_loop.loop(
         run.path, state, step, batches, steps=training.steps, save_every=training.save_every, frozen=frozen,
-        log_every=training.log_every, tensorboard=training.tensorboard,
+        log_every=training.log_every, boards=run.session.boards,
     )  # fmt: skip
     if training.rounds > 1:
         checkpoint.save(run.path / "optimizer", state.opt_state)

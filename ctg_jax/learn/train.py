@@ -7,7 +7,7 @@ the mean of per-device means does not. Randomness is addressed by (key, step, ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +188,12 @@ def loop(
     keep: int = 2,
     progress: bool = True,
     plan: Plan | None = None,
-    tensorboard: bool = False,
+    boards: Sequence[str] = (),
 ) -> TrainState:
     """Trains until `state.step == steps`, from the last whole checkpoint in `run_dir` where there is one.
 
     A run that was killed at any moment and started again ends with exactly the same parameters, and the same
-    `metrics.jsonl` with each step once. Files: `run_dir/steps/<step>/` (checkpoints), `run_dir/metrics.jsonl`, and
-    `run_dir/tensorboard/` where asked for.
+    `metrics.jsonl` with each step once. Files: `run_dir/steps/<step>/` (checkpoints) and `run_dir/metrics.jsonl`.
 
     Args:
       run_dir: made where it is missing.
@@ -211,7 +210,7 @@ def loop(
       progress: show a progress bar.
       plan: how the state is placed on devices, during training and afterwards; None: as the layout of the run asks
         (`layout.training`), and afterwards as its other arrays.
-      tensorboard: also write TensorBoard event files.
+      boards: where the figures are drawn as well, see `ctg_jax.run.metrics.Writer`.
 
     Raises:
       TrainingError: a loss or gradient that is not finite; the last good state is saved first.
@@ -229,7 +228,7 @@ def loop(
         at = int(state.step)
         state = jax.tree.map(jnp.copy, state)
         state = processes.everywhere(state, plan.shardings(state))
-    with Writer(run_dir / "metrics.jsonl", at, run_dir / "tensorboard" if tensorboard else None) as writer:
+    with Writer(run_dir / "metrics.jsonl", at, boards) as writer:
         if at >= steps:
             return layout.to_local(state, plan) if own else state
         frozen = processes.everywhere(frozen, plan.shardings(frozen))

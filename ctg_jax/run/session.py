@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 
 from ctg_jax.io import Digests
 from ctg_jax.mesh.layout import Layout, current
+from ctg_jax.run.metrics import check_boards
 from ctg_jax.run.store import Store
 
 
@@ -34,6 +35,7 @@ class Session(os.PathLike):
     Args:
       root: a directory, made where it is missing; or a `Store`.
       layout: on which devices stages compute; None: the layout in force (`ctg_jax.mesh.layout`).
+      boards: where the figures of trainings are drawn while they run: "tensorboard", "wandb" or both.
 
     Attributes:
       root: the local directory, absolute.
@@ -43,10 +45,11 @@ class Session(os.PathLike):
       sha256: SHA-256 of a file; a file that has not changed is read once.
     """
 
-    def __init__(self, root: str | os.PathLike, *, layout: Layout | None = None):
+    def __init__(self, root: str | os.PathLike, *, layout: Layout | None = None, boards: Sequence[str] = ()):
         self.store = root if isinstance(root, Store) else None
         self.root = Path(root).absolute()
         self.layout = current() if layout is None else layout
+        self.boards = check_boards(boards)
         self.tally = Tally()
         self.pending: dict[str, dict[str, Any]] | None = None
         self.sha256 = Digests()

@@ -87,6 +87,17 @@ def test_what_is_wrong_is_one_sentence(call, own, argv, words):
     assert code == 2 and out == "" and len(said) == 1 and words in said[0], said
 
 
+def test_trainings_are_drawn_where_a_flag_says_so(call, own, tmp_path, monkeypatch):
+    """On TensorBoard, and a missing package is told before the texts are read."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, said = call(fit, "finetune", "--data=jsonl:nothing.jsonl", "--wandb")
+    assert code == 2 and len(said) == 1 and "pip install 'ctg_jax[wandb]'" in said[0]
+    pytest.importorskip("tensorboardX")
+    quick = [f"--set=training.{setting}" for setting in ("steps=2", "batch=2", "tokens=8")]
+    code, folder, said = call(fit, "finetune", f"--data=jsonl:{own}", *quick, "--tensorboard")
+    assert (code, said) == (0, []) and list((Path(folder.strip()) / "tensorboard").iterdir())
+
+
 def test_faults_of_the_data_come_before_the_model(call, own, tmp_path):
     rows = [json.loads(line) for line in own.read_text().splitlines()]
     own.write_text("".join(json.dumps({"text": r["text"], "label": r["mood"]}) + "\n" for r in rows))

@@ -13,6 +13,7 @@ from ctg_jax.decode import loop
 from ctg_jax.learn import train
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import finetune
+from ctg_jax.run.session import Session
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
@@ -136,7 +137,8 @@ def test_accumulation_and_event_files_can_be_configured(small):
     root, lm, data = small
     training = dict(steps=3, batch=4, tokens=16, warmup=1)
     common = dict(lm=lm, data=data, adapter=dict(rank=2))
-    whole = finetune.fit(root, **common, training=training | dict(log_every=3, tensorboard=True, save_every=0))
+    watched = Session(root, boards=["tensorboard"])
+    whole = finetune.fit(watched, **common, training=training | dict(log_every=3, save_every=0))
     assert len(whole.metrics()) == 1 and list((whole.path / "tensorboard").iterdir())
     assert finetune.fit(root, **common, training=training) == whole  # the same control, whatever is logged and saved
     parts = finetune.fit(root, **common, training=training | dict(accumulate=2))

@@ -120,7 +120,8 @@ def run(values, session, argv, asked, folder):
 
 def command(argv, session, number):
     """The command line of a process that runs one cell and writes no report."""
-    shared = ("--config", "--noconfig", "--mesh", "--plan", "--precision", "--remat", "--noremat", "--tensorboard", "--wandb")
+    names = ("config", "noconfig", "mesh", "plan", "precision", "remat", "noremat", "tensorboard", "wandb")
+    shared = tuple(f"--{name}" for name in names)
     own = [f"--root={session}", f"--only={number}", "--noreport"]
     return [sys.executable, str(Path(__file__).resolve()), *(a for a in argv if a.startswith(shared)), *own]
 

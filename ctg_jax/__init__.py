@@ -13,12 +13,13 @@ from typing import Any
 
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.decode.loop import forward, generate, score
-from ctg_jax.types import Prompts, Samples, Sampling
+from ctg_jax.types import InputError, Prompts, Samples, Sampling
 
 __all__ = [
     "IDENTITY",
     "Chain",
     "Control",
+    "InputError",
     "Prompts",
     "Samples",
     "Sampling",

@@ -16,7 +16,6 @@ import ctg_jax
 from ctg_jax import report
 from ctg_jax.evaluation import Figure
 from ctg_jax.mesh import processes
-from ctg_jax.report import pictures
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact
 from ctg_jax.stages.judges import how_right
@@ -32,7 +31,8 @@ def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -
     rows = [_row(c) for c in results]
     if processes.first():
         log.info("%s", report.terminal(rows))
-    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], results)
+    turns = [row for c in results for row in _rounds(c)]
+    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results)
 
 
 def folder_of(root: str, spec: str, *settings: Any) -> Path:
@@ -59,7 +59,7 @@ def write_grid(
     setting of one method is a column of that method's rows alone, and a result that several settings share is shown
     once.
     `about`: more facts for the report."""
-    rows, smooth, seen = [], [], {}
+    rows, smooth, turns, seen = [], [], [], {}
     for changes, result in results:
         if result.figures.id in seen:
             continue
@@ -74,7 +74,8 @@ def write_grid(
                 columns[key] = value
         rows.append({**columns, **_row(result)})
         smooth.append(_smooth(result) and {**columns, **_smooth(result)})
-    return _write(folder, root, spec, config, rows, smooth, list(seen.values()), about)
+        turns += [{**columns, **row} for row in _rounds(result)]
+    return _write(folder, root, spec, config, rows, smooth, turns, list(seen.values()), about)
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -88,6 +89,17 @@ def _smooth(result: Result) -> dict[str, Any] | None:
     if result.smooth is None:
         return None
     return {**report.row(result.smooth, method=result.label, seed=result.seed), "smooth": result.smooth.id}
+
+
+def _rounds(result: Result) -> list[dict[str, Any]]:
+    """A row for each round of a method that learned from its own samples; `rounds` identifies it."""
+    found: dict[int, dict[str, Figure]] = {}
+    for row in result.rounds.metrics() if result.rounds else ():
+        found.setdefault(row["round"], {})[row["name"]] = Figure.from_json(row)
+    return [
+        {"method": result.label, "seed": result.seed, "round": r, "figures": figures, "rounds": (result.rounds.id, r)}
+        for r, figures in found.items()
+    ]
 
 
 def _commit() -> str | None:
@@ -191,6 +203,7 @@ def _write(
     config: ConfigDict,
     rows: list[dict],
     smooth: list,
+    turns: list[dict],
     results: Sequence[Result],
     more: dict[str, str] | None = None,
 ) -> Path:
@@ -205,8 +218,9 @@ def _write(
     sections = ("lm", "prompts", "sample", "judges", "evaluate")
     about |= _heldout(root, config) | _own(results) | {name: json.dumps(settings[name]) for name in sections}
     about |= _arms(root, config, results) | (more or {})
-    # The results of one method share their smoothness.
+    # The results of one method share their smoothness and their rounds.
     swept = {row.pop("smooth"): row for row in smooth if row}
+    learned = {row.pop("rounds"): row for row in turns}
     page = report.write(
         folder,
         rows,
@@ -215,24 +229,7 @@ def _write(
         perplexity=facts["perplexity"],
         about=about | {"ctg_jax": version()},
         smooth=list(swept.values()),
+        turns=list(learned.values()),
     )
-    _draw_rounds(folder, results)
     roots.keep_files(root, folder)
     return page
-
-
-def _draw_rounds(folder: Path, results: Sequence[Result]) -> None:
-    """rounds-….png: figures of the samples of each round, for methods that learn from rewards, against the KL to the
-    base."""
-    found: dict[str, dict[int, dict]] = {}
-    for result in results:
-        for row in result.rounds.metrics() if result.rounds else ():
-            at = found.setdefault(result.label, {}).setdefault(row["round"], {})
-            at[row["name"]] = Figure(*(row[k] for k in ("value", "low", "high", "n")))
-    points = [
-        {"method": label, "round": r, "figures": figures}
-        for label, all_ in found.items()
-        for r, figures in all_.items()
-    ]
-    for name in ("reward", "perplexity", "dist-2") if points else ():
-        pictures.curves(folder / f"rounds-{name}.png", points, "KL to base", name, "method", "round")

@@ -136,6 +136,25 @@ def test_unknown_values_are_dashes_and_do_not_stop_the_plots(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["lines"][-2]["figures"]["perplexity"]["value"] is None
 
 
+def test_rounds_are_in_the_page(tmp_path):
+    """A table and a picture, and in the page they are under their own heading."""
+    names = ("reward", "KL to base")
+    turns = [
+        {"method": m, "round": r, "figures": {n: figure(0.1 * r + i) for i, n in enumerate(names)}}
+        for m in ("quark", "ppo")
+        for r in range(3)
+    ]
+    page = report.write(tmp_path, SWEEP, turns=turns).read_text()
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
+    after = page[page.index("<h2>Rounds</h2>") :]
+    assert after.index("base64,") < after.index("<td") and "mean reward of the samples of a round" in page
+    text = (tmp_path / "report.md").read_text()
+    assert "| method | round | reward | KL to base |" in text and "| ppo | 2 | 0.200 [0.100, 0.300] |" in text
+    assert json.loads((tmp_path / "report.json").read_text())["rounds"][4]["round"] == 1
+    report.write(tmp_path / "one", SWEEP, turns=turns[:1])  # of one round there is nothing to draw
+    assert "## Rounds" in (tmp_path / "one" / "report.md").read_text() and not (tmp_path / "one/rounds.png").exists()
+
+
 def test_samples_stand_side_by_side(tmp_path):
     def text(method, prompt, i):
         return {"prompt": prompt, "prompt_id": prompt, "text": f"{method} {prompt} {i}"}

@@ -22,6 +22,8 @@ _MEANING: tuple[tuple[str, str, str], ...] = (
     (r"similarity", "how near in meaning the text is to a human text after the same prompt, at most 1", "higher"),
     (r"coverage", "share of the wanted words that occur", "higher"),
     (r"length", "words of a sample", ""),
+    (r"reward", "mean reward of the samples of a round", "higher"),
+    (r"KL to base", "distance of a round from the language model before it learned, in nats for each token", "lower"),
 )
 
 
@@ -40,10 +42,10 @@ def explained(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def best(name: str, values: Sequence[float]) -> set[int]:
-    """The places of the best values of a figure; none where no direction is better or nothing is to compare."""
+    """The places of the best values of a figure; none where no direction is better or nothing tells them apart."""
     better = meaning(name)[1]
     known = [v for v in values if v == v]
-    if not better or len(known) < 2:
+    if not better or len(set(known)) < 2:
         return set()
     wanted = min(known) if better == "lower" else max(known)
     return {i for i, v in enumerate(values) if v == wanted}

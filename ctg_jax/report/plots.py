@@ -73,7 +73,7 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
     figures = [f for f in figures if any(_known(line, f) for line in lines if line.method in swept)]
     if not swept or not figures:
         return None
-    fig, axes = _figure(len(swept), len(figures), (3.1, 2.3), theme, sharex="col", sharey="row")
+    fig, axes = _figure(len(swept), len(figures), (2.6, 1.6), theme, sharex="col", sharey="row")
     settings = list(dict.fromkeys(_setting(line) for line in lines if line.method in swept))
     colours = looks(settings, theme)
     plain = dict.fromkeys(line.method for line in lines if line.strength is None and line.method not in swept)
@@ -85,7 +85,7 @@ def curves(lines: Sequence[Line], figures: Sequence[str], theme: str = "light") 
             chosen = [m for m in lines if m.method == method and _setting(m) == setting and _known(m, figure)]
             chosen = sorted((m for m in chosen if m.strength is not None), key=_strength)
             if chosen:
-                _band(ax, chosen, figure, colour, marker)
+                _band(ax, [m.strength for m in chosen], chosen, figure, colour, marker)
         for line in lines:
             if line.method == level and _known(line, figure):
                 colour = colours.get(_setting(line), (ink,))[0] if len(settings) > 1 else ink
@@ -137,6 +137,29 @@ def settings(lines: Sequence[Line], figures: Sequence[str], theme: str = "light"
     return _png(fig)
 
 
+def over(lines: Sequence[Line], column: str, figures: Sequence[str], theme: str = "light") -> bytes:
+    """One panel for each figure over a column of numbers, with a band for the interval; one line for each method, and
+    for each setting of the other columns."""
+
+    def name(line):
+        others = (str(v) for c, v in line.columns.items() if c != column and v is not None)
+        return ", ".join([line.method, *others])
+
+    fig, axes = _figure(len(figures), 1, (2.6, 2.4), theme)
+    known = looks(list(dict.fromkeys(map(name, lines))), theme)
+    for ax, figure in zip(axes, figures):
+        for method, (colour, marker) in known.items():
+            chosen = [m for m in lines if name(m) == method and _known(m, figure)]
+            chosen = sorted(chosen, key=lambda m: m.columns[column])
+            if chosen:
+                _band(ax, [m.columns[column] for m in chosen], chosen, figure, colour, marker)
+        ax.set_title(describe(figure), fontsize=10)
+        ax.set_xlabel(column, fontsize=9)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    _legend(fig, known, theme, set(known))
+    return _png(fig)
+
+
 def describe(name: str) -> str:
     """A figure's name for an axis or a heading: `positive: share of samples`."""
     head, _, tail = name.rpartition("/")
@@ -162,8 +185,7 @@ def _path(ax, path, x, y, colour, marker, theme):
         ax.plot(a.value, b.value, marker=marker, ms=size, color=colour, mec=_GROUND[theme][0], mew=0.8, zorder=3)
 
 
-def _band(ax, chosen, figure, colour, marker):
-    xs = [m.strength for m in chosen]
+def _band(ax, xs, chosen, figure, colour, marker):
     found = [m.estimates[figure] for m in chosen]
     ax.plot(xs, [e.value for e in found], color=colour, lw=1.6, marker=marker, ms=4, zorder=3)
     ends = [(e.low, e.high) if math.isfinite(e.low) and math.isfinite(e.high) else (e.value, e.value) for e in found]
@@ -232,7 +254,8 @@ def _legend(fig, looks, theme, swept, level=None):
     width = fig.get_size_inches()[0]
     longest = max(len(h.get_label()) for h in handles)
     columns = max(1, min(len(handles), int(width / (0.6 + 0.085 * longest))))
-    fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=ink)
+    side = "left" if width > 11 else "center"  # a wide picture scrolls, and is seen from the left
+    fig.legend(handles=handles, loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=9, labelcolor=ink)
 
 
 def _plain_ticks(ax):

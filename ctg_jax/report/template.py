@@ -28,7 +28,7 @@ th.word:first-child, td.word:first-child { position: sticky; left: 0; background
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .88rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--soft); font-size: .88rem; margin: .6rem 0; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } .wide img { max-width: none; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .7rem; }
 .card { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; font-size: .9rem;
         overflow-wrap: anywhere; }
@@ -51,20 +51,26 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 </tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
+{% macro picture(image) %}<figure>
+<div{% if image.width > 700 %} class="wide"{% endif %}>
+<picture><source srcset="data:image/png;base64,{{ image.dark }}" media="(prefers-color-scheme: dark)">
+<img src="data:image/png;base64,{{ image.light }}" alt="{{ image.caption }}" width="{{ image.width }}"></picture></div>
+<figcaption>{{ image.caption }}</figcaption></figure>
+{% endmacro %}
 <h2>Results</h2>
 {{ table(*main) }}
 <details><summary>What the columns mean</summary>
 <dl>{% for name, value in columns %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 <p class="note">The best value of a column is bold, where one direction is better. A table that is wider than the page
-scrolls sideways.</p></details>
-{% for image in images %}<figure>
-<picture><source srcset="data:image/png;base64,{{ image.dark }}" media="(prefers-color-scheme: dark)">
-<img src="data:image/png;base64,{{ image.light }}" alt="{{ image.caption }}" width="{{ image.width }}"></picture>
-<figcaption>{{ image.caption }}</figcaption></figure>
-{% endfor %}
+scrolls sideways, and so does a picture.</p></details>
+{% for image in images %}{{ picture(image) }}{% endfor %}
 {% if smooth %}<h2>Smooth control</h2>
 <p class="note">{{ smooth_note }}</p>
 {{ table(*smooth) }}{% endif %}
+{% if turns %}<h2>Rounds</h2>
+<p class="note">{{ turns_note }}</p>
+{% if turns_picture %}{{ picture(turns_picture) }}{% endif %}
+{{ table(*turns) }}{% endif %}
 {% if samples %}<h2>Samples, side by side</h2>
 {% for prompt in samples %}<h3>{{ prompt.prompt }} …</h3>
 <div class="cards">{% for card in prompt.cards %}<div class="card"><b>{{ card.label }}</b>

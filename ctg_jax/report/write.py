@@ -13,7 +13,7 @@ from typing import Any
 from ctg_jax.evaluation import FIELD
 from ctg_jax.evaluation.smooth import MEANING
 from ctg_jax.io import dumps, write_bytes, write_text
-from ctg_jax.report import plots
+from ctg_jax.report import plots, rounds
 from ctg_jax.report.meaning import best, explained
 from ctg_jax.report.rows import Estimate, Line, lines
 from ctg_jax.report.template import PAGE
@@ -49,6 +49,7 @@ def write(
     about: Mapping[str, Any] | None = None,
     attributes: Sequence[str] = (),
     smooth: Sequence[Mapping[str, Any]] = (),
+    turns: Sequence[Mapping[str, Any]] = (),
     prompts: int = 4,
     texts: int = 2,
 ) -> Path:
@@ -63,6 +64,7 @@ def write(
       attributes: figures of the horizontal axis of a frontier each; every "<reward>/share" by default.
       smooth: rows of another table, of one line for each method over all its strengths, with the figures of
         `ctg_jax.evaluation.smooth_control` under "<reward>/<figure>".
+      turns: rows of a third table, of one line for each method and "round", for methods that learn from their samples.
       prompts, texts: how many prompts and how many texts of each are shown side by side.
 
     Raises:
@@ -76,15 +78,15 @@ def write(
             raise InputError(f"attributes names {attribute!r}, which no row has; the rows have {', '.join(names)}")
     shares = list(attributes) or [n for n in names if n.endswith("/share")]
     main, rest = columns(table, attributes)
-    drawn = _draw(table, shares, main)
+    swept, learned = (lines(more) if more else [] for more in (smooth, turns))
+    drawn = _draw(table, shares, main, learned)
     seeds = max((c.seeds for line in table for c in line.estimates.values()), default=1)
     facts = _facts(scorers, perplexity, about, names, rows)
     shown = _side_by_side(table, prompts, texts)
-    swept = lines(smooth) if smooth else []
     pages = {
-        "report.md": _markdown(title, table, main, rest, drawn, swept, shown, facts, seeds),
-        "report.json": _json(title, table, swept, facts),
-        "report.html": _html(title, table, main, rest, drawn, swept, shown, facts, seeds),
+        "report.md": _markdown(title, table, main, rest, drawn, swept, learned, shown, facts, seeds),
+        "report.json": _json(title, table, swept, learned, facts),
+        "report.html": _html(title, table, main, rest, drawn, swept, learned, shown, facts, seeds),
     }
     directory = Path(directory)
     try:
@@ -124,7 +126,9 @@ def terminal(rows: Sequence[Mapping[str, Any]], most: int = 5) -> str:
     return "\n".join([aligned[0], "  ".join("─" * w for w in widths), *aligned[1:]])
 
 
-def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tuple[bytes, bytes, str]]:
+def _draw(
+    table: list[Line], shares: list[str], main: list[str], learned: list[Line]
+) -> dict[str, tuple[bytes, bytes, str]]:
     """File stem -> (light PNG, dark PNG, caption)."""
     drawn = {}
     for share in shares:
@@ -155,6 +159,9 @@ def _draw(table: list[Line], shares: list[str], main: list[str]) -> dict[str, tu
             "configured."
         )
         drawn["settings"] = (light, dark, caption)
+    light, dark = (rounds.draw(learned, theme) for theme in ("light", "dark"))
+    if light and dark:
+        drawn["rounds"] = (light, dark, rounds.CAPTION)
     return drawn
 
 
@@ -194,18 +201,18 @@ def _texts(cell: Estimate | None) -> tuple[str, str]:
     return number(cell.value) + error, f"[{number(cell.low, cell.value)}, {number(cell.high, cell.value)}]"
 
 
-def _grid(table: list[Line], names: list[str]) -> tuple[list[dict], list[list[dict]]]:
+def _grid(table: list[Line], names: list[str], mark: bool = True) -> tuple[list[dict], list[list[dict]]]:
     columns = list(table[0].columns)
     strengths = any(line.strength is not None for line in table)
     heads = [{"name": h, "word": True} for h in ["method", *columns]]
     heads += [{"name": "strength", "word": False}] * strengths
     heads += [{"name": plots.describe(n), "word": False} for n in names]
-    body, winners = [], {n: _winners(table, n) for n in names}
+    body, winners = [], {n: _winners(table, n) if mark else set() for n in names}
     for line in table:
         words = [line.method, *("" if v is None else str(v) for v in line.columns.values())]
         cells = [{"value": w, "interval": "", "word": True, "best": False} for w in words]
         if strengths:
-            strength = "" if line.strength is None else f"{line.strength:g}"
+            strength = "" if line.strength is None else f"{line.strength:g}".replace("-", "−")
             cells.append({"value": strength, "interval": "", "word": False, "best": False})
         for n in names:
             value, interval = _texts(line.estimates.get(n))
@@ -220,14 +227,15 @@ def _winners(table: list[Line], name: str) -> set[str]:
     return {table[i].label for i in best(name, values)}
 
 
-def _html(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
+def _html(title, table, main, rest, drawn, swept, learned, shown, facts, seeds) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    images = []
-    for light, dark, caption in drawn.values():
+    images = {}
+    for name, (light, dark, caption) in drawn.items():
         width = int.from_bytes(light[16:20], "big") * 3 // 4  # from the PNG header, in CSS pixels at this resolution
         light64, dark64 = (base64.b64encode(x).decode() for x in (light, dark))
-        images.append({"light": light64, "dark": dark64, "caption": caption, "width": width})
+        images[name] = {"light": light64, "dark": dark64, "caption": caption, "width": width}
+    turns_picture = images.pop("rounds", None)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     grid = _grid(table, [])
     return page.render(
@@ -236,21 +244,26 @@ def _html(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
         main=_grid(table, main),
         rest=_grid(table, rest),
         words=len(grid[0]),
-        images=images,
+        images=list(images.values()),
         smooth=_grid(swept, _names(swept)) if swept else None,
         smooth_note=smooth_note(swept),
-        columns=[(plots.describe(name), text) for name, text in explained([*main, *rest])],
+        turns=_grid(learned, _names(learned), mark=False) if learned else None,
+        turns_note=rounds.NOTE,
+        turns_picture=turns_picture,
+        columns=[(plots.describe(name), text) for name, text in explained([*main, *rest, *_names(learned)])],
         samples=shown,
         about=facts,
     )
 
 
-def _markdown(title, table, main, rest, drawn, swept, shown, facts, seeds) -> str:
+def _markdown(title, table, main, rest, drawn, swept, learned, shown, facts, seeds) -> str:
     out = [f"# {escape(title)}", "", note(seeds), "", *_markdown_table(table, main)]
     for name, (_, _, caption) in drawn.items():
         out += ["", f"![{name}]({name}.png)", "", escape(caption)]
     if swept:
         out += ["", "## Smooth control", "", escape(smooth_note(swept)), "", *_markdown_table(swept, _names(swept))]
+    if learned:
+        out += ["", "## Rounds", "", rounds.NOTE, "", *_markdown_table(learned, _names(learned), mark=False)]
     if shown:
         out += ["", "## Samples, side by side"]
     for prompt in shown:
@@ -258,14 +271,14 @@ def _markdown(title, table, main, rest, drawn, swept, shown, facts, seeds) -> st
         out += [f"| {escape(card['label'])} | {escape(text)} |" for card in prompt["cards"] for text in card["texts"]]
     if rest:
         out += ["", "## All other figures", "", *_markdown_table(table, rest)]
-    known = [(plots.describe(name), text) for name, text in explained([*main, *rest])]
+    known = [(plots.describe(name), text) for name, text in explained([*main, *rest, *_names(learned)])]
     out += ["", "## What the columns mean", "", *(f"- {escape(name)}: {escape(text)}" for name, text in known)]
     out += ["", "## How it was measured", "", *(f"- {escape(name)}: {escape(value)}" for name, value in facts)]
     return "\n".join(out) + "\n"
 
 
-def _markdown_table(table: list[Line], names: list[str]) -> list[str]:
-    heads, body = _grid(table, names)
+def _markdown_table(table: list[Line], names: list[str], mark: bool = True) -> list[str]:
+    heads, body = _grid(table, names, mark)
     out = ["| " + " | ".join(escape(h["name"]) for h in heads) + " |"]
     out.append("|" + "|".join(":--" if h["word"] else "--:" for h in heads) + "|")
     for cells in body:
@@ -285,7 +298,7 @@ def _names(table: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(n for line in table for n in line.estimates))
 
 
-def _json(title, table, swept, facts) -> str:
+def _json(title, table, swept, learned, facts) -> str:
     def plain(cell: Estimate):
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(cell).items()}
 
@@ -294,7 +307,9 @@ def _json(title, table, swept, facts) -> str:
 
     records = [{"method": t.method, "strength": t.strength, **figures(t)} for t in table]
     smooth = [{"method": t.method, **figures(t)} for t in swept]
-    report = {"title": title, "about": {n: v for n, v in facts}, "lines": records, "smooth": smooth}
+    turns = [{"method": t.method, **figures(t)} for t in learned]
+    about = {n: v for n, v in facts}
+    report = {"title": title, "about": about, "lines": records, "smooth": smooth, "rounds": turns}
     return dumps(report, indent=1, default=str) + "\n"
 
 
@@ -313,7 +328,7 @@ def _facts(scorers, perplexity, about, names, rows) -> list[tuple[str, str]]:
 
 def _side_by_side(table: list[Line], prompts: int, texts: int) -> list[dict[str, Any]]:
     """The first prompts that most lines have, with the first texts of each line; where that makes too many cards, the
-    smallest, middle and largest strength of each method."""
+    smallest, middle and largest strength of each method, and if need be fewer prompts."""
     with_samples = [line for line in table if line.samples]
     if not with_samples or prompts < 1:
         return []
@@ -326,9 +341,9 @@ def _side_by_side(table: list[Line], prompts: int, texts: int) -> list[dict[str,
             mine.setdefault(key, []).append(s["text"])
         for key, written in mine.items():
             entry = found.setdefault(key, {"prompt": key[1], "cards": []})
-            entry["cards"].append({"label": line.label, "texts": written[:texts]})
+            entry["cards"].append({"label": line.label, "texts": [t.lstrip() for t in written[:texts]]})
     common = sorted(found.values(), key=lambda e: -len(e["cards"]))  # stable: the order of the samples among equals
-    return common[:prompts]
+    return common[: prompts if len(chosen) <= _CARDS else max(1, prompts // 2)]
 
 
 def _fewer(table: list[Line]) -> list[Line]:

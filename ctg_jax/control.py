@@ -45,6 +45,9 @@ class Control:
     # True for a class whose `logits` removes tokens depending on the logits or the text. What it leaves is not known
     # before decoding, so `constraints.check` refuses it in front of a rule that must hold, such as `Ban`.
     selects = False
+    # Whether the field `cond`, where a class has one, names an entry of `prompts.cond` that multiplies the strength row
+    # by row (`controls.conditions.per_row`). False for a class in which it names something else, such as a code.
+    cond_multiplies = True
     __array_ufunc__ = None  # a NumPy number on the left leaves `*` to the control
 
     def __init_subclass__(cls, **kwargs):

@@ -33,6 +33,8 @@ class Coded(Control):
     cond: str | None = struct.field(pytree_node=False, default=None)
     start: int | None = struct.field(pytree_node=False, default=None)
 
+    cond_multiplies = False
+
     def weights(self, params):
         return self.delta.weights(params)
 

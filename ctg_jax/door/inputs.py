@@ -12,7 +12,7 @@ import numpy as np
 
 from ctg_jax.controls import truncate
 from ctg_jax.data.messages import Messages, is_messages, malformed, under
-from ctg_jax.door.mix import Mix, mix_of
+from ctg_jax.door.mix import Mix, mix_of, together
 from ctg_jax.run.stage import nearest
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError
@@ -94,18 +94,25 @@ def mixes_of(control: Any, count: int) -> list[Mix]:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Prompts that are written under one mix: their numbers in the request."""
+    """Prompts that are written together.
+
+    mix: what they are written under. numbers: theirs in the request. cond: the strengths in which they differ, entries
+    of `prompts.cond` with a row for each of them.
+    """
 
     mix: Mix
     numbers: list[int]
+    cond: dict[str, np.ndarray]
 
 
 def groups(mixes: Sequence[Mix]) -> list[Group]:
-    """The prompts by their mix, in the order in which mixes first come."""
-    found: dict[Any, Group] = {}
+    """The prompts by their mix, in the order in which mixes first come. Those that differ in strengths alone are one
+    group where a row can have a strength of its own, so that they share batches and a program."""
+    found: dict[Any, list[int]] = {}
     for number, mix in enumerate(mixes):
-        found.setdefault(mix.key(), Group(mix, [])).numbers.append(number)
-    return list(found.values())
+        found.setdefault(mix.key(), []).append(number)
+    shared = [(numbers, together([mixes[i] for i in numbers])) for numbers in found.values()]
+    return [Group(mix, numbers, cond) for numbers, (mix, cond) in shared]
 
 
 def bucket(size: int, least: int, most: int) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import methods
@@ -100,9 +102,24 @@ class Mix:
         return [self._with(jax.tree.unflatten(structure, row).parts) for row in values]
 
     def key(self) -> Any:
-        """Equal for mixes with the same arrays and strengths, whose texts can be written together."""
-        flat, structure = jax.tree.flatten(self._chain)
+        """Equal for mixes whose texts can be written together: with the same arrays, and the same strengths, but for
+        those that a row can have of its own (`together`)."""
+        mine = [
+            part.control if own is None else part.control.replace(**{own: 0.0})
+            for part, own in zip(self.parts, self._own())
+        ]
+        flat, structure = jax.tree.flatten(Chain(tuple(mine)))
         return structure, tuple(float(x) if np.ndim(x) == 0 else id(x) for x in flat)
+
+    def _own(self) -> list[str | None]:
+        """For each part the name of its strength, where a row can have one of its own; else None."""
+
+        def name(control):
+            found = [s for s in STRENGTHS if np.ndim(getattr(control, s, ())) == 0 and hasattr(control, s)]
+            free = control.cond_multiplies and getattr(control, "cond", "") is None
+            return found[0] if found and free else None
+
+        return [name(part.control) for part in self.parts]
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the mix, with its strengths, to a folder that `load_control` reads; the folder of one control is an
@@ -139,6 +156,20 @@ class Mix:
             _replace(path, new)
         except OSError as e:
             raise InputError(f"{path} cannot be written ({e.strerror})") from None
+
+
+def together(mixes: Sequence[Mix]) -> tuple[Mix, dict[str, np.ndarray]]:
+    """One mix for rows whose mixes have the same `key`, and the entries of `prompts.cond` that hold the strengths in
+    which they differ, name -> float32 [rows]."""
+    first, cond = mixes[0], {}
+    parts = list(first.parts)
+    for i, own in enumerate(first._own()):
+        strengths = [float(getattr(mix.parts[i].control, own)) for mix in mixes] if own else []
+        if len(set(strengths)) > 1:
+            entry = f"strength of control {i + 1}"
+            control = parts[i].control.replace(cond=entry, **{own: jnp.float32(1.0)})
+            parts[i], cond[entry] = dataclasses.replace(parts[i], control=control), np.asarray(strengths, np.float32)
+    return Mix(tuple(parts)), cond
 
 
 def mix_of(value: Any, where: str = "control") -> Mix:

@@ -137,7 +137,7 @@ class Model:
         for group, chain, artifacts in plans:
             mine = [texts[i] for i in group.numbers]
             shape = (inputs.bucket(min(batch, len(mine) * options.n), 1, batch), self._length(mine))
-            cond = sampling.conditions(artifacts, self.artifact, mine)
+            cond = sampling.conditions(artifacts, self.artifact, mine) | group.cond
             asked = dict(cond=cond, numbers=group.numbers, shape=shape)
             for rows in sampling.complete(*sampling.opened(self.artifact), mine, chain, options, **asked):
                 for row in rows:

@@ -1,6 +1,7 @@
 """The front door: text in, text out. What it gives is what the stages give, and bad input is one sentence."""
 
 import re
+from inspect import getsource
 from pathlib import Path
 
 import jax
@@ -10,9 +11,10 @@ import pytest
 
 import ctg_jax as ctg
 from ctg_jax import methods
-from ctg_jax.control import IDENTITY, Chain
+from ctg_jax.control import IDENTITY, STRENGTHS, Chain, Control
 from ctg_jax.controls.truncate import TopP
 from ctg_jax.decode import loop
+from ctg_jax.door import inputs
 from ctg_jax.methods.hidden.steer import Steer
 from ctg_jax.models import hf
 from ctg_jax.run.stage import open_artifact
@@ -101,6 +103,32 @@ def test_a_control_for_each_text(lm, steer):
     assert mixed == alone and mixed[0] != lm.write(TEXTS, max_new=6)[0]
     assert lm.write(TEXTS, control=np.array([20.0, 0.0, -20.0]) * steer, max_new=6) == mixed
     assert lm.write(TEXTS, control=[20, 0, -20] * steer, max_new=6) == mixed
+
+
+def test_rows_that_differ_in_strength_share_a_batch_and_a_program(lm, steer):
+    lm.write(TEXTS, control=[1 * steer, 2 * steer, 3 * steer], max_new=6)
+    before = loop.loop._cache_size()
+    strengths = (20, -20, 0)
+    mixed = lm.write(TEXTS, control=[s * steer for s in strengths], max_new=6)
+    assert loop.loop._cache_size() == before
+    assert len(inputs.groups([s * steer for s in strengths])) == 1
+    assert mixed == [lm.write(TEXTS, control=s * steer, max_new=6)[i] for i, s in enumerate(strengths)]
+    soft = ctg.finetune.from_texts(lm, ["good", "bad"], adapter={"kind": "prompt"}, length=3, **QUICK)
+    both = [s * steer + soft for s in strengths]  # a soft prompt has no strength, and joins the rows all the same
+    assert len(inputs.groups(both)) == 1 and len(inputs.groups([*both, soft])) == 2
+    again = lm.write(TEXTS, control=both, max_new=6)
+    assert again == [lm.write(TEXTS, control=c, max_new=6)[i] for i, c in enumerate(both)]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_an_entry_for_each_row_multiplies_the_strength_where_a_class_says_so(name):
+    """So the front door may give every row a strength of its own."""
+    for found in vars(methods.get(name)).values():
+        own = isinstance(found, type) and issubclass(found, Control) and "cond" in found.__dataclass_fields__
+        if own and any(s in found.__dataclass_fields__ for s in STRENGTHS):
+            assert found.cond_multiplies == bool(
+                re.search(r"per_row\(self\.\w+, prompts, self\.cond\)", getsource(found))
+            )
 
 
 def test_the_algebra_is_that_of_chains(lm, steer):

@@ -101,6 +101,8 @@ class Proposal(Control):
     reads: str | None = struct.field(pytree_node=False, default=None)
     cond: str | None = struct.field(pytree_node=False, default=None)
 
+    cond_multiplies = False
+
     def weights(self, params):
         return self.soft_prompt.weights(params)
 

@@ -168,7 +168,9 @@ def read_jsonl(path: Path, check: Callable[[dict[str, Any]], str | None] = lambd
                 if wrong:
                     raise ValueError(wrong)
                 rows.append(row)
-    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are among them
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path} line {number} is not a valid JSON object: {e.msg} at column {e.colno}") from None
+    except ValueError as e:  # UnicodeDecodeError is among them
         raise InputError(f"{path} line {number} is not a valid JSON object: {e}") from None
     except (OSError, EOFError, lzma.LZMAError) as e:
         raise InputError(f"{path} cannot be read after line {number} ({e}): expected a file of JSON lines") from None

@@ -72,15 +72,17 @@ def load_data(
     """
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
-    unlabelled = 0
+    unlabelled = unnamed = 0
     records = load(source, split, text=text)
     for i in range(len(records)):
         row = records[i]
         if of_field(labels) and (row := relabelled(row, labels)) is None:
+            unnamed += 1
             continue
         if any(row.get(k) != v for k, v in (where or {}).items()):
             continue
         if labels is not None and not of_field(labels) and (row := relabelled(row, labels)) is None:
+            unnamed += 1
             continue
         if not isinstance(row["text"], str):
             raise InputError(
@@ -112,8 +114,11 @@ def load_data(
         raise InputError(f"{source} split {split!r} has no record{wanted}: expected at least one")
     if unlabelled:
         log.warning("%s split %r: %d records have no label (missing or -1) and are left out", source, split, unlabelled)
+    if unnamed:
+        log.info("%s split %r: left out %d of %d, whose label is in none of labels", source, split, unnamed, i + 1)
     if empty := [i for i, row in enumerate(rows) if not row["text"].strip() and not has_messages(row)]:
-        log.warning("%s split %r: %d records have an empty text, first record %d", source, split, len(empty), empty[0])
+        found = (len(empty), len(rows), empty[0])
+        log.warning("%s split %r: the text of %d of %d records is empty, first of record %d", source, split, *found)
     write_jsonl(run.path / "data.jsonl", rows)
     run.record(records=len(rows))
 

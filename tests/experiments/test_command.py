@@ -80,6 +80,11 @@ def test_own_texts_become_a_control(call, own, tmp_path):
         (["steer", "--set=a=1", "--set=a.b=2"], "a was given as a value and as a section"),
         (["steer", "--read=lables=3"], "did you mean 'labels'"),
         (["steer", "--set=site=3"], "did you mean 'sites'"),
+        (["quark"], "quark learns from a reward: give --reward=FILE.py:FUNCTION"),
+        (["steer", "--reward=mine.py:short"], "steer learns from no reward"),
+        (["quark", "--reward=mine:short"], "expected FILE.py:FUNCTION"),
+        (["quark", "--reward=nothing.py:short"], "there is no file nothing.py"),
+        (["proxy"], "proxy needs the setting 'small'"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(call, own, argv, words):
@@ -107,3 +112,25 @@ def test_faults_of_the_data_come_before_the_model(call, own, tmp_path):
     code, _, said = call(fit, "steer", f"--data=jsonl:{own}")
     assert code == 2 and "own.jsonl line 11 is not a valid JSON object" in said[0]
     assert not list((tmp_path / "runs").glob("load_lm-*"))
+
+
+def test_texts_that_are_left_out_are_counted(call, own, tmp_path):
+    """A label that is missing, one that has no number, and a text that is empty."""
+    more = [{"text": "no mood"}, {"text": "so-so", "mood": "neither"}, {"text": "", "mood": "good"}]
+    own.write_text(own.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    labels = '--read=labels={"mood": {"bad": 0, "good": 1}}'
+    code, _, said = call(fit, "steer", f"--data=jsonl:{own}", labels, "--set=site=1")
+    assert code == 2 and "left out 2 of 13" in said[0] and "the text of 1 of 11 records is empty" in said[1], said
+
+
+@pytest.mark.slow
+def test_a_method_learns_from_a_function_in_a_file(call, own, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "my_own_reward.py"
+    file.write_text("def short(prompt, text):\n    return -len(text) / 100\n")
+    quick = [f"--set=training.{s}" for s in ("steps=2", "batch=4")] + ["--set=explore={'n': 2, 'max_new': 4}"]
+    asked = ["quark", f"--data=jsonl:{own}", "--read=words=2", "--set=rounds=1", *quick, f"--out={tmp_path / 'q'}"]
+    code, last, said = call(fit, *asked, f"--reward={file}:shrt")
+    assert code == 2 and "has no attribute 'shrt'" in said[-1]
+    code, last, said = call(fit, *asked, f"--reward={file}:short")
+    assert (code, last.strip()) == (0, str(tmp_path / "q")), said

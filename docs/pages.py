@@ -1,13 +1,16 @@
 """A hook of mkdocs that makes pages of the site while it is built, so that nothing is written twice.
 
-The home page comes from README.md; the page of a method from its docstrings, its configuration, RESULTS.md and
-docs/results; the laws from their tests; the reference from the package; how to cite from CITATION.cff.
+The home page comes from README.md; the page of a method from its docstrings, its functions, its configuration,
+RESULTS.md and docs/results; the laws from their tests; the reference from the package; notebooks and scripts from
+themselves; how to cite from CITATION.cff.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import io
+import json
 import re
 import textwrap
 import tokenize
@@ -23,14 +26,18 @@ PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
 RECORD = ROOT / "docs" / "results"  # the complete record of measurements, a page for each theme
 WRITTEN = {
     "How to": "how_to.md",
+    "Glossary of figures": "glossary.md",
     "Models": "models.md",
     "Chat models": "chat.md",
     "Design": "design.md",
     "A new method": "new_method.md",
     "Worlds": "worlds.md",
-    "Settings of the papers": "paper_settings.md",
+    "Beside other libraries": "peers.md",
     "Silent faults": "faults.md",
 }  # pages in docs/
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LISTS = {"from_pairs", "from_texts"}  # functions of a method that learn from lists
+LM = "google/gemma-3-270m"  # the language model of the examples
 DIFFERS = re.compile(r"(?<![:`])\b(papers?|authors?)\b")  # `:paper` is an argument of configurations
 
 
@@ -42,7 +49,9 @@ def on_config(config):
     config.nav = [
         {"Home": "index.md"},
         {"Methods": ["methods/index.md", *methods]},
+        {"Notebooks": [{titled(p): f"notebooks/{f.stem}.md"} for f, p in zip(NOTEBOOKS, map(first_cell, NOTEBOOKS))]},
         *({title: path} for title, path in WRITTEN.items()),
+        {"Scripts": "scripts.md"},
         {"Laws": "laws.md"},
         {"Results": ["results.md", *({titled(p.read_text("utf-8")): f"results/{p.name}"} for p in record())]},
         {"Reference": reference},
@@ -55,6 +64,8 @@ def on_files(files: Files, config) -> Files:
     """The files of docs/ and the pages that are made."""
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
+    for path, picture in pictures().items():
+        files.append(File.generated(config, path, content=picture))
     return files
 
 
@@ -68,7 +79,7 @@ def pages() -> dict[str, str]:
     readme, results = (linked((ROOT / name).read_text("utf-8")) for name in ("README.md", "RESULTS.md"))
     measurements = {"results.md": results, **{f"results/{p.name}": p.read_text("utf-8") for p in record()}}
     names = sorted(METHODS)
-    table = section(readme, "Methods").split("\nA method is one file")[0]
+    table = section(readme, "Methods").split("\nRecipes:")[0]
     for name in names:
         readme = readme.replace(f"\n| `{name}` |", f"\n| [`{name}`](methods/{name}.md) |")
         table = table.replace(f"\n| `{name}` |", f"\n| [`{name}`]({name}.md) |")
@@ -80,6 +91,8 @@ def pages() -> dict[str, str]:
         "methods/index.md": f"# Methods\n{table}",
     }
     made |= {f"methods/{name}.md": method(name, measurements) for name in names}
+    made |= {f"notebooks/{file.stem}.md": notebook(file) for file in NOTEBOOKS}
+    made["scripts.md"] = scripts()
     for module in modules():
         made[f"api/{module}.md"] = f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
     return made
@@ -89,8 +102,13 @@ def linked(text: str) -> str:
     """Links of a file in the root of the checkout as links of a page in the root of the site."""
     for here, there in PLACES.items():
         text = text.replace(f"]({here})", f"]({there})").replace(f"[{here}]", f"[{Path(there).stem}]")
-    text = re.sub(r"\[[^]]*\]\((notebooks)\)", r"`\1/`", text)
-    return re.sub(r"\]\(docs/", "](", text).replace("[docs/", "[")
+    text = re.sub(r"\[[^]]*\]\(notebooks\)", f"[notebooks](notebooks/{NOTEBOOKS[0].stem}.md)", text)
+    return plain(re.sub(r"\]\(docs/", "](", text).replace("[docs/", "["))
+
+
+def plain(text: str) -> str:
+    """Badges as links of words, so that the site fetches nothing from elsewhere."""
+    return re.sub(r"\[!\[([^]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", text)
 
 
 def section(text: str, heading: str) -> str:
@@ -112,7 +130,7 @@ def method(name: str, measurements: dict[str, str]) -> str:
     place = METHODS[name].relative_to(ROOT)
     source = METHODS[name].read_text("utf-8")
     about = ast.get_docstring(ast.parse(source))
-    parts = [f"# {name}", about]
+    parts = [f"# {name}", about, "## Usage", usage(name, ast.parse(source))]
     file = ROOT / "configs" / f"{name}.py"
     config = file.read_text("utf-8") if file.exists() else ""
     if not config:
@@ -131,6 +149,92 @@ def method(name: str, measurements: dict[str, str]) -> str:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
             parts.append(f"::: {'.'.join(place.with_suffix('').parts)}.{node.name}{options}")
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(name: str, tree: ast.Module) -> str:
+    """How a method is used, from the functions that its file has."""
+    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+    listed = {
+        x.id for node in tree.body if isinstance(node, ast.Assign) for x in ast.walk(node) if isinstance(x, ast.Name)
+    }
+    required = {
+        f: [a.arg for a, default in zip(args.kwonlyargs, args.kw_defaults) if default is None]
+        for f, args in functions.items()
+    }
+    if LISTS & listed:
+        labels = "" if name == "finetune" else ", labels"
+        fits = [f"control = ctg.{name}.from_texts(lm, texts{labels})"]
+        fits += ["# or, from pairs of texts: " + f"ctg.{name}.from_pairs(lm, pairs)"] if "from_pairs" in listed else []
+    elif "fit" in functions:
+        asked = [f"--set {s}=…" for s in required["fit"] if s not in ("lm", "data", "rewards")]
+        asked += ["--reward mine.py:score"] if "rewards" in required["fit"] else []
+        shell = f"ctg fit {name} {' '.join([f'--lm={LM} --data=jsonl:texts.jsonl', *asked])} --out=mine\n"
+        shell += f'ctg write "The weather today" --lm={LM} --control mine'
+        return _fenced("bash", f"{shell}\nctg run --config={name}.py:tiny") + _settings("fit")
+    elif "make" in functions:
+        given = [f"{s}=…" for s in required["make"] if s != "tokenizer"]
+        names = [a.arg for a in functions["make"].kwonlyargs]
+        given = ["tokenizer=lm.tokenizer", *given] if "tokenizer" in names else given
+        fits = [f"control = ctg.{name}.make({', '.join(['lm.lm', 'jax.random.key(0)', *given])})"]
+    else:
+        text = f'import ctg_jax as ctg\n\nlm = ctg.load("{LM}")\nprint(lm.write(["The weather today"], top_p=0.9))'
+        return _fenced("python", text)
+    jax = "import jax\n\n" if "jax." in fits[0] else ""
+    strong = "2 * control" if LISTS & listed else "control"
+    lines = [f"{jax}import ctg_jax as ctg\n", f'lm = ctg.load("{LM}")', *fits]
+    lines.append(f'print(lm.write(["The weather today"], control={strong}, max_new=30, seed=0))')
+    return _fenced("python", "\n".join(lines)) + _settings("fit" if "fit" in functions else "make")
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _settings(function: str) -> str:
+    return f"\n\nThe settings are those of `{function}` and of the stages that it names; see the reference below."
+
+
+def first_cell(file: Path) -> str:
+    return "".join(json.loads(file.read_text("utf-8"))["cells"][0]["source"])
+
+
+def notebook(file: Path) -> str:
+    """A notebook as a page: text, code, and what the code printed and drew."""
+    parts, drawn = [], 0
+    for cell in json.loads(file.read_text("utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(plain(text) if cell["cell_type"] == "markdown" else _fenced("python", text))
+        for out in cell.get("outputs", []):
+            if "image/png" in out.get("data", {}):
+                parts.append(f"![output]({file.stem}-{drawn}.png)")
+                drawn += 1
+            else:
+                found = out.get("text") or out["data"].get("text/plain", "")
+                parts.append(_fenced("text", "".join(found).rstrip("\n")))
+    return "\n\n".join(parts) + "\n"
+
+
+def pictures() -> dict[str, bytes]:
+    """Path in the site -> PNG, of the pictures that notebooks keep."""
+    found = {}
+    for file in NOTEBOOKS:
+        outputs = [o for c in json.loads(file.read_text("utf-8"))["cells"] for o in c.get("outputs", [])]
+        drawn = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+        found |= {f"notebooks/{file.stem}-{i}.png": base64.b64decode("".join(png)) for i, png in enumerate(drawn)}
+    return found
+
+
+def scripts() -> str:
+    """What every script of `experiments/` says of itself."""
+    parts = [
+        "# Scripts",
+        "`ctg NAME` runs the script of that name; in a checkout, so does `python experiments/FILE.py`.",
+    ]
+    for file in sorted((ROOT / "experiments").glob("**/*.py")):
+        text, source = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "", file.read_text("utf-8")
+        if "__main__" in source:
+            parts += [f"## {file.relative_to(ROOT / 'experiments')}", text]
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,8 +31,37 @@ def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -
     rows = [_row(c) for c in results]
     if processes.first():
         log.info("%s", report.terminal(rows))
+        if sentence := broken(results):
+            log.warning("%s", sentence)
     turns = [row for c in results for row in _rounds(c)]
     return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results)
+
+
+BREAKS = 4.0  # times the perplexity without control from which a text is called broken
+
+
+def broken(results: Sequence[Result]) -> str:
+    """A sentence about the arms whose strength breaks the text: with more than `BREAKS` times the highest perplexity of
+    the arms without control. Empty where there is none, or nothing to compare with."""
+    found = [(result, _perplexity(result)) for result in results]
+    plain = max((value for result, value in found if not result.controls and value is not None), default=None)
+    if plain is None:
+        return ""
+    names = [
+        f"{r.label}{'' if r.strength is None else f' at {r.strength:g}'} ({value:.0f})"
+        for r, value in found
+        if r.controls and value is not None and value > BREAKS * plain
+    ]
+    if not names:
+        return ""
+    return (
+        f"perplexity is more than {BREAKS:g} times the {plain:.1f} without control for {', '.join(names)}: the text is "
+        "likely broken, so take a smaller strength"
+    )
+
+
+def _perplexity(result: Result) -> float | None:
+    return next((row["value"] for row in result.figures.metrics() if row.get("name") == "perplexity"), None)
 
 
 def folder_of(root: str, spec: str, *settings: Any) -> Path:
@@ -212,7 +241,8 @@ def _write(
     settings = config.to_dict()
     facts = results[0].figures.spec
     changed = overrides(spec, config)
-    about = {"configuration": spec, "settings changed": json.dumps(changed) if changed else "none"}
+    about = {"strengths that break the text": sentence} if (sentence := broken(results)) else {}
+    about |= {"configuration": spec, "settings changed": json.dumps(changed) if changed else "none"}
     about |= {name: facts[name] for name in ("relevance", "encoder") if facts[name]}
     about["language model"] = _by_id(root, facts["inputs"]["lm"]).path.name
     sections = ("lm", "prompts", "sample", "judges", "evaluate")

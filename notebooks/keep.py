@@ -1,6 +1,6 @@
 """The notebooks as they are kept: with the address of the repository, and with small outputs.
 
-    python notebooks/keep.py             writes the address into the badge and the first cell of each notebook
+    python notebooks/keep.py             writes the address into README's badge and each notebook's badge and first cell
     python notebooks/keep.py --run       runs each notebook too and keeps what it prints and draws (needs nbclient)
     python notebooks/keep.py --run 2_*   of the notebooks with such names alone
 
@@ -111,6 +111,9 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run the notebooks and keep their outputs")
     parser.add_argument("names", nargs="*", default=["*"], help="patterns of names; all by default")
     asked = parser.parse_args()
+    readme = HERE.parent / "README.md"
+    line = badge("1_the_idea", address())
+    readme.write_text(re.sub(r"\[!\[Open in Colab.*", lambda _: line, readme.read_text("utf-8")), encoding="utf-8")
     for file in sorted({f for name in asked.names for f in HERE.glob(f"{name.removesuffix('.ipynb')}.ipynb")}):
         notebook = addressed(json.loads(file.read_text("utf-8")), file.stem, address())
         saved(file, notebook)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from ctg_jax import methods
+from ctg_jax.evaluation import smooth
+from ctg_jax.report import meaning
 
 HERE = Path(__file__).parents[1]
 
@@ -66,6 +68,41 @@ def test_every_fault_has_tests_that_exist():
             known[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert test in known[file], f"docs/faults.md names {file}::{test}, which does not exist"
     assert len(known) > 20
+
+
+def test_every_method_has_usage_and_the_site_has_notebooks_and_scripts(pages):
+    for name in methods.names():
+        page = pages[f"methods/{name}.md"].split("## Usage")[1].split("\n## ")[0]
+        assert f"ctg.{name}." in page or f"ctg fit {name} " in page or "lm.write(" in page, name
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            ast.parse(block)
+    assert "ctg.steer.from_pairs(lm, pairs)" in pages["methods/steer.md"]
+    assert "--reward mine.py:score" in pages["methods/quark.md"]
+    assert "## fit.py" in pages["scripts.md"]
+    assert "![output](1_the_idea-0.png)" in pages["notebooks/1_the_idea.md"]
+
+
+def test_every_figure_of_a_report_is_in_the_glossary():
+    text = (HERE / "docs" / "glossary.md").read_text("utf-8")
+    named = set(re.findall(r"`([^`]+)`", text))
+    for pattern, _, _ in meaning._MEANING:
+        assert any(re.fullmatch(pattern, name) for name in named), pattern
+    assert {f"NAME/{name}" for name in smooth.MEANING} <= named
+
+
+def test_the_lines_beside_other_libraries_are_counted_again():
+    """Statements and names of the README's first program, as docs/peers.md says how."""
+    first = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    nodes = list(ast.walk(ast.parse(first)))
+    statements = sum(isinstance(node, ast.stmt) for node in nodes)
+    called = {node.func.attr for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names} | called
+    page = (HERE / "docs" / "peers.md").read_text("utf-8")
+    rows = [
+        [int(x) for x in re.findall(r"\| (\d+)(?= \|)", line)] for line in page.splitlines() if "statements" in line
+    ]
+    assert f"a whole program: statements | {statements} |" in page and f"the same: names | {len(names)} |" in page
+    assert all(row[0] == min(row) for row in rows if row)
 
 
 @pytest.mark.slow

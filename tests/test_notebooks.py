@@ -55,6 +55,7 @@ def test_the_address_is_that_of_the_citation(file, keep):
     moved = keep.addressed(notebook, file.stem, "https://github.com/else/where")
     assert "github/else/where/blob/main/notebooks" in "".join(moved["cells"][0]["source"])
     assert 'REPOSITORY = "https://github.com/else/where"' in code(moved)[0]
+    assert keep.badge("1_the_idea", keep.address()) in (HERE / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("chip, extra", [("", ""), ("nvidia-smi", "[gpu]")])

@@ -45,7 +45,7 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, root: str | os.
     Args:
       source: a folder in Hugging Face layout, a hub id, or the artifact of an experiment's language model.
       dtype: "float32" or "bfloat16"; None: float32 on a CPU, bfloat16 on an accelerator.
-      root: where artifacts are kept; None: ~/.cache/ctg_jax/door.
+      root: where artifacts are kept, a folder or a `Session`; None: ~/.cache/ctg_jax/door.
 
     Raises:
       InputError: no such model, files that cannot be read, a family that is not supported, another dtype.
@@ -54,7 +54,7 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, root: str | os.
         raise InputError(f"source is {source!r:.60}, expected the folder of a language model or a hub id")
     home = Path.home() / ".cache" / "ctg_jax"
     keep_compiled(home / "jax")
-    model = Model(sources.language_model(Session(home / "door" if root is None else root), os.fspath(source), dtype))
+    model = Model(sources.language_model(Session.of(home / "door" if root is None else root), os.fspath(source), dtype))
     sampling.opened(model.artifact)
     return model
 

@@ -24,12 +24,14 @@ from ctg_jax.types import InputError, Params
 class Moments:
     """Float32 sums over texts of each of C labels: they add up over batches in any split.
 
-    total: [C, L + 2, D] pooled activations; count: [C]; norm: [L + 2], norms of pooled activations of all labels.
+    total: [C, L + 2, D] pooled activations; count: [C]; norm, square: [L + 2], the norms of the pooled activations of
+    all labels, and the squares of these norms.
     """
 
     total: jax.Array
     count: jax.Array
     norm: jax.Array
+    square: jax.Array
 
     def __add__(self, other: Moments) -> Moments:
         return jax.tree.map(jnp.add, self, other)
@@ -74,10 +76,11 @@ def moments(
 
     def tap(h):
         pooled = pool(h, mask if read is None else read, how)
-        return onehot.T @ pooled, jnp.sum(jnp.linalg.norm(pooled, axis=-1) * weight)
+        norm = jnp.linalg.norm(pooled, axis=-1)
+        return onehot.T @ pooled, jnp.sum(norm * weight), jnp.sum(norm**2 * weight)
 
-    total, norm = lm.apply(params, lm.embed(params, tokens), mask, tap=tap, last=1).taps
-    return Moments(total.transpose(1, 0, 2), jnp.sum(onehot, axis=0), norm)
+    total, norm, square = lm.apply(params, lm.embed(params, tokens), mask, tap=tap, last=1).taps
+    return Moments(total.transpose(1, 0, 2), jnp.sum(onehot, axis=0), norm, square)
 
 
 def pair_moments(lm: LM, params: Params, with_, without, weight, *, how: str = "last") -> Pairs:

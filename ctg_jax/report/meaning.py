@@ -21,7 +21,11 @@ _MEANING: tuple[tuple[str, str, str], ...] = (
     (r"mauve", "how near the distribution of the samples is to human text, at most 1", "higher"),
     (r"similarity", "how near in meaning the text is to a human text after the same prompt, at most 1", "higher"),
     (r"coverage", "share of the wanted words that occur", "higher"),
+    (r"relevance", "how near in meaning the text is to its prompt, at most 1", "higher"),
+    (r"uniq", "distinct words of all samples", "higher"),
     (r"length", "words of a sample", ""),
+    (r"tokens", "new tokens of a sample", ""),
+    (r"tokens_per_second", "new tokens in a second of decoding, without compilation", "higher"),
     (r"reward", "mean reward of the samples of a round", "higher"),
     (r"KL to base", "distance of a round from the language model before it learned, in nats for each token", "lower"),
 )

@@ -63,7 +63,8 @@ def test_own_texts_become_a_control(call, own, tmp_path):
     labels = '--read=labels={"mood": {"bad": 0, "good": 1}}'
     out = f"--out={tmp_path / 'cheerful'}"
     code, last, said = call(fit, "steer", f"--data=jsonl:{own}", labels, "--set=sites=1", "--set=tokens=16", out)
-    assert (code, last.strip(), said) == (0, str(tmp_path / "cheerful"), [])
+    assert (code, last.strip()) == (0, str(tmp_path / "cheerful"))
+    assert len(said) == 1 and "the two sides hardly differ" in said[0]  # `own` has every text with both labels
     code, text, _ = call(generate, "the food", f"--control={tmp_path / 'cheerful'}=2", "--max_new=3")
     assert code == 0 and text.startswith("the food")
 

@@ -79,6 +79,26 @@ def test_an_oracle_says_how_many_texts_are_its_own(call):
     assert said["texts in the words of the corpus of 'positive'"].endswith(" of 8 judged")
 
 
+class Measured:
+    """Stands in for an artifact of figures, and for a result with these."""
+
+    def __init__(self, label, strength, perplexity, controls=("a control",)):
+        self.label, self.strength, self.controls, self.figures = label, strength, controls, self
+        self.perplexity = perplexity
+
+    def metrics(self):
+        return [{"name": "dist-2", "value": 1.0}, {"name": "perplexity", "value": self.perplexity}]
+
+
+def test_a_strength_that_breaks_the_text_is_named():
+    swept = [Measured("steer", s, p) for s, p in ((1.0, 21.0), (2.0, 66.0), (4.0, 253.0))]
+    sentence = reporting.broken([Measured("base", None, 16.0, ()), Measured("top_p", None, 12.0, ()), *swept])
+    assert "more than 4 times the 16.0 without control for steer at 2 (66), steer at 4 (253):" in sentence
+    assert reporting.broken([Measured("base", None, 100.0, ()), *swept]) == ""
+    assert reporting.broken(swept) == ""  # nothing to compare with
+    assert reporting.broken([Measured("base", None, None, ()), *swept]) == ""
+
+
 def test_overrides_are_what_differs_from_the_file(config):
     spec = str(config)
     changed = cli.override(cli.config_of(spec), {"sample.n": 3})

@@ -162,6 +162,22 @@ def test_one_sided_data_are_refused(small):
         steer.fit(root, lm=lm, data=data, kind="median")
 
 
+def test_separation_is_what_chance_does_not_give():
+    """Hand numbers in one dimension: classes (0, 2) and (4, 6). Means 1 and 5, V = 4 / 2 = 2, so 1 - 2 (1/2 + 1/2) / 16
+    = 7/8. Two equal classes have none, and two texts no variance."""
+
+    def moments(*classes):
+        x = [np.asarray(c, np.float32)[:, None, None] for c in classes]
+        every = np.concatenate(x)
+        count = jnp.array([len(c) for c in x], jnp.float32)
+        total = jnp.stack([c.sum(0) for c in x])
+        return activations.Moments(total, count, jnp.ones(1), jnp.sum(jnp.asarray(every) ** 2, axis=(0, 2)))
+
+    assert float(steer.separation(moments([0, 2], [4, 6]))[0]) == pytest.approx(7 / 8)
+    assert float(steer.separation(moments([0, 2], [0, 2]))[0]) == -np.inf
+    assert np.isnan(steer.separation(moments([0], [4]))[0])
+
+
 def test_agreement_is_that_of_the_differences():
     """Hand numbers: equal differences, opposite ones, and at right angles; and the warning that follows."""
     for d, wanted in (([[1, 0], [1, 0]], 1.0), ([[1, 0], [-1, 0]], -1.0), ([[1, 0], [0, 1]], 0.0)):

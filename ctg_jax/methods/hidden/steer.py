@@ -32,6 +32,7 @@ from ctg_jax.types import InputError
 
 log = logging.getLogger(__name__)
 DISAGREE = 0.05  # agreement of pairs below which a direction is hardly one
+ALIKE = 0.2  # separation of two classes below which their difference is hardly more than chance
 STEP = 0.05  # of the length of the stream
 STEPS = {"normalise": "step"}  # settings of controls from lists
 
@@ -201,6 +202,18 @@ def agreement(p: Pairs) -> np.ndarray:
         return ((np.sum(total**2, axis=-1) - size) / ((n - 1) * size)).astype(np.float32)
 
 
+def separation(m: Moments) -> np.ndarray:
+    """float32 [L + 2]: how far two classes differ: 1 - V (1/n_0 + 1/n_1) / |difference of means|², where V is the
+    variance of the texts around the mean of their class. What is subtracted is what two random halves of one class give
+    on average, so 1 is a clear difference, and 0 none. NaN for two texts, which have no variance."""
+    total, count = np.asarray(m.total, np.float64), np.asarray(m.count, np.float64)
+    means = total / count[:, None, None]
+    spread = np.asarray(m.square, np.float64) - np.sum(count[:, None] * np.sum(means**2, axis=-1), axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chance = np.maximum(spread, 0.0) / (count.sum() - 2) * np.sum(1 / count)
+        return (1 - chance / np.sum((means[1] - means[0]) ** 2, axis=-1)).astype(np.float32)
+
+
 def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
     """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), of the mean length `norm` [L + 2] of the stream at
     its site ("stream"), or a twentieth of that ("step"), so that a scale means the same at every layer and in every
@@ -241,7 +254,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
 from_pairs, from_texts = lists.learners(fit, pairs={"kind": "pairs", "pool": "last", **STEPS}, texts=STEPS)
 
 
-@stage_function("steer.activations")
+@stage_function("steer.activations", revision=1)
 def activations(
     run: Run,
     *,
@@ -306,16 +319,18 @@ def steer(
       sites: see `ctg_jax.learn.activations.gates`. normalise: see `scaled`.
       scale: the strength at first. cond, positions, operator, target: see `init`.
 
-    Of pairs, metrics.jsonl has the `agreement` at each site, and little of it is told in a warning.
+    metrics.jsonl has the `agreement` of pairs, or the `separation` of classes, at each site; a warning says where the
+    sites that act have little of it.
     """
     found = sums.load()
     if kind == "mean":
         m = Moments(**found)
         vector, texts = difference_of_means(m, 1, (0,)), np.sum(m.count)
+        name, shared = "separation", separation(m)
     else:
         m = Pairs(**found)
         vector, texts = (mean_difference if kind == "pairs" else principal_component)(m), 2 * m.count
-        shared = agreement(m)
+        name, shared = "agreement", agreement(m)
     norm = np.asarray(m.norm) / np.asarray(texts)
     vector = scaled(vector, norm, normalise)
     gate = gates(len(vector) - 2, sites)
@@ -325,9 +340,16 @@ def steer(
     control = control.replace(**{name: jnp.asarray(x) for name, x in leaves.items()})
     checkpoint.save(run.path / "state", control)
     for site, (length, stream) in enumerate(zip(np.linalg.norm(vector, axis=-1), norm)):
-        known = {} if kind == "mean" or np.isnan(shared[site]) else {"agreement": float(shared[site])}
+        known = {name: float(shared[site])} if np.isfinite(shared[site]) else {}
         run.log(site=site, vector_norm=float(length), stream_norm=float(stream), **known)
-    if kind != "mean" and np.any(gate) and (best := float(np.max(shared[gate > 0]))) < DISAGREE:
+    best = float(np.max(shared[gate > 0])) if np.any(gate) else np.nan
+    if kind == "mean" and best < ALIKE:
+        log.warning(
+            "the texts of the two sides hardly differ where steering acts (separation %.2f; 1: a clear difference, 0: "
+            "as two random halves): give more texts, look at their labels, or act at other sites",
+            best,
+        )
+    if kind != "mean" and best < DISAGREE:
         log.warning(
             "the pairs hardly agree on a direction where steering acts (agreement %.2f; 1: all differences are equal, "
             "0: they have nothing in common): give more pairs, or pairs that differ in the attribute alone",

@@ -24,17 +24,21 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = {p.stem: p for p in sorted((ROOT / "ctg_jax" / "methods").glob("*/*.py")) if p.stem != "__init__"}
 PLACES = {"RESULTS.md": "results.md", "CITATION.cff": "cite.md"}
 RECORD = ROOT / "docs" / "results"  # the complete record of measurements, a page for each theme
-WRITTEN = {
+GUIDES = {  # pages in docs/
     "How to": "how_to.md",
     "Glossary of figures": "glossary.md",
     "Models": "models.md",
     "Chat models": "chat.md",
-    "Design": "design.md",
-    "A new method": "new_method.md",
     "Worlds": "worlds.md",
     "Beside other libraries": "peers.md",
+    "Scripts": "scripts.md",
+}
+INSIDE = {
+    "Design": "design.md",
+    "A new method": "new_method.md",
+    "Laws": "laws.md",
     "Silent faults": "faults.md",
-}  # pages in docs/
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LISTS = {"from_pairs", "from_texts"}  # functions of a method that learn from lists
 LM = "google/gemma-3-270m"  # the language model of the examples
@@ -50,9 +54,8 @@ def on_config(config):
         {"Home": "index.md"},
         {"Methods": ["methods/index.md", *methods]},
         {"Notebooks": [{titled(p): f"notebooks/{f.stem}.md"} for f, p in zip(NOTEBOOKS, map(first_cell, NOTEBOOKS))]},
-        *({title: path} for title, path in WRITTEN.items()),
-        {"Scripts": "scripts.md"},
-        {"Laws": "laws.md"},
+        {"Guides": [{title: path} for title, path in GUIDES.items()]},
+        {"Inside": [{title: path} for title, path in INSIDE.items()]},
         {"Results": ["results.md", *({titled(p.read_text("utf-8")): f"results/{p.name}"} for p in record())]},
         {"Reference": reference},
         {"How to cite": "cite.md"},

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import ctg_jax
 from ctg_jax import report
+from ctg_jax.door.model import BREAKS
 from ctg_jax.evaluation import Figure
 from ctg_jax.mesh import processes
 from ctg_jax.run.session import Session
@@ -35,9 +36,6 @@ def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -
             log.warning("%s", sentence)
     turns = [row for c in results for row in _rounds(c)]
     return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results)
-
-
-BREAKS = 4.0  # times the perplexity without control from which a text is called broken
 
 
 def broken(results: Sequence[Result]) -> str:

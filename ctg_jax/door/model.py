@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from ctg_jax.run.stage import Artifact, stage
 from ctg_jax.stages import sampling, sources, streaming
 from ctg_jax.types import InputError, Params
 
+BREAKS = 4.0  # times the perplexity without control from which a text is called broken
+log = logging.getLogger(__name__)
 _LENGTH = 16  # tokens to which the shortest prompts are padded
 
 
@@ -101,6 +105,7 @@ class Model:
         system: str | None = None,
         batch: int = 32,
         details: bool = False,
+        watch: bool = False,
         **rules: Any,
     ) -> list[Any]:
         """Completions of prompts.
@@ -119,6 +124,8 @@ class Model:
           system: a system prompt, for conversations.
           batch: prompts that are written at once, at most; no text depends on it.
           details: give a `Written` in place of each text, with tokens and log-probabilities.
+          watch: write the same without the control too, and warn where the control makes the text much less fluent:
+            where its perplexity under the model is more than four times as high. It takes twice the time.
           **rules: temperature, top_p, top_k and the other options of `ctg_jax.controls.truncate.rules`, which act
             after the controls.
 
@@ -143,7 +150,26 @@ class Model:
                 for row in rows:
                     made = Written(row["prompt"], row["text"], row["tokens"], row["logps"])
                     found[row["prompt_id"]].append(made if details else made.text)
+        if watch and any(group.mix.parts for group, *_ in plans):
+            asked = dict(max_new=max_new, stop=stop, n=options.n, seed=seed, greedy=greedy, batch=batch)
+            plain = self.write(texts, None, **asked, **rules)
+            mine, base = (self._fluency(texts, written) for written in (found, plain))
+            if mine > BREAKS * base:
+                text = (
+                    "perplexity is %.0f, and %.0f without control: the text is likely broken; take a smaller strength"
+                )
+                log.warning(text, mine, base)
         return [texts[0] for texts in found] if n is None else found
+
+    def _fluency(self, prompts: Sequence[str | Messages], written: Sequence[Sequence[Any]]) -> float:
+        """The perplexity of texts under the model without control, over all their tokens."""
+        from ctg_jax.evaluation.likelihood import log_probabilities
+
+        rows = [(p, t if isinstance(t, str) else t.text) for p, texts in zip(prompts, written) for t in texts]
+        heads = self.tokenizer.encode_prompts([p for p, _ in rows])
+        tails = self.tokenizer.encode_after([p for p, _ in rows], [t for _, t in rows])
+        logps = log_probabilities(self.lm, self.params, self.tokenizer, heads, tails)
+        return math.exp(-float(sum(logps)) / max(sum(map(len, tails)), 1))
 
     def stream(
         self,

@@ -203,6 +203,16 @@ def test_finetuning_and_soft_prompts_learn_from_texts(lm, folder):
     assert lm.write(TEXTS, again, max_new=6) == lm.write(TEXTS, both, max_new=6)
 
 
+def test_a_strength_that_breaks_the_text_is_told(lm, steer, caplog):
+    caplog.set_level("WARNING")
+    lm.write(TEXTS, 0.1 * steer, max_new=6, watch=True)
+    assert not caplog.records
+    written = lm.write(TEXTS, 400 * steer, max_new=6, watch=True, n=2)
+    assert written == lm.write(TEXTS, 400 * steer, max_new=6, n=2)
+    (record,) = caplog.records
+    assert "without control: the text is likely broken" in record.getMessage()
+
+
 def test_what_is_saved_is_an_artifact(lm, steer, folder):
     (4 * steer).save(folder / "four")
     artifact = open_artifact(folder / "four")

@@ -186,6 +186,18 @@ def whole_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield text.decode("utf-8"), row
 
 
+def whole_batches(partial: Path, batch: int, total: int) -> list[dict[str, Any]]:
+    """The rows of an interrupted attempt, of `total` rows, cut back to whole batches, in the file as well."""
+    if not partial.exists():
+        return []
+    text = partial.read_text("utf-8")
+    partial.write_text(text[: text.rfind("\n") + 1], "utf-8")  # the last row may be half a row
+    rows = read_jsonl(partial)
+    rows = rows if len(rows) == total else rows[: len(rows) // batch * batch]
+    write_jsonl(partial, rows)
+    return rows
+
+
 def unpacked(path: str | os.PathLike) -> BinaryIO:
     """A file opened for reading bytes; `.gz` and `.xz` are unpacked."""
     path = Path(path)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ctg_jax import io
 from ctg_jax.controls import truncate
 from ctg_jax.decode import strategies
 from ctg_jax.learn.pool import check_drawn
@@ -195,6 +196,6 @@ def test_partial_rows_are_cut_back_to_whole_batches(tmp_path):
     rows = [{"x": i} for i in range(5)]
     path = run.path / "partial.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"x":')
-    assert sampling.whole_batches(path, 2, 9) == rows[:4]
+    assert io.whole_batches(path, 2, 9) == rows[:4]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert sampling.whole_batches(path, 2, 5) == rows
+    assert io.whole_batches(path, 2, 5) == rows

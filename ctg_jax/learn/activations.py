@@ -19,6 +19,8 @@ from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.types import InputError, Params
 
+STEP = 0.05  # of the length of the stream
+
 
 @struct.dataclass
 class Moments:
@@ -226,3 +228,18 @@ def sites(depth: int, site: str | int | Sequence) -> tuple[int, ...]:
         f"site is {site!r}, expected one of {', '.join(named)}, 'attention:l' or 'block:l' with l from 1 to {depth}, "
         f"or a number from 0 to {2 * depth + 1}."
     )
+
+
+def scaled(vector: np.ndarray, norm: np.ndarray, how: str) -> np.ndarray:
+    """A vector [L + 2, D] as it is ("none"), of length 1 ("unit"), of the mean length `norm` [L + 2] of the stream at
+    its site ("stream"), or a twentieth of that ("step"), so that a scale means the same at every layer and in every
+    model. On Gemma 3 270M 1 step is a nudge, 2 are clear, and at 4 the text breaks.
+    """
+    if how == "none":
+        return vector
+    unit = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
+    if how == "unit":
+        return unit
+    if how in ("stream", "step"):
+        return unit * norm[:, None] * (STEP if how == "step" else 1.0)
+    raise InputError(f"normalise is {how!r}, expected 'none', 'unit', 'stream' or 'step'.")

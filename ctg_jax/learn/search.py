@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctg_jax import rng
+from ctg_jax import io, rng
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.controls import constraints
 from ctg_jax.data.messages import Messages, prompt_of, shown
@@ -317,7 +317,7 @@ def searched(
     control = sampling.build(lm, controls, strengths, filter)
     options = Options(n=n, max_new=max_new, batch=batch, seed=seed)
     partial, size = run.path / "partial.jsonl", batch_of(plan, options, texts)
-    rows, cond = sampling.whole_batches(partial, size, len(texts) * n), sampling.conditions(controls, lm, texts)
+    rows, cond = io.whole_batches(partial, size, len(texts) * n), sampling.conditions(controls, lm, texts)
     found = search(
         *sampling.opened(lm), texts, judge, control, plan=plan, options=options, cond=cond, skip=len(rows)
     )  # fmt: skip

@@ -14,6 +14,7 @@ from ctg_jax.evaluation import FIELD
 from ctg_jax.evaluation.smooth import MEANING
 from ctg_jax.io import dumps, write_bytes, write_text
 from ctg_jax.report import plots, rounds
+from ctg_jax.report.cards import side_by_side
 from ctg_jax.report.meaning import best, explained
 from ctg_jax.report.rows import Estimate, Line, lines
 from ctg_jax.report.template import PAGE
@@ -36,7 +37,6 @@ _MAIN = (
 )
 _CURVES = ("perplexity", "kl", "dist-2")
 SMOOTH = "Each method over all its strengths (after Zhou et al. 2024, with the scores of the judge as intensities)."
-_CARDS = 12  # texts beside one another for one prompt
 
 
 def write(
@@ -82,7 +82,7 @@ def write(
     drawn = _draw(table, shares, main, learned)
     seeds = max((c.seeds for line in table for c in line.estimates.values()), default=1)
     facts = _facts(scorers, perplexity, about, names, rows)
-    shown = _side_by_side(table, prompts, texts)
+    shown = side_by_side(table, prompts, texts)
     pages = {
         "report.md": _markdown(title, table, main, rest, drawn, swept, learned, shown, facts, seeds),
         "report.json": _json(title, table, swept, learned, facts),
@@ -324,34 +324,3 @@ def _facts(scorers, perplexity, about, names, rows) -> list[tuple[str, str]]:
     if seeds:
         facts.append(("seeds" if len(seeds) > 1 else "seed", ", ".join(map(str, seeds))))
     return facts + [(str(name), str(value)) for name, value in (about or {}).items()]
-
-
-def _side_by_side(table: list[Line], prompts: int, texts: int) -> list[dict[str, Any]]:
-    """The first prompts that most lines have, with the first texts of each line; where that makes too many cards, the
-    smallest, middle and largest strength of each method, and if need be fewer prompts."""
-    with_samples = [line for line in table if line.samples]
-    if not with_samples or prompts < 1:
-        return []
-    chosen = with_samples if len(with_samples) <= _CARDS else _fewer(with_samples)
-    found: dict[Any, dict[str, Any]] = {}
-    for line in chosen:
-        mine: dict[Any, list[str]] = {}
-        for s in line.samples:
-            key = (str(s.get("prompt_id", "")), s["prompt"])
-            mine.setdefault(key, []).append(s["text"])
-        for key, written in mine.items():
-            entry = found.setdefault(key, {"prompt": key[1], "cards": []})
-            entry["cards"].append({"label": line.label, "texts": [t.lstrip() for t in written[:texts]]})
-    common = sorted(found.values(), key=lambda e: -len(e["cards"]))  # stable: the order of the samples among equals
-    return common[: prompts if len(chosen) <= _CARDS else max(1, prompts // 2)]
-
-
-def _fewer(table: list[Line]) -> list[Line]:
-    groups: dict[Any, list[Line]] = {}
-    for line in table:
-        groups.setdefault((line.method, dumps(line.columns, allow_nan=True, default=str)), []).append(line)
-    kept = []
-    for members in groups.values():
-        order = sorted(members, key=lambda m: m.strength or 0.0)
-        kept += [order[i] for i in sorted({0, (len(order) - 1) // 2, len(order) - 1})]
-    return kept

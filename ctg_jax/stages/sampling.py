@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ctg_jax import evaluation, methods
+from ctg_jax import evaluation, io, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints, selection, truncate
 from ctg_jax.data import stops
@@ -21,7 +21,7 @@ from ctg_jax.decode import speculate, strategies
 from ctg_jax.io import json_line
 from ctg_jax.mesh import layout
 from ctg_jax.models.lengths import check_reads, room
-from ctg_jax.run.stage import Artifact, Run, open_lm, read_jsonl, stage_function, write_jsonl
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function, write_jsonl
 from ctg_jax.types import InputError, Sampling
 
 PROPOSED = "speculate"  # the option of a filter that says how many tokens are proposed at a time, see `build`
@@ -191,8 +191,8 @@ def sample(
     control = build(lm, controls, strengths, filter, truncate_first)
     partial = run.path / "partial.jsonl"
     total = len(texts) * n
-    rows = _whole_batches(partial, min(batch, total), total)
-    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed)
+    rows = io.whole_batches(partial, min(batch, total), total)
+    options = Options(n=n, max_new=max_new, greedy=greedy, batch=batch, seed=seed, empty=True)
     cond = conditions(controls, lm, texts, records)
     batches = complete(*opened(lm), texts, control, options, skip=len(rows), cond=cond)
     bar = tqdm(total=total, initial=len(rows), desc=run.path.name, unit="sample", disable=None, leave=False)
@@ -347,15 +347,3 @@ def check_prompts(
         if strategies.of(control) is strategies.PLAIN:  # others check the rows that they were trained on
             what = f"prompt {i + 1} has {len(ids)} tokens and max_new is {max_new}"
             check_reads(model, len(ids) + max_new - 1, what, control)
-
-
-def whole_batches(partial, batch: int, total: int) -> list[dict]:
-    """The rows of an interrupted attempt, of `total` rows, cut back to whole batches, in the file as well."""
-    if not partial.exists():
-        return []
-    text = partial.read_text("utf-8")
-    partial.write_text(text[: text.rfind("\n") + 1], "utf-8")  # the last row may be half a row
-    rows = read_jsonl(partial)
-    rows = rows if len(rows) == total else rows[: len(rows) // batch * batch]
-    write_jsonl(partial, rows)
-    return rows

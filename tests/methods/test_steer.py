@@ -78,11 +78,11 @@ def test_pair_moments_are_those_of_the_states(table):
 
 def test_normalisation():
     v, norm = vector([3, 4], [0, 2]), np.array([10.0, 1.0], np.float32)
-    np.testing.assert_allclose(steer.scaled(v, norm, "none"), v)
-    np.testing.assert_allclose(steer.scaled(v, norm, "unit"), [[0.6, 0.8], [0, 1]])
-    np.testing.assert_allclose(steer.scaled(v, norm, "stream"), [[6, 8], [0, 1]])
+    np.testing.assert_allclose(activations.scaled(v, norm, "none"), v)
+    np.testing.assert_allclose(activations.scaled(v, norm, "unit"), [[0.6, 0.8], [0, 1]])
+    np.testing.assert_allclose(activations.scaled(v, norm, "stream"), [[6, 8], [0, 1]])
     with pytest.raises(InputError, match="normalise is 'l2'"):
-        steer.scaled(v, norm, "l2")
+        activations.scaled(v, norm, "l2")
 
 
 def test_gates():

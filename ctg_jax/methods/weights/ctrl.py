@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import softmax
 
 from ctg_jax import evaluation, rng
 from ctg_jax.controls.codes import Coded, coded
@@ -28,6 +27,7 @@ from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.models.lm import LM
+from ctg_jax.rewards.logistic import class_probabilities
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
 
@@ -119,7 +119,7 @@ def attributed(
     for code in range(count):
         at = control.replace(cond=None, scale=jnp.float32(code / (count - 1)))
         logp.append(evaluation.log_probabilities(lm, params, tokenizer, heads, tails, at, batch=batch))
-    return softmax(np.stack(logp, axis=1) + np.log(prior), axis=1)
+    return class_probabilities(np.stack(logp, axis=1) + np.log(prior))
 
 
 def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:

@@ -27,7 +27,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import expit, logit
 
 from ctg_jax import evaluation, methods, rng
 from ctg_jax.control import IDENTITY
@@ -95,7 +94,7 @@ class Objective:
         soft = np.asarray(gaps, np.float64) / self.temperature
         if self.target == "hard":
             soft = np.full(len(soft), np.inf if self.kind == "logistic" else 0.5)
-        return (expit(soft) if self.kind == "logistic" else soft).astype(np.float32)
+        return (np.exp(-np.logaddexp(0, -soft)) if self.kind == "logistic" else soft).astype(np.float32)
 
 
 def loss(lm: LM, objective: Objective = Objective()) -> losses.LossFn:
@@ -263,7 +262,8 @@ def paired(
                 "target is 'difference', for which every record needs `preference`, the share of judges, between 0 and "
                 "1, who prefer its chosen text"
             )
-        gaps = logit(shares) * objective.temperature if objective.target == "difference" else np.ones(len(rows))
+        soft = objective.target == "difference"
+        gaps = np.log(shares / (1 - shares)) * objective.temperature if soft else np.ones(len(rows))
         return [{**row, "other": row.pop("rejected")} for row in rows], gaps
     samples = Pool.open(pool)
     own, prompts = samples.column("tokens"), samples.column("prompt_id")

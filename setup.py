@@ -51,6 +51,7 @@ EXTRAS = {
         "ipykernel>=6",
         "pandas>=2.2",
         "outlines-core>=0.2.11,<0.3",
+        "gguf>=0.17",
     ],
 }
 # A wheel carries the scripts and configurations of the command `ctg` inside the package; see ctg_jax/door/command.py.

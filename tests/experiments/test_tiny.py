@@ -21,8 +21,8 @@ HERE = Path(__file__).parents[2]
 FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text() and p.stem != "latents")
 
 
-# The configurations of the methods run the same arms by default.
-LONG = ("compare_decoding", "compare_fair", "compare_toxicity")
+# Their arms run by default from the configurations of the methods; tests/experiments/test_sections.py rehearses them all.
+LONG = ("compare_decoding", "compare_diffusion", "compare_fair", "compare_reward", "compare_toxicity")
 
 
 @pytest.fixture(scope="module")

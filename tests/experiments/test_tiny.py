@@ -21,7 +21,7 @@ HERE = Path(__file__).parents[2]
 FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text() and p.stem != "latents")
 
 
-# Their arms run by default from the configurations of the methods; tests/experiments/test_sections.py rehearses them all.
+# The configurations of the methods run their arms by default; tests/experiments/test_sections.py rehearses all of them.
 LONG = ("compare_decoding", "compare_diffusion", "compare_fair", "compare_reward", "compare_toxicity")
 
 

@@ -135,7 +135,7 @@ def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):
 @pytest.mark.slow
 def test_the_wait_for_the_first_text_is_measured_in_processes_of_their_own(benchmark, tmp_path, capsys):
     pytest.importorskip("torch")
-    lm = write_lm(tmp_path / "lm")
+    lm = write_lm(tmp_path / "lm", context=64)
     code = cli.run(benchmark("first_text").main, [f"--lm={lm}", "--repeats=1", "--new=2"], devices=False)
     out = capsys.readouterr().out
     assert code == 0 and out.count("over that of transformers") == 3 and "longer prompt" in out, out

@@ -60,6 +60,8 @@ class Countdown(Control):
     cond: str | None = struct.field(pytree_node=False, default=None)
     whole: bool = struct.field(pytree_node=False, default=False)
 
+    cond_multiplies = False
+
     def weights(self, params):
         return self.delta.replace(scale=self.delta.scale * self.scale).weights(params)
 

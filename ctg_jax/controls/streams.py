@@ -217,17 +217,7 @@ class Stream:
         seen = cache.length - back
         follows = cache.mask & (jnp.arange(cache.mask.shape[1]) < seen)[None, :]
         skipped = jnp.sum(cache.mask & ~follows, axis=1, dtype=jnp.int32)
-        cache = cache.replace(mask=follows, length=seen, offset=cache.offset - skipped)
-
-        def after(token):
-            token = token[:, None]
-            real = jnp.ones(token.shape, bool)
-            x = self.lm.embed(self.params, token)
-            told, params = self.control.seen(state, token), self.control.beside(self.params, state)
-            out = self.lm.apply(params, x, real, cache, self.control, told, last=1)
-            z, _ = edit_logits(self.control, out.logits, out.hidden, token, real, state)
-            return z[:, 0], out.hidden[:, -1]
-
+        cache = cache.replace(mask=follows, offset=cache.offset - skipped)
         tokens = self._rows(tokens)
         x, real = self.lm.embed(self.params, tokens), jnp.ones(tokens.shape, bool)
         out = self.lm.apply(self.params, x, real, cache, self.control, state, beside=True)

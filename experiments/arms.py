@@ -17,7 +17,6 @@ strength that gives it on the texts of the section `calibrate`, so that arms are
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -256,9 +255,7 @@ def _arm(label: str, settings: Settings) -> Arm:
 
 def _check_known(where: str, settings: Settings, fn: Any) -> None:
     """InputError for a setting that is no keyword parameter of `fn`."""
-    parameters = inspect.signature(fn).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for key in settings:
-            if key not in known:
-                raise InputError(f"{where} has no setting {key!r}{nearest(key, known)}")
+    known = methods.settings_of(fn)
+    for key in settings if known is not None else ():
+        if key not in known:
+            raise InputError(f"{where} has no setting {key!r}{nearest(key, known)}")

@@ -11,7 +11,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints, is_typeddict
 
 import jax
 
@@ -83,6 +83,20 @@ def load(artifact: Artifact, lm: LM) -> Control:
     return artifact.load(shapes(spec, lm, str(artifact.path)))
 
 
+def settings_of(fn: Callable) -> list[str] | None:
+    """The keyword parameters of a function, also those of a typed `**name: Unpack[…]`; None where it takes any name."""
+    names = []
+    for parameter in inspect.signature(fn).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            typed = get_args(get_type_hints(fn).get(parameter.name))
+            if not (typed and is_typeddict(typed[0])):
+                return None
+            names += typed[0].__annotations__
+    return names
+
+
 def shapes(spec: Mapping[str, Any], lm: LM, where: str) -> Control:
     """The control of a spec with the shapes of its leaves in their place.
 
@@ -90,7 +104,8 @@ def shapes(spec: Mapping[str, Any], lm: LM, where: str) -> Control:
       InputError: a setting that the method no longer has; `where` names what holds the spec.
     """
     init, settings = get(spec["method"]).init, spec.get("init", {})
-    if unknown := sorted(set(settings) - set(inspect.signature(init).parameters)):
+    known = settings_of(init)
+    if unknown := [] if known is None else sorted(set(settings) - set(known)):
         raise InputError(
             f"{where} was made by another version, whose {spec['method']} had a setting {unknown[0]!r}: fit it again."
         )

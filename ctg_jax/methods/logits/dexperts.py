@@ -10,7 +10,7 @@ experts in a `Chain` filters the base, as in the DExperts paper; one after them 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
 SIDES = ("both", "expert", "anti", "forget")
-OWN = ("rank", "targets", "length", "choices")  # settings of `finetune.init`
 FITTED = ("lora", "full", "prompt")  # kinds of expert that are trained
 INSTRUCTED = "instructed"  # the entry of `prompts.cond` with instruction and prompt, int32 [B, T'], −1 for padding
 
@@ -47,6 +46,15 @@ def prompted(lm: LM, alpha: float = 1.0, cond: str | None = None) -> Experts:
     return experts(Stream(lm=lm, of="current", own=INSTRUCTED), alpha=alpha, cond=cond)
 
 
+class Own(TypedDict, total=False):
+    """Settings of trained experts, see `finetune.init`."""
+
+    rank: int
+    targets: str | None
+    length: int
+    choices: int | None
+
+
 def init(
     lm: LM,
     key: jax.Array,
@@ -58,7 +66,7 @@ def init(
     instruction: str | None = None,
     alpha: float = 2.0,
     cond: str | None = None,
-    **adapter: Any,
+    **adapter: Unpack[Own],
 ) -> Experts:
     """Experts that have learned nothing.
 
@@ -79,9 +87,10 @@ def init(
     """
     if sides not in SIDES:
         raise InputError(f"sides is {sides!r}, expected one of {', '.join(SIDES)}.")
+    own = list(Own.__annotations__)
     for name in adapter:
-        if name not in OWN:
-            raise InputError(f"dexperts has no setting {name!r}{nearest(name, OWN)}")
+        if name not in own:
+            raise InputError(f"dexperts has no setting {name!r}{nearest(name, own)}")
     if kind in FITTED:
         tuned = methods.get("finetune").init
         both = [Stream(control=tuned(lm, k, kind=kind, **adapter), lm=lm) for k in jax.random.split(key)]

@@ -212,7 +212,8 @@ def test_pairs_of_data_have_the_preferences_of_judges(given):
     soft = Objective(kind="squared", target="difference", temperature=3.0)
     rows, gaps = preference.paired((), pairs, tokenizer, "data", soft, 8, 0)
     np.testing.assert_allclose(soft.targets(gaps), logit(0.9), rtol=1e-6)
-    assert tokenizer.decode([rows[0]["tokens"]])[0].strip().startswith("fun") and "rejected" not in rows[0]
+    found = tokenizer.decode([rows[0]["tokens"], rows[0]["other"]])
+    assert [text.strip() for text in found] == ["fun", "sad"]
 
 
 def test_bad_input(given):

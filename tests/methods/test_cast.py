@@ -9,6 +9,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.decode import loop
 from ctg_jax.methods import cast
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 from tests.methods.conftest import BAD, GOOD
@@ -68,3 +69,10 @@ def test_bad_input(small):
         cast.fit(root, lm=lm, data=data, field="mood", tokens=16)
     with pytest.raises(InputError, match=r"call Control\.bind first"):
         by_hand("mean").init(worlds.prompts([[0]]), 2)
+
+
+def test_the_widths_of_the_paper_on_paper():
+    """`:paper`, with two of its layers: shapes alone, no array is made."""
+    lm = Transformer.llama(vocab=151936, width=2048, depth=2, heads=16, kv_heads=16, mlp_width=5504, context=4096)
+    out = worlds.written_on_paper(lm, lambda key: cast.init(lm, key, site=1))
+    assert out.tokens.shape == (1, 2)

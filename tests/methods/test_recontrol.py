@@ -9,6 +9,7 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.decode import loop
 from ctg_jax.methods import recontrol, steer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
@@ -72,3 +73,10 @@ def test_fit(small):
         recontrol.init(WORLD, jax.random.key(0), width=0)
     with pytest.raises(InputError, match="has no setting 'widht'"):
         recontrol.fit(root, lm=lm, data=data, value=dict(widht=3))
+
+
+def test_the_widths_of_the_paper_on_paper():
+    """`:paper`, with two of its layers: shapes alone, no array is made."""
+    lm = Transformer.llama(vocab=128256, width=4096, depth=2, heads=32, kv_heads=8, mlp_width=14336, context=4096)
+    out = worlds.written_on_paper(lm, lambda key: recontrol.init(lm, key))
+    assert out.tokens.shape == (1, 2)

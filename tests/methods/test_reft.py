@@ -10,6 +10,7 @@ from ctg_jax import methods
 from ctg_jax.decode import loop
 from ctg_jax.learn.losses import control_loss
 from ctg_jax.methods import reft
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
@@ -60,3 +61,10 @@ def test_fit(small):
         reft.init(LM, jax.random.key(0), rank=99)
     with pytest.raises(InputError, match="texts have no roles"):
         reft.fit(root, lm=lm, data=data, positions=dict(roles=("user",)), **tiny)
+
+
+def test_the_widths_of_the_paper_on_paper():
+    """`:paper`, with two of its layers: shapes alone, no array is made."""
+    lm = Transformer.llama(vocab=32000, width=4096, depth=2, heads=32, kv_heads=32, mlp_width=11008, context=4096)
+    out = worlds.written_on_paper(lm, lambda key: reft.init(lm, key, rank=4, sites="all"))
+    assert out.tokens.shape == (1, 2)

@@ -8,6 +8,7 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.methods import sparse_steer
+from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import open_lm
 from ctg_jax.types import InputError
 
@@ -77,3 +78,10 @@ def test_fit(small):
     for bad in (dict(target=2), dict(steps=0), dict(site="all")):
         with pytest.raises(InputError, match="expected one site, a class that exists"):
             sparse_steer.init(worlds.tiny(depth=3), jax.random.key(0), **bad)
+
+
+def test_the_widths_of_the_paper_on_paper():
+    """`:paper`, with two of its layers: shapes alone, no array is made."""
+    lm = Transformer.llama(vocab=256000, width=2304, depth=2, heads=8, kv_heads=4, mlp_width=9216, context=4096)
+    out = worlds.written_on_paper(lm, lambda key: sparse_steer.init(lm, key, features=16384, site=1))
+    assert out.tokens.shape == (1, 2)

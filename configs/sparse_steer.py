@@ -12,7 +12,7 @@ Gemma 2 2B, a model of the size that such autoencoders are published for.
 
 from configs import sentiment
 
-TINY = dict(features=8, site=1, steps=2, training=dict(steps=2, batch=4, tokens=16))
+TINY = dict(features=8, site=1, iterations=2, training=dict(steps=2, batch=4, tokens=16))
 SMALL = dict(site="middle", training=dict(steps=500, batch=16, rate=1e-3, tokens=48))
 
 

@@ -22,10 +22,10 @@ def identity(**options):
     return control.replace(code=control.code | {"encode": jnp.eye(3), "decode": 4 * jnp.eye(3)})  # columns are normed
 
 
-@pytest.mark.parametrize("steps, share", [(1, 0.1), (5, 0.40951), (10, 0.65132)])
-def test_descent_by_hand(steps, share):
+@pytest.mark.parametrize("iterations, share", [(1, 0.1), (5, 0.40951), (10, 0.65132)])
+def test_descent_by_hand(iterations, share):
     """At a rate of .1 a code goes this share of the way to μ = (2, 0, 1), on each of three tokens."""
-    control = identity(steps=steps)
+    control = identity(iterations=iterations)
     control = control.replace(goal=jnp.array([[9.0, 9, 9], [2, 0, 1]]))
     h = jnp.array([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [2.0, -1.0, 1.0]]])
     wanted = h + share * (control.goal[1][None, None] - jnp.maximum(h, 0))  # −1 has code 0, and so has its goal
@@ -36,7 +36,7 @@ def test_descent_by_hand(steps, share):
 
 
 def test_a_size_an_offset_and_the_class_of_each_row():
-    control = identity(steps=1, rate=1.0, choice="class")
+    control = identity(iterations=1, rate=1.0, choice="class")
     code = control.code | {"size": jnp.float32(2), "offset": jnp.array([0.5, 0, 0])}
     control = control.replace(code=code, goal=jnp.array([[0.0, 0, 0], [1, 0, 0]]))
     h = jnp.array([[[3.0, 2.0, 0.0]], [[3.0, 2.0, 0.0]]])
@@ -71,12 +71,12 @@ def test_an_autoencoder_learns_one_hot_states():
 
 def test_fit(small):
     root, lm, data = small
-    tiny = dict(features=8, site=1, steps=2, training=dict(steps=3, batch=4, tokens=16))
+    tiny = dict(features=8, site=1, iterations=2, training=dict(steps=3, batch=4, tokens=16))
     control = methods.load(sparse_steer.fit(root, lm=lm, data=data, **tiny), open_lm(lm)[0])
     assert control.goal.shape == (2, 8) and float(control.goal.max()) > 0 and float(control.code["size"]) != 1
     assert float(jnp.abs(control.goal[0] - control.goal[1]).max()) > 0
-    for bad in (dict(target=2), dict(steps=0), dict(site="all")):
-        with pytest.raises(InputError, match="expected one site, a class that exists"):
+    for bad in (dict(target=2), dict(iterations=0), dict(site="all")):
+        with pytest.raises(InputError, match="expected one site, a class that"):
             sparse_steer.init(worlds.tiny(depth=3), jax.random.key(0), **bad)
 
 

@@ -45,7 +45,7 @@ class SparseSteer(Control):
       goal: float32 [C, F], μ of each class. moved: float32 [C, F], 1 for the features that move, 0 for the others.
       rate: float32 [], η.
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
-      steps: n. site: 0 … L + 1. target: the class where `choice` is None.
+      iterations: n. site: 0 … L + 1. target: the class where `choice` is None.
       choice: None, or the name of an int [B] entry of `prompts.cond` that names the class of each row.
       positions: the tokens that are edited, see `ctg_jax.controls.selection`.
     """
@@ -56,7 +56,7 @@ class SparseSteer(Control):
     rate: jax.Array
     scale: jax.Array
     site: int = struct.field(pytree_node=False, kw_only=True)
-    steps: int = struct.field(pytree_node=False, default=10)
+    iterations: int = struct.field(pytree_node=False, default=10)
     target: int = struct.field(pytree_node=False, default=1)
     choice: str | None = struct.field(pytree_node=False, default=None)
     positions: Positions = struct.field(pytree_node=False, default=Positions())
@@ -94,7 +94,7 @@ class SparseSteer(Control):
             scale = jnp.where(site == self.site, scale, 0.0)
         c = encoded(self.code, h)
         step = self.rate * moved[:, None]
-        after = jax.lax.fori_loop(0, self.steps, lambda _, x: jax.nn.relu(x - step * (x - goal[:, None])), c)
+        after = jax.lax.fori_loop(0, self.iterations, lambda _, x: jax.nn.relu(x - step * (x - goal[:, None])), c)
         return h + (scale * decoded(self.code, after - c)).astype(h.dtype)
 
 
@@ -118,7 +118,7 @@ def init(
     features: int | None = None,
     classes: int = 2,
     site: int | str = "middle",
-    steps: int = 10,
+    iterations: int = 10,
     rate: float = 0.1,
     target: int = 1,
     choice: str | None = None,
@@ -129,28 +129,28 @@ def init(
     Args:
       features: F; None: eight times the width. classes: C.
       site: where it acts, one of those of `ctg_jax.learn.activations.gates`.
-      steps, rate, target, choice, positions: see `SparseSteer`.
+      iterations, rate, target, choice, positions: see `SparseSteer`.
 
     Raises:
-      InputError: a target that is no class, steps below 1, several sites, and what `positions` raises.
+      InputError: a target that is no class, iterations below 1, several sites, and what `positions` raises.
     """
     at = np.flatnonzero(gates(lm.depth, site)).tolist()
-    if len(at) != 1 or not 0 <= target < classes or steps < 1:
+    if len(at) != 1 or not 0 <= target < classes or iterations < 1:
         raise InputError(
-            f"site is {site!r}, target {target} of {classes} classes and steps {steps}: expected one site, a class "
-            "that exists, and at least one step."
+            f"site is {site!r}, target {target} of {classes} classes and iterations {iterations}: expected one site, a "
+            "class that exists, and at least one iteration."
         )
     f = 8 * lm.width if features is None else features
     rows = jax.random.normal(key, (f, lm.width), jnp.float32) / lm.width**0.5
     code = {"encode": rows, "bias": jnp.zeros(f), "decode": rows.T, "offset": jnp.zeros(lm.width), "size": jnp.ones(())}
     shape = (classes, f)
-    static = dict(site=at[0], steps=steps, target=target, choice=choice, positions=selected(positions))
+    static = dict(site=at[0], iterations=iterations, target=target, choice=choice, positions=selected(positions))
     return SparseSteer(code, jnp.zeros(shape), jnp.ones(shape), jnp.float32(rate), jnp.ones(()), **static)
 
 
 def example(lm: LM, key: jax.Array) -> SparseSteer:
     """A random autoencoder of 24 features after the first block, all of which move half way, for the laws."""
-    control = init(lm, key, features=24, site=1, steps=2, rate=0.3)
+    control = init(lm, key, features=24, site=1, iterations=2, rate=0.3)
     return control.replace(goal=2 * jax.random.uniform(key, control.goal.shape))
 
 
@@ -169,7 +169,7 @@ def one_feature(control: SparseSteer, feature: int, level: float) -> SparseSteer
         raise InputError(f"feature is {feature}, expected from 0 to {control.goal.shape[1] - 1}.")
     moved = jnp.zeros_like(control.moved).at[:, feature].set(1.0)
     goal = jnp.full_like(control.goal, level)
-    return control.replace(goal=goal, moved=moved, rate=jnp.ones(()), steps=1)
+    return control.replace(goal=goal, moved=moved, rate=jnp.ones(()), iterations=1)
 
 
 def loss(lm: LM, *, sparsity: float = 1e-3) -> losses.LossFn:
@@ -213,7 +213,7 @@ def sparse_steer(
     features: int | None = None,
     site: int | str = "middle",
     sparsity: float = 1e-3,
-    steps: int = 10,
+    iterations: int = 10,
     rate: float = 0.1,
     target: int = 1,
     positions: Any = "all",
@@ -224,7 +224,7 @@ def sparse_steer(
 
     Args:
       data: records with `text` and a whole `label` from 0; those without one only teach the autoencoder.
-      features, site, steps, rate, target, positions: see `init`. sparsity: see `loss`.
+      features, site, iterations, rate, target, positions: see `init`. sparsity: see `loss`.
       training: how it is trained. seed: of initial values and of the order of texts.
 
     Raises:
@@ -233,7 +233,7 @@ def sparse_steer(
     model, params, tokenizer = open_lm(lm)
     known = labelled(data.rows("data.jsonl"), str(data.path))
     classes = 1 + max(r["label"] for r in known)
-    options = dict(features=features, classes=classes, site=site, steps=steps, rate=rate, target=target)
+    options = dict(features=features, classes=classes, site=site, iterations=iterations, rate=rate, target=target)
     options |= dict(positions=positions)
     control = init(model, rng.stream(jax.random.key(seed), "init"), **options)
     read = jax.jit(lambda tokens, mask: states(model, params, tokens, mask, control.site))

@@ -57,7 +57,7 @@ def equal(found, steps, batch):
 def get_config(arg="yelp"):
     world = arg.removesuffix("_own")
     if world not in ("yelp", "tiny"):
-        raise InputError(f"the argument of the configuration is {arg!r}: expected yelp, yelp_own or tiny")
+        raise InputError(f"the argument of the configuration is {arg!r}: expected one of yelp, yelp_own, tiny")
     learn = reward.WORLDS[world]()["learn"]
     found = arms(world)
     for arm in found.values():  # a rare reward needs more samples of a prompt

@@ -138,7 +138,7 @@ class Control:
         """
         return state
 
-    def beside(self, params: Params, state: State) -> Params:
+    def row_weights(self, params: Params, state: State) -> Params:
         """The parameters that rows are read with, where what is added to them differs from row to row."""
         return params
 
@@ -210,9 +210,9 @@ class Chain(Control):
     def seen(self, state, tokens):
         return tuple(c.seen(s, tokens) for c, s in zip(self.parts, state, strict=True))
 
-    def beside(self, params, state):
+    def row_weights(self, params, state):
         for c, s in zip(self.parts, state, strict=True):
-            params = c.beside(params, s)
+            params = c.row_weights(params, s)
         return params
 
     def prefix(self, state):

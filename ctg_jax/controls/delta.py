@@ -141,7 +141,7 @@ class RowDelta(Control):
         taken = jax.tree.map(lambda x: gathered(x, prompts, self.choice), self.changes)
         return {path: {"a": x["a"], "b": x["b"] * scale.reshape(-1, 1, 1, 1)} for path, x in taken.items()}
 
-    def beside(self, params: Params, state: Any) -> Params:
+    def row_weights(self, params: Params, state: Any) -> Params:
         return _with_rows(params, state)
 
 

@@ -186,7 +186,7 @@ class Stream:
         slots = cache.k[0].shape[2] - (0 if prefix is None else prefix[0].shape[3])
         whole = not reading.started and new > 1 and x.shape[1] >= slots - 1 and not self.ahead
         told = self.control.seen(state, columned)
-        params = self.control.beside(self.params, state)
+        params = self.control.row_weights(self.params, state)
         out = self.lm.apply(params, x, seen, None if whole else cache, self.control, told, last=last)
         z, state = edit_logits(self.control, out.logits, out.hidden, ids, mask, state)
         after = self._apart((cache if whole else out.cache, state), len(x))
@@ -220,7 +220,8 @@ class Stream:
         cache = cache.replace(mask=follows, offset=cache.offset - skipped)
         tokens = self._rows(tokens)
         x, real = self.lm.embed(self.params, tokens), jnp.ones(tokens.shape, bool)
-        out = self.lm.apply(self.params, x, real, cache, self.control, state, beside=True)
+        told, params = self.control.seen(state, tokens), self.control.row_weights(self.params, state)
+        out = self.lm.apply(params, x, real, cache, self.control, told, beside=True)
 
         def edited(z, h, token):
             one = jnp.ones((len(token), 1), bool)

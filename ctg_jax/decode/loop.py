@@ -218,7 +218,7 @@ def prefill(lm: LM, params: Params, prompts: Prompts, control: Control, sampling
     cache = lm.init_cache(params, batch, p + x.shape[1] + n - 1)
     if prefix is not None:
         cache = write_prefix(cache, prefix)
-    params = control.beside(params, state)
+    params = control.row_weights(params, state)
     out = lm.apply(params, x, mask, cache, control, control.seen(state, ids), last=1)
     z, state = edit_logits(control, out.logits, out.hidden, prompts.tokens, prompts.mask, state)
     return Decoding(
@@ -268,7 +268,7 @@ def read(lm: LM, params: Params, d: Decoding, control: Control) -> Decoding:
     """Reads the last written token of every row and computes the controlled logits of the next."""
     token = lax.dynamic_slice_in_dim(d.tokens, d.t - 1, 1, axis=1)
     mask = lax.dynamic_slice_in_dim(d.mask, d.t - 1, 1, axis=1)
-    params = control.beside(params, d.state)
+    params = control.row_weights(params, d.state)
     out = lm.apply(params, lm.embed(params, token), mask, d.cache, control, control.seen(d.state, token))
     z, state = edit_logits(control, out.logits, out.hidden, token, mask, d.state)
     return d.replace(z=z[:, 0], cache=out.cache, state=state)

@@ -40,7 +40,7 @@ def read_rows(lm: LM, params: Params, prompts: Prompts, completion: jax.Array, c
     x = jnp.concatenate([x, lm.embed(params, seen)], axis=1)
     mask = jnp.concatenate([mask, ones], axis=1)
     told = control.seen(state, jnp.concatenate([ids, seen.astype(ids.dtype)], axis=1))
-    rows = control.beside(params, state)
+    rows = control.row_weights(params, state)
     hidden = lm.apply(rows, x, mask, control=control, state=told, last=0).hidden
     tokens = jnp.concatenate([prompts.tokens, seen.astype(prompts.tokens.dtype)], axis=1)
     return Read(params, hidden, tokens, jnp.concatenate([prompts.mask, ones], axis=1), control, state, lm=lm)

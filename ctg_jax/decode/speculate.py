@@ -36,7 +36,7 @@ from ctg_jax.models.lm import LM, Cache
 from ctg_jax.support import REMOVED, likeliest
 from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
 
-ELSEWHERE = ("weights", "beside", "prompt", "prefix", "hidden")  # hooks that act in another place than the logits
+ELSEWHERE = ("weights", "row_weights", "prompt", "prefix", "hidden")  # hooks that act in another place than the logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
         token, alive, t, cache, state = carry
         mask = alive[:, None]
         told = draft.seen(state, token[:, None])
-        rows = draft.beside(params, state)
+        rows = draft.row_weights(params, state)
         out = lm.apply(rows, lm.embed(params, token[:, None]), mask, cache, draft, told)
         z, after = edit_logits(draft, out.logits, out.hidden, token[:, None], mask, state)
         drawn = likeliest(z[:, 0]) if sampling.greedy else rng.draw(_at(prompts.keys, t + step), z[:, 0])

@@ -65,7 +65,9 @@ def get_config(arg="yelp"):
     if world == arg:
         found = equal(found, learn["training"]["steps"] * (1 if world == "tiny" else 2), learn["training"]["batch"])
     if world == "tiny":  # no text of its untrained LM speaks of drinks
-        found = {label: found[label] | dict(rewards=learn["rewards"]) for label in ("ppo", "grpo", "rloo", "dpo")}
+        found = {label: arm | dict(rewards=learn["rewards"]) for label, arm in found.items()}
+        (name,) = learn["rewards"]
+        found["gdc"]["fit"] |= dict(moments={name: 0.6})
     return reward.experiment(world, "A rare reward", dict(base=dict(filter={}), top_p=dict(), **found))
 
 

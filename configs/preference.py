@@ -34,7 +34,7 @@ def arms(arg):
     if arg not in ("repetition", "toxicity", "gemma"):  # what people wrote there has no label
         found["spin"]["data"] = data | dict(where=data.get("where", {}) | dict(label=wanted))
     if arg == "tiny":
-        found = {label: found[label] | dict(strengths=(1.0,)) for label in ("dpo", "spin")}
+        found = {label: found[label] | dict(strengths=(1.0,)) for label in ("dpo", "irepo", "spin")}
     return found
 
 

@@ -365,5 +365,5 @@ def test_a_control_of_an_earlier_revision_of_its_stage_is_refused(given, monkeyp
     stages = {fn.stage_function.name: fn for fn in vars(steer).values() if hasattr(fn, "stage_function")}
     fn = stages[made.spec["stage"]]
     monkeypatch.setattr(fn, "stage_function", dataclasses.replace(fn.stage_function, revision=7))
-    with pytest.raises(InputError, match="made by revision 0 of steer, but this version has revision 7"):
+    with pytest.raises(InputError, match="made by revision 1 of steer, but this version has revision 7"):
         methods.load(made, model)

@@ -22,7 +22,7 @@ FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in
 
 
 # The configurations of the methods run their arms by default; tests/experiments/test_sections.py rehearses all of them.
-LONG = ("compare_decoding", "compare_diffusion", "compare_fair", "compare_reward", "compare_toxicity")
+LONG = tuple(f"compare_{what}" for what in ("decoding", "diffusion", "fair", "length", "reward", "toxicity"))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Prompt tuning and control prefixes on sentiment, beside LoRA with as many updates.
+"""Prompt tuning and control prefixes on sentiment.
 
 Sources: Lester et al. 2021 (a prompt for each sentiment), Clive et al. 2022 (one prefix for all texts and one for each
 sentiment, made by one network, learned together on all texts).
@@ -6,8 +6,9 @@ sentiment, made by one network, learned together on all texts).
     python experiments/main.py --config=configs/prompt.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/prompt.py[:yelp|:tiny]
 
-Expected: both directions move the share of positive text their way, LoRA furthest at these sizes of model; the prefix
-of a class is nearer to the base than a prompt, since most of its vectors are those of all texts. Strengths above 1 move
+Expected: both directions move the share of positive text their way, less far than LoRA (configs/finetune.py) at these
+sizes of model; the prefix of a class is nearer to the base than a prompt, since most of its vectors are those of all
+texts. Strengths above 1 move
 further from the other class. With `paper` the model is GPT-2 Large, with 100 vectors or with prefixes of 50 + 2 vectors
 and a network of width 800.
 """
@@ -38,8 +39,7 @@ def arms(arg):
 def get_config(arg="bundled"):
     if arg == "paper":
         return sentiment.paper("gpt2-large", "Prompts and prefixes", dict(top_p=dict(), **arms(arg)))
-    lora = dict(lora=dict(method="finetune", fit=dict(where=dict(label=1), **sentiment.training(arg))))
-    return sentiment.experiment(arg, "Prompts and prefixes", dict(top_p=dict(), **arms(arg), **lora))
+    return sentiment.experiment(arg, "Prompts and prefixes", dict(top_p=dict(), **arms(arg)))
 
 
 def sweep():

@@ -29,7 +29,7 @@ def arms(arg):
         best_of_n=dict(best_of=(4,), rewards=learn["rewards"]),
     )
     if arg in ("bundled", "yelp", "yelp_down", "tiny"):  # where the prompts that are learned from have a text
-        found["combined"] = dict(method="correct", fit=of_people, correct=pairs, data=learn["data"])
+        found["combined"] = dict(method="correct", fit=of_people, correct=pairs, data=learn["data"], rewards={})
     return found
 
 

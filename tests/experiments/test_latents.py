@@ -100,6 +100,7 @@ def test_a_file_of_no_pairs_is_refused(world, tmp_path):
             stage(tmp_path, sentences_of_pairs, dict(file=str(file)))
 
 
+@pytest.mark.slow
 def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
     argv = [f"--config={CONFIG}:tiny", f"--root={tmp_path}"]
     assert cli.run(script.main, argv) == 0

@@ -21,8 +21,12 @@ HERE = Path(__file__).parents[2]
 FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in p.read_text() and p.stem != "latents")
 
 
-# The configurations of the methods run their arms by default; tests/experiments/test_sections.py rehearses all of them.
-LONG = tuple(f"compare_{what}" for what in ("decoding", "diffusion", "fair", "length", "reward", "toxicity"))
+# By default one or two configurations for each place where methods act. All others are long: the tests of a method run
+# its fit, and tests/experiments/test_sections.py rehearses every configuration.
+DEFAULT = (
+    "compare_equal_kl", "compare_sentiment", "compare_together", "dexperts", "dglm", "finetune", "form", "mdlm", "prompt",
+    "quark", "search", "steer", "truncate",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def wanted_of(arm):
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in FILES],
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in DEFAULT else [pytest.mark.slow]) for p in FILES],
 )
 def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
     script = compare if file.stem.startswith("compare") else main

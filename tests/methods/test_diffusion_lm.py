@@ -281,6 +281,7 @@ def test_the_mask_ends_with_the_first_end_token(net):
         assert (row[~real] == SAMPLING.pad).all()
 
 
+@pytest.mark.slow
 def test_training_learns_the_distribution_of_texts():
     control = diffusion_lm.init(LM, jax.random.key(1), dim=2, width=32, heads=2, depth=2, length=S, calls=50)
     random = np.random.default_rng(3)

@@ -71,6 +71,7 @@ def test_ipo_reaches_its_optimum():
     assert float(metrics["accuracy"]) == 1
 
 
+@pytest.mark.slow
 def test_spin_reaches_people_and_stays():
     """Every human text, p, with every sample, q: π ∝ ref (p / q)^(1/β), which is p where β is 1 and q is the reference.
     At p = π = ref its loss is log 2 and its gradient 0."""

@@ -113,7 +113,9 @@ def test_an_oracle_of_the_other_label(root):
 
 
 def test_unknown_judge(tmp_path):
-    with pytest.raises(InputError, match="one of bag, classifier, diversity, function, length, oracle, preference, probe, rank"):
+    with pytest.raises(
+        InputError, match="one of bag, classifier, diversity, function, length, oracle, preference, probe, rank"
+    ):
         stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):
         stage(tmp_path, judges.fit_judge, {"kind": "bag"})

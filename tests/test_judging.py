@@ -113,9 +113,8 @@ def test_an_oracle_of_the_other_label(root):
 
 
 def test_unknown_judge(tmp_path):
-    with pytest.raises(
-        InputError, match="one of bag, classifier, diversity, function, length, oracle, preference, probe, rank"
-    ):
+    kinds = "bag, classifier, diversity, function, length, oracle, preference, probe, rank"
+    with pytest.raises(InputError, match=f"one of {kinds}"):
         stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):
         stage(tmp_path, judges.fit_judge, {"kind": "bag"})

@@ -24,8 +24,8 @@ FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in
 # By default one or two configurations for each place where methods act. All others are long: the tests of a method run
 # its fit, and tests/experiments/test_sections.py rehearses every configuration.
 DEFAULT = (
-    "compare_equal_kl", "compare_sentiment", "compare_together", "dexperts", "dglm", "finetune", "form", "mdlm", "prompt",
-    "quark", "search", "steer", "truncate",
+    "compare_equal_kl", "compare_sentiment", "compare_together", "dexperts", "dglm", "finetune", "form", "mdlm",
+    "prompt", "quark", "search", "steer", "truncate",
 )  # fmt: skip
 
 

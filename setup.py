@@ -34,6 +34,7 @@ EXTRAS = {
     "data": ["datasets>=4"],  # hf:NAME
     "metrics": ["sacrebleu>=2.5", "mauve-text>=0.4", "nltk>=3.9"],  # BLEU, MAUVE, coverage of keywords
     "form": ["outlines-core>=0.2.11,<0.3"],  # constraints of form: regular expressions and JSON schemas
+    "gguf": ["gguf>=0.17"],  # control vectors of repeng and llama.cpp
     "tensorboard": ["tensorboardX>=2.6"],  # --tensorboard
     "wandb": ["wandb>=0.19"],  # --wandb
     "gs": ["gcsfs>=2025.1"],  # --root=gs://…
@@ -56,7 +57,8 @@ EXTRAS = {
 }
 # A wheel carries the scripts and configurations of the command `ctg` inside the package; see ctg_jax/door/command.py.
 SCRIPTS = {"ctg_jax._scripts.experiments": "experiments", "ctg_jax._scripts.configs": "configs"}
-FEATURES = ["data", "metrics", "form", "tensorboard", "wandb", "gs", "s3", "slurm", "notebook"]  # the extra `all`
+# Of all features: the extra `all`.
+FEATURES = ["data", "metrics", "form", "gguf", "tensorboard", "wandb", "gs", "s3", "slurm", "notebook"]
 
 setup(
     name="ctg_jax",

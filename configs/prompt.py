@@ -23,7 +23,8 @@ def arms(arg):
     training = sentiment.training("yelp" if arg == "paper" else arg)["training"]
     rates = RATES.get(arg, (0.1, 1e-3))
     prompt, prefix = (dict(training=training | dict(rate=rate)) for rate in rates)
-    prompt |= dict(optimizer="adafactor", z=1e-4) if arg == "paper" else {}
+    if arg == "paper":
+        prompt = dict(training=prompt["training"] | dict(algorithm="adafactor"), z=1e-4)
     prefix["shape"] = dict(place="prefix", length=shared, attributes=dict(label=2), network=network)
     found = {}
     for name, label in (("negative", 0), ("positive", 1)):

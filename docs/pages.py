@@ -36,6 +36,7 @@ GUIDES = {  # pages in docs/
 INSIDE = {
     "Design": "design.md",
     "A new method": "new_method.md",
+    "Settings of the papers": "paper_settings.md",
     "Laws": "laws.md",
     "Silent faults": "faults.md",
 }

@@ -9,9 +9,10 @@
     Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
     Searched    a search of the language model or of a chain  search, rewards, chain
 
-Every arm may have `filter` (options of `ctg_jax.controls.truncate`) and `truncate_first`, which replace those of the
-section `sample`. In place of `strengths` an arm may have `kl`, nats per token to the base, each of which becomes the
-strength that gives it on the texts of the section `calibrate`, so that arms are compared at equal KL.
+Every arm may have `filter` (options of `ctg_jax.controls.truncate`, and `speculate`, see `stages.sampling.build`) and
+`truncate_first`, which replace those of the section `sample`. In place of `strengths` an arm may have `kl`, nats per
+token to the base, each of which becomes the strength that gives it on the texts of the section `calibrate`, so that
+arms are compared at equal KL.
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ class Corrected(Fitted):
 
     def check(self, label, arms):
         super().check(label, arms)
+        if self.kl is not None:
+            raise InputError(f"methods.{label} has kl, which revised samples cannot be brought to: give strengths")
         for key in self.correct:
             if key not in ("turns", "drafts"):
                 raise InputError(f"methods.{label}.correct has no setting {key!r}{nearest(key, ('turns', 'drafts'))}")
@@ -165,10 +168,7 @@ class Together(Swept):
 
     def check(self, label, arms):
         super().check(label, arms)
-        known = [name for name, arm in arms.items() if isinstance(arm, MethodArm)]
-        for other in self.chain:
-            if other not in known:
-                raise InputError(f"methods.{label}.chain names {other!r}, which is no method{nearest(other, known)}")
+        check_chain(label, self.chain, arms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

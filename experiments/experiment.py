@@ -385,6 +385,28 @@ def strength_at(
     return found.spec["strength"]
 
 
+def found_by_search(
+    root: str, lm: Artifact, prompts: Artifact, settings: Mapping[str, Any], arm: Searched, parts: list[Artifact]
+) -> Artifact:
+    """The samples of a search, with the settings of `sample` but for those that it does not have."""
+    settings = {key: value for key, value in settings.items() if key not in ("greedy", "truncate_first")}
+    inputs = {"rewards": rewards(root, arm), "controls": parts}
+    return stage(root, searched, settings | {"plan": dict(arm.search)}, lm=lm, prompts=prompts, **inputs)
+
+
+def revised(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: Corrected) -> Iterator[Sampled]:
+    """(strength, samples, the corrector, its strength): samples of the frozen model after an arm's revisions."""
+    control, settings = control_of(root, lm, arm), {**common, **arm.sampling}
+    drawn = settings | {"n": settings.get("n", 1) * arm.correct.get("drafts", 1)}
+    samples = stage(root, sampling.sample, drawn, lm=lm, prompts=prompts)
+    template = dict(arm.fit.get("pairs") or {}).get("template")
+    options = {key: value for key, value in settings.items() if key != "n"} | dict(arm.correct)
+    options |= {"template": template} if template else {}
+    for strength in arm.strengths or (None,):
+        given = dict(lm=lm, corrector=control, samples=samples, strength=strength)
+        yield strength, corrected(root, **given, **options), [control], [strength]
+
+
 def best_of(root: str, lm: Artifact, prompts: Artifact, common: dict[str, Any], arm: BestOf) -> Iterator[Sampled]:
     """(n, samples, no controls, no strengths), each sample the best of n of the frozen model. A larger n extends the
     samples of a smaller one."""

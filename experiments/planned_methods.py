@@ -18,7 +18,7 @@ def init_of(method: str, fit: dict) -> dict | None:
     for name in [n for n, p in known.items() if p.kind is p.VAR_KEYWORD]:  # what else it takes are those of an adapter
         known |= inspect.signature(Adapter).parameters
         del known[name]
-    given = fit | fit.get("adapter", {})
+    given = fit | dict(fit.get("shape") or {}) | fit.get("adapter", {})
     found = {key: value for key, value in given.items() if key in known and value is not None}
     return None if any(p.default is p.empty and key not in found for key, p in known.items()) else found
 

@@ -220,7 +220,7 @@ TEN = [
     "sample-e97c08c545d7",
     "score-a341291d9e78",
     "finetune-d592980aabb6",
-    "quark-6508b1f7e74b",
+    "quark-85a60a448fe9",
     "steer-d2e80ade0a0e",
 ]
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ctg_jax import tree
 from ctg_jax.control import IDENTITY, Control, columns, edit_logits, enter
 from ctg_jax.controls.conditions import condition
 from ctg_jax.models.lm import LM, Cache, write_prefix

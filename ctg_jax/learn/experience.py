@@ -129,7 +129,6 @@ def score(
     figures = {f"reward_{name}": float(scores[:, i].mean()) for i, name in enumerate(names)}
     shares = {f"share_{j.name}": float((scores[:, i] >= j.threshold).mean()) for i, j in enumerate(judges)}
     run.log(round=round, samples=len(rows), tokens=size, kl_per_token=far / size, **figures, **shares)
-    how = samples.spec["config"]
     drawn = {"greedy": bool(how.get("greedy")), "filter": sampling.truncation(how.get("filter"))}
     run.record(rewards={j.name: j.version for j in judges}, drawn=drawn)
 

@@ -183,7 +183,6 @@ def train(
     trained: str = ".*",
     seed: int = 0,
     tx: optax.GradientTransformation | None = None,
-    ema: float | None = None,
     start_from: Artifact | None = None,
 ) -> PyTree:
     """What the updates made of a control or of parameters; an interrupted stage continues from its last checkpoint.
@@ -195,7 +194,6 @@ def train(
       trained: a regular expression for the paths of the leaves that learn.
       seed: of the randomness in the loss.
       tx: an optimizer in place of `training.optimizer(trained)`.
-      ema: the decay of a moving average, which is then returned in place of the parameters; see `train.averaged`.
       start_from: the artifact of the round before, whose optimizer continues where `training.rounds` is above 1.
 
     Raises:
@@ -203,8 +201,8 @@ def train(
     """
     tx = training.optimizer(trained) if tx is None else tx
     key = rng.stream(jax.random.key(seed), "train")
-    state = training_loop.init_state(learner, tx, key, ema=ema is not None)
-    averaging = {} if ema is None else {"ema": ema}
+    state = training_loop.init_state(learner, tx, key, ema=training.ema is not None)
+    averaging = {} if training.ema is None else {"ema": training.ema}
     if training.rounds > 1 and start_from is not None:
         state = state.replace(opt_state=checkpoint.load(start_from.path / "optimizer", state.opt_state))
     step = training_loop.make_step(loss, tx, accumulate=training.accumulate, **averaging)
@@ -214,7 +212,7 @@ def train(
     )  # fmt: skip
     if training.rounds > 1:
         checkpoint.save(run.path / "optimizer", state.opt_state)
-    return state.params if ema is None else state.ema
+    return state.params if training.ema is None else state.ema
 
 
 def keep(run: Run, control: Control, method: str, init: Mapping[str, Any]) -> None:

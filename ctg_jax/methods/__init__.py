@@ -80,6 +80,14 @@ def load(artifact: Artifact, lm: LM) -> Control:
     spec = artifact.spec
     if "method" not in spec:
         raise InputError(f"{artifact.path} holds no control: expected an artifact that the `fit` of a method made.")
+    declared = [getattr(value, "stage_function", None) for value in vars(get(spec["method"])).values()]
+    stages = {d.name: d.revision for d in declared if isinstance(d, StageFunction)}
+    revision = stages.get(spec.get("stage"), spec.get("revision"))
+    if revision != spec.get("revision"):
+        raise InputError(
+            f"{artifact.path} was made by revision {spec['revision']} of {spec['stage']}, but this version has "
+            f"revision {revision}, which computes something else: fit the control again"
+        )
     return artifact.load(shapes(spec, lm, str(artifact.path)))
 
 

@@ -128,7 +128,8 @@ def conditions(
     records: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, np.ndarray]:
     """The entries of `prompts.cond` that methods compute from the texts of the prompts, such as their embeddings: name
-    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`. Where a
+    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`. One
+    with a parameter `records` is given the records of the prompts as well, without fields where there are none. Where a
     control selects by them, the roles of tokens are among them."""
     found: dict[str, np.ndarray] = {}
     for artifact in controls:

@@ -132,6 +132,27 @@ def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):
     assert inside[0] > 0.5 * spent[0]  # its program was compiled in there
 
 
+TOGETHER = ("gedi", "self_debias", "critic", "value_model", "residual", "selective")
+
+
+@pytest.mark.parametrize("arms", [("arithmetic", "fudge"), pytest.param(TOGETHER, marks=pytest.mark.slow)])
+def test_controls_are_measured_beside_their_passes(benchmark, capsys, tmp_path, arms):
+    pytest.importorskip("torch")  # the authors' way
+    pytest.importorskip("transformers")
+    module, file = benchmark("decoding_control"), tmp_path / "rows.json"
+    words = ["--shape=tiny", "--batch=2", "--prompt=4", "--new=3", "--repeats=1", f"--json={file}"]
+    assert cli.run(module.main, [*words, *(f"--method={name}" for name in arms)], devices=False) == 0
+    rows = {row["method"]: row for row in json.loads(file.read_text())}
+    assert list(rows) == list(arms) and len(capsys.readouterr().out.splitlines()) == 2 + len(arms)
+    assert all(row["ms_per_token"] > 0 and row["of_plain"] > 0 for row in rows.values())
+    wanted = {"arithmetic": 3, "fudge": 3, "speculation": 1.4, "gedi": 3, "self_debias": 3, "critic": 3}
+    for name in wanted.keys() & rows.keys():
+        assert rows[name]["passes"] == pytest.approx(wanted[name], rel=1e-6)
+        assert ("torch_over_ours" in rows[name]) == (name in ("arithmetic", "gedi", "self_debias"))
+    assert cli.run(module.main, [*words, "--method=gedy"], devices=False) == 2
+    assert "--method=gedy is not measured here" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_wait_for_the_first_text_is_measured_in_processes_of_their_own(benchmark, tmp_path, capsys):
     pytest.importorskip("torch")

@@ -31,13 +31,12 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
-from ctg_jax.learn.optimizer import adafactor
 from ctg_jax.models.lm import LM
 from ctg_jax.run.identity import nearest
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params
 
-PLACES, STARTS, OPTIMIZERS = ("prompt", "prefix"), ("vocabulary", "words", "uniform"), ("adam", "adafactor")
+PLACES, STARTS = ("prompt", "prefix"), ("vocabulary", "words", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +191,6 @@ def prompt(
     where: Mapping[str, Any] | None = None,
     shape: Shape = Shape(),
     start: Start = Start(),
-    optimizer: str = "adam",
     z: float = 0.0,
     training: Training = Training(steps=300, batch=16, schedule="linear"),
     seed: int = 0,
@@ -203,12 +201,12 @@ def prompt(
       lm, data: an LM artifact, and a data artifact. Records without one of the attributes are left out and counted in a
         warning.
       shape: what is learned. start: where it begins. z: see `loss`.
-      optimizer: "adam" or, as in the paper of prompt tuning, "adafactor".
-      training: how it is trained; the rate is by default 0.1 for a prompt, 0.3 with Adafactor, and 1e-3 for a prefix.
+      training: how it is trained; the paper of prompt tuning has the algorithm "adafactor". The rate is by default 0.1
+        for a prompt, 0.3 with Adafactor, and 1e-3 for a prefix.
       seed: of initial values and of the order of texts.
 
     Raises:
-      InputError: no record matches or has the attributes, a class out of its range, an unknown start or optimizer, and
+      InputError: no record matches or has the attributes, a class out of its range, an unknown start, and
         what `init` and training raise.
     """
     records = fitting.matching(data, where)
@@ -221,8 +219,6 @@ def prompt(
         records = labelled(records, str(data.path), field=name, classes=classes)
     if start.kind not in STARTS:
         raise InputError(f"start.kind is {start.kind!r}, expected one of {', '.join(STARTS)}.")
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer is {optimizer!r}, expected 'adam' or 'adafactor'.")
     model, params, tokenizer = open_lm(lm)
     key, made = jax.random.key(seed), dataclasses.asdict(shape)
     control = init(model, rng.stream(key, "init"), **made)
@@ -232,19 +228,12 @@ def prompt(
     batches = pipeline(
         source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=tuple(attributes)
     )
-    usual = 1e-3 if shape.place == "prefix" else 0.1 if optimizer == "adam" else 0.3
-    training, trained = training.at(usual), r"(shared|parts|net|gate).*"
-    tx = training.optimizer(trained) if optimizer == "adam" else _adafactor(training, trained)
+    usual = 1e-3 if shape.place == "prefix" else 0.1 if training.algorithm == "adam" else 0.3
+    objective, frozen = loss(model, attributes=tuple(attributes), z=z), {"params": params}
     control = fitting.train(
-        run, control, loss(model, attributes=tuple(attributes), z=z), {"params": params}, batches, training, seed=seed,
-        tx=tx,
-    )  # fmt: skip
+        run, control, objective, frozen, batches, training.at(usual), trained=r"(shared|parts|net|gate).*", seed=seed
+    )
     fitting.keep(run, fold(control), "prompt", made | {"network": None})
-
-
-def _adafactor(training: Training, trained: str) -> Any:
-    options = dict(clip=training.clip, decay=training.decay, trained=trained)
-    return adafactor(training.rates(), **options)
 
 
 @stage_function("prompt_of")

@@ -262,7 +262,8 @@ def paired(
                 "target is 'difference', for which every record needs `preference`, the share of judges, between 0 and "
                 "1, who prefer its chosen text"
             )
-        gaps = logit(shares) * objective.temperature if objective.target == "difference" else np.ones(len(rows))
+        soft = objective.target == "difference"
+        gaps = np.log(shares / (1 - shares)) * objective.temperature if soft else np.ones(len(rows))
         return [row | {"other": row["rejected"]} for row in rows], gaps
     samples = Pool.open(pool)
     own, prompts = samples.column("tokens"), samples.column("prompt_id")

@@ -19,7 +19,7 @@ from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.mesh import processes
 from ctg_jax.run.stage import open_artifact, open_lm
 from ctg_jax.stages.judges import open_judge
-from experiments import cli, experiment
+from experiments import cli, experiment, inputs
 
 WITHIN = "length within 2 of"
 
@@ -44,11 +44,11 @@ def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
     settings, results = config.to_dict(), experiment.run(session, config)
-    lm = experiment.language_model(session, settings["lm"])
+    lm = inputs.language_model(session, settings["lm"])
     tokenizer = open_lm(lm)[2]
     tags = tag_table(tokenizer)
     (name, judge), *_ = settings["judges"].items()
-    threshold = open_judge(experiment.judge(session, name, judge)).threshold
+    threshold = open_judge(inputs.judge(session, name, judge)).threshold
     arms = experiment.check(settings)
     asked = {label: dict(getattr(arm, "fit", {}).get("aim", {}).get("target", {})) for label, arm in arms.items()}
     every = {key: value for target in asked.values() for key, value in target.items()}

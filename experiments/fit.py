@@ -27,7 +27,7 @@ from ctg_jax.door.mix import Part
 from ctg_jax.run.stage import stage
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
-from experiments import cli, experiment
+from experiments import cli, inputs
 from experiments.settings import literal
 
 
@@ -60,7 +60,7 @@ def main(argv, session):
     if fv.reward:
         settings["rewards"] = [own_reward(session, text) for text in fv.reward]
     elif "rewards" not in asked:
-        experiment.check_labels(data, "--data", "--read ")
+        inputs.check_labels(data, "--data", "--read ")
     lm = sources.language_model(session, fv.lm, fv.dtype)
     artifact = module.fit(session, lm=lm, data=data, **settings)
     if not fv.out:

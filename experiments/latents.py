@@ -27,7 +27,7 @@ from ctg_jax.run.stage import Artifact, nearest, stage
 from ctg_jax.stages import sources
 from ctg_jax.studies import label_transfer, latents, reconstruct, sentence_pairs
 from ctg_jax.types import InputError
-from experiments import cli, experiment, reporting, roots
+from experiments import cli, inputs, reporting, roots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def transfer(section):
     root, lm, settings = section.root, section.lm, section.settings
     train, train_vectors = vectors_of(root, lm, settings["train"], settings["fit"])
     data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
-    judge = experiment.judge(root, "positive", settings["judge"])
+    judge = inputs.judge(root, "positive", settings["judge"])
     inputs = dict(lm=lm, train=train, train_vectors=train_vectors, data=data, vectors=vectors, judge=judge)
     rows, made = [], []
     for count, strength in itertools.product(settings["counts"], settings["strengths"]):
@@ -180,7 +180,7 @@ def main(argv, session):
             raise InputError(f"--sections names {name!r}, which the configuration lacks{nearest(name, present)}")
     if not present:
         raise InputError(f"the configuration has none of the sections {', '.join(SECTIONS)}: use another script")
-    lm = experiment.language_model(session, config["lm"])
+    lm = inputs.language_model(session, config["lm"])
     spec = cli.spec_of(argv)
     chosen = values.sections or present
     pages = [SECTIONS[name](Section(session, lm, spec, name, config[name])) for name in chosen]

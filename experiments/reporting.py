@@ -20,8 +20,8 @@ from ctg_jax.mesh import processes
 from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact
 from ctg_jax.stages.judges import how_right
-from experiments import cli, roots
-from experiments.experiment import Result, heldout, inputs, scorers
+from experiments import cli, inputs, roots
+from experiments.experiment import Result, check
 
 log = logging.getLogger("ctg_jax.report")
 
@@ -71,7 +71,9 @@ def folder_of(root: str, spec: str, *settings: Any) -> Path:
 
 def grid_folder(root: str, spec: str, config: ConfigDict, sweep: Sequence[dict[str, Any]]) -> Path:
     """The folder of the report of a grid. It does not depend on which cells are finished."""
-    return folder_of(root, spec, config.to_dict(), inputs(root, config), {"sweep": list(sweep)})
+    settings = config.to_dict()
+    ids = inputs.ids(root, settings, check(settings))
+    return folder_of(root, spec, settings, ids, {"sweep": list(sweep)})
 
 
 def write_grid(
@@ -207,8 +209,8 @@ def _arms(root: str, config: ConfigDict, results: Sequence[Result]) -> dict[str,
 def _heldout(root: str, config: ConfigDict) -> dict[str, str]:
     """Judge or reward -> its accuracy and AUC on each of its sets of held-out texts, where it has several."""
     found = {}
-    for name, settings in scorers(config.to_dict()):
-        measured = [row for artifact in heldout(root, name, settings).values() for row in artifact.metrics()]
+    for name, settings in inputs.scorers(config.to_dict()):
+        measured = [row for artifact in inputs.heldout(root, name, settings).values() for row in artifact.metrics()]
         rows = [row for row in measured if "accuracy" in row]
         if rows:
             found[f"{name!r} on held-out texts"] = "; ".join(f"{row['name']}: {how_right(row)} texts" for row in rows)

@@ -92,6 +92,16 @@ def test_files_stay_readable_and_read_no_environment(file):
     assert "os.environ" not in text and "getenv" not in text
 
 
+@pytest.mark.parametrize("folder", ["configs", "experiments"])
+def test_scripts_and_configurations_stay_readable(folder):
+    long = {
+        f.name: n
+        for f in (PACKAGE.parent / folder).rglob("*.py")
+        if (n := len(f.read_text("utf-8").splitlines())) > 350
+    }
+    assert not long, f"split {long}"
+
+
 def test_the_median_file_is_short():
     assert statistics.median(len(f.read_text(encoding="utf-8").splitlines()) for f in FILES) <= 150
 

@@ -12,7 +12,7 @@ from ctg_jax.run.session import Session
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
 from ctg_jax.types import InputError
-from experiments import experiment
+from experiments import inputs
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_labels_become_numbers(tmp_path):
 def test_a_dtype_that_is_left_out_is_chosen_before_the_stage_is_identified(backend, wanted, monkeypatch):
     calls = []
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(experiment, "stage", lambda root, function, settings, **inputs: calls.append(settings["dtype"]))
+    monkeypatch.setattr(inputs, "stage", lambda root, function, settings, **more: calls.append(settings["dtype"]))
     for more in ({}, {"dtype": None}, {"dtype": "float32"}, {"dtype": "bfloat16"}):
-        experiment.language_model("root", {"source": "somewhere", **more})
+        inputs.language_model("root", {"source": "somewhere", **more})
     assert calls == [wanted, wanted, "float32", "bfloat16"]

@@ -7,7 +7,7 @@ import pytest
 
 from ctg_jax.run.session import Session
 from ctg_jax.types import InputError
-from experiments import cli, compare, experiment, main, reporting
+from experiments import cli, compare, experiment, inputs, main, reporting
 from tests.experiments.tiny_encoder import write_encoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -79,10 +79,11 @@ def test_the_judge_is_trained_and_its_held_out_texts_are_in_the_report(world, tm
     config.prompts.limit, config.sample.n, config.sample.max_new, config.evaluate.resamples = 2, 2, 3, 20
     config.judges.toxic.train.training = TUNING
     root = Session(tmp_path / "runs")
-    planned = experiment.inputs(root, config)
+    settings = config.to_dict()
+    planned = inputs.ids(root, settings, experiment.check(settings))
     assert not (tmp_path / "runs").exists()
     (cell,) = experiment.run(root, config)
-    assert {a.id for a in [experiment.judge(root, "toxic", config.judges.toxic.to_dict())]} < set(planned)
+    assert {a.id for a in [inputs.judge(root, "toxic", config.judges.toxic.to_dict())]} < set(planned)
     names = {row["name"] for row in cell.figures.metrics()}
     assert {"toxic/max", "toxic/any", "toxic/share", "perplexity"} <= names
     prompts = {row["prompt"] for row in cell.samples.rows("samples.jsonl")}
@@ -92,7 +93,7 @@ def test_the_judge_is_trained_and_its_held_out_texts_are_in_the_report(world, tm
     assert [one.split(":")[0] for one in said] == ["continuation", "davidson", "surge", "wikipedia"]
     assert all("accuracy 0." in one or "accuracy 1." in one for one in said) and "AUC" in said[1]
     assert "texts" in said[0] and "on 2 texts" in said[3]
-    trained = experiment.trained(root, config.judges.toxic.train.to_dict())
+    trained = inputs.trained(root, config.judges.toxic.train.to_dict())
     # Of each half of the first 3,000 records two in three have a score, and half of those are toxic.
     assert trained.spec["texts"] == [2000, 2000]
 
@@ -101,4 +102,4 @@ def test_a_judge_has_one_origin(world):
     config = cli.config_of(str(CONFIGS / "compare_toxicity.py:gemma"))
     settings = config.judges.toxic.to_dict() | {"encoder": str(world / "models/all-MiniLM-L6-v2")}
     with pytest.raises(InputError, match="judge 'toxic' has both encoder and train"):
-        experiment.judge(str(world / "runs"), "toxic", settings)
+        inputs.judge(str(world / "runs"), "toxic", settings)

@@ -114,8 +114,7 @@ def check_data(root: str, settings: Mapping[str, Any], arms: Mapping[str, Arm]) 
         if where.startswith("methods."):
             check_labels(data, where, f"--config.{where}.")
     for _, options in scorers(settings):
-        for key in ("data", "heldout"):
-            found = options.get(key) or {}
+        for found in (options.get("data"), options.get("heldout"), (options.get("train") or {}).get("data")):
             for one in found.values() if several(found) else [found] * bool(found):
                 stage(root, sources.load_data, one)
 
@@ -125,9 +124,9 @@ def check_labels(data: Artifact, where: str, flag: str) -> None:
 
     where, flag: what holds the data, and the beginning of the setting that names the labels, for the message.
     """
-    texts = {row["label"] for row in data.rows("data.jsonl") if isinstance(row.get("label"), str)}
-    if texts:
-        known = ", ".join(f"{name!r}: {i}" for i, name in enumerate(sorted(texts)[:4]))
+    named = {row["label"] for row in data.rows("data.jsonl") if isinstance(row.get("label"), str)}
+    if named:
+        known = ", ".join(f"{name!r}: {i}" for i, name in enumerate(sorted(named)[:4]))
         raise InputError(
             f'{where} has labels that are texts, and methods read numbers: give {flag}labels="{{{known}}}", with 1 '
             "for the texts with the attribute"

@@ -96,10 +96,10 @@ def transfer(section):
     train, train_vectors = vectors_of(root, lm, settings["train"], settings["fit"])
     data, vectors = vectors_of(root, lm, settings["data"], settings["fit"])
     judge = inputs.judge(root, "positive", settings["judge"])
-    inputs = dict(lm=lm, train=train, train_vectors=train_vectors, data=data, vectors=vectors, judge=judge)
+    given = dict(lm=lm, train=train, train_vectors=train_vectors, data=data, vectors=vectors, judge=judge)
     rows, made = [], []
     for count, strength in itertools.product(settings["counts"], settings["strengths"]):
-        done = stage(root, label_transfer.transfer, dict(strength=strength, count=count), **inputs)
+        done = stage(root, label_transfer.transfer, dict(strength=strength, count=count), **given)
         made.append(done)
         rows.append(report.row(done, done, method="latent_steer", strength=strength, vectors=count))
     way = dict(lm=lm, train=train, vectors=train_vectors)

@@ -103,3 +103,14 @@ def test_a_judge_has_one_origin(world):
     settings = config.judges.toxic.to_dict() | {"encoder": str(world / "models/all-MiniLM-L6-v2")}
     with pytest.raises(InputError, match="judge 'toxic' has both encoder and train"):
         inputs.judge(str(world / "runs"), "toxic", settings)
+
+
+def test_the_texts_that_a_judge_is_trained_on_are_read_before_anything_is_trained(world, tmp_path):
+    config = cli.config_of(str(CONFIGS / "compare_toxicity.py:gemma"))
+    config.methods = {"top_p": {}}
+    sets = config.judges.toxic.train.data
+    (tmp_path / "broken.jsonl").write_text('{"continuation": \n')
+    sets[sorted(sets)[-1]].source = f"jsonl:{tmp_path / 'broken.jsonl'}"
+    with pytest.raises(InputError, match=r"broken\.jsonl line 1 is not a valid JSON object"):
+        experiment.run(Session(tmp_path / "runs"), config)
+    assert {p.name.partition("-")[0] for p in (tmp_path / "runs").glob("*-*")} <= {"load_data"}

@@ -5,9 +5,10 @@ Source: Li et al. 2022.
 
     python experiments/main.py --config=configs/diffusion_lm.py[:yelp|:tiny]
 
-Expected: each control holds several times as often as unasked, length in seven samples of ten; texts are half
-grammatical, at a perplexity hundreds of times that of the autoregressive LM beside it. Wall time: half an hour on one
-core after the LM. How often every control holds, alone and with others, is what `experiments/diffusion_controls.py`
+Measured with 100 steps, without clamping and with the network of before (docs/faults.md): each control holds several
+times as often as unasked, length in seven samples of ten; texts are half grammatical, at a perplexity hundreds of times
+that of the autoregressive LM beside it, in half an hour on one core after the LM. The present settings were not
+measured. How often every control holds, alone and with others, is what `experiments/diffusion_controls.py`
 measures.
 """
 

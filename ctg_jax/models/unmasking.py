@@ -101,7 +101,7 @@ def unmask(
     greedy: bool = False,
     cache: bool = True,
     by: str = "time",
-    part: jax.Array | None = None,
+    block: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes every token of the rows.
 
@@ -114,12 +114,15 @@ def unmask(
       cache: whether to call the denoiser only at steps in which some token of the batch is written; at the others its
         input does not change. This affects the speed only.
       by: see `Order`. Where it is not "time", a step writes as many tokens as `when` has in it.
-      part: `blocks` of the tokens, which `by` needs where it is not "time".
+      block: that of `order`.
 
     Returns:
       The rows, int32 [B, S], and the number of calls of the denoiser, int32 []. A token whose logits are not finite
       numbers stays the mask.
     """
+
+    hidden = when != NEVER
+    part = blocks(hidden, block)
 
     def write(carry, i):
         x, calls = carry
@@ -131,7 +134,7 @@ def unmask(
             best = jnp.where(i % final == final - 1, best, drawn) if final else drawn
         here = when == i
         if by != "time":
-            here = _first(_scores(by, z, best), here, (x == z.shape[-1] - 1) & (when != NEVER), part)
+            here = _first(_scores(by, z, best), here, (x == z.shape[-1] - 1) & hidden, part)
         here &= ~jnp.any(jnp.isnan(z), axis=-1)
         return jnp.where(here, best.astype(x.dtype), x), calls + 1
 

@@ -102,8 +102,7 @@ def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="
     def sampled(keys):
         when = order(rng.at_step(keys, 1 << 20), hidden, **plan)
         steps = step_count(N, **{k: v for k, v in plan.items() if k != "schedule"})
-        part = unmasking.blocks(hidden, plan.get("block", 0))
-        return unmask(denoise, start, when, keys, steps=steps, final=final, by=by, part=part)[0]
+        return unmask(denoise, start, when, keys, steps=steps, final=final, by=by, block=plan.get("block", 0))[0]
 
     found = np.asarray(sampled(keys)) @ V ** np.arange(N)[::-1]
     return np.bincount(found, minlength=V**N) / rows
@@ -253,7 +252,7 @@ def test_the_most_probable_tokens_are_written_first(block):
             greedy=True,
             cache=False,
             by="confidence",
-            part=unmasking.blocks(hidden, block),
+            block=block,
         )
     assert bool(jnp.all(rows < V))
     seen.append(np.zeros((40, N), bool))

@@ -175,7 +175,7 @@ def infill(
     return unmasking.unmask(
         model, x, when, keys_of["tokens"], steps=unmasking.step_count(x.shape[1], **steps),
         final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache,
-        by=order.by, part=unmasking.blocks(~given, order.block),
+        by=order.by, block=order.block,
     )  # fmt: skip
 
 

@@ -36,7 +36,12 @@ def network(
     join: str = "sequence",
     time_width: int = 0,
 ) -> LatentNet:
-    """The denoiser: a `LatentNet` that reads latent and prefix, each as `pseudo_tokens`."""
+    """The denoiser: a `LatentNet` that reads latent and prefix, each as `pseudo_tokens`.
+
+    Args:
+      latent: Z. width, depth, heads, time_width: of its `Trunk`. pseudo_tokens, spread, context_spread, join: see
+        `LatentNet`.
+    """
     positions = pseudo_tokens * (1 if join == "features" else 2)
     trunk = Trunk(width=width, depth=depth, heads=heads, positions=positions, time_width=time_width)
     sizes = dict(pseudo_tokens=pseudo_tokens, spread=spread, context_spread=context_spread, join=join)

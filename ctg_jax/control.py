@@ -2,7 +2,8 @@
 
 Leaves of a control are what is learned and shared by all rows; what belongs to one sequence lives in its state;
 static fields (`struct.field(pytree_node=False)`) are shapes and language models. Controls form a monoid under
-`Chain` with `IDENTITY` as its unit. `Control` is abstract; every method's control is final (nobody subclasses it).
+`Chain` with `IDENTITY` as its unit. `Control` is abstract, and so is `controls.selection.AtPositions`; every method's
+control is final (nobody subclasses it).
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import tree
+from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition
 from ctg_jax.types import InputError, Prompts
 
@@ -105,6 +106,11 @@ class Positions:
             chosen &= spoken | ((pos >= end) & ("assistant" in self.roles))
         return chosen
 
+    def within(self, x: jax.Array, pos: jax.Array, placed: Placed) -> jax.Array:
+        """x float [B or 1, T or 1, …] where the tokens at positions int32 [B, T] are selected, and 0 elsewhere."""
+        chosen = self.mask(pos, placed)
+        return x if chosen is None else jnp.where(chosen[:, :, None], x, 0.0)
+
     def seen(self, placed: Placed, tokens: jax.Array) -> Placed:
         """The state for reading tokens int32 [B, T], −1 for vectors that are none; for `Control.seen`."""
         return placed.replace(hit=jnp.isin(tokens, jnp.asarray(self.tokens))) if self.tokens else placed
@@ -130,6 +136,21 @@ class Placed:
     def began(self, start: jax.Array) -> Placed:
         """For `Control.began`."""
         return self.replace(end=start)
+
+
+@struct.dataclass
+class AtPositions(Control):
+    """The hooks that controls acting at selected positions share. Abstract: a subclass has a static field `positions`,
+    and its `init` returns a tuple that ends with `self.positions.begin(prompts)`."""
+
+    def check(self, prompts):
+        self.positions.check(prompts)
+
+    def began(self, state, start):
+        return *state[:-1], state[-1].began(start)
+
+    def seen(self, state, tokens):
+        return *state[:-1], self.positions.seen(state[-1], tokens)
 
 
 def positions(value: Any) -> Positions:

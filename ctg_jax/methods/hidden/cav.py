@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition, per_row
 from ctg_jax.controls.least_change import multipliers
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.learn import activations, lists
 from ctg_jax.learn.activations import batches, gates, sides
@@ -40,7 +39,7 @@ MOST = 6  # concepts joined; the active constraints are found by trying all sets
 
 
 @struct.dataclass
-class Cav(Control):
+class Cav(AtPositions):
     """h + scale · gate[site] · the least change that brings the probes of the site to their targets.
 
     At scale 1 a target is met, between 0 and 1 a part of the way is gone, and a negative scale asks the same of the
@@ -78,15 +77,6 @@ class Cav(Control):
         target = (jnp.log(p0) - jnp.log1p(-p0))[:, None]
         return per_row(self.scale, prompts, self.cond), target, self.positions.begin(prompts)
 
-    def check(self, prompts):
-        self.positions.check(prompts)
-
-    def began(self, state, start):
-        return *state[:2], state[2].began(start)
-
-    def seen(self, state, tokens):
-        return *state[:2], self.positions.seen(state[2], tokens)
-
     def hidden(self, h, site, pos, state):
         sites, _, width = self.vector.shape
         if width != h.shape[-1]:
@@ -105,9 +95,7 @@ class Cav(Control):
         z = jnp.einsum("btd,kd->btk", h.astype(jnp.float32), w, precision="highest") + self.bias[at][None, None]
         steps = multipliers(target - jnp.sign(scale) * z, w, self.direction)
         steps = scale * gate[None, None] * steps
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            steps = jnp.where(chosen[:, :, None], steps, 0.0)
+        steps = self.positions.within(steps, pos, placed)
         return h + jnp.einsum("btk,kd->btd", steps, w, precision="highest").astype(h.dtype)
 
 

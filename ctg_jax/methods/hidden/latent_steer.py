@@ -20,9 +20,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctg_jax import rng
-from ctg_jax.control import Control
 from ctg_jax.controls.conditions import check_choice, gathered, per_row
-from ctg_jax.controls.selection import Placed, Positions, replaced
+from ctg_jax.controls.selection import AtPositions, Placed, Positions, replaced
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.tokenizer import pad_rows
 from ctg_jax.learn import slot_search
@@ -41,7 +40,7 @@ _ITERATIONS = 16  # updates between two looks of the host at the search
 
 
 @struct.dataclass
-class LatentSteer(Control):
+class LatentSteer(AtPositions):
     """h + scale · z at the chosen sites and positions, or z as keys and values that every token attends to.
 
     Attributes:
@@ -71,7 +70,7 @@ class LatentSteer(Control):
         return self.spread(z), per_row(self.scale, prompts, None)[:, 0], self.positions.begin(prompts)
 
     def check(self, prompts):
-        self.positions.check(prompts)
+        super().check(prompts)
         if self.choice is not None:
             check_choice(prompts, self.choice, self.z.shape[0], "vector")
 
@@ -79,12 +78,6 @@ class LatentSteer(Control):
         """float32 [B, parts, D], or [B, width of the memory], of z [B, d]."""
         full = z if self.basis is None else z @ self.basis
         return full if self.memory else full.reshape(len(z), self.parts, -1)
-
-    def began(self, state, start):
-        return *state[:2], state[2].began(start)
-
-    def seen(self, state, tokens):
-        return *state[:2], self.positions.seen(state[2], tokens)
 
     def prefix(self, state):
         if self.memory is None:
@@ -106,9 +99,7 @@ class LatentSteer(Control):
         if self.parts > 1:
             weight = jax.nn.softmax(jnp.einsum("btd,bpd->btp", h.astype(jnp.float32), full), axis=-1)
             push = jnp.einsum("btp,bpd->btd", weight, full)
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            push = jnp.where(chosen[:, :, None], push, 0.0)
+        push = self.positions.within(push, pos, placed)
         if not isinstance(site, int):
             push = jnp.where(jnp.isin(site, jnp.asarray(self.sites)), push, 0.0)
         return h + (scale[:, :, None] * push).astype(h.dtype)

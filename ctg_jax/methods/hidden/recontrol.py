@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ctg_jax import rng
-from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.learn import fitting, lists, losses
@@ -29,7 +28,7 @@ from ctg_jax.types import InputError, Sum
 
 
 @struct.dataclass
-class Ascent(Control):
+class Ascent(AtPositions):
     """h + scale · (h* − h) at site L + 1, where h* is h after n steps of h ← h + rate · ∇V(h).
 
     Attributes:
@@ -52,15 +51,6 @@ class Ascent(Control):
     def init(self, prompts, length):
         return per_row(self.scale, prompts, self.cond), self.positions.begin(prompts)
 
-    def check(self, prompts):
-        self.positions.check(prompts)
-
-    def began(self, state, start):
-        return state[0], state[1].began(start)
-
-    def seen(self, state, tokens):
-        return state[0], self.positions.seen(state[1], tokens)
-
     def hidden(self, h, site, pos, state):
         if not isinstance(site, int) or site != self.site:
             return h
@@ -70,9 +60,7 @@ class Ascent(Control):
                 "model."
             )
         scale, placed = state
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            scale = jnp.where(chosen[:, :, None], scale, 0.0)
+        scale = self.positions.within(scale, pos, placed)
         x = h.astype(jnp.float32)
         return h + (scale * (ascended(self.value, x, self.rate, self.steps) - x)).astype(h.dtype)
 

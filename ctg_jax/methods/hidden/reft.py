@@ -17,9 +17,8 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import rng
-from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
@@ -32,7 +31,7 @@ from ctg_jax.types import InputError
 
 
 @struct.dataclass
-class Reft(Control):
+class Reft(AtPositions):
     """h + scale · Rᵀ (W h + b − R h) at some sites; R are the orthonormal rows that span those of `basis`.
 
     Attributes:
@@ -55,15 +54,6 @@ class Reft(Control):
         rows = orthonormal(self.basis)[None]
         return per_row(self.scale, prompts, self.cond), rows, self.positions.begin(prompts)
 
-    def check(self, prompts):
-        self.positions.check(prompts)
-
-    def began(self, state, start):
-        return *state[:2], state[2].began(start)
-
-    def seen(self, state, tokens):
-        return *state[:2], self.positions.seen(state[2], tokens)
-
     def hidden(self, h, site, pos, state):
         if isinstance(site, int) and site not in self.sites:
             return h
@@ -78,9 +68,7 @@ class Reft(Control):
         else:
             here = jnp.asarray(self.sites) == site
             at, scale = jnp.argmax(here), jnp.where(jnp.any(here), scale, 0.0)
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            scale = jnp.where(chosen[:, :, None], scale, 0.0)
+        scale = self.positions.within(scale, pos, placed)
         r, x = rows[0, at], h.astype(jnp.float32)
         move = jnp.einsum("btd,rd->btr", x, self.map[at] - r, precision="highest") + self.bias[at][None, None]
         return h + (scale * jnp.einsum("btr,rd->btd", move, r, precision="highest")).astype(h.dtype)

@@ -20,9 +20,8 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import rng
-from ctg_jax.control import Control
 from ctg_jax.controls.conditions import check_choice, gathered, per_row
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
@@ -36,7 +35,7 @@ from ctg_jax.types import InputError, Sum
 
 
 @struct.dataclass
-class SparseSteer(Control):
+class SparseSteer(AtPositions):
     """h + scale · W (c* − c) at one site, for the code c of h and what it becomes.
 
     Attributes:
@@ -69,15 +68,9 @@ class SparseSteer(Control):
         return per_row(self.scale, prompts, None), both, self.positions.begin(prompts)
 
     def check(self, prompts):
-        self.positions.check(prompts)
+        super().check(prompts)
         if self.choice is not None:
             check_choice(prompts, self.choice, len(self.goal), "class")
-
-    def began(self, state, start):
-        return *state[:2], state[2].began(start)
-
-    def seen(self, state, tokens):
-        return *state[:2], self.positions.seen(state[2], tokens)
 
     def hidden(self, h, site, pos, state):
         if isinstance(site, int) and site != self.site:
@@ -87,9 +80,7 @@ class SparseSteer(Control):
                 f"The autoencoder has width {width}, but the model's is {h.shape[-1]}: it was fitted on another model."
             )
         scale, (goal, moved), placed = state
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            scale = jnp.where(chosen[:, :, None], scale, 0.0)
+        scale = self.positions.within(scale, pos, placed)
         if not isinstance(site, int):
             scale = jnp.where(site == self.site, scale, 0.0)
         c = encoded(self.code, h)

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ctg_jax.control import Control
 from ctg_jax.controls import interchange
 from ctg_jax.controls.conditions import per_row
 from ctg_jax.controls.operators import Probe, check_operator, operate
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.learn import lists
 from ctg_jax.learn.activations import Moments, Pairs, batches, gates, moments, pair_moments, scaled, sides
@@ -45,7 +44,7 @@ STEPS = {"normalise": "step"}  # settings of controls from lists
 
 
 @struct.dataclass
-class Steer(Control):
+class Steer(AtPositions):
     """h + scale · gate[site] · vector[site] at sites 0 … L+1, or another operator with that vector and strength.
 
     Attributes:
@@ -71,15 +70,6 @@ class Steer(Control):
     def init(self, prompts, length):
         return per_row(self.scale, prompts, self.cond), self.positions.begin(prompts)
 
-    def check(self, prompts):
-        self.positions.check(prompts)
-
-    def began(self, state, start):
-        return state[0], state[1].began(start)
-
-    def seen(self, state, tokens):
-        return state[0], self.positions.seen(state[1], tokens)
-
     def hidden(self, h, site, pos, state):
         sites, width = self.vector.shape
         if width != h.shape[-1]:
@@ -95,9 +85,7 @@ class Steer(Control):
             at = jnp.minimum(site, sites - 1)
             gate = jnp.where(site < sites, self.gate[at], 0.0)
         scale, placed = state
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            scale = jnp.where(chosen[:, :, None], scale, 0.0)
+        scale = self.positions.within(scale, pos, placed)
         if self.probe is not None:
             scale = jnp.where(self.probe.open(h, at), scale, 0.0)
         if self.operator != "add":

@@ -18,9 +18,8 @@ import numpy as np
 from flax import struct
 
 from ctg_jax import rng
-from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
@@ -38,7 +37,7 @@ Model = tuple[LM, Params, Tokenizer]  # what `open_lm` returns
 
 
 @struct.dataclass
-class LMSteer(Control):
+class LMSteer(AtPositions):
     """c + scale · epsilon · (c P1) P2ᵀ at site L + 1, the state after the final norm.
 
     Attributes:
@@ -68,15 +67,6 @@ class LMSteer(Control):
             strength = jnp.concatenate([steered, jnp.ones((*strength.shape[:2], self.fixed))], axis=2)
         return strength, self.positions.begin(prompts)
 
-    def check(self, prompts):
-        self.positions.check(prompts)
-
-    def began(self, state, start):
-        return state[0], state[1].began(start)
-
-    def seen(self, state, tokens):
-        return state[0], self.positions.seen(state[1], tokens)
-
     def hidden(self, h, site, pos, state):
         if not isinstance(site, int) or site != self.site:
             return h
@@ -87,9 +77,7 @@ class LMSteer(Control):
                 "see lm_steer.transfer."
             )
         strength, placed = state
-        chosen = self.positions.mask(pos, placed)
-        if chosen is not None:
-            strength = jnp.where(chosen[:, :, None], strength, 0.0)
+        strength = self.positions.within(strength, pos, placed)
         inner = (h.astype(jnp.float32).reshape(-1, width) @ self.p1).reshape(*h.shape[:2], -1) * strength
         push = (inner.reshape(-1, self.p2.shape[1]) @ self.p2.T).reshape(h.shape)
         return h + (self.epsilon * push).astype(h.dtype)

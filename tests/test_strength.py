@@ -175,6 +175,9 @@ def test_a_layer_and_a_strength_are_chosen_on_held_out_prompts(opened, tmp_path)
     assert found[0].score == pytest.approx(np.mean([t.count("o") for t in texts]))
     with pytest.raises(InputError, match=r"candidate 1: kl is 1e\+06 nats per token, but the control reaches"):
         ctg.choose(candidates, lm, ["the"], len, texts=TEXTS, kl=(1e6,))
+    no_strength = candidates | {"cut": TopP(jnp.float32(0.9))}
+    with pytest.raises(InputError, match="candidate 'cut': TopP has no strength"):  # it is not left out in silence
+        ctg.choose(no_strength, lm, ["the", "we"], lambda text: text.count("o"), **options)
     with pytest.raises(InputError, match="candidates is"):
         ctg.choose({}, lm, ["the"], len, texts=TEXTS)
     with pytest.raises(InputError, match="score gives nan for"):

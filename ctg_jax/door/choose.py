@@ -13,6 +13,7 @@ from ctg_jax.door.calibrate import calibrate
 from ctg_jax.door.inputs import prompts_of
 from ctg_jax.door.mix import Mix, mix_of
 from ctg_jax.door.model import Model, check_model
+from ctg_jax.evaluation.strength import Unreached
 from ctg_jax.types import InputError
 
 
@@ -77,9 +78,11 @@ def choose(
         for level in kl:
             try:
                 at = calibrate(mix, lm, texts, kl=level)
-            except InputError as e:
+            except Unreached as e:
                 missed.append(f"candidate {name!r}: {e}")
                 continue
+            except InputError as e:
+                raise InputError(f"candidate {name!r}: {e}") from None
             written = lm.write(prompts, at.control, n=n, **options)
             means = np.array([np.mean([_scored(score, text) for text in row]) for row in written])
             error = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else float("nan")

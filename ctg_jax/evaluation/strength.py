@@ -33,6 +33,10 @@ STRIDE = 16.0  # factor between two strengths of a search, at most
 DIGITS = 5  # of a strength, so that it is written down as it was tried
 
 
+class Unreached(InputError):
+    """No strength of the control has the KL that was asked for."""
+
+
 class Divergence:
     """KL(controlled ‖ base) in nats per token, over the tokens of given texts: after each prefix of a text, the KL of
     the distributions of its next token, exact over the vocabulary.
@@ -190,7 +194,7 @@ def solve(
       most: evaluations.
 
     Raises:
-      InputError: a target that is not above 0; a KL that is not reached, with what was reached instead.
+      InputError: a target that is not above 0. Unreached: a KL that is not reached, with what was reached instead.
     """
     if not (isinstance(target, int | float) and math.isfinite(target) and target > 0):
         raise InputError(f"kl is {target!r}, expected nats per token above 0.")
@@ -218,7 +222,7 @@ def solve(
             if before is not None and here[0] != before[0]:
                 slope = min(8.0, max(0.5, (here[1] - before[1]) / (here[0] - before[0])))
             x = math.exp(here[0] + min(math.log(STRIDE), max(-math.log(STRIDE), -1.05 * here[1] / slope)))
-    raise InputError(_missed(tried, target))
+    raise Unreached(_missed(tried, target))
 
 
 def _missed(tried: Sequence[tuple[float, float]], target: float) -> str:

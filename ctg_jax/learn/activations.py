@@ -85,16 +85,20 @@ def moments(
     return Moments(total.transpose(1, 0, 2), jnp.sum(onehot, axis=0), norm, square)
 
 
+def pooled(lm: LM, params: Params, tokens, mask, read, *, how: str) -> jax.Array:
+    """float32 [L + 2, B, D], the pooled states of texts at every site: tokens int [B, T], mask bool [B, T], read bool
+    [B, T], the tokens whose states are pooled."""
+    return lm.apply(params, lm.embed(params, tokens), mask, tap=lambda h: pool(h, read, how), last=1).taps
+
+
 def pair_moments(lm: LM, params: Params, with_, without, weight, *, how: str = "last") -> Pairs:
     """Sums over one batch of pairs; `with_` and `without` are (tokens int [B, T], mask bool [B, T]), with the tokens to
     pool, bool [B, T], as a third unless all real ones are, weight [B]."""
 
-    def pooled(tokens, mask, read=None):
-        read = mask if read is None else read
-        taps = lm.apply(params, lm.embed(params, tokens), mask, tap=lambda h: pool(h, read, how), last=1).taps
-        return taps * weight[None, :, None]  # [L + 2, B, D]
+    def states(tokens, mask, read=None):
+        return pooled(lm, params, tokens, mask, mask if read is None else read, how=how) * weight[None, :, None]
 
-    a, b = pooled(*with_), pooled(*without)
+    a, b = states(*with_), states(*without)
     d = a - b
     norm = jnp.sum(jnp.linalg.norm(a, axis=-1) + jnp.linalg.norm(b, axis=-1), axis=1)
     return Pairs(jnp.sum(weight), jnp.sum(d, axis=1), jnp.einsum("sbd,sbe->sde", d, d), norm)
@@ -130,8 +134,8 @@ def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tup
     if paired and all("positive" in r and "negative" in r for r in records):
         return tuple([_side(r, name) for r in records] for name in ("positive", "negative"))
     records = labelled(records, where)
-    with_ = [_whole(r) for r in records if r["label"] == target]
-    without = [_whole(r) for r in records if r["label"] != target]
+    with_ = [whole(r) for r in records if r["label"] == target]
+    without = [whole(r) for r in records if r["label"] != target]
     if not with_ or not without:
         found = sorted({r["label"] for r in records})
         raise InputError(f"target is {target}, but the labels in {where} are {found}: texts are needed on both sides.")
@@ -139,7 +143,8 @@ def sides(records: Sequence[dict], target: int, paired: bool, where: str) -> tup
     return (with_[:least], without[:least]) if paired else (with_, without)
 
 
-def _whole(record: dict) -> Read:
+def whole(record: dict) -> Read:
+    """The conversation of a record with `messages`, or else its `text`."""
     return record["messages"] if has_messages(record) else record["text"]
 
 

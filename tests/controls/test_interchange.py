@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 
 from ctg_jax.controls.delta import lora
 from ctg_jax.controls.interchange import read_peft, write_peft
+from ctg_jax.controls.operators import Probe
+from ctg_jax.controls.selection import Positions
 from ctg_jax.methods import steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -125,8 +127,22 @@ def test_control_vectors(tmp_path):
     np.testing.assert_allclose(found.gate[:, None] * found.vector, 2 * gate[:, None] * control.vector, atol=1e-6)
     with pytest.raises(InputError, match="is another model's"):
         steer.read_gguf(tmp_path / "v.gguf", dataclasses.replace(lm, width=32))
-    with pytest.raises(InputError, match="expected operator 'add', one scale"):
-        steer.write_gguf(tmp_path / "w.gguf", control.replace(operator="rotate"), lm)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(operator="rotate"), "expected operator 'add', one scale"),
+        (dict(cond="much"), "expected operator 'add', one scale"),
+        (dict(positions=Positions("answer")), "expected positions 'all' and no probe"),
+        (dict(probe=Probe(jnp.zeros((5, 16)), jnp.zeros(5))), "expected positions 'all' and no probe"),
+    ],
+)
+def test_what_a_control_vector_cannot_say(tmp_path, change, words):
+    lm = worlds.tiny(depth=3)
+    control = steer.example(lm, jax.random.key(0)).replace(**change)
+    with pytest.raises(InputError, match=words):
+        steer.write_gguf(tmp_path / "v.gguf", control, lm)
 
 
 def test_bad_files(tmp_path):

@@ -1,5 +1,7 @@
 """Sparse features: codes and descent by hand, one feature at a level, an autoencoder that learns, bad input."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.methods import sparse_steer
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.run.stage import open_lm
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sources
 from ctg_jax.types import InputError
+from tests.data.chats import assistant, user, write_chat_lm
 
 WORLD = worlds.Bigram()
 PROMPTS = worlds.prompts([[0, 1, 2]])
@@ -78,6 +82,33 @@ def test_fit(small):
     for bad in (dict(target=2), dict(iterations=0), dict(site="all")):
         with pytest.raises(InputError, match="expected one site, a class that"):
             sparse_steer.init(worlds.tiny(depth=3), jax.random.key(0), **bad)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """(root, lm, data): conversations of the labels 0 and 2 that end with the same answer."""
+    root = tmp_path_factory.mktemp("chats")
+    lm = stage(root, sources.load_lm, {"source": str(write_chat_lm(root / "lm", "llama3"))})
+    asked = zip(["food", "a b", "good food", "be a"], [0, 2, 0, 2])
+    rows = [{"messages": [user(text), assistant("good")], "label": i} for text, i in asked]
+    (root / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return root, lm, stage(root, sources.load_data, dict(source=f"jsonl:{root / 'chats.jsonl'}", split="all"))
+
+
+TINY = dict(features=8, site=1, training=dict(steps=2, batch=4, tokens=48))
+
+
+def test_the_codes_of_conversations_are_those_of_all_their_messages(chats):
+    root, lm, data = chats
+    control = methods.load(sparse_steer.fit(root, lm=lm, data=data, target=2, **TINY), open_lm(lm)[0])
+    assert control.goal.shape == (3, 8) and float(jnp.abs(control.goal[0] - control.goal[2]).max()) > 0
+
+
+@pytest.mark.parametrize("target", [1, 3])
+def test_a_target_without_texts_is_refused(chats, target):
+    root, lm, data = chats
+    with pytest.raises(InputError, match=rf"target is {target}, but the labels in .* are \[0, 2\]"):
+        sparse_steer.fit(root, lm=lm, data=data, target=target, **TINY)
 
 
 def test_the_widths_of_the_paper_on_paper():

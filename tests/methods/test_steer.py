@@ -176,6 +176,8 @@ def test_separation_is_what_chance_does_not_give():
     assert float(steer.separation(moments([0, 2], [4, 6]))[0]) == pytest.approx(7 / 8)
     assert float(steer.separation(moments([0, 2], [0, 2]))[0]) == -np.inf
     assert np.isnan(steer.separation(moments([0], [4]))[0])
+    off = moments([0.3], [1.7])  # sums whose rounding leaves a variance
+    assert np.isnan(steer.separation(off.replace(square=off.square * 1.000001))[0])
 
 
 def test_agreement_is_that_of_the_differences():
@@ -188,3 +190,5 @@ def test_agreement_is_that_of_the_differences():
     assert np.isnan(
         steer.agreement(activations.Pairs(jnp.float32(1), one[0], np.einsum("nsd,nse->sde", one, one), jnp.ones(1)))[0]
     )
+    off = 1.000001 * np.einsum("nsd,nse->sde", one, one)  # rounded in another way than the sum
+    assert np.isnan(steer.agreement(activations.Pairs(jnp.float32(1), one[0], off, jnp.ones(1)))[0])

@@ -9,6 +9,7 @@ cosine similarity; here a logistic probe takes its place, whose threshold is a p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,11 +58,8 @@ class Cast(Control):
         lm, params = self.reader.lm, self.reader.params
         if not self.reader.bound:
             raise InputError("A condition is read before it has weights: call Control.bind first, as decoding does.")
-
-        def tap(h):
-            return activations.pool(h, prompts.mask, self.pool)
-
-        state = lm.apply(params, lm.embed(params, prompts.tokens), prompts.mask, tap=tap, last=1).taps[self.site]
+        tokens, mask = prompts.tokens, prompts.mask
+        state = activations.pooled(lm, params, tokens, mask, mask, how=self.pool)[self.site]
         if state.shape[1] != self.vector.shape[0]:
             raise InputError(
                 f"The probe has width {self.vector.shape[0]}, but the model's is {state.shape[1]}: it was fitted on "
@@ -168,7 +166,7 @@ def cast(
       inverse_l2: of the probe. tokens: read of a text.
     """
     records = [r for r in data.rows("data.jsonl") if r.get(field) is not None]
-    sides = [[r.get("messages", r["text"]) for r in records if (r[field] in values) == side] for side in (True, False)]
+    sides = [[activations.whole(r) for r in records if (r[field] in values) == side] for side in (True, False)]
     if min(map(len, sides)) < 2:
         raise InputError(
             f"field is {field!r}: {len(sides[0])} records have one of the values {list(values)} and {len(sides[1])} "
@@ -177,15 +175,13 @@ def cast(
     model, params, tokenizer = open_lm(lm)
     options = dict(site=site, pool=pool, least=least, steer=pushed.spec["init"])
     control = init(model, jax.random.key(0), **options)
-
-    @jax.jit
-    def read(params, t, mask, pooled):
-        x = model.embed(params, t)
-        return model.apply(params, x, mask, tap=lambda h: activations.pool(h, pooled, pool), last=1).taps[control.site]
+    read = jax.jit(partial(activations.pooled, model, how=pool))
 
     def states(texts: list) -> np.ndarray:
         parts = batches(model, tokenizer, texts, 32, tokens, pool)
-        return np.concatenate([np.asarray(read(params, t, m, pooled))[w > 0] for t, m, w, pooled in parts])
+        return np.concatenate(
+            [np.asarray(read(params, t, m, pooled)[control.site])[w > 0] for t, m, w, pooled in parts]
+        )
 
     found = [states(side) for side in sides]
     x, y, held = split(found[0][:, None], found[1][:, None], 0.2)

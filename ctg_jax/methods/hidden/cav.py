@@ -227,13 +227,7 @@ def states(
     """
     model, params, tokenizer = open_lm(lm)
     texts = sides(data.rows("data.jsonl"), target, False, str(data.path))
-
-    @jax.jit
-    def read(params, t, mask, pooled):
-        return model.apply(
-            params, model.embed(params, t), mask, tap=partial(activations.pool, mask=pooled, how=pool), last=1
-        ).taps
-
+    read = jax.jit(partial(activations.pooled, model, how=pool))
     found = {}
     for side, rows in zip(("with", "without"), texts):
         parts = [

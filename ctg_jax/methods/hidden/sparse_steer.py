@@ -4,9 +4,9 @@ A small autoencoder learns the states of texts at one site, c = ReLU(E (h − d)
 length 1. While decoding, the code of each state moves by n steps of gradient descent on ½ ‖c − μ‖² over chosen
 features, with a ReLU after each, and h' = h + scale · W (c* − c), so that what the autoencoder misses stays.
 
-The paper that steers by prototypes of classes encodes queries of the attention; the hooks here reach the residual
-stream, so the states are those. With one feature, η = 1 and n = 1 the feature is clamped to a level, as in Templeton et
-al. (2024, "Scaling Monosemanticity").
+Bhattacharyya & Rooshenas (2025, "Steered Generation via Gradient Descent on Sparse Features") encode queries of the
+attention; the hooks here reach the residual stream, so the states are those. With one feature, η = 1 and n = 1 the
+feature is clamped to a level, as in Templeton et al. (2024, "Scaling Monosemanticity").
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ctg_jax.data.labels import labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, lists, losses
-from ctg_jax.learn.activations import batches, gates
+from ctg_jax.learn.activations import batches, gates, whole
 from ctg_jax.learn.fitting import Training
 from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -214,7 +214,7 @@ def sparse_steer(
     """Stage: an autoencoder of the states of all texts, and the mean code of the texts of each label.
 
     Args:
-      data: records with `text` and a whole `label` from 0; those without one only teach the autoencoder.
+      data: records with `text` or `messages`, and a whole `label` from 0; those without one only teach the autoencoder.
       features, site, iterations, rate, target, positions: see `init`. sparsity: see `loss`.
       training: how it is trained. seed: of initial values and of the order of texts.
 
@@ -223,13 +223,18 @@ def sparse_steer(
     """
     model, params, tokenizer = open_lm(lm)
     known = labelled(data.rows("data.jsonl"), str(data.path))
-    classes = 1 + max(r["label"] for r in known)
-    options = dict(features=features, classes=classes, site=site, iterations=iterations, rate=rate, target=target)
+    sides = {i: [whole(r) for r in known if r["label"] == i] for i in range(1 + max(r["label"] for r in known))}
+    if not sides.get(target):
+        raise InputError(f"target is {target}, but the labels in {data.path} are {[i for i in sides if sides[i]]}.")
+    options = dict(features=features, classes=len(sides), site=site, iterations=iterations, rate=rate, target=target)
     options |= dict(positions=positions)
     control = init(model, rng.stream(jax.random.key(seed), "init"), **options)
     read = jax.jit(lambda tokens, mask: states(model, params, tokens, mask, control.site))
-    texts = [r["text"] for r in known]
-    size, center = _measured(read, batches(model, tokenizer, texts[:64], 16, training.tokens))
+
+    def parts(texts):
+        return batches(model, tokenizer, texts, 16, training.tokens)
+
+    size, center = _measured(read, parts([whole(r) for r in known[:64]]))
     code = control.code | {"size": jnp.float32(size), "offset": jnp.asarray(center / size)}
     source = Source(str(data.path), "", data.rows("data.jsonl"))
     rows = pipeline(source, tokenizer, batch=training.batch, length=training.tokens, seed=seed)
@@ -237,8 +242,7 @@ def sparse_steer(
         run, control.replace(code=code), loss(model, sparsity=sparsity), {"params": params}, rows, training,
         trained="code/(encode|bias|decode|offset)", seed=seed,
     )  # fmt: skip
-    goal = [_mean_code(control, read, batches(model, tokenizer, [r["text"] for r in known if r["label"] == i] or [""],
-                                              16, training.tokens)) for i in range(classes)]  # fmt: skip
+    goal = [_mean_code(control, read, parts(texts or [""])) for texts in sides.values()]
     fitting.keep(run, control.replace(goal=jnp.stack(goal)), "sparse_steer", options)
 
 

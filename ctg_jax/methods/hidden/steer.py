@@ -155,10 +155,13 @@ def write_gguf(path: str | os.PathLike, control: Steer, lm: LM) -> None:
     """The vectors of a control at the sites where it acts, at its strength, as a vector for repeng or llama.cpp.
 
     Raises:
-      InputError: another operator than "add", a strength for each row, and what `interchange.write_gguf` raises.
+      InputError: another operator than "add", selected tokens, a strength for each row, and what
+        `interchange.write_gguf` raises.
     """
-    if control.operator != "add" or np.ndim(control.scale):
+    if control.operator != "add" or np.ndim(control.scale) or control.cond is not None:
         raise InputError("a control vector is added at one strength to all rows: expected operator 'add', one scale.")
+    if control.positions != Positions() or control.probe is not None:
+        raise InputError("a control vector is added to every token: expected positions 'all' and no probe.")
     push = np.asarray(control.scale * control.gate[:, None] * control.vector)
     interchange.write_gguf(path, {s: push[s] for s in np.flatnonzero(np.asarray(control.gate)).tolist()}, lm.family)
 
@@ -192,6 +195,8 @@ def agreement(p: Pairs) -> np.ndarray:
     over the mean square of a difference. 1: all differences are the same; 0: a pair says nothing about another. It is
     not flattered by few pairs, as the separation of the texts that were fitted is. NaN for one pair."""
     total, square, n = (np.asarray(x, np.float64) for x in (p.total, p.square, p.count))
+    if n < 2:
+        return np.full(len(total), np.nan, np.float32)
     size = np.trace(square, axis1=1, axis2=2)
     with np.errstate(invalid="ignore", divide="ignore"):
         return ((np.sum(total**2, axis=-1) - size) / ((n - 1) * size)).astype(np.float32)
@@ -202,6 +207,8 @@ def separation(m: Moments) -> np.ndarray:
     variance of the texts around the mean of their class. What is subtracted is what two random halves of one class give
     on average, so 1 is a clear difference, and 0 none. NaN for two texts, which have no variance."""
     total, count = np.asarray(m.total, np.float64), np.asarray(m.count, np.float64)
+    if count.sum() <= 2:
+        return np.full(total.shape[1], np.nan, np.float32)
     means = total / count[:, None, None]
     spread = np.asarray(m.square, np.float64) - np.sum(count[:, None] * np.sum(means**2, axis=-1), axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -193,8 +193,11 @@ def replaced(found: Positions) -> Positions:
 
 
 def asks_roles(settings: Any) -> bool:
-    """Whether the setting `positions` of a control reads the roles of messages."""
-    return isinstance(settings, Mapping) and bool(settings.get("roles"))
+    """Whether `positions` reads the roles of messages, in the settings of a control or of one that it holds."""
+    if not isinstance(settings, Mapping):
+        return False
+    own = settings.get("positions")
+    return (isinstance(own, Mapping) and bool(own.get("roles"))) or any(map(asks_roles, settings.values()))
 
 
 def roles(tokenizer: Any, texts: Any) -> np.ndarray:

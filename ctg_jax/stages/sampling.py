@@ -133,7 +133,7 @@ def conditions(
     control selects by them, the roles of tokens are among them."""
     found: dict[str, np.ndarray] = {}
     for artifact in controls:
-        if selection.asks_roles(artifact.spec.get("init", {}).get("positions")):
+        if selection.asks_roles(artifact.spec.get("init")):
             found[selection.ROLE] = selection.roles(opened(lm)[2], texts)
         make = getattr(methods.get(artifact.spec["method"]), "conditions", None)
         if make is not None:

@@ -9,7 +9,7 @@ from laws import worlds
 
 from ctg_jax.control import Chain, columns
 from ctg_jax.controls.operators import OPERATORS, Probe, operate
-from ctg_jax.controls.selection import END, ROLE, Placed, Positions, positions, roles
+from ctg_jax.controls.selection import END, ROLE, Placed, Positions, asks_roles, positions, roles
 from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop, speculate
 from ctg_jax.methods import cav, dexperts, latent_steer, lm_steer, steer
@@ -220,6 +220,12 @@ def test_an_operator_without_the_base_is_refused_by_name():
     with pytest.raises(InputError, match="operator is 'scale', expected one of add, ablate, rotate, clamp"):
         steer.init(LM, jax.random.key(0), operator="scale")
     assert Placed.behind(jnp.array([3])).end.tolist() == [3]
+
+
+def test_roles_are_asked_for_by_a_control_and_by_what_it_holds():
+    user = {"positions": {"roles": ["user"]}}
+    assert asks_roles(user) and asks_roles({"least": 0.5, "steer": user})
+    assert not any(map(asks_roles, (None, {}, {"positions": "answer"}, {"steer": {"positions": {"tokens": [3]}}})))
 
 
 def test_roles_of_a_conversation(tmp_path):

@@ -70,6 +70,16 @@ def test_what_was_generated_is_a_negative():
     assert fitted(["a"], ["x"])[0] > fitted(["a"], ["y"])[0] + 2
 
 
+def test_what_was_generated_belongs_to_the_prompt_of_its_record(monkeypatch):
+    """A record without a pair has a generated text, and the pair of another record has none: it is not given that."""
+    monkeypatch.setattr(RankScorer, "fit", lambda embedder, *pairs, **more: more)
+    whole = {"text": "a x", "prompt": "a", "generated": " y"}
+    settings = {"embedder": lambda: letters, "name": "rank"}
+    assert rank.fit([whole, whole], settings, "data")["generated"] == [" y", " y"]
+    bare = {"text": "b", "prompt": "b", "generated": " z"}
+    assert "generated" not in rank.fit([bare, {"text": "a x", "prompt": "a"}], settings, "data")
+
+
 def test_pairs_of_records():
     pieces = [{"text": t, "document": d} for t, d in (("a", 1), ("b", 1), ("c", 1), ("x", 2), ("y", 2))]
     assert rank.pairs(pieces, "here") == (["a", "b", "x"], ["b", "c", "y"], [1, 1, 2])

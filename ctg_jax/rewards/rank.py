@@ -196,7 +196,7 @@ def fit(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], where
     language model wrote after its prompt."""
     found = pairs(records, where)
     written = [r["generated"] for r in records if isinstance(r.get("generated"), str)]
-    more = {"generated": written} if len(written) == len(found[0]) else {}
+    more = {"generated": written} if len(written) == len(records) == len(found[0]) else {}
     return RankScorer.fit(settings["embedder"](), *found, **more, name=settings["name"])
 
 

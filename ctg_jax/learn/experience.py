@@ -70,7 +70,8 @@ def score(
 
     Both log-probabilities come from one function, which reads whole texts, so that their difference is 0 where nothing
     was changed. That of the sampler, which reads token by token, differs from both by the rounding of bfloat16; it is
-    kept as `logp` only where a control reads more than the tokens of the prompt.
+    kept as `logp` where a control reads more than the tokens of the prompt, and where the texts were not drawn after
+    these prompts under `controls`, such as revised ones (`ctg_jax.learn.revision.restored`).
 
     Args:
       controls: those under which the samples were drawn, in the order of the stage `sample`.
@@ -105,9 +106,10 @@ def score(
     nats, _ = evaluation.LMScorer(*model).ids(heads, tails)
     logp = np.asarray([r["logp"] for r in rows])
     rule = {name: how.get(name) or default for name, default in (("filter", {}), ("truncate_first", False))}
-    if not controls and not rule["filter"]:
+    drew = samples.spec["stage"] == "sample" and samples.spec["inputs"].get("controls", []) == [c.id for c in controls]
+    if drew and not controls and not rule["filter"]:
         logp = -nats
-    elif not sampling.conditions(controls, lm, prompts[:1]):
+    elif drew and not sampling.conditions(controls, lm, prompts[:1]):
         drawing = sampling.build(lm, controls, how.get("strengths") or (), **rule)
         logp = -evaluation.LMScorer(*model, control=drawing).ids(heads, tails)[0]
     table = {key: [r[key] for r in rows] for key in ("prompt_id", "sample", "prompt", "text", "tokens")}

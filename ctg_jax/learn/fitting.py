@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -40,13 +41,14 @@ class Training:
       decay: decoupled weight decay.
       clip: the largest norm of a gradient, or None.
       algorithm: "adam", or "adafactor" (Shazeer & Stern 2018), which keeps a row and a column of second moments for
-        each kernel instead of two numbers for each weight.
+        each kernel of at least 128 x 128 instead of two numbers for each weight.
       b2, eps: of Adam.
-      rounds: of a method that learns in rounds, those that share one optimizer and one schedule of `rounds · steps`
-        updates; 1: each round begins again with both.
+      rounds: of a method that learns in rounds, their number where all of them share one optimizer and one schedule of
+        `rounds · steps` updates; 1: each round begins again with both.
       accumulate: the parts that a batch is run in, one after the other: less memory, the same gradient.
       ema: the decay of a moving average, which is kept in place of the last values (`ctg_jax.learn.train.averaged`);
-        None: the last values are kept.
+        None: the last values are kept. In a method with rounds each begins at the average of the one before, which
+        also drew its samples.
       save_every: updates between checkpoints; 0 for none but the last.
       log_every: updates between rows of metrics.jsonl.
     """
@@ -183,7 +185,7 @@ def train(
     trained: str = ".*",
     seed: int = 0,
     tx: optax.GradientTransformation | None = None,
-    start_from: Artifact | None = None,
+    start_from: Artifact | EllipsisType | None = ...,
 ) -> PyTree:
     """What the updates made of a control or of parameters; an interrupted stage continues from its last checkpoint.
 
@@ -194,16 +196,28 @@ def train(
       trained: a regular expression for the paths of the leaves that learn.
       seed: of the randomness in the loss.
       tx: an optimizer in place of `training.optimizer(trained)`.
-      start_from: the artifact of the round before, whose optimizer continues where `training.rounds` is above 1.
+      start_from: the artifact of the round before, whose optimizer continues where `training.rounds` is above 1, or
+        None in the first round; left out by a stage that hands no optimizer on.
 
     Raises:
-      InputError: steps below 1, and what the training loop raises.
+      InputError: steps below 1; `training.rounds` above 1 in a stage that hands no optimizer on, or below the number of
+        this round; and what the training loop raises.
     """
+    number = 1
+    if training.rounds > 1:
+        if start_from is ...:
+            raise InputError(f"training.rounds is {training.rounds}, but no optimizer is handed on here: set it to 1.")
+        number = 1 if start_from is None else start_from.spec.get("round", 1) + 1
+        if number > training.rounds:
+            raise InputError(
+                f"training.rounds is {training.rounds}, and this is round {number}, beyond the end of the schedule: "
+                "set it to the number of rounds."
+            )
     tx = training.optimizer(trained) if tx is None else tx
     key = rng.stream(jax.random.key(seed), "train")
     state = training_loop.init_state(learner, tx, key, ema=training.ema is not None)
     averaging = {} if training.ema is None else {"ema": training.ema}
-    if training.rounds > 1 and start_from is not None:
+    if number > 1:
         state = state.replace(opt_state=checkpoint.load(start_from.path / "optimizer", state.opt_state))
     step = training_loop.make_step(loss, tx, accumulate=training.accumulate, **averaging)
     state = training_loop.loop(
@@ -212,6 +226,7 @@ def train(
     )  # fmt: skip
     if training.rounds > 1:
         checkpoint.save(run.path / "optimizer", state.opt_state)
+        run.record(round=number)
     return state.params if training.ema is None else state.ema
 
 

@@ -6,21 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ctg_jax.learn import calibrate
 from ctg_jax.types import InputError
-
-
-def likeness(a: Sequence[str], b: Sequence[str]) -> float:
-    """1 minus the number of words to insert, delete or replace between two lists of words, over the longer one's."""
-    if not a and not b:
-        return 1.0
-    before = np.arange(len(b) + 1)
-    for i, word in enumerate(a, 1):
-        row = np.empty_like(before)
-        row[0] = i
-        for j, other in enumerate(b, 1):
-            row[j] = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (word != other))
-        before = row
-    return 1.0 - float(before[-1]) / max(len(a), len(b))
 
 
 def law(values: Sequence[float], similarity: np.ndarray, alpha: float, beta: float) -> np.ndarray:
@@ -52,18 +39,19 @@ def improving(
 
     Args:
       values, prompts: of each text, [n].
-      similarity: s of two places, asked for where the second text is better.
+      similarity: s of two places, such as `preferences.likeness` of their texts; asked for where the second text is
+        better.
       alpha, beta: see `law`. draws: corrections of each text that can be improved.
       keep: as many texts that nothing improves, over the number of pairs, are paired with themselves, so that the
         corrector learns to leave good texts alone.
       seed: of the draws.
 
     Raises:
-      InputError: no text has a better one, draws below 1, or keep below 0.
+      InputError: no text has a better one, a value that is not finite, draws below 1, or keep below 0.
     """
     if draws < 1 or keep < 0:
         raise InputError(f"draws is {draws} and keep is {keep}, expected at least 1 and 0.")
-    values, prompts = np.asarray(values, np.float64), np.asarray(prompts)
+    values, prompts = calibrate.finite(values), np.asarray(prompts)
     generator, first, second, best = np.random.default_rng(seed), [], [], []
     for prompt in np.unique(prompts):
         places = np.flatnonzero(prompts == prompt)

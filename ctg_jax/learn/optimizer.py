@@ -50,7 +50,7 @@ def optimizer(
     Args:
       rate: a learning rate or a `schedule`.
       clip: largest norm of the gradient of all trained leaves together, or None.
-      decay: decoupled weight decay, on leaves whose path matches `decayed`.
+      decay: decoupled weight decay, on leaves whose path matches `decayed`: an update takes off rate · decay of them.
       decayed: regular expression for whole paths; norms and biases are left out by default.
       trained: regular expression for whole paths; other leaves keep their values and need no moments.
       algorithm: "adam", or "adafactor", whose update is `rate` times a direction of root mean square 1 at most.
@@ -64,9 +64,11 @@ def optimizer(
     if algorithm == "adam":
         tx = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=lambda p: _matching(p, decayed))
     else:
-        mask = lambda p: _matching(p, decayed)  # noqa: E731
-        tx = optax.adafactor(
-            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=mask
+        # Given a rate, optax.adafactor would take off `decay` of a weight in every update, whatever the rate is.
+        tx = optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(-decay, lambda p: _matching(p, decayed)),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
         )
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     if trained == ".*":

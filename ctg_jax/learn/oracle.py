@@ -22,7 +22,7 @@ from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import linear_head
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
-from ctg_jax.run.stage import Run
+from ctg_jax.run.stage import Artifact, Run
 from ctg_jax.types import InputError, Params, Sum
 
 KINDS = ("head", "stream", "mixed")
@@ -183,12 +183,13 @@ def teach(
     importance: np.ndarray,
     training: Training,
     seed: int,
+    start_from: Artifact | None,
 ) -> Nado:
     """The control after learning from samples of the model with these params, inside a stage.
 
     Args:
       objective: `loss`. samples: with their rewards. threshold: see `Pool.threshold`; c is 1 from there on.
-      importance: float [n], the weight of each sample.
+      importance: float [n], the weight of each sample. start_from: the artifact of the round before, or None.
 
     Raises:
       InputError: all samples on one side of the threshold, and what training raises.
@@ -200,5 +201,5 @@ def teach(
     rows = batches(records, tokenizer, batch=training.batch, seed=seed, fields=("label", "importance"))
     return fitting.train(
         run, control, objective, {"params": params}, rows, training.at(1e-2 if control.scorer is None else 1e-3),
-        trained=r"value/.*|scorer/params/.*|project", seed=seed,
+        trained=r"value/.*|scorer/params/.*|project", seed=seed, start_from=start_from,
     )  # fmt: skip

@@ -83,48 +83,6 @@ def next_below(
     return tuple(np.asarray(chosen).T)
 
 
-def improving(
-    rewards: Sequence[float],
-    prompts: Sequence[int],
-    texts: Sequence[Sequence[int]],
-    *,
-    alpha: float = 1.0,
-    similarity: float = 1.0,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(worse, better), indices int64 [P]: each sample with one of its prompt that has a higher reward, drawn with
-    probability ∝ exp(alpha (r' - r) + similarity s), s being their `likeness`: an improvement that keeps what it can
-    (Welleck et al. 2023).
-
-    Args:
-      rewards, prompts: [n]. texts: n lists of token ids. seed: of the draws.
-
-    Raises:
-      InputError: no prompt has two samples of different reward, or a reward that is not finite.
-    """
-    rewards, prompts = calibrate.finite(rewards), np.asarray(prompts)
-    draw, chosen = np.random.default_rng(seed), []
-    for p in np.unique(prompts):
-        own = np.flatnonzero(prompts == p)
-        for i in own:
-            higher = own[rewards[own] > rewards[i]]
-            if len(higher):
-                like = [likeness(texts[i], texts[j]) for j in higher]
-                chosen.append(
-                    (i, draw.choice(higher, p=weights(rewards[higher] - rewards[i], like, alpha, similarity)))
-                )
-    if not chosen:
-        raise InputError("No prompt has two samples of different reward: raise n or take another reward.")
-    return tuple(np.asarray(chosen).T)
-
-
-def weights(gains: Sequence[float], like: Sequence[float], alpha: float, similarity: float) -> np.ndarray:
-    """The probabilities of `improving`, float64 [m], for m better samples with these gains and likenesses."""
-    log_p = alpha * np.asarray(gains, np.float64) + similarity * np.asarray(like, np.float64)
-    p = np.exp(log_p - log_p.max())
-    return p / p.sum()
-
-
 def edits(before: Sequence[int], after: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(removed bool [n], new bool [m]): which tokens of `before` the fewest edits remove or replace, and which of
     `after` they put there. Of edits that are equally few, read from the end, a replacement comes before a removal and
@@ -147,19 +105,21 @@ def edits(before: Sequence[int], after: Sequence[int]) -> tuple[np.ndarray, np.n
     return removed, new
 
 
-def likeness(a: Sequence[int], b: Sequence[int]) -> float:
-    """1 - the number of edits between two lists over the length of the longer; 1 for two empty ones."""
+def likeness(a: Sequence[Any], b: Sequence[Any]) -> float:
+    """1 minus the number of tokens or words to insert, delete or replace between two lists, over the length of the
+    longer; 1 for two empty ones."""
     return 1.0 - float(_distances(a, b)[-1, -1]) / max(len(a), len(b), 1)
 
 
-def _distances(a: Sequence[int], b: Sequence[int]) -> np.ndarray:
+def _distances(a: Sequence[Any], b: Sequence[Any]) -> np.ndarray:
     """Levenshtein distances int [n + 1, m + 1] of all beginnings of two lists."""
-    cost = np.zeros((len(a) + 1, len(b) + 1), int)
-    cost[:, 0], cost[0] = np.arange(len(a) + 1), np.arange(len(b) + 1)
+    cost = [list(range(len(b) + 1))]  # lists, whose entries are read several times as fast as those of an array
     for i, x in enumerate(a, 1):
+        above, row = cost[-1], [i]
         for j, y in enumerate(b, 1):
-            cost[i, j] = min(cost[i - 1, j - 1] + (x != y), cost[i - 1, j] + 1, cost[i, j - 1] + 1)
-    return cost
+            row.append(min(above[j - 1] + (x != y), above[j] + 1, row[-1] + 1))
+        cost.append(row)
+    return np.array(cost, int)
 
 
 def given(data: Artifact, tokenizer: Tokenizer, length: int) -> list[dict[str, Any]]:

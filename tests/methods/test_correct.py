@@ -10,11 +10,14 @@ from laws import worlds
 from ctg_jax import methods, rewards
 from ctg_jax.controls.delta import Delta
 from ctg_jax.learn import experience
-from ctg_jax.learn.improving import improving, law, likeness
+from ctg_jax.learn.improving import improving, law
+from ctg_jax.learn.pool import Pool
+from ctg_jax.learn.preferences import likeness
 from ctg_jax.learn.revision import corrected, filled, groups, restored, revise
+from ctg_jax.learn.rounds import history
 from ctg_jax.methods import correct
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.run.stage import open_lm, stage, write_jsonl
+from ctg_jax.run.stage import open_artifact, open_lm, stage, write_jsonl
 from ctg_jax.stages import judges, sampling
 from ctg_jax.types import InputError
 
@@ -117,6 +120,11 @@ def test_a_corrector_learns_in_rounds_and_turns_revise(small, monkeypatch):
     control = methods.load(learned, open_lm(lm)[0])
     assert isinstance(control, Delta) and any(np.any(c["b"] != 0) for c in control.changes.values())
     assert len(learned.spec["inputs"]["pool"]) == 2 and learned.spec["inputs"]["start_from"]
+    second = history(learned)[1]
+    revised = open_artifact(root / f"restored-{second.spec['inputs']['samples']}").rows("samples.jsonl")
+    found = Pool.open([second])
+    assert found.column("logp").tolist() == [r["logp"] for r in revised]  # behind the prompt that holds a draft
+    assert np.abs(found.column("logp") - found.column("base")).max() > 1e-2
     samples = stage(root, sampling.sample, dict(n=2, max_new=4), lm=lm, prompts=data)
     given = dict(lm=lm, corrector=learned, samples=samples, max_new=4)
     assert corrected(root, **given, turns=0) is samples

@@ -11,7 +11,9 @@ from laws import worlds
 from scipy.special import logit
 
 from ctg_jax import methods
-from ctg_jax.learn import preferences
+from ctg_jax.learn import experience, preferences
+from ctg_jax.learn.improving import improving, law
+from ctg_jax.learn.pool import Pool
 from ctg_jax.methods import preference
 from ctg_jax.methods.weights.preference import Objective
 from ctg_jax.run.stage import open_lm, stage
@@ -159,9 +161,14 @@ def test_pairs_by_hand():
     with pytest.raises(InputError, match="whose rewards differ by more than 2"):
         preferences.ranked([1, 2], [0, 0], least=2)
     # exp(.3 + .8) against exp(.7 + .1)
-    np.testing.assert_allclose(preferences.weights([0.3, 0.7], [0.8, 0.1], 1.0, 1.0), [0.5744, 0.4256], atol=1e-4)
+    like = np.array([[1, 0.8, 0.1], [0.8, 1, 0.2], [0.1, 0.2, 1]])
+    np.testing.assert_allclose(law([0.2, 0.5, 0.9], like, 1.0, 1.0)[0, 1:], [0.5744, 0.4256], atol=1e-4)
     texts = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9], [7]]
-    drawn = [preferences.improving([0.2, 0.5, 0.9, 0.9], [0, 0, 0, 1], texts, seed=s) for s in range(400)]
+
+    def similarity(i, j):
+        return preferences.likeness(texts[i], texts[j])
+
+    drawn = [improving([0.2, 0.5, 0.9, 0.9], [0, 0, 0, 1], similarity, seed=s) for s in range(400)]
     assert all(worse.tolist() == [0, 1] and better[1] == 2 for worse, better in drawn)
     share = np.mean([better[0] == 1 for _, better in drawn])  # exp(.3 + .75) against exp(.7 + 0)
     assert share == pytest.approx(1 / (1 + np.exp(0.7 - 1.05)), abs=0.07)
@@ -205,6 +212,15 @@ def test_fit_leaves_a_control_that_loads(given, hp, monkeypatch):
     if hp.get("objective", {}).get("kind") != "edits" and hp.get("rounds", 1) == 1:
         assert first["margin"] == pytest.approx(0, abs=1e-5)  # policy and reference are one before anything is learned
         assert first["better"] == pytest.approx(0, abs=1e-4)
+
+
+def test_samples_that_are_the_human_texts_make_no_pair(given, monkeypatch):
+    root, lm, texts, _, dice = given
+    pool = experience.explore(root, lm=lm, data=texts, rewards=[dice], n=1, max_new=3)
+    own = [list(t) for t in Pool.open([pool]).column("tokens")]
+    monkeypatch.setattr(preference, "continuations", lambda records, tokenizer, length: own)
+    with pytest.raises(InputError, match=f"each of the {len(own)} samples is the human text of its prompt"):
+        preference.paired([pool], texts, open_lm(lm)[2], "human", Objective(), 3, 0)
 
 
 def test_pairs_of_data_have_the_preferences_of_judges(given):

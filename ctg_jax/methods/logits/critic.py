@@ -311,6 +311,6 @@ def critic(
         rows = pipeline(of_label(data, label), tokenizer, length=training.tokens, **options)
     learner = fitting.train(
         run, learner, loss(objective), {"params": params}, rows, training.at(1e-2 if small is None else 1e-3),
-        trained=r"value/.*|judge/params/.*", seed=seed,
+        trained=r"value/.*|judge/params/.*", seed=seed, start_from=start_from,
     )  # fmt: skip
     fitting.keep(run, learner, "critic", made)

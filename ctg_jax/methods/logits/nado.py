@@ -107,7 +107,7 @@ def nado(
       start_from: the control of the round before, or None.
       threshold: a number, or "median" of the rewards.
       kind, shape: see `init`. weight, divergence: of the loss. limit: the largest p / q.
-      training: how it is trained; each round has a new optimizer.
+      training: how it is trained; each round has a new optimizer, unless `training.rounds` is above 1.
       seed: of initial values, batches and training.
 
     Raises:
@@ -121,5 +121,6 @@ def nado(
     control = teach(
         run, control, loss(model, weight=weight, divergence=divergence), params, tokenizer, samples,
         threshold=threshold, importance=samples.importance(limit), training=training, seed=seed,
+        start_from=start_from,
     )  # fmt: skip
     fitting.keep(run, control, "nado", made)

@@ -161,7 +161,7 @@ def constrained_oracle(
     objective = oracle.loss(model, weight=weight, divergence=divergence)
     control = oracle.teach(
         run, control, objective, params, tokenizer, samples, threshold=threshold, importance=np.ones(len(samples)),
-        training=training, seed=seed,
+        training=training, seed=seed, start_from=start_from,
     )  # fmt: skip
     fitting.keep(run, control, "nado", made)
 
@@ -209,7 +209,8 @@ def constrained(
     samples = samples.with_(human=tails, near=(good / good.mean()).astype(np.float32))
     rows = batches(samples, tokenizer, batch=training.batch, seed=seed, fields=("near",), also="human")
     policy = fitting.train(
-        run, policy, value, frozen, rows, training.at(adapter.rate), trained=r"changes/.*", seed=seed
+        run, policy, value, frozen, rows, training.at(adapter.rate), trained=r"changes/.*", seed=seed,
+        start_from=start_from,
     )  # fmt: skip
     run.record(constraint={"samples": len(good), "positives": int(good.sum())})
     fitting.keep(run, policy, "constrained", vars(adapter))

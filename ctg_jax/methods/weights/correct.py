@@ -29,14 +29,14 @@ import jax
 
 from ctg_jax import methods, rng
 from ctg_jax.data.completions import continuations
-from ctg_jax.learn import experience, fitting, losses, pool
+from ctg_jax.learn import experience, fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.improving import improving, likeness
-from ctg_jax.learn.pool import Pool
+from ctg_jax.learn.improving import improving
+from ctg_jax.learn.pool import Pool, batches, nats
+from ctg_jax.learn.preferences import likeness
 from ctg_jax.learn.revision import TEMPLATE, corrected, filled, groups
 from ctg_jax.models.lm import LM
-from ctg_jax.models.positions import reduced
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Sum
 
@@ -69,8 +69,8 @@ def loss(lm: LM) -> losses.LossFn:
     LM}."""
 
     def total(params, frozen, batch, keys):
-        text = pool.read(lm, frozen["params"], batch, keys, params)
-        return Sum(*losses.masked_sum(reduced(text, losses.next_token, batch["completion"]), batch["written"]))
+        each = nats(lm, frozen["params"], batch, keys, params, "completion", "written")
+        return Sum(*losses.masked_sum(each, batch["written"]))
 
     return total
 
@@ -100,16 +100,17 @@ def fit(
     Raises:
       InputError: an unknown kind, rounds below 1, "correct" without a reward, and what the stages raise.
     """
+    check_settings(correct, settings)
     if kind not in KINDS:
         raise InputError(f"kind is {kind!r}, expected 'correct' or 'combine'.")
     if rounds < 1:
         raise InputError(f"rounds is {rounds}, expected at least 1.")
+    if kind == "correct" and not rewards:
+        raise InputError("no reward was given: a corrector of kind 'correct' learns from one; give rewards.")
     drawn = {"n": 10 if kind == "correct" else 5, **(explore or {}), "seed": rng.derived_seed(seed, "explore")}
     samples = stage(root, sampling.sample, drawn, lm=lm, prompts=data)
     if kind == "combine":
         return stage(root, correct, settings | {"seed": seed}, lm=lm, samples=samples, data=data)
-    if not rewards:
-        raise InputError("no reward was given: a corrector of kind 'correct' learns from one; give rewards.")
     more = {key: value for key, value in drawn.items() if key not in ("n", "seed")}
     template = dict(settings.get("pairs") or {}).get("template", TEMPLATE)
     pools, learned = [], None
@@ -152,23 +153,18 @@ def correct(
     """
     model, params, tokenizer = open_lm(lm)
     made = vars(adapter)
-    control = init(model, rng.stream(jax.random.key(seed), "init"), **made)
-    if start_from is not None:
-        control = methods.load(start_from, model)
+    key = rng.stream(jax.random.key(seed), "init")
+    control = init(model, key, **made) if start_from is None else methods.load(start_from, model)
     if pool:
         rows = improved(Pool.open(pool), tokenizer, pairs, seed)
     else:
         rows = combined(samples, data, tokenizer, pairs, seed)
-    batches = _batches(rows, tokenizer, batch=training.batch, seed=seed)
     control = fitting.train(
-        run, control, loss(model), {"params": params}, batches, training.at(adapter.rate), trained=r"changes/.*",
-        seed=seed,
+        run, control, loss(model), {"params": params}, batches(rows, tokenizer, batch=training.batch, seed=seed),
+        training.at(adapter.rate), trained=r"changes/.*", seed=seed, start_from=start_from,
     )  # fmt: skip
     run.record(pairs=len(rows))
     fitting.keep(run, control, "correct", made)
-
-
-_batches = pool.batches  # the stage has an input of that name
 
 
 def improved(samples: Pool, tokenizer: Any, pairs: Pairs, seed: int = 0) -> list[dict[str, Any]]:
@@ -189,7 +185,8 @@ def improved(samples: Pool, tokenizer: Any, pairs: Pairs, seed: int = 0) -> list
 
 
 def combined(samples: Artifact, data: Artifact, tokenizer: Any, pairs: Pairs, seed: int = 0) -> list[dict[str, Any]]:
-    """Records of prompts that hold several samples and of what people wrote after the original ones."""
+    """Records of prompts that hold several samples and of what people wrote after the original ones, cut to the length
+    of the longest sample in tokens."""
     rows, records = samples.rows("samples.jsonl"), data.rows("data.jsonl")
     most = max(len(row["tokens"]) for row in rows)
     written = continuations(records, tokenizer, most)

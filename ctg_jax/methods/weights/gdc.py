@@ -26,7 +26,7 @@ from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn, drawing_fil
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.stages.judges import open_judge
 from ctg_jax.types import InputError, Sum
 
@@ -184,6 +184,7 @@ def fit(
     Raises:
       InputError: moments of rewards that are not there, rounds below 1, greedy samples, or another filter.
     """
+    check_settings(gdc, settings)
     check_drawn(explore or {}, "gdc", POSITIVE)
     drawn, policy, base = dict(explore or {}), None, None
     few = drawn.get("n", base_samples) < base_samples and settings.get("per_prompt", True)

@@ -37,7 +37,7 @@ from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
 from ctg_jax.run import checkpoint
 from ctg_jax.run.identity import section
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Params, PyTree, Sum
 
 ADVANTAGES = ("values", "group", "leave_one_out")
@@ -257,6 +257,7 @@ def fit(
     Raises:
       InputError: rounds below 1, greedy samples, or another filter.
     """
+    check_settings(ppo, settings)
     check_drawn(explore or {}, "ppo", FIXED)
     if target_kl is not None:
         check_drawn(explore or {}, "target_kl")

@@ -34,6 +34,7 @@ from ctg_jax.data.completions import continuations
 from ctg_jax.data.messages import prompt_of
 from ctg_jax.learn import fitting, losses, preferences
 from ctg_jax.learn.fitting import Adapter, Training
+from ctg_jax.learn.improving import improving
 from ctg_jax.learn.pool import Pool, batches, nats
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
@@ -64,7 +65,7 @@ class Objective:
       least: of two samples the rewards differ by more than this. most: pairs of a prompt, the furthest first; None:
         as many as its samples make.
       negative: of "edits": weight of the tokens that were removed. limit: nats above which such a token is left alone.
-      alpha, similarity: of "edits" on samples, see `preferences.improving`.
+      alpha, similarity: of "edits" on samples, the weights of gain and likeness; see `learn.improving.law`.
     """
 
     kind: str = "logistic"
@@ -270,11 +271,17 @@ def paired(
     if against == "human":
         human = continuations(data.rows("data.jsonl"), tokenizer, length)
         keep = [i for i in range(len(own)) if list(own[i]) != human[prompts[i]]]
+        if not keep:
+            raise InputError(
+                f"each of the {len(own)} samples is the human text of its prompt: nothing is left to learn."
+            )
         return [samples[i] | {"tokens": human[prompts[i]], "other": list(own[i])} for i in keep], np.ones(len(keep))
     rewards = samples.column("reward")
     if objective.kind == "edits":
-        options = dict(alpha=objective.alpha, similarity=objective.similarity, seed=seed)
-        worse, better = preferences.improving(rewards, prompts, own, **options)
+        worse, better = improving(
+            rewards, prompts, lambda i, j: preferences.likeness(own[i], own[j]),
+            alpha=objective.alpha, beta=objective.similarity, seed=seed,
+        )  # fmt: skip
     else:
         better, worse = preferences.ranked(rewards, prompts, least=objective.least, most=objective.most)
     rows = [samples[int(a)] | {"other": list(own[b])} for a, b in zip(better, worse)]

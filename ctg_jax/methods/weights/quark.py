@@ -18,7 +18,7 @@ from ctg_jax.learn.pool import Pool, batches, check_drawn, read, repeats
 from ctg_jax.learn.rounds import adapted, explored
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.types import InputError, Sum
 
 DIRECTIONS = ("reference_policy", "policy_reference")
@@ -127,6 +127,7 @@ def fit(
     Raises:
       InputError: another `pool`, rounds below 1, or a `target_kl` with greedy samples or a filter.
     """
+    check_settings(quark, settings)
     if target_kl is not None:
         check_drawn(explore or {}, "target_kl")
     given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, seed=seed)

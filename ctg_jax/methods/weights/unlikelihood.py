@@ -26,7 +26,7 @@ from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
 from ctg_jax.models.positions import reduced
 from ctg_jax.run.identity import section
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
 from ctg_jax.stages import judges
 from ctg_jax.types import InputError, Sum
 
@@ -149,6 +149,7 @@ def fit(
     Raises:
       InputError: rounds below 1, or a policy gradient of greedy samples.
     """
+    check_settings(unlikelihood, settings)
     objective = section(Objective(), settings.get("objective"), "objective of unlikelihood")
     if objective.policy and not objective.greedy:
         check_drawn(explore or {}, "policy", None)

@@ -1,6 +1,6 @@
 """Sentiment control at equal KL: every method at the strengths at which it changes the model equally.
 
-Raw strengths of two methods say nothing of each other. Here each arm asks for a KL to the base, in nats per token of
+The raw strengths of two methods cannot be compared. Here each arm asks for a KL to the base, in nats per token of
 held-out texts, and the strength that gives it is solved for (`ctg_jax.stages.strengths.calibrate`); a negative number
 asks for the other direction. The report draws the attribute against the KL of the samples.
 
@@ -22,12 +22,12 @@ TINY = (-1e-3, 1e-3)
 
 def get_config(arg="bundled"):
     parts = sentiment.world(arg)
+    levels = TINY if arg == "tiny" else LEVELS
     methods = dict(base=dict(filter={}), top_p=dict())
     for module in (steer, lm_steer) if arg == "tiny" else (steer, cav, lm_steer, finetune, dexperts):
         for label, arm in module.arms(arg).items():
             arm = {key: value for key, value in arm.items() if key != "strengths"}
             one_way = label.startswith("finetune")
-            levels = TINY if arg == "tiny" else LEVELS
             methods[label] = arm | dict(kl=tuple(x for x in levels if x > 0 or not one_way))
     others = dict(skip=parts["train"]["limit"]) if "limit" in parts["train"] else dict(split="test")
     held = parts["train"] | others | dict(limit=8 if arg == "tiny" else 64)

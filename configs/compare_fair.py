@@ -1,17 +1,17 @@
-"""Learning from a rare reward, at equal samples and at equal updates: which method moves a feature that at most one
-text of twenty has, and at what distance from the LM?
+"""Learning from a rare reward, at equal samples and at equal updates: which method moves a feature that few texts have,
+and at what distance from the LM?
 
 Quark, fine-tuning on its best quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. All
 have as many rounds and samples. With `yelp` and `tiny` they also make as many updates of as many texts, so that
 methods whose rows are pairs have half the rows; with `yelp_own` each makes the updates of its own configuration. The
-reward is whether a text speaks of drinks.
+reward is whether a text mentions drinks.
 
     python experiments/compare.py --config=configs/compare_fair.py[:yelp|:yelp_own|:tiny]
     python experiments/ablate.py  --config=configs/compare_fair.py:yelp      three seeds
 
 Reports draw every figure over the KL to the LM, which is how methods are compared here: at equal KL.
 
-Sources: Lu et al. 2022, whose tables have Quark before PPO on a reward that is rare for the LM; the methods\' own
+Sources: Lu et al. 2022, whose tables have Quark before PPO on a reward that is rare for the LM; the methods' own
 configurations name theirs. What comes out has not been measured yet.
 """
 
@@ -23,7 +23,7 @@ PAIRED = ("click", "dpo")
 
 
 def rare(prompt, text):
-    """1 where a text speaks of drinks."""
+    """1 where a text mentions drinks."""
     words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
     return float(bool(DRINKS & set(words)))
 
@@ -61,10 +61,11 @@ def get_config(arg="yelp"):
     learn = reward.WORLDS[world]()["learn"]
     found = arms(world)
     for arm in found.values():  # a rare reward needs more samples of a prompt
-        arm["fit"] = arm["fit"] | dict(explore=learn["explore"] | dict(n=4 if world == "tiny" else 8))
+        own = arm["fit"].get("explore", {})  # such as the filter of Quark
+        arm["fit"] = arm["fit"] | dict(explore=learn["explore"] | own | dict(n=4 if world == "tiny" else 8))
     if world == arg:
         found = equal(found, learn["training"]["steps"] * (1 if world == "tiny" else 2), learn["training"]["batch"])
-    if world == "tiny":  # no text of its untrained LM speaks of drinks
+    if world == "tiny":  # no text of its untrained LM mentions drinks
         found = {label: arm | dict(rewards=learn["rewards"]) for label, arm in found.items()}
         (name,) = learn["rewards"]
         found["gdc"]["fit"] |= dict(moments={name: 0.6})

@@ -16,7 +16,8 @@ from configs.countdown import REQUEST
 def arms(arg):
     learn = dict(beta=0.05, explore=dict(n=4, max_new=6 if arg == "tiny" else 40), rounds=1 if arg == "tiny" else 4)
     learn["training"] = dict(steps=2, batch=4) if arg == "tiny" else dict(steps=100, batch=32)
-    prompts = sentiment.of_world(reward.WORLDS, arg)()["learn"]["data"]
+    own = sentiment.world(arg).get("learn")  # the gemma world of rewards is that of toxicity
+    prompts = (own or reward.WORLDS[arg]()["learn"])["data"]
     return countdown.arms(arg) | dict(
         ppo=dict(method="ppo", fit=learn, rewards=REQUEST, data=prompts),
         best_of_n=dict(best_of=(2,) if arg == "tiny" else (4, 16), rewards=REQUEST),

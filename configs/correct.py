@@ -7,11 +7,11 @@ Stiennon et al. 2020 (best of n).
 
 Expected: one correction raises the share of texts with the attribute, three raise it further, and the best of four lies
 between them; a corrector draws two to three times the tokens of a sample. `combined` learns from human text and no
-reward, and so moves towards the data of the world. With `paper` the model is GPT-2 Large on prompts that a base model
-answers toxically, with 10 samples of each prompt.
+reward, and so moves towards the data of the world. With `paper` the model is GPT-2 Large on RealToxicityPrompts, with
+10 samples of each prompt to learn from.
 """
 
-from configs import reward, sentiment
+from configs import paper, reward, sentiment
 
 
 def arms(arg):
@@ -36,7 +36,7 @@ def arms(arg):
 def get_config(arg="bundled"):
     if arg == "paper":
         made = {name: arm for name, arm in arms("toxicity").items() if name.startswith("correct")}
-        return sentiment.paper("gpt2-large", "Correctors", dict(top_p=dict(), **made), n=25)
+        return paper.experiment("toxicity", "Correctors", paper.LARGE, made)
     config = reward.experiment(arg, "Correctors", dict(top_p=dict(), **arms(arg)))
     if arg == "tiny":
         config.prompts = sentiment.SHORT

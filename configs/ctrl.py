@@ -35,7 +35,7 @@ PAPER = dict(
 )
 
 
-def paper_arms(task="sentiment"):
+def paper_arms():
     penalised = dict(filter=dict(repetition_penalty=1.2), strengths=(0.0, 1.0))
     return dict(ctrl=dict(method="ctrl", fit=PAPER) | penalised)
 

@@ -38,7 +38,7 @@ def others(arg):
     )
 
 
-def paper_arms(task="sentiment"):
+def paper_arms():
     small = dict(kind="contrastive", amateur="openai-community/gpt2", alpha=0.5)
     common = dict(method="dexperts", truncate_first=True)
     return dict(

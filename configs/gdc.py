@@ -53,6 +53,7 @@ def paper_arms(task):
 def get_config(arg="bundled"):
     if task := paper.task_of(arg, tuple(TASKS)):
         empty = dict(source=reward.REVIEWS, split="validation", words=0, limit=1)
-        given = dict(data=empty, prompts=empty, rewards=paper.features(*TASKS[task]))
+        asked = paper.features(*TASKS[task])  # what the texts are judged by too
+        given = dict(data=empty, prompts=empty, rewards=asked, judges=asked)
         return paper.experiment("sentiment", "GDC", paper.SMALL, paper_arms(task), **given, n=1000, max_new=40)
     return reward.experiment(arg, "GDC", dict(top_p=dict(), **arms(arg)))

@@ -24,20 +24,17 @@ def task_of(arg, tasks):
     if task == arg:
         return None
     if task not in tasks:
-        raise InputError(f"the argument of the configuration is {arg!r}: expected paper or {_names(tasks)}")
+        names = ", ".join(f"paper_{name}" for name in tasks)
+        raise InputError(f"the argument of the configuration is {arg!r}: expected paper or {names}")
     return task
 
 
-def _names(tasks):
-    return ", ".join(f"paper_{name}" for name in tasks)
-
-
-def experiment(task, title, lm, arms, *, data=None, rewards=None, prompts=None, **sample):
+def experiment(task, title, lm, arms, *, data=None, rewards=None, prompts=None, judges=None, **sample):
     """A whole configuration: a task with a language model of the hub, judged with 25 samples of each prompt.
 
     Args:
       arms: label -> arm, whose `fit` has its own rounds, `explore` and `training`.
-      data, rewards: in place of those of the task's world, for exploring. prompts: the same, for judging.
+      data, rewards: in place of those of the task's world, for exploring. prompts, judges: the same, for judging.
       sample: settings of `sample` in which the paper differs.
     """
     parts = reward.WORLDS[WORLDS[task]]()
@@ -45,36 +42,42 @@ def experiment(task, title, lm, arms, *, data=None, rewards=None, prompts=None, 
     parts["sample"] |= dict(n=25, max_new=20) | sample
     parts["evaluate"] |= dict(lm_name=XL, fluency=dict(source=XL, dtype="float32"))
     parts["prompts"] = prompts or parts["prompts"]
+    parts["judges"] = judges or parts["judges"]
     learn = parts["learn"] | {k: v for k, v in dict(data=data, rewards=rewards).items() if v is not None}
     found = dict(base=dict(filter={}), top_p=dict()) | arms
     return sentiment.composed(title, {"train": None} | parts, reward.learning(learn, found))
 
 
+def words(text):
+    """The words of a text in lower case, without the punctuation beside them."""
+    return "".join(c if c.isalpha() else " " for c in text.lower()).split()
+
+
 def amazing(prompt, text):
     """1 where a text holds the word "amazing": the first single word of Khalifa et al. 2021, section 3."""
-    return float("amazing" in text.lower().split())
+    return float("amazing" in words(text))
 
 
 def politics(prompt, text):
     """1 where a text holds a word of a list about politics, shortened from that of PPLM."""
     listed = {"government", "election", "senate", "president", "vote", "law", "congress", "party", "policy", "minister"}
-    return float(bool(listed & set(text.lower().split())))
+    return float(bool(listed & set(words(text))))
 
 
 def female(prompt, text):
     """1 where female pronouns are more frequent than male ones."""
-    words = text.lower().split()
-    return float(sum(map(words.count, ("she", "her", "hers"))) > sum(map(words.count, ("he", "his", "him"))))
+    found = words(text)
+    return float(sum(map(found.count, ("she", "her", "hers"))) > sum(map(found.count, ("he", "his", "him"))))
 
 
 def science(prompt, text):
     """1 where a biography is of a scientist."""
-    return float(bool({"scientist", "physicist", "chemist", "biologist", "professor"} & set(text.lower().split())))
+    return float(bool({"scientist", "physicist", "chemist", "biologist", "professor"} & set(words(text))))
 
 
 def art(prompt, text):
     """1 where a biography is of an artist."""
-    return float(bool({"artist", "painter", "sculptor", "musician", "poet"} & set(text.lower().split())))
+    return float(bool({"artist", "painter", "sculptor", "musician", "poet"} & set(words(text))))
 
 
 def features(*names):

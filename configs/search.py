@@ -9,8 +9,8 @@ In the bundled world the oracle of sentiment chooses, so `best_of`, `rejection` 
 attribute as n grows), `tilted` and `beams` are compared on the share of positive text for the tokens that each draws;
 expected: the best of n highest, rejection below it with fewer tokens of text that is further from the base, beam search
 short and repetitive. In the yelp world there is RankGen's scorer beside it, fitted on sentences and what follows their
-first words, which is to raise MAUVE against human text; measured here it has not been. With `paper` the model is GPT-2
-XL with RankGen's plan: 2 beams, 10 candidates, 20 tokens.
+first words; the paper expects a higher MAUVE against human text, and nothing has been measured here. With `paper` the
+model is GPT-2 XL with RankGen's plan: 2 beams, 10 candidates, 20 tokens.
 """
 
 from configs import reward, sentiment

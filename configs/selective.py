@@ -10,9 +10,7 @@ base is the world's language model and the reward that of the world. `paper` has
 Expected: reward rises in every round, and further than that of the adapter alone at the same number of texts.
 """
 
-from ml_collections import ConfigDict
-
-from configs import reward
+from configs import paper, reward
 
 WIDTH = dict(bundled=64, yelp=128, tiny=8)
 PAPER = dict(context="stream", width=512)
@@ -32,9 +30,7 @@ def get_config(arg="bundled"):
     if arg != "paper":
         return reward.experiment(arg, "Selective generation", dict(top_p=dict(), **arms(arg)))
     made = dict(selective=dict(method="selective", strengths=(1.0,), fit=PAPER | dict(training=TRAINING)))
-    config = reward.experiment("yelp", "Selective generation", dict(top_p=dict(), **made)).to_dict()
-    config["lm"] = dict(source="gpt2-medium", dtype="float32")
-    return ConfigDict(config)
+    return paper.experiment("sentiment", "Selective generation", "openai-community/gpt2-medium", made)
 
 
 def sweep():

@@ -39,7 +39,8 @@ def arms(arg):
     return found
 
 
-# 50 tokens of prompt and 100 of continuation; the mean of the terms stands for a draw of one of them at each update.
+# Prompts are 16 words where the paper has 50 tokens; the mean of the terms stands for a draw of one of them at each
+# update.
 PAPER = dict(
     rounds=100,
     explore=dict(n=1, max_new=100, batch=256, greedy=True),
@@ -52,7 +53,7 @@ PAPER = dict(
 MIXED = dict(likelihood=0.5625, token=0.0, sequence=0.1875, policy=0.25 * 3.0, greedy=True)
 
 
-def paper_arms(task="repetition"):
+def paper_arms():
     sequence = dict(likelihood=0.5, token=0.0, sequence=0.5)  # Welleck et al. 2020
     common = dict(method="unlikelihood", rewards=DIVERSITY, strengths=(1.0,))
     weights = dict(sequence=sequence, implicit=MIXED)

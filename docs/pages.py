@@ -236,9 +236,9 @@ def scripts() -> str:
         "`ctg NAME` runs the script of that name; in a checkout, so does `python experiments/FILE.py`.",
     ]
     for file in sorted((ROOT / "experiments").glob("**/*.py")):
-        text, source = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "", file.read_text("utf-8")
+        source = file.read_text("utf-8")
         if "__main__" in source:
-            parts += [f"## {file.relative_to(ROOT / 'experiments')}", text]
+            parts += [f"## {file.relative_to(ROOT / 'experiments')}", ast.get_docstring(ast.parse(source)) or ""]
     return "\n\n".join(parts) + "\n"
 
 

@@ -158,7 +158,7 @@ def run(main: Callable[[Sequence[str], Session], Any], argv: Sequence[str] | Non
             keep_compiled()
             hosts.start(argv)
         with layout.laid_out(hosts.chosen(argv)) if devices else contextlib.nullcontext():
-            drawn = [name for name in metrics.BOARDS if f"--{name}" in argv or f"--{name}=true" in argv]
+            drawn = [name for name in metrics.BOARDS if hosts.switched(argv, f"--{name}")]
             session = Session(roots.opened(hosts.value(argv, "--root") or "runs"), boards=drawn)
             count = session.tally
             result = main(argv, session)

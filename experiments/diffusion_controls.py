@@ -35,7 +35,7 @@ def holds(name, value, rows, liked, tags, ends):
         return np.asarray(liked) == bool(value)
     if name in ("length", WITHIN):
         far = 0 if name == "length" else 2
-        return np.asarray([abs(len(row) - value - 1) <= far and bool({*row[-1:]} & {*ends}) for row in rows])
+        return np.asarray([len(row) > 0 and row[-1] in ends and abs(len(row) - value - 1) <= far for row in rows])
     wanted = [(i, TAGS.index(tag)) for i, tag in enumerate(value) if tag is not None]
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 

@@ -55,8 +55,8 @@ def chosen(argv: Sequence[str]) -> layout.Layout:
     Raises:
       InputError: a mesh that cannot be read, or that does not fit the devices.
     """
-    text, remat = value(argv, "--mesh"), "--remat" in argv or (value(argv, "--remat") or "").lower() == "true"
-    found = layout.read(text, remat, value(argv, "--plan") or "jit", value(argv, "--precision"))
+    text = value(argv, "--mesh")
+    found = layout.read(text, switched(argv, "--remat"), value(argv, "--plan") or "jit", value(argv, "--precision"))
     with layout.laid_out(found):
         layout.training()
         layout.local_plan()
@@ -96,6 +96,11 @@ def start(argv: Sequence[str]) -> None:
 def lost(error: BaseException) -> bool:
     """Whether an error means that another process of this run has ended, which JAX reports in several ways."""
     return processes.count() > 1 and bool(_GONE.search(str(error)))
+
+
+def switched(argv: Sequence[str], name: str) -> bool:
+    """Whether the command line sets a flag that is true or false, in any spelling that absl reads."""
+    return name in argv or (value(argv, name) or "").lower() in ("true", "t", "1")
 
 
 def value(argv: Sequence[str], name: str) -> str | None:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctg_jax import IDENTITY, Prompts, Sampling, generate, rng, tree
+from ctg_jax import IDENTITY, Sampling, generate, tree
 from ctg_jax.controls import truncate
 from ctg_jax.controls.streams import Stream
 from ctg_jax.learn import train
@@ -40,12 +40,10 @@ def shapes(dry):
     if dry:
         return {"tiny": bank.shapes("tiny")}
     llama = dict(vocab=128256, width=2048, depth=16, heads=32, kv_heads=8, mlp_width=8192, context=8192)
-    gemma = dict(vocab=262144, width=640, depth=18, heads=4, kv_heads=1, mlp_width=2048, context=32768)
-    norms = dict(head_dim=256, tied=True, activation="gelu_new", norm="rms_plus_one")
     return {
         "gpt2-xl": Transformer.gpt2(width=1600, depth=48, heads=25, **DTYPE),
         "llama-1b": Transformer.llama(**llama, tied=True, **DTYPE),
-        "gemma-270m": Transformer.llama(**gemma, **norms, **DTYPE),
+        "gemma-270m": bank.shapes("gemma", **DTYPE),
     }
 
 
@@ -72,19 +70,13 @@ def opened(lm):
     return jax.block_until_ready(jax.jit(lambda key: lm.unstack(lm.init(key)))(jax.random.key(0)))
 
 
-def prompts_of(lm, batch, length):
-    tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, length)).astype(np.int32)
-    keys = rng.per_example(jax.random.key(1), jnp.arange(batch))
-    return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys)
-
-
 def decoding(name, lm, params, found, dry):
     """Tokens per second of a batch, and their share of what the bandwidth allows."""
     new, length = (4, 4) if dry else (64, 32)
     once = 0 if lm.tied else tree.size_bytes(params["embed"])
     weights, width = tree.size_bytes(params) - once, jnp.dtype(lm.dtype).itemsize
     for batch in (1, 2) if dry else (1, 32, 256):
-        prompts = prompts_of(lm, batch, length)
+        prompts = bank.prompts_of(lm, batch, length)
         seconds = timed(lambda prompts=prompts: generate(lm, params, prompts, IDENTITY, Sampling(max_new=new)))
         cache = 2 * lm.depth * batch * (length + new / 2) * lm.kv_heads * lm.head_dim * width
         floor = new * (weights + cache) / found["bandwidth"]
@@ -109,7 +101,8 @@ def against_transformers(name, lm, params, found, dry):
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     new = 4 if dry else 64
     for batch in (1,) if dry else (1, 32, 256):
-        ids = torch.as_tensor(np.asarray(prompts_of(lm, batch, 4 if dry else 32).tokens), dtype=torch.long).to(place)
+        tokens = np.asarray(bank.prompts_of(lm, batch, 4 if dry else 32).tokens)
+        ids = torch.as_tensor(tokens, dtype=torch.long).to(place)
 
         def run(ids=ids):
             with torch.no_grad():
@@ -132,7 +125,7 @@ def controls(name, lm, params, found, dry):
         "rotate": push.replace(operator="rotate"), "lm_steer": lm_steer.init(lm, key, rank=64), "lora": tuned,
         "dexperts": dexperts.experts(Stream(control=tuned, lm=lm), Stream(control=tuned, lm=lm)),
     }  # fmt: skip
-    prompts, base = prompts_of(lm, batch, 4 if dry else 32), None
+    prompts, base = bank.prompts_of(lm, batch, 4 if dry else 32), None
     for kind, control in kinds.items():
         seconds = timed(lambda control=control: generate(lm, params, prompts, control, Sampling(max_new=new)))
         base = base or seconds
@@ -161,12 +154,8 @@ def training(name, lm, params, found, dry):
         run = jax.jit(step)
         seconds = timed(lambda run=run, state=state: run(state, {"params": stacked}, texts))
         share = flops * weights * batch * length / seconds / found["matrix"]
-        yield {
-            "section": "training",
-            "what": f"{name}, {kind}",
-            "tok_s": batch * length / seconds,
-            "of_matrix_rate": share,
-        }
+        row = {"section": "training", "what": f"{name}, {kind}", "tok_s": batch * length / seconds}
+        yield row | {"of_matrix_rate": share}
 
 
 SECTIONS = (decoding, controls, banks, training, against_transformers)
@@ -203,7 +192,7 @@ def markdown(facts, rows):
     return "\n".join(lines) + "\n"
 
 
-def main(argv, session=None):
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no further section begins")

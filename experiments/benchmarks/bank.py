@@ -29,14 +29,14 @@ from ctg_jax.models.decoder import Transformer
 COUNTS = (0, 1, 8, 32, 64, 128, 256)
 
 
-def shapes(name):
-    """The language model of a shape."""
+def shapes(name, **more):
+    """The language model of a shape; `more` are further settings of it, such as its dtype."""
     if name == "tiny":
-        return Transformer.gpt2(vocab=64, width=16, depth=2, heads=2, context=64)
+        return Transformer.gpt2(vocab=64, width=16, depth=2, heads=2, context=64, **more)
     if name == "gpt2":
-        return Transformer.gpt2()
+        return Transformer.gpt2(**more)
     gemma = dict(vocab=262144, width=640, depth=18, heads=4, kv_heads=1, mlp_width=2048, context=32768)
-    return Transformer.llama(**gemma, head_dim=256, tied=True, activation="gelu_new", norm="rms_plus_one")
+    return Transformer.llama(**gemma, head_dim=256, tied=True, activation="gelu_new", norm="rms_plus_one", **more)
 
 
 def entries(kind, lm, count):
@@ -54,6 +54,13 @@ def entries(kind, lm, count):
     return row_delta([finetune.init(lm, k, kind="lora", rank=4) for k in keys])
 
 
+def prompts_of(lm, batch, length):
+    """Random prompts."""
+    tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, length)).astype(np.int32)
+    keys = rng.per_example(jax.random.key(1), jnp.arange(batch))
+    return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys)
+
+
 def timed(f):
     start = time.perf_counter()
     jax.block_until_ready(f())
@@ -63,10 +70,7 @@ def timed(f):
 def measure(lm, kinds, counts, *, batch, prompt, new, repeats):
     """Rows {"kind", "distinct", "tok_s", "relative"}: tokens per second, and their ratio to those without control."""
     params = jax.block_until_ready(jax.jit(lm.unstack)(jax.jit(lm.init)(jax.random.key(0))))
-    tokens = np.random.default_rng(0).integers(0, lm.vocab - 1, (batch, prompt)).astype(np.int32)
-    keys = rng.per_example(jax.random.key(1), jnp.arange(batch))
-    prompts = Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), keys)
-    sampling, rows = Sampling(max_new=new), []
+    prompts, sampling, rows = prompts_of(lm, batch, prompt), Sampling(max_new=new), []
     for kind in kinds:
         control = entries(kind, lm, max(counts))
 

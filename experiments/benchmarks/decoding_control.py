@@ -1,6 +1,7 @@
 """What controls of the next-token distribution cost: seconds per token beside the number of passes, and beside PyTorch.
 
     python experiments/benchmarks/decoding_control.py [--shape=gpt2|mini|tiny] [--batch=1 --batch=8] [--method=gedi]
+                                                     [--json=FILE]
 
 For every method of `ctg_jax/methods/logits` the program of its example decodes in alternation with the plain one, and
 so do the arms of `ARMS`, whose settings are those of the papers. `passes` is what the models of a control read for each
@@ -64,7 +65,7 @@ def half(lm):
     return record(Transformer.gpt2(vocab=lm.vocab, context=lm.context, **sizes))
 
 
-# Arms -> (lm, key) -> control. Without a classifier in the formula, which the reference has neither.
+# Arm -> (lm, key) -> control. The formula has no classifier, since that of the reference has none.
 ARMS = {
     "arithmetic": formula,
     "critic": lambda lm, key: methods.get("critic").init(lm, key, top=10),

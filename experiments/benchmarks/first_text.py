@@ -75,16 +75,13 @@ def seconds(program, lm, new, threads, home):
 
 def define(fv):
     flags.DEFINE_string("lm", None, "folder of the language model", flag_values=fv)
-    flags.DEFINE_integer("repeats", 5, "processes of each library", flag_values=fv)
-    flags.DEFINE_integer("new", 20, "new tokens of a text", flag_values=fv)
-    flags.DEFINE_integer("threads", 1, "threads of each library", flag_values=fv)
+    flags.DEFINE_integer("repeats", 5, "processes of each library", 1, flag_values=fv)
+    flags.DEFINE_integer("new", 20, "new tokens of a text", 1, flag_values=fv)
+    flags.DEFINE_integer("threads", 1, "threads of each library", 1, flag_values=fv)
 
 
 def main(argv, session):
     fv, _ = cli.parse(argv, define, __doc__, devices=False, mesh=False)
-    for name in ("repeats", "new", "threads"):
-        if fv[name].value < 1:
-            raise InputError(f"--{name}={fv[name].value}: expected a whole number of at least 1")
     if not fv.lm:
         raise InputError("--lm is missing: give a folder in Hugging Face layout")
     with tempfile.TemporaryDirectory() as home:

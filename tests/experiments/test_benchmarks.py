@@ -132,7 +132,7 @@ def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):
     assert inside[0] > 0.5 * spent[0]  # its program was compiled in there
 
 
-TOGETHER = ("gedi", "self_debias", "critic", "value_model", "residual", "selective")
+TOGETHER = ("gedi", "self_debias", "critic", "value_model", "residual", "selective", "speculation")
 
 
 @pytest.mark.parametrize("arms", [("arithmetic", "fudge"), pytest.param(TOGETHER, marks=pytest.mark.slow)])

@@ -1,11 +1,12 @@
 """Command lines: unknown names, wrong values, help, exit codes, and how many stages ran."""
 
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 from ctg_jax.run.stage import stage
 from ctg_jax.types import InputError
-from experiments import cli, settings
+from experiments import cli, hosts, settings
 
 CONFIG = '''
 """A configuration."""
@@ -180,3 +181,12 @@ def test_none_is_the_name_of_a_choice_where_a_text_is_held():
     found = settings.given(config, ["--config.methods.a.fit.normalise=none", "--config.methods.a.fit.sites=None"])
     assert found == {"methods.a.fit.normalise": "none", "methods.a.fit.sites": None}
     assert settings.given(config, ["--config.methods.a.fit.other=none"]) == {"methods.a.fit.other": "none"}
+
+
+def test_switches_that_are_read_early_are_read_as_absl_reads_them():
+    """A board that absl takes for asked for, and that nothing draws, would be missed without a word."""
+    for spelling in ("--wandb", "--wandb=true", "--wandb=True", "--wandb=t", "--wandb=1", "--nowandb", "--wandb=0"):
+        values = flags.FlagValues()
+        cli.board_flags(values)
+        values(["script", spelling])
+        assert hosts.switched([spelling], "--wandb") is values.wandb, spelling

@@ -7,6 +7,7 @@ import jax
 import pytest
 from laws import worlds
 
+from configs import paper
 from ctg_jax import methods
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import check_settings
@@ -22,7 +23,10 @@ TASKS = {
     "ctrl": ("",),
     "dexperts": ("",),
     "proxy": ("",),
+    "correct": ("",),
+    "selective": ("",),
 }
+NOT_ALL_WEIGHTS = ("proxy", "correct", "selective")  # whose methods' own tests have their shapes
 SIZES = {  # GPT-2 by name, two blocks of each
     "gpt2": dict(width=768, heads=12),
     "gpt2-large": dict(width=1280, heads=20),
@@ -48,14 +52,13 @@ def test_every_setting_is_one(name, task):
             module = methods.get(arm.method)
             own = inspect.signature(module.fit).parameters
             rest = {key: value for key, value in arm.fit.items() if key not in own}
-            if hasattr(module, arm.method) and arm.method != "dexperts":  # whose settings are those of fine-tuning
-                check_settings(getattr(module, arm.method), rest)
-            for key in set(arm.fit.get("moments", ())):
-                assert key in arm.rewards
+            tuned = methods.get("finetune").finetune  # its settings are those of the experts too
+            check_settings(tuned if arm.method == "dexperts" else getattr(module, arm.method), rest)
+            assert set(arm.fit.get("moments", ())) <= set(arm.rewards)
     assert any(isinstance(arm, arms.MethodArm) for arm in found.values())
 
 
-@pytest.mark.parametrize("name", [n for n in TASKS if n != "proxy"])  # tests/methods/test_proxy.py has it
+@pytest.mark.parametrize("name", [n for n in TASKS if n not in NOT_ALL_WEIGHTS])
 def test_it_fits_on_paper(name):
     config = config_of(name, "").to_dict()
     lm = Transformer.gpt2(vocab=50257, depth=2, context=1024, **SIZES[config["lm"]["source"].rpartition("/")[2]])
@@ -73,3 +76,19 @@ def test_it_fits_on_paper(name):
 def test_an_unknown_task_is_refused():
     with pytest.raises(InputError, match="'paper_politeness': expected paper or paper_toxicity, paper_sentiment"):
         config_of("ppo", "_politeness")
+
+
+def test_features_are_words_whatever_punctuation_is_beside_them():
+    assert paper.amazing("", "It was Amazing!") == 1 and paper.amazing("", "It was amazingly good.") == 0
+    assert paper.female("", '"She," he said, "is her."') == 1 and paper.female("", "He, she.") == 0
+    assert paper.art("", "A painter; a man.") == 1 and paper.science("", "A painter; a man.") == 0
+
+
+def test_gdc_is_judged_by_the_features_that_it_asks_for():
+    assert set(config_of("gdc", "_hybrid").judges) == {"female", "politics"}
+
+
+def test_a_comparison_of_rare_rewards_keeps_how_a_method_explores():
+    arms_of = importlib.import_module("configs.compare_fair").get_config("yelp").methods
+    assert arms_of.quark.fit.explore.to_dict() == dict(n=8, max_new=20, batch=200, filter=dict(top_p=0.9))
+    assert "filter" not in arms_of.ppo.fit.explore

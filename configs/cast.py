@@ -5,9 +5,9 @@ Source: Lee et al. 2024; which texts open the gate is a setting (`field` and `va
     python experiments/main.py --config=configs/cast.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/cast.py[:yelp|:tiny]
 
-Beside it is the same vector without a gate. Expected: on prompts that lean to the negative the two move the share of
-positive text alike; on all others conditional steering leaves the samples of the language model as they are. `paper` is
-Qwen 1.5 1.8B, the smallest of the paper's models.
+Beside it is the same vector without a gate. Expected, not measured yet: on prompts that lean to the negative the two
+move the share of positive text alike; on all others conditional steering leaves the samples of the language model as
+they are. `paper` is Qwen 1.5 1.8B, the smallest of the paper's models.
 """
 
 from configs import sentiment, steer

@@ -9,9 +9,9 @@ asks for the other direction. The report draws the attribute against the KL of t
     python experiments/compare.py --config=configs/compare_equal_kl.py:gemma      any LM, OpenWebText; CTG_LM_DIR too
     python experiments/compare.py --config=configs/compare_equal_kl.py:tiny       seconds, for tests
 
-Expected: at a small KL every method moves the share of positive text, and their order is that of how much of what they
-change is sentiment. Wall time: that of `compare_sentiment.py` and about ten passes over the held-out texts for each
-strength.
+Expected, not measured yet: at a small KL every method moves the share of positive text, and their order is that of how
+much of what they change is sentiment. Wall time: that of `compare_sentiment.py` and about ten passes over the held-out
+texts for each strength.
 """
 
 from configs import cav, dexperts, finetune, lm_steer, sentiment, steer

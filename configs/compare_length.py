@@ -5,8 +5,8 @@ filtering samples by length), Retkowski & Waibel 2025 (filtering without trainin
 
     python experiments/compare.py --config=configs/compare_length.py[:yelp|:gemma|:tiny]
 
-The countdown counts tokens and the others words. Expected: the best of 16 comes near the countdown, and PPO lies
-between the base and the best of 4.
+The countdown counts tokens and the others words. Expected, not measured yet: the best of 16 comes near the countdown,
+and PPO lies between the base and the best of 4.
 """
 
 from configs import countdown, reward, sentiment

@@ -5,10 +5,10 @@ Stiennon et al. 2020 (best of n).
 
     python experiments/main.py --config=configs/correct.py[:yelp|:toxicity|:gemma|:tiny|:paper]
 
-Expected: one correction raises the share of texts with the attribute, three raise it further, and the best of four lies
-between them; a corrector draws two to three times the tokens of a sample. `combined` learns from human text and no
-reward, and so moves towards the data of the world. With `paper` the model is GPT-2 Large on RealToxicityPrompts, with
-10 samples of each prompt to learn from.
+Expected, not measured yet: one correction raises the share of texts with the attribute, three raise it further, and the
+best of four lies between them; a corrector draws two to three times the tokens of a sample. `combined` learns from
+human text and no reward, and so moves towards the data of the world. With `paper` the model is GPT-2 Large on
+RealToxicityPrompts, with 10 samples of each prompt to learn from.
 """
 
 from configs import paper, reward, sentiment

@@ -6,9 +6,9 @@ Source: Butcher et al. 2024.
     python experiments/ablate.py --config=configs/countdown.py[:yelp|:tiny]
 
 The countdown counts tokens, and the judge words, since a reward reads text: it says by how many words a text misses
-WORDS, and the figures of a report give the mean number of tokens too. Expected: the countdown misses its number of
-tokens by less than one on average where the base misses it by half of it, and the upper bound is never exceeded. With
-`paper` the model is Llama 2 7B, asked for 100 tokens.
+WORDS, and the figures of a report give the mean number of tokens too. Expected, not measured yet: the countdown misses
+its number of tokens by less than one on average where the base misses it by half of it, and the upper bound is never
+exceeded. With `paper` the model is Llama 2 7B, asked for 100 tokens.
 """
 
 from configs import sentiment

@@ -5,8 +5,9 @@ Sources: Eldan & Russinovich 2023 (the arm `forget`: alpha 5, the likeliest toke
 
     python experiments/main.py --config=configs/distil.py[:yelp|:tiny]
 
-Expected: `distilled` writes about as much positive text as its teacher `dexperts`, faster; `forget` writes less
-negative text than the base. Wall time: twice that of `configs/dexperts.py`.
+Expected, not measured yet: `distilled` writes about as much positive text as its teacher `dexperts`, faster; `forget`
+writes less negative text than the base. By the number of trainings it takes about twice as long as
+`configs/dexperts.py`.
 """
 
 from configs import sentiment

@@ -6,11 +6,11 @@ Sources: Jiang et al. 2020 (TLDR), Ren et al. 2024 (EMO), Carlsson et al. 2024 (
 
     python experiments/main.py --config=configs/objectives.py[:repetition|:yelp|:tiny]
 
-In the world `repetition` the LM is greedy and continues reviews. Expected: `hyperfit`, which sees 64 texts 40 times,
-repeats itself least, with copies of them and human text far less likely; `reweighted` and `earth_mover` stay near
-`likelihood` at as many updates, since the papers' claims are made for chit-chat and for unfiltered samples. Where texts
-have labels, `palms_8` and `palms_80` are fine-tuning on 8 and 80 positive ones, at a third of the rate: more texts move
-the share of positive text further.
+In the world `repetition` the LM is greedy and continues reviews. Expected, not measured yet: `hyperfit`, which sees 64
+texts 40 times, repeats itself least, with copies of them and human text far less likely; `reweighted` and `earth_mover`
+stay near `likelihood` at as many updates, since the papers' claims are made for chit-chat and for unfiltered samples.
+Where texts have labels, `palms_8` and `palms_80` are fine-tuning on 8 and 80 positive ones, at a third of the rate:
+more texts move the share of positive text further.
 """
 
 from configs import reward, sentiment

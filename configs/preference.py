@@ -6,10 +6,11 @@ Sources: Rafailov et al. 2023 (DPO), Azar et al. 2024 (IPO), Chen et al. 2024 (S
     python experiments/main.py --config=configs/preference.py[:yelp|:yelp_down|:tiny]
     python experiments/ablate.py --config=configs/preference.py[:yelp|:tiny]
 
-Expected: the share of positive text rises with each; iREPO, which learns by how much a text is better, stays nearer to
-the LM than DPO at the same share. SPIN and FIGA approach what they are shown: SPIN the texts that people wrote with the
-wanted label, FIGA the better samples. The rounds, samples and updates are those of the world, so that they compare with
-the other methods at equal cost; in the yelp worlds with half the updates, since a row is a pair.
+Expected, not measured yet: the share of positive text rises with each; iREPO, which learns by how much a text is
+better, stays nearer to the LM than DPO at the same share. SPIN and FIGA approach what they are shown: SPIN the texts
+that people wrote with the wanted label, FIGA the better samples. The rounds, samples and updates are those of the
+world, so that they compare with the other methods at equal cost; in the yelp worlds with half the updates, since a row
+is a pair.
 """
 
 from configs import reward

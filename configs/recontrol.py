@@ -5,8 +5,9 @@ Source: Kong et al. 2024; 30 steps at a rate of 1 and a hidden layer of 4096 are
     python experiments/main.py --config=configs/recontrol.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/recontrol.py[:yelp|:tiny]
 
-The value is learned from labelled texts here; in the paper from rewards of the model's own samples. Expected: the share
-of positive text rises with the rate until perplexity breaks. `paper` is Llama 3 8B with the authors' settings.
+The value is learned from labelled texts here; in the paper from rewards of the model's own samples. Expected, not
+measured yet: the share of positive text rises with the rate until perplexity breaks. `paper` is Llama 3 8B with the
+authors' settings.
 """
 
 from configs import sentiment

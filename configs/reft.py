@@ -5,8 +5,8 @@ Source: Wu et al. 2024; rank 4 and a learning rate of 2e-3 are within the paper'
     python experiments/main.py --config=configs/reft.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/reft.py[:yelp|:tiny]
 
-Expected: more positive text than without control, with 1,028 learned numbers where LoRA has 32,768 (yelp: 2,052 and
-196,608). `paper` is Llama 7B with rank 4 in every layer.
+Expected, not measured yet: more positive text than without control, with 1,028 learned numbers where LoRA has 32,768
+(yelp: 2,052 and 196,608). `paper` is Llama 7B with rank 4 in every layer.
 """
 
 from configs import sentiment

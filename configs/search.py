@@ -7,10 +7,10 @@ on true ones, over whole samples or over beams of 20 tokens), Graves 2012 and Wu
 
 In the bundled world the oracle of sentiment chooses, so `best_of`, `rejection` (its texts are the posterior given the
 attribute as n grows), `tilted` and `beams` are compared on the share of positive text for the tokens that each draws;
-expected: the best of n highest, rejection below it with fewer tokens of text that is further from the base, beam search
-short and repetitive. In the yelp world there is RankGen's scorer beside it, fitted on sentences and what follows their
-first words; the paper expects a higher MAUVE against human text, and nothing has been measured here. With `paper` the
-model is GPT-2 XL with RankGen's plan: 2 beams, 10 candidates, 20 tokens.
+expected, not measured yet: the best of n highest, rejection below it with fewer tokens of text that is further from the
+base, beam search short and repetitive. In the yelp world there is RankGen's scorer beside it, fitted on sentences and
+what follows their first words; the paper expects a higher MAUVE against human text, and nothing has been measured here.
+With `paper` the model is GPT-2 XL with RankGen's plan: 2 beams, 10 candidates, 20 tokens.
 """
 
 from configs import reward, sentiment

@@ -6,8 +6,8 @@ a rate of 0.1 move a code by 65 % of the way. Eight features for each dimension 
     python experiments/main.py --config=configs/sparse_steer.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/sparse_steer.py[:yelp|:tiny]
 
-Expected: the share of positive text moves with the strength, much as by the difference of means at equal KL. `paper` is
-Gemma 2 2B, a model of the size that such autoencoders are published for.
+Expected, not measured yet: the share of positive text moves with the strength, much as by the difference of means at
+equal KL. `paper` is Gemma 2 2B, a model of the size that such autoencoders are published for.
 """
 
 from configs import sentiment

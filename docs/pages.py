@@ -233,7 +233,8 @@ def scripts() -> str:
     """What every script of `experiments/` says of itself."""
     parts = [
         "# Scripts",
-        "`ctg NAME` runs the script of that name; in a checkout, so does `python experiments/FILE.py`.",
+        "In a checkout `python experiments/FILE.py` runs each of them. `ctg --help` lists those that are installed. "
+        "`ctg write` is generate.py, `ctg run` main.py and `ctg report` collect.py; the others are named as files.",
     ]
     for file in sorted((ROOT / "experiments").glob("**/*.py")):
         source = file.read_text("utf-8")

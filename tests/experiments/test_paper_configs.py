@@ -26,7 +26,7 @@ TASKS = {
     "correct": ("",),
     "selective": ("",),
 }
-NOT_ALL_WEIGHTS = ("proxy", "correct", "selective")  # whose methods' own tests have their shapes
+NOT_ALL_WEIGHTS = ("proxy", "correct", "selective")  # their shapes are tested by the laws, and in test_proxy.py
 SIZES = {  # GPT-2 by name, two blocks of each
     "gpt2": dict(width=768, heads=12),
     "gpt2-large": dict(width=1280, heads=20),

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ctg_jax.control import Control, leaves, overrides, strength_of, with_strength
-from ctg_jax.controls.conditions import check_choice, condition
+from ctg_jax.control import Chain, Control, leaves, overrides, strength_of, with_strength
+from ctg_jax.controls.conditions import check_choice, condition, gathered
+from ctg_jax.controls.streams import Stream
 from ctg_jax.types import InputError, Prompts
 
 
@@ -25,13 +26,19 @@ class Bank(Control):
 
     Attributes:
       one: a control whose leaves have a first axis K.
-      scale: float32 [] or, per row, [B]; multiplies the strength of the control of each row.
+      scale: float32 [] or, per row, [B]; multiplies the strength of the control of each row. The parts of a chain
+        keep their ratios.
       choice: the name of an int [B] entry of `prompts.cond`, from 0 to K − 1.
     """
 
     one: Control
     scale: jax.Array
     choice: str = struct.field(pytree_node=False, default="entry")
+
+    @property
+    def selects(self) -> bool:
+        """See `Control.selects`."""
+        return any(part.selects for part in leaves(self.one))
 
     @property
     def count(self) -> int:
@@ -48,13 +55,11 @@ class Bank(Control):
         return jax.tree.map(lambda x: x[0], self.one)
 
     def init(self, prompts, length):
-        index = condition(prompts, self.choice)
-        rows = jax.tree.map(lambda x: _taken(x, index), self.one)
-        scale = jnp.broadcast_to(jnp.asarray(self.scale, jnp.float32), index.shape)
+        rows = jax.tree.map(lambda x: gathered(x, prompts, self.choice), self.one)
+        scale = jnp.broadcast_to(jnp.asarray(self.scale, jnp.float32), condition(prompts, self.choice).shape)
 
         def begun(control: Control, factor: jax.Array, row: Prompts) -> Any:
-            if (strength := strength_of(control)) is not None:
-                control = with_strength(control, factor * strength)
+            control = _scaled(control, factor)
             return control, control.init(jax.tree.map(lambda x: x[None], row), length)
 
         return jax.vmap(begun)(rows, scale, prompts)
@@ -110,7 +115,8 @@ def bank(controls: Sequence[Control], choice: str = "entry") -> Bank:
         raise InputError("a bank was given no controls, expected at least one.")
     first = controls[0]
     for part in leaves(first):
-        if overrides(part, "weights") or part.readers():
+        weights = overrides(part, "weights") or overrides(part, "row_weights")
+        if weights or part.readers() or _streams(part):
             raise InputError(
                 f"{type(part).__name__} changes weights or reads with language models of its own, so its entries "
                 "cannot share one program: expected controls of prompts, states or logits."
@@ -126,11 +132,18 @@ def bank(controls: Sequence[Control], choice: str = "entry") -> Bank:
     return Bank(stacked, jnp.ones((), jnp.float32), choice)
 
 
-def _taken(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a table [K, …], NaN where the index of a row is none; `check` finds that before on the host."""
-    index = jnp.where(index < 0, table.shape[0], index)
-    filled = dict(fill_value=jnp.nan) if jnp.issubdtype(table.dtype, jnp.floating) else {}
-    return jnp.take(table, index, axis=0, mode="fill", **filled)
+def _streams(control: Control) -> bool:
+    """Whether a control holds a stream, also where `readers` lists none, such as one with a prompt of its own."""
+    found = jax.tree.leaves(control, is_leaf=lambda x: isinstance(x, Stream))
+    return any(isinstance(x, Stream) for x in found)
+
+
+def _scaled(control: Control, factor: jax.Array) -> Control:
+    """The control at `factor` times its strength; each part of a chain at `factor` times its own."""
+    if isinstance(control, Chain):
+        return control.replace(parts=tuple(_scaled(part, factor) for part in control.parts))
+    strength = strength_of(control)
+    return control if strength is None else with_strength(control, factor * strength)
 
 
 def _each(fn, state, *arrays: jax.Array) -> Any:

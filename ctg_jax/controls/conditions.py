@@ -20,10 +20,11 @@ def condition(prompts: Prompts, name: str) -> jax.Array:
 
 def gathered(table: jax.Array, prompts: Prompts, name: str) -> jax.Array:
     """The row of a table [C, …] that the entry int [B] of `prompts.cond` names, [B, …]; NaN where it names none, so
-    that inside a compiled program, where `check_choice` sees no values, a wrong index is never read as another row."""
+    that inside a compiled program, where `check_choice` sees no values, a wrong index is never read as another row. A
+    table without NaN, such as one of whole numbers, has the fill value of `jnp.take` there."""
     index = condition(prompts, name)
     index = jnp.where(index < 0, table.shape[0], index)  # a negative index would count from the end
-    return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
+    return jnp.take(table, index, axis=0, mode="fill")
 
 
 def check_choice(prompts: Prompts, name: str, count: int, what: str) -> None:

@@ -7,12 +7,13 @@ import pytest
 from laws import worlds
 
 from ctg_jax.control import Chain, with_strength
+from ctg_jax.controls import constraints
 from ctg_jax.controls.bank import bank
 from ctg_jax.controls.delta import row_delta
 from ctg_jax.controls.truncate import Temperature, TopP
 from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop
-from ctg_jax.methods import cav, dexperts, finetune, latent_steer, lm_steer, steer
+from ctg_jax.methods import cast, cav, dexperts, finetune, latent_steer, lm_steer, steer
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny()
@@ -99,6 +100,23 @@ def test_banks_of_prompts_and_of_prefixes():
             np.testing.assert_allclose(found[i], wanted[0], rtol=1e-4, atol=2e-4)
 
 
+def test_the_parts_of_a_chain_keep_the_ratios_of_their_strengths():
+    """0.1 and 0.2 as they are; in the second row both at half of it, and without a strength nothing is set."""
+    parts = (0.1 * steer.example(LM, jax.random.key(0)), Temperature(jnp.float32(2)))
+    chain = Chain((*parts, 0.2 * lm_steer.example(LM, jax.random.key(1))))
+    control = bank([chain]).replace(scale=jnp.array([1.0, 0.5]))
+    rows = control.init(worlds.prompts(ROWS[:2], cond={"entry": jnp.zeros(2, jnp.int32)}), 5)[0].parts
+    np.testing.assert_allclose([rows[0].scale, rows[2].scale], [[0.1, 0.05], [0.2, 0.1]])
+    np.testing.assert_allclose(jax.tree.leaves(rows[1])[0], [2, 2])
+
+
+def test_a_bank_of_filters_is_refused_in_front_of_a_rule_that_must_hold():
+    ban = constraints.Ban(jnp.asarray(constraints.marks([1], LM.vocab)))
+    constraints.check(Chain((ban, bank([TopP(jnp.float32(0.9))] * 2))), LM.vocab, 3)
+    with pytest.raises(InputError, match="Ban comes after Bank"):
+        constraints.check(Chain((bank([TopP(jnp.float32(0.9))] * 2), ban)), LM.vocab, 3)
+
+
 def test_bad_banks():
     one = steer.example(LM, jax.random.key(0))
     batch = worlds.prompts(ROWS[:2], cond={"entry": jnp.array([0, 2])})
@@ -110,8 +128,10 @@ def test_bad_banks():
         ([], "was given no controls"),
         ([one, one.replace(operator="rotate")], "control 2 of the bank is another kind, or has other settings"),
         ([one, cav.example(LM, jax.random.key(0))], "control 2 of the bank is another kind"),
-        ([finetune.example(LM, jax.random.key(0))], "Delta changes weights or reads"),
-        ([dexperts.example(LM, jax.random.key(0))], "Experts changes weights or reads"),
+        ([finetune.example(LM, jax.random.key(0))], "^Delta changes weights or reads"),
+        ([row_delta([finetune.example(LM, jax.random.key(0))])], "^RowDelta changes weights or reads"),
+        ([dexperts.example(LM, jax.random.key(0))], "^Experts changes weights or reads"),
+        ([cast.example(LM, jax.random.key(0))], "^Cast changes weights or reads"),
     ):
         with pytest.raises(InputError, match=words):
             bank(entries)

@@ -5,12 +5,13 @@ checkpoint of the model, and the name table of the model's family says which row
 fused kernel takes the changes of several modules side by side, and gives each of them its rows.
 
 A control vector is a GGUF file with a tensor `direction.l` [D] for each block l from 0, which is added to the output of
-that block, site l + 1 here. It needs the package `gguf`.
+that block, site l + 1 here; llama.cpp refuses a file with a vector for block 0. It needs the package `gguf`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from ctg_jax.models.hf.tensors import Leaf, Part
 from ctg_jax.types import InputError, optional
 
 _PREFIX = "base_model.model."
-_REFUSED = {"use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
+_REFUSED = {
+    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "alora_invocation_tokens": None,
+}  # fmt: skip
 
 
 def read_peft(folder: str | os.PathLike, lm: Transformer) -> Delta:
@@ -74,8 +77,13 @@ def write_peft(folder: str | os.PathLike, lm: Transformer, delta: Delta, base: s
       folder: made if need be. base: the name or folder of the model, for adapter_config.json.
 
     Raises:
-      InputError: a dense change, one of parameters that are no kernels of layers, a folder that cannot be written.
+      InputError: no change or a dense one, one of parameters that are no kernels of layers, a strength for each row, a
+        folder that cannot be written.
     """
+    if not delta.changes or np.ndim(delta.scale):
+        raise InputError(
+            "the control changes no kernel, or has a strength for each row: expected changes, one strength."
+        )
     known = dict(_kernels(lm))
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path, change in delta.changes.items():
@@ -144,8 +152,10 @@ def _layer(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], leaf:
     for module, parts in _modules(leaf).items():
         name = module.format(layer)
         keys = [f"{_PREFIX}{name}.lora_{x}.weight" for x in "AB"]
-        if keys[0] not in tensors:
+        if not any(key in tensors for key in keys):
             continue
+        if missing := [key for key in keys if key not in tensors]:
+            raise InputError(f"the adapter has no tensor {missing[0]}, which its other half needs: it is incomplete.")
         a, b = (tensors[key] for key in keys)
         rows = parts[0][1].shape[0]
         if a.shape[1] != into or b.shape != (rows, a.shape[0]):
@@ -160,9 +170,12 @@ def _layer(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], leaf:
 
 
 def _scaling(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r of a module; alpha / √r for rank-stabilised LoRA."""
+    """alpha / r of a module; alpha / √r for rank-stabilised LoRA. The keys of `alpha_pattern` are regular expressions
+    for the end of a module's name, as in PEFT."""
     own = settings.get("alpha_pattern") or {}
-    alpha = next((x for key, x in own.items() if module == key or module.endswith(f".{key}")), settings["lora_alpha"])
+    alpha = next((x for key, x in own.items() if re.match(rf"(.*\.)?({key})$", module)), settings.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        raise InputError(f"adapter_config.json has lora_alpha {alpha!r}, expected a number.")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 

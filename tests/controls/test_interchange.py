@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 
 from ctg_jax.controls.delta import lora
 from ctg_jax.controls.interchange import read_peft, write_peft
-from ctg_jax.controls.operators import Probe
-from ctg_jax.controls.selection import Positions
+from ctg_jax.controls.selection import positions
 from ctg_jax.methods import steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -63,9 +62,16 @@ def test_an_adapter_of_one_module_by_hand(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     stable = read_peft(tmp_path, LLAMA).weights(params)["layers"]["attn"]["qkv"]["kernel"]
     np.testing.assert_allclose(stable - params["layers"]["attn"]["qkv"]["kernel"], wanted * 2**0.5, atol=1e-5)
+    for pattern, share in ((r"layers\.[1-3]\.self_attn\.v_proj", 0.5), (r"layers\.0\.self_attn\.v_proj", 1)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | dict(alpha_pattern={pattern: 2})))
+        scaled = read_peft(tmp_path, LLAMA).weights(params)["layers"]["attn"]["qkv"]["kernel"]
+        gap = scaled - params["layers"]["attn"]["qkv"]["kernel"]
+        np.testing.assert_allclose(gap, share * wanted * 2**0.5, atol=1e-5)
     for change, words in (
         (dict(use_dora=True), "use_dora is True, which is more than a low-rank change"),
         (dict(peft_type="IA3"), "with peft_type 'LORA'"),
+        (dict(alora_invocation_tokens=[5]), r"alora_invocation_tokens is \[5\], which is more than"),
+        (dict(lora_alpha=None), "lora_alpha None, expected a number"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
         with pytest.raises(InputError, match=words):
@@ -75,6 +81,9 @@ def test_an_adapter_of_one_module_by_hand(tmp_path):
         read_peft(tmp_path, GPT2)
     with pytest.raises(InputError, match=r"but the kernel is \(8, 32\)"):
         read_peft(tmp_path, dataclasses.replace(LLAMA, width=32, head_dim=4))
+    save_file({name.format("A"): a}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"no tensor .*lora_B\.weight, which its other half needs"):
+        read_peft(tmp_path, LLAMA)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
@@ -151,3 +160,13 @@ def test_bad_files(tmp_path):
     full = changed(GPT2).replace(changes={"layers/attn/qkv/kernel": {"full": jnp.zeros((2, 48, 16))}})
     with pytest.raises(InputError, match="changes layers/attn/qkv/kernel densely"):
         write_peft(tmp_path, GPT2, full)
+    for delta in (changed(GPT2).replace(scale=jnp.ones(2)), full.replace(changes={})):
+        with pytest.raises(InputError, match="changes no kernel, or has a strength for each row"):
+            write_peft(tmp_path, GPT2, delta)
+    vectors = steer.example(GPT2, jax.random.key(0))  # acts behind the final norm as well
+    inner = vectors.replace(gate=vectors.gate.at[-1].set(0))
+    for control in (vectors, inner.replace(positions=positions("prompt"))):
+        with pytest.raises(InputError, match="added to the outputs of blocks at every token: expected positions 'all'"):
+            steer.write_gguf(tmp_path / "v.gguf", control, GPT2)
+    with pytest.raises(InputError, match="at one strength to all rows"):
+        steer.write_gguf(tmp_path / "v.gguf", inner.replace(cond="s"), GPT2)

@@ -155,13 +155,16 @@ def write_gguf(path: str | os.PathLike, control: Steer, lm: LM) -> None:
     """The vectors of a control at the sites where it acts, at its strength, as a vector for repeng or llama.cpp.
 
     Raises:
-      InputError: another operator than "add", selected tokens, a strength for each row, and what
-        `interchange.write_gguf` raises.
+      InputError: another operator than "add", a strength for each row, a choice of tokens, a vector behind the final
+        norm, and what `interchange.write_gguf` raises.
     """
     if control.operator != "add" or np.ndim(control.scale) or control.cond is not None:
         raise InputError("a control vector is added at one strength to all rows: expected operator 'add', one scale.")
-    if control.positions != Positions() or control.probe is not None:
-        raise InputError("a control vector is added to every token: expected positions 'all' and no probe.")
+    if control.positions != Positions() or control.probe is not None or float(control.gate[lm.depth + 1]):
+        raise InputError(
+            "a control vector is added to the outputs of blocks at every token: expected positions 'all', no probe, "
+            f"and sites up to {lm.depth}."
+        )
     push = np.asarray(control.scale * control.gate[:, None] * control.vector)
     interchange.write_gguf(path, {s: push[s] for s in np.flatnonzero(np.asarray(control.gate)).tolist()}, lm.family)
 

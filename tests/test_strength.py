@@ -13,8 +13,12 @@ from ctg_jax.control import Chain, strength_of
 from ctg_jax.controls.truncate import TopP
 from ctg_jax.evaluation import strength as strengths
 from ctg_jax.evaluation.strength import Divergence, dial, solve
+from ctg_jax.io import json_line
 from ctg_jax.methods import cav, dexperts, finetune, lm_steer, quark, steer
 from ctg_jax.models import hf
+from ctg_jax.run.stage import stage
+from ctg_jax.stages import sampling, sources
+from ctg_jax.stages.strengths import calibrate
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import TEXTS, write_lm
 
@@ -160,6 +164,23 @@ def test_the_door(opened, tmp_path):
         ctg.calibrate(mix, lm, ["the food was", "a"], kl=0.2)
     with pytest.raises(InputError, match="lm is str"):
         ctg.calibrate(mix, "lm", TEXTS, kl=0.2)
+
+
+def test_the_stage_multiplies_the_strengths_that_it_was_given(opened, tmp_path):
+    """Of one control too: an arm that names one control at 0.5 samples at 0.5 times what was found."""
+    lm = ctg.load(opened[0], root=tmp_path)
+    mix = ctg.steer.from_pairs(lm, [("the food was good", "the food was bad"), ("good", "bad")])
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json_line({"text": text}) for text in TEXTS))
+    data = stage(lm.session, sources.load_data, dict(source=f"jsonl:{path}", split="all"))
+    alone, half = (
+        stage(lm.session, calibrate, dict(kl=0.2, **given), lm=lm.artifact, data=data, controls=mix.artifacts).spec
+        for given in ({}, dict(strengths=(0.5,)))
+    )
+    measure = Divergence(*sampling.opened(lm.artifact), TEXTS)
+    for spec, factor in ((alone, 1.0), (half, 0.5)):
+        there = measure(methods.with_strength(mix.control, factor * spec["strength"]))
+        assert there == pytest.approx(0.2, rel=0.02) and there == pytest.approx(spec["kl"], rel=1e-3)
 
 
 def test_a_layer_and_a_strength_are_chosen_on_held_out_prompts(opened, tmp_path):

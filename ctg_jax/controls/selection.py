@@ -93,7 +93,7 @@ class Positions:
         else:
             part, start, stop, every = (x[:, None] for x in placed.rows.T)
         origin = jnp.where(part == 2, end, jnp.where(part == 3, end - 1, jnp.maximum(end - size, 0)))
-        low, high = (jnp.where((x < 0) & (part < 2), x + size, x) for x in (start, stop))
+        low, high = (jnp.where((x < 0) & (part < 2), jnp.maximum(x + size, 0), x) for x in (start, stop))
         at = pos - origin
         chosen = (at >= low) | ((part == 0) & (start == 0))
         chosen &= (at < high) & ((part != 1) | (pos < end)) & ((at - low) % every == 0)
@@ -178,6 +178,8 @@ def positions(value: Any) -> Positions:
         raise InputError(
             f"positions is {value!r}, expected start and stop from 0: a completion has no end to count from."
         )
+    if not isinstance(found.tokens, tuple) or any(type(i) is not int or i < 0 for i in found.tokens):
+        raise InputError(f"positions has the tokens {found.tokens!r}, expected a list of token ids, from 0.")
     if set(found.roles) - set(ROLES):
         raise InputError(f"positions has the roles {found.roles}, expected some of {', '.join(ROLES)}.")
     if found.row is not None and replaced(found) != Positions():

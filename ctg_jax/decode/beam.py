@@ -58,12 +58,13 @@ def beam_search(
     live = [[_Partial((), (), 0.0)] for _ in range(count)]
     whole: list[list[Hypothesis]] = [[] for _ in range(count)]
     done = [False] * count
+    most = beams * (1 + max(1, len(sampling.eos) + len(sampling.stop)))  # `beams` of them, at least, do not end
     for t in range(new):
         sums = np.full((count, beams), -np.inf, np.float32)
         for i, partials in enumerate(live):
             sums[i, : len(partials)] = [p.total for p in partials]
         check_finite(jnp.max(d.z, axis=1, keepdims=True))
-        totals, rows, tokens = (np.asarray(x) for x in _likeliest(d.z, jnp.asarray(sums), beams))
+        totals, rows, tokens = (np.asarray(x) for x in _likeliest(d.z, jnp.asarray(sums), beams, most))
         source, token = np.repeat(np.arange(count) * beams, beams), np.full(count * beams, sampling.pad)
         for i in range(count):
             if done[i]:
@@ -111,14 +112,14 @@ def _ends(tokens: tuple[int, ...], sampling: Sampling) -> bool:
     return tokens[-1] in sampling.eos or any(tokens[-len(stop) :] == tuple(stop) for stop in sampling.stop)
 
 
-@partial(jax.jit, static_argnames=("beams",))
-def _likeliest(z, sums, beams):
-    """(totals, rows within a prompt, tokens), [G, 2 · beams] each, of the likeliest extensions of sums [G, beams] by
+@partial(jax.jit, static_argnames=("beams", "most"))
+def _likeliest(z, sums, beams, most):
+    """(totals, rows within a prompt, tokens), [G, most] each, of the likeliest extensions of sums [G, beams] by
     the tokens of z [G · beams, V], best first; -inf for what is impossible."""
     count, vocab = sums.shape[0], z.shape[-1]
     logp = jnp.where(z <= REMOVED / 2, -jnp.inf, jax.nn.log_softmax(z, axis=-1))
     every = (logp.reshape(count, beams, vocab) + sums[:, :, None]).reshape(count, beams * vocab)
-    totals, at = lax.top_k(every, min(2 * beams, beams * vocab))
+    totals, at = lax.top_k(every, min(most, beams * vocab))
     return totals, at // vocab, at % vocab
 
 

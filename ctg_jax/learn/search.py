@@ -317,7 +317,7 @@ def searched(
     control = sampling.build(lm, controls, strengths, filter)
     options = Options(n=n, max_new=max_new, batch=batch, seed=seed)
     partial, size = run.path / "partial.jsonl", batch_of(plan, options, texts)
-    rows, cond = io.whole_batches(partial, size, len(texts) * n), sampling.conditions(controls, lm, texts)
+    rows, cond = io.whole_batches(partial, size, len(texts) * n), sampling.conditions(controls, lm, texts, records)
     found = search(
         *sampling.opened(lm), texts, judge, control, plan=plan, options=options, cond=cond, skip=len(rows)
     )  # fmt: skip

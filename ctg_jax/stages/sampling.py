@@ -16,7 +16,7 @@ from ctg_jax import evaluation, io, methods
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints, selection, truncate
 from ctg_jax.data import stops
-from ctg_jax.data.messages import Messages, prompt_of, shown, unanswered
+from ctg_jax.data.messages import Messages, is_messages, prompt_of, shown, unanswered
 from ctg_jax.decode import speculate, strategies
 from ctg_jax.io import json_line
 from ctg_jax.mesh import layout
@@ -122,16 +122,15 @@ def truncation(filter: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def conditions(
-    controls: Sequence[Artifact],
-    lm: Artifact,
-    texts: Sequence[str | Messages],
+    controls: Sequence[Artifact], lm: Artifact, texts: Sequence[str | Messages],
     records: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The entries of `prompts.cond` that methods compute from the texts of the prompts, such as their embeddings: name
-    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`. One
-    with a parameter `records` is given the records of the prompts as well, without fields where there are none. Where a
-    control selects by them, the roles of tokens are among them."""
+    -> array [n, …]. The function `conditions` of a method's module computes them; messages it reads as `shown`, without
+    an answer at their end. One with a parameter `records` is given the records of the prompts as well, without fields
+    where there are none. Where a control selects by them, the roles of tokens are among them."""
     found: dict[str, np.ndarray] = {}
+    texts = [unanswered({"messages": t})["messages"] if is_messages(t) else t for t in texts]
     for artifact in controls:
         if selection.asks_roles(artifact.spec.get("init")):
             found[selection.ROLE] = selection.roles(opened(lm)[2], texts)

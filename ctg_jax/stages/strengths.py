@@ -32,13 +32,15 @@ def calibrate(
       data: records with `text`, or `messages` that end with an answer of the assistant.
       controls: one control, or those of a chain.
       kl: nats per token; a negative number asks for a KL of its size at a negative strength.
-      strengths: of the controls of a chain, which keep their ratios; the one that is found multiplies them.
+      strengths: of the controls, which keep their ratios; the one that is found multiplies them. Without any it is the
+        strength itself, of several controls that of the first.
       tokens, batch: texts are cut there, and rows of a compiled batch.
 
     Raises:
       InputError: controls without a likelihood or a strength, a KL that they do not reach, texts that are too short.
     """
-    texts = [row["messages"] if has_messages(row) else row["text"] for row in data.rows("data.jsonl")]
+    rows = data.rows("data.jsonl")
+    texts = [row["messages"] if has_messages(row) else row["text"] for row in rows]
     given = list(strengths) or [None] * len(controls)
     control = sampling.build(lm, controls, given)
     if not strategies.of(control).likelihood:
@@ -46,10 +48,10 @@ def calibrate(
             f"{controls[0].path.name} gives no text a likelihood, so it has no KL to the base: leave kl out"
         )
     start, at = dial(control)
-    cond = sampling.conditions(controls, lm, texts)
+    cond = sampling.conditions(controls, lm, texts, rows)
     measure = Divergence(*open_lm(lm), texts, tokens=tokens, batch=batch, cond=cond)
     found = solve(lambda value: measure(at(value)), abs(kl), math.copysign(start, kl))
     for strength, value in found.tried:
         run.log(strength=strength, kl=value)
-    factor = next((x for x in given if x), 1.0) if len(controls) > 1 else 1.0
+    factor = next((x for x in given if x), 1.0)
     run.record(strength=found.strength / factor, kl=found.kl)

@@ -1,6 +1,8 @@
 """Which tokens a control acts on, and what it does there: numbers worked out by hand on three tokens, and the laws of
 batches, padding and caches for every selection and every operator."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from ctg_jax.controls.selection import END, ROLE, Placed, Positions, asks_roles,
 from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop, speculate
 from ctg_jax.methods import cav, dexperts, latent_steer, lm_steer, steer
+from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny()
@@ -44,6 +47,8 @@ def chosen(value, size, before=0, new=3, cond=None, tokens=None):
         ("last", [2], [4]),
         (dict(part="prompt", start=-2), [1, 2], [3, 4]),
         (dict(part="prompt", start=1, stop=-1), [1], [3]),
+        (dict(part="prompt", start=-5, every=2), [0, 2], [2, 4]),  # no more than the prompt has, as in a slice
+        (dict(part="prompt", stop=-4), [], []),
         (dict(start=1, stop=4), [1, 2, 3], [3, 4, 5]),
         (dict(part="generated", stop=1), [3], [5]),
         (dict(part="generated", every=2), [3, 5], [5, 7]),
@@ -53,11 +58,10 @@ def chosen(value, size, before=0, new=3, cond=None, tokens=None):
 )
 def test_places_by_hand(value, alone, behind):
     assert chosen(value, 3) == alone and chosen(value, 3, before=2) == behind
-    p = positions(value)
-    if not p.tokens:  # each row's own numbers give the same
-        row = jnp.array([[("all", "prompt", "generated", "answer").index(p.part), p.start, p.stop, p.every]])
-        assert chosen(dict(row="where"), 3, cond={"where": row}) == alone
-        assert chosen(dict(row="where"), 3, before=2, cond={"where": row}) == behind
+    p = positions(value)  # each row's own numbers give the same
+    row = jnp.array([[("all", "prompt", "generated", "answer").index(p.part), p.start, p.stop, p.every]])
+    assert chosen(dict(row="where"), 3, cond={"where": row}) == alone
+    assert chosen(dict(row="where"), 3, before=2, cond={"where": row}) == behind
 
 
 def test_tokens_and_roles_by_hand():
@@ -76,6 +80,8 @@ def test_tokens_and_roles_by_hand():
         (dict(window=3), "expected a name or a dictionary with some of part, start"),
         (dict(every=0), "every from 1"),
         (dict(part="generated", start=-1), "a completion has no end to count from"),
+        (dict(tokens=(3, -1)), r"positions has the tokens \(3, -1\), expected a list of token ids, from 0"),
+        (dict(tokens=5), "positions has the tokens 5, expected a list"),
         (dict(roles=("usr",)), "expected some of system, user, assistant, tool"),
         (dict(row="where", start=2), "beside row, which replaces them"),
     ],
@@ -222,13 +228,7 @@ def test_an_operator_without_the_base_is_refused_by_name():
     assert Placed.behind(jnp.array([3])).end.tolist() == [3]
 
 
-def test_roles_are_asked_for_by_a_control_and_by_what_it_holds():
-    user = {"positions": {"roles": ["user"]}}
-    assert asks_roles(user) and asks_roles({"least": 0.5, "steer": user})
-    assert not any(map(asks_roles, (None, {}, {"positions": "answer"}, {"steer": {"positions": {"tokens": [3]}}})))
-
-
-def test_roles_of_a_conversation(tmp_path):
+def test_roles_of_a_conversation(tmp_path, monkeypatch):
     from ctg_jax.data import load_tokenizer
     from tests.data.chats import write_chat_lm
 
@@ -239,4 +239,11 @@ def test_roles_of_a_conversation(tmp_path):
     conversation = tokenizer.chat.prompt(talk)
     assert found.shape == (2, len(conversation.ids)) and (found[0] == -1).all()
     np.testing.assert_array_equal(found[1] == 1, conversation.role("user"))
+    # Where the KL of an answer is measured, the prompt is what comes before the answer.
+    monkeypatch.setattr(sampling, "opened", lambda lm: (None, None, tokenizer))
+    artifact = SimpleNamespace(spec={"method": "steer", "init": {"positions": {"roles": ["user"]}}})
+    answered = [*talk, {"role": "assistant", "content": "good"}]
+    np.testing.assert_array_equal(sampling.conditions([artifact], None, ["plain", answered])[ROLE], found)
+    ids = tokenizer.chat.encode(answered)
+    assert ids.ids[: ids.answer.start] == conversation.ids
     np.testing.assert_array_equal(found[1] == 2, conversation.role("assistant"))

@@ -198,7 +198,8 @@ def test_one_beam_is_greedy_and_removed_tokens_are_never_extended():
 
 @pytest.mark.slow
 def test_beam_search_is_that_of_transformers(tmp_path):
-    """The best hypothesis and its score, for three penalties and an end token that matters."""
+    """The best hypothesis and its score, for three penalties and end tokens that matter; with many of them, most of the
+    likeliest extensions end."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from ctg_jax.models import hf
 
@@ -208,15 +209,15 @@ def test_beam_search_is_that_of_transformers(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path)).eval()
     prompt = [5, 9, 12]
     for penalty in (0.0, 1.0, 2.0):
-        for end in (3, 17):
+        for end in ((3,), (17,), (30, 16, 11, 31, 32, 42, 3, 5, 8, 41, 6, 36)):
             (mine,) = beam_search(
-                lm, params, worlds.prompts([prompt]), sampling=Sampling(6, eos=(end,)), beams=4, penalty=penalty
+                lm, params, worlds.prompts([prompt]), sampling=Sampling(6, eos=end), beams=4, penalty=penalty
             )
             with torch.no_grad():
                 out = theirs.generate(
                     torch.tensor([prompt]), attention_mask=torch.ones(1, 3, dtype=torch.long), num_beams=4,
-                    do_sample=False, max_new_tokens=6, length_penalty=penalty, early_stopping=False, eos_token_id=end,
-                    pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+                    do_sample=False, max_new_tokens=6, length_penalty=penalty, early_stopping=False,
+                    eos_token_id=list(end), pad_token_id=0, return_dict_in_generate=True, output_scores=True,
                 )  # fmt: skip
             row = out.sequences[0, 3:].tolist()
             assert list(mine[0].tokens) == row[: len(mine[0].tokens)]
@@ -260,7 +261,10 @@ def test_the_stage_is_the_best_of_the_samples_and_goes_on_after_a_kill(small, mo
         (r["prompt_id"], r["sample"], r["tokens"]) for r in best
     ]
     assert out.spec["kl_bound"] == pytest.approx(np.log(2) - 0.5) and out.spec["likelihood"] is False
+    given = []
+    monkeypatch.setattr(sampling, "conditions", lambda controls, lm, texts, records=(): given.append(records) or {})
     beam = stage(root, searched, dict(max_new=4, plan=dict(beams=3, penalty=1.0)), lm=lm, prompts=prompts)
+    assert given == [prompts.rows("data.jsonl")]  # what methods read of the records of the prompts
     assert len(beam.rows("samples.jsonl")) == 3
 
 

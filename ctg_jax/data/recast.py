@@ -27,13 +27,19 @@ def recast(record: Mapping[str, Any], templates: Mapping[str, str], where: str) 
       where: what messages call the record.
 
     Raises:
-      InputError: a template that is malformed or names what the record does not have; a text that does not begin with
-        the prompt, where both are made.
+      InputError: a template that is malformed or names what the record does not have; a prompt or text that is no
+        string; a text that does not begin with the prompt, where both are made.
     """
     known = {**_words(record.get("text")), **record}
     made = {name: _filled(name, template, known, where) for name, template in templates.items()}
     if isinstance(made.get("keywords"), str):
         made["keywords"] = _WORD.findall(made["keywords"])
+    for name in made.keys() & {"prompt", "text"}:
+        if not isinstance(made[name], str):
+            raise InputError(
+                f"the template of {name!r} makes {made[name]!r:.60} of {where}, expected a text: write {{field}} in "
+                "braces"
+            )
     if {"prompt", "text"} <= made.keys() and not made["text"].startswith(made["prompt"]):
         raise InputError(
             f"{where}: the text {made['text'][:60]!r} does not begin with the prompt {made['prompt'][:60]!r}: let the "

@@ -130,8 +130,8 @@ def rounds(lm: LM, params: Params, prompts: Prompts, chain: Chain, sampling: Sam
         token, alive, t, cache, state = carry
         mask = alive[:, None]
         told = draft.seen(state, token[:, None])
-        rows = draft.row_weights(params, state)
-        out = lm.apply(rows, lm.embed(params, token[:, None]), mask, cache, draft, told)
+        own = draft.row_weights(params, state)
+        out = lm.apply(own, lm.embed(params, token[:, None]), mask, cache, draft, told)
         z, after = edit_logits(draft, out.logits, out.hidden, token[:, None], mask, state)
         drawn = likeliest(z[:, 0]) if sampling.greedy else rng.draw(_at(prompts.keys, t + step), z[:, 0])
         after = undone(draft, state, after, None)

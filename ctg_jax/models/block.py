@@ -43,8 +43,8 @@ class Block(nn.Module):
         if between is not None:
             mid = between(mid)
         with jax.named_scope("mlp"):
-            beside = x if "mlp_norm" in lm.norms else y  # without a norm of its own it shares that of attention
-            y = norm("mlp_norm", beside if lm.parallel else mid)
+            start = x if "mlp_norm" in lm.norms else y  # without a norm of its own it shares that of attention
+            y = norm("mlp_norm", start if lm.parallel else mid)
             return mid + norm("mlp_post_norm", Mlp(lm, name="mlp")(y)), kv
 
 

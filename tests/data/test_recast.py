@@ -82,6 +82,7 @@ def test_files_of_lines_are_identified_by_their_contents(tmp_path):
         ({"text": "{text.upper}"}, "is malformed at 'text.upper': write {field}"),
         ({"text": "{text!r}"}, "is malformed at 'text'"),
         ({"text": 3}, "the template of 'text' is 3, expected a format string or the name of a field"),
+        ({"prompt": "scene", "text": "{scene}"}, r"of 'prompt' makes \['c'\] of x, expected a text: write {field} in"),
         ({"prompt": "{last} |", "text": "{text}"}, r"does not begin with the prompt"),
     ],
 )

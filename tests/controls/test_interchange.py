@@ -143,8 +143,8 @@ def test_control_vectors(tmp_path):
     [
         (dict(operator="rotate"), "expected operator 'add', one scale"),
         (dict(cond="much"), "expected operator 'add', one scale"),
-        (dict(positions=Positions("answer")), "expected positions 'all' and no probe"),
-        (dict(probe=Probe(jnp.zeros((5, 16)), jnp.zeros(5))), "expected positions 'all' and no probe"),
+        (dict(positions=Positions("answer")), "expected positions 'all', no probe"),
+        (dict(probe=Probe(jnp.zeros((5, 16)), jnp.zeros(5))), "expected positions 'all', no probe"),
     ],
 )
 def test_what_a_control_vector_cannot_say(tmp_path, change, words):

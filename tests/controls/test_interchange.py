@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from ctg_jax.controls.delta import lora
 from ctg_jax.controls.interchange import read_peft, write_peft
-from ctg_jax.controls.selection import positions
+from ctg_jax.controls.operators import Probe
+from ctg_jax.controls.selection import Positions, positions
 from ctg_jax.methods import steer
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer

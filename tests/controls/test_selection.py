@@ -228,6 +228,12 @@ def test_an_operator_without_the_base_is_refused_by_name():
     assert Placed.behind(jnp.array([3])).end.tolist() == [3]
 
 
+def test_roles_are_asked_for_by_a_control_and_by_what_it_holds():
+    user = {"positions": {"roles": ["user"]}}
+    assert asks_roles(user) and asks_roles({"least": 0.5, "steer": user})
+    assert not any(map(asks_roles, (None, {}, {"positions": "answer"}, {"steer": {"positions": {"tokens": [3]}}})))
+
+
 def test_roles_of_a_conversation(tmp_path, monkeypatch):
     from ctg_jax.data import load_tokenizer
     from tests.data.chats import write_chat_lm

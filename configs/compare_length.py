@@ -3,14 +3,20 @@
 Sources: Butcher et al. 2024 (the countdown and its upper bound), Jie et al. 2024 (a length reward for PPO, and
 filtering samples by length), Retkowski & Waibel 2025 (filtering without training).
 
-    python experiments/compare.py --config=configs/compare_length.py[:yelp|:gemma|:tiny]
+    python experiments/compare.py --config=configs/compare_length.py[:yelp|:gemma|:tiny|:requests|:requests=PATH]
 
 The countdown counts tokens and the others words. Expected, not measured yet: the best of 16 comes near the countdown,
 and PPO lies between the base and the best of 4.
+
+With `requests` one countdown, fitted in the yelp world, is asked for 5 to 60 tokens, alone and in a chain with LM-Steer
+at 3 and at -3. Sentences of Yelp have about 10 tokens, so texts of all these lengths are needed, with labels: JSON
+lines whose PATH follows. Without it the sentences are used, and the long requests are beyond what was learned.
 """
 
-from configs import countdown, reward, sentiment
+from configs import countdown, lm_steer, reward, sentiment
 from configs.countdown import REQUEST
+
+LENGTHS = (5, 10, 20, 30, 40, 60)
 
 
 def arms(arg):
@@ -24,5 +30,26 @@ def arms(arg):
     )
 
 
+def requests(path):
+    """The configuration of `requests`; `path` is that of the texts, or empty."""
+    parts = sentiment.yelp()
+    if path:
+        parts["train"] |= dict(source=f"jsonl:{path}", limit=None)
+    fit = dict(words=4, adapter=dict(rank=16), training=dict(steps=1200, batch=32, tokens=64, schedule="linear"))
+    steered = lm_steer.arms("yelp")["lm_steer"] | dict(strengths=(-3.0, 3.0))
+    found = dict(top_p=dict(), lm_steer=steered)
+    for length in LENGTHS:
+        asked = f"countdown_{length}"
+        found[asked] = dict(method="countdown", fit=fit | dict(length=length))
+        for name, strength in (("negative", -3.0), ("positive", 3.0)):
+            found[f"{name}_{length}"] = dict(chain={asked: 1.0, "lm_steer": strength})
+    parts["sample"] |= dict(n=4, max_new=max(LENGTHS) + 8)
+    parts["evaluate"] = dict(lm_name="yelp-gpt2-mini", resamples=1000)
+    return sentiment.composed("Requests for a length", parts, found)
+
+
 def get_config(arg="bundled"):
+    kind, _, path = arg.partition("=")
+    if kind == "requests":
+        return requests(path)
     return countdown.composed(sentiment.world(arg), "Length", arms(arg))

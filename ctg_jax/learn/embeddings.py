@@ -113,18 +113,25 @@ def pieces(latents: Artifact, tokenizer: Tokenizer, longest: int) -> Source:
     kept = [i for i, n in enumerate(lengths) if n <= longest]
     if not kept:
         raise InputError(f"prefix is {longest}, but no prefix of {latents.path} has so few tokens: allow longer ones")
-    return Source(str(latents.path), "all", _Pieces([records[i] for i in kept], x[kept]))
+    return with_rows(str(latents.path), [records[i] for i in kept], "latent", x[kept])
 
 
-class _Pieces(Sequence):
-    def __init__(self, records: list[dict[str, Any]], latents: np.ndarray):
-        self.records, self.latents = records, latents
+def with_rows(spec: str, records: Sequence[dict[str, Any]], field: str, rows: np.ndarray) -> Source:
+    """The records with one more field, whose value is the row of an array [n, …]. `spec` is what messages call them."""
+    return Source(spec, "all", _WithRows(records, field, rows))
+
+
+class _WithRows(Sequence):
+    """Makes a list of a row when its record is read, since lists take several times the memory of the array."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], field: str, rows: np.ndarray):
+        self.records, self.field, self.rows = records, field, rows
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {**self.records[i], "latent": self.latents[i].tolist()}
+        return {**self.records[i], self.field: self.rows[i].tolist()}
 
 
 def batches(latents: Artifact, *, batch: int, seed: int) -> Batches:

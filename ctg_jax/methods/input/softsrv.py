@@ -1,16 +1,16 @@
 """SoftSRV: a soft prompt for each example, made from an embedding of it (DeSalvo et al. 2024).
 
-A sentence encoder embeds an example as e. Its soft prompt is a mixture Σ_j w_j B_j of k learned prompts, with the weights
-w = softmax(G e + b), and the frozen language model learns to write the example behind it (the paper's mixture of prompts,
-MP_k). Behind the embeddings of other examples it writes texts like these, which is training data made without
-instructions. With k = 1 all texts have one prompt (the paper's NSP), and the method is prompt tuning. The paper's third
-kind, a network that writes the prompt (MC), is the prompter of `dglm`.
+A sentence encoder embeds an example as e. Its soft prompt is a mixture Σ_j w_j B_j of k learned prompts, with the
+weights w = softmax(G e + b), and the frozen language model learns to write the example behind it (the paper's mixture
+of prompts, MP_k). Behind the embeddings of other examples it writes texts like these, which is training data made
+without instructions. With k = 1 all texts have one prompt (the paper's NSP), and the method is prompt tuning. The
+paper's third kind, a network that writes the prompt (MC), is the prompter of `dglm`.
 
-The strength `scale` multiplies what the softmax reads: at 1 the weights are as they were learned, at 0 every example gets
-the mean of the k prompts, above 1 the largest weight grows. No strength gives the base model.
+The strength `scale` multiplies what the softmax reads: at 1 the weights are as they were learned, at 0 every example
+gets the mean of the k prompts, above 1 the largest weight grows. No strength gives the base model.
 
-A mixture that was trained on the embeddings of its own texts and writes behind these may copy them: use the embeddings of
-other texts, and measure the share of copied n-grams.
+A mixture that was trained on the embeddings of its own texts and writes behind these may copy them: use the embeddings
+of other texts, and measure the share of copied n-grams.
 
 Differences from the paper: the sentence encoder is one that is not trained further, and the gate is linear in its
 embedding. No public code of the authors was found.

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ctg_jax.data import requests
 from ctg_jax.data.messages import malformed
 from ctg_jax.data.recast import recast
 from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
@@ -99,6 +100,7 @@ def load(
     Args:
       spec: one of
         `bundled:reviews`    the corpus of `ctg_jax.data.reviews`; splits train, validation, test
+        `bundled:instructions`  prompts with instructions that code verifies (`ctg_jax.data.requests`); the same splits
         `text:PATH`          a file of text, a record for each line that is not empty, plain or `.gz` or `.xz`
         `jsonl:PATH`         a file of JSON objects, one a line, plain or `.gz` or `.xz`; its one split is `all` (or
                              `train`). If PATH is a folder, split NAME is its file NAME.jsonl (or .jsonl.gz, .jsonl.xz)
@@ -135,6 +137,8 @@ def content(spec: str, split: str = "train", sha256: Callable[[Path], str] = sha
         from ctg_jax.data import reviews
 
         return f"{spec}:{reviews.digest()}"
+    if spec == "bundled:instructions":
+        return f"{spec}:{requests.digest_of()}"
     if kind in ("jsonl", "text", "csv"):
         return f"{kind}:{_digest(_file(kind, name, match), sha256)}"
     if kind == "lines":
@@ -182,23 +186,27 @@ def _file(kind: str, name: str, match: re.Match) -> Path:
 
 
 def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    if name != "reviews":
-        raise InputError(f"data spec 'bundled:{name}' is unknown: the only bundled data set is bundled:reviews")
+    if name not in ("reviews", "instructions"):
+        raise InputError(f"data spec 'bundled:{name}' is unknown: there are bundled:reviews and bundled:instructions")
     from ctg_jax.data import builder
 
+    if match["name"] not in (splits := builder.SPLITS if name == "reviews" else requests.SPLITS):
+        raise InputError(f"split {match['name']!r} of bundled:{name} is unknown: use one of {', '.join(splits)}")
+    if name == "instructions":
+        return _sliced(requests.records(match["name"]), match)
     folder = builder.prepare(cache or Path.home() / ".cache" / "ctg_jax")
-    if match["name"] not in builder.SPLITS:
-        raise InputError(
-            f"split {match['name']!r} of bundled:reviews is unknown: use one of {', '.join(builder.SPLITS)}"
-        )
     return _tfds(str(folder), split, match, cache)
+
+
+def _sliced(records: list[Record], match: re.Match) -> list[Record]:
+    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
+    return records[start:stop]
 
 
 def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
     path = _file("jsonl", name, match)
     records = read_jsonl(path, _check_record)
-    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
-    return records[start:stop]
+    return _sliced(records, match)
 
 
 def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
@@ -208,8 +216,7 @@ def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequenc
             records = [{"text": line.strip()} for line in io.TextIOWrapper(file, encoding="utf-8") if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
         raise InputError(f"{path} cannot be read ({e})") from e
-    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
-    return records[start:stop]
+    return _sliced(records, match)
 
 
 def _fields(name: str, match: re.Match) -> dict[str, Path]:
@@ -232,8 +239,7 @@ def _lines(name: str, split: str, match: re.Match, cache: Path | None) -> Sequen
         counts = ", ".join(f"{field} {len(lines)}" for field, lines in columns.items())
         raise InputError(f"lines:{name}: the files have different numbers of lines ({counts})")
     records = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
-    return records[start:stop]
+    return _sliced(records, match)
 
 
 def _csv(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
@@ -248,8 +254,7 @@ def _csv(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence
     for i, record in enumerate(records):
         if record.keys() != fields or None in record.values():
             raise InputError(f"{path}: record {i} has another number of values than the {len(fields)} names of line 1")
-    start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
-    return records[start:stop]
+    return _sliced(records, match)
 
 
 def _check_record(record: Record) -> str | None:

@@ -2,6 +2,7 @@
 
 from ctg_jax.evaluation.agreement import auc, bleu, spearman
 from ctg_jax.evaluation.bootstrap import Bootstrap, Figure
+from ctg_jax.evaluation.factor import Factor, harmonic, held_out
 from ctg_jax.evaluation.figures import FIELD, Protocol, attribute, summary
 from ctg_jax.evaluation.fluency import kl_figure, kl_to_base, token_repetition
 from ctg_jax.evaluation.likelihood import LMScorer, log_probabilities
@@ -14,6 +15,7 @@ from ctg_jax.evaluation.text import coverage, distinct, diversity, ngrams, repet
 __all__ = [
     "FIELD",
     "Bootstrap",
+    "Factor",
     "Figure",
     "LMScorer",
     "Perplexity",
@@ -26,6 +28,8 @@ __all__ = [
     "distinct",
     "diversity",
     "evaluate",
+    "harmonic",
+    "held_out",
     "kl_figure",
     "kl_to_base",
     "log_probabilities",

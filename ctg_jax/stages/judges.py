@@ -46,7 +46,9 @@ def fit_judge(
         "function" (your own, of prompt and text), "length" (minus the error in words or characters; `target` is the
         request, such as "12 words" or "between 5 and 9 words", and left out where each prompt holds its own),
         "rank" (how well a text continues its prompt, fitted on prompts and continuations of documents; see
-        `ctg_jax.rewards.rank`).
+        `ctg_jax.rewards.rank`), "instructions", "keywords" and "slots" (the shares of a prompt's instructions that a
+        text follows, of its keywords that it mentions and of its slots that it realises; the first two read them in
+        `data`, the records of the prompts).
       encoder: a folder or hub id, or what `ctg_jax.learn.classifier` trained.
       data, heldout: texts with labels, to fit and to test on (those without a label are left out and counted in a
         warning); or comparisons. The stage `heldout` measures a judge on further sets.
@@ -72,7 +74,7 @@ def fit_judge(
     _check_settings(kind, module.SETTINGS, given | dict(problem=problem, threshold=threshold))
     if "data" in module.SETTINGS:
         if data is None:
-            raise InputError(f"a judge of kind {kind!r} is fitted on texts with labels, and no data were given")
+            raise InputError(f"a judge of kind {kind!r} is fitted on data, and none were given")
         settings = {"name": name, **given, "embedder": partial(rewards.open_embedder, run.session, encoder)}
         fitted = module.fit(data.rows("data.jsonl"), settings, str(data.path))
         fitted.save(run.path / "state")

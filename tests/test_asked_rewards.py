@@ -99,9 +99,7 @@ def test_bundled_instructions_can_all_be_checked_and_are_the_same_every_time():
     scores = judge([r["prompt"] for r in source], ["warm, friend"] * 50)
     assert len(np.unique(scores)) >= 3
     assert requests.records("train")[0] != requests.records("test")[0]
-    with pytest.raises(InputError, match="the prompt .Auf Deutsch.. is not among the records that the judge .positive."):
-        InputError, match="split 'dev' of bundled:instructions is unknown: use one of train, validation"
-    ):
+    with pytest.raises(InputError, match="split 'dev' of bundled:instructions is unknown: use one of train, valid"):
         load("bundled:instructions", "dev")
 
 

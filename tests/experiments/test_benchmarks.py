@@ -153,6 +153,21 @@ def test_controls_are_measured_beside_their_passes(benchmark, capsys, tmp_path, 
     assert "--method=gedy is not measured here" in capsys.readouterr().err
 
 
+def test_a_search_is_measured_beside_the_same_loop_with_transformers(benchmark, capsys, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    module, file = benchmark("search"), tmp_path / "rows.json"
+    words = ["--shape=tiny", "--beams=2", "--n=2", "--segment=2", "--new=5", "--prompt=3", "--repeats=1"]
+    assert cli.run(module.main, [*words, f"--json={file}"], devices=False) == 0
+    rows = json.loads(file.read_text())
+    assert [row["loop"] for row in rows] == ["ours", "again", "kept"] and all(row["tok_s"] > 0 for row in rows)
+    assert "over_ours" not in rows[0] and all(row["over_ours"] > 0 for row in rows[1:])
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    args = types.SimpleNamespace(beams=2, n=2)
+    tokens = np.array([[9, 1, 1], [9, 2, 2], [9, 2, 1], [9, 3, 3], [9, 4, 4], [9, 1, 1], [9, 1, 2], [9, 6, 6]])
+    assert module.kept_rows(args, tokens, 1).tolist() == [1, 1, 2, 2, 4, 4, 7, 7]
+
+
 @pytest.mark.slow
 def test_the_wait_for_the_first_text_is_measured_in_processes_of_their_own(benchmark, tmp_path, capsys):
     pytest.importorskip("torch")

@@ -268,6 +268,42 @@ def test_the_stage_is_the_best_of_the_samples_and_goes_on_after_a_kill(small, mo
     assert len(beam.rows("samples.jsonl")) == 3
 
 
+def test_a_search_over_segments_that_was_killed_between_looks_scores_nothing_twice(small, monkeypatch):
+    """The looks of the batch that was cut short are drawn again, and their values are read from disk."""
+    root, lm, _ = small
+    letters = rewards.TextReward("letters", "1", lambda rows: [r.count("a") + len(r) / 100 for r in rows])
+    asked, calls = [], []
+
+    def judged(artifact):
+        def one(prompts, texts):
+            calls.append(len(texts))
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            asked.extend(zip(prompts, texts))
+            return letters(prompts, texts)
+
+        one.name, one.threshold, one.version = "letters", 0.5, "1"
+        return one
+
+    monkeypatch.setattr(search, "open_judge", judged)
+    path = root / "looks.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "so"}\n')
+    prompts = stage(root, sources.load_data, dict(source=f"jsonl:{path}", split="all"))
+    judge = stage(root, judges.fit_judge, {"kind": "oracle"})
+    settings = dict(max_new=4, batch=4, plan=dict(n=2, beams=2, segment=1))
+    stop = 0
+    whole = stage(root / "whole", searched, settings, lm=lm, prompts=prompts, rewards=[judge]).rows("samples.jsonl")
+    every, asked[:], calls[:] = sorted(set(asked)), [], []
+    stop = 3  # the third look of the first prompt
+    with pytest.raises(KeyboardInterrupt):
+        stage(root / "cut", searched, settings, lm=lm, prompts=prompts, rewards=[judge])
+    assert len(calls) == 3 and asked
+    stop = 0
+    again = stage(root / "cut", searched, settings, lm=lm, prompts=prompts, rewards=[judge]).rows("samples.jsonl")
+    assert [(r["tokens"], r["value"]) for r in again] == [(r["tokens"], r["value"]) for r in whole]
+    assert sorted(asked) == every  # each once
+
+
 def test_bad_plans_and_values_raise_one_sentence(small):
     for plan, count, words in [
         (Plan(n=0), 1, "plan has n=0, beams=1, segment=0"),

@@ -3,9 +3,7 @@
 Sources: Lin et al. 2020 (CommonGen: a sentence with all of three to five concepts), Novikova et al. 2017 (E2E: a text
 that states the slots of a restaurant), Willard & Louf 2023 (the automaton), Stiennon et al. 2020 (the best of n).
 
-    python experiments/compare.py --config=configs/keywords.py:commongen
-    python experiments/compare.py --config=configs/keywords.py:e2e
-    python experiments/main.py --config=configs/keywords.py:tiny
+    python experiments/compare.py --config=configs/compare_keywords.py[:commongen|:e2e|:tiny]
 
 `tuned` is a LoRA on human texts whose prompts hold the concepts or slots, as in "field look stand =". In `automaton`
 its texts must also hold every word as it is in the prompt; `best` and `accepted` choose among its samples by coverage,

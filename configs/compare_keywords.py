@@ -11,7 +11,8 @@ the second stops at the first that covers all. Expected, not measured yet: the l
 nothing, `tuned` most, the automaton all but for words that CommonGen's stems tell apart, at the highest perplexity, and
 the best of 8 lies between these two. CTG_DATA_DIR is the folder of the corpora, which both worlds read by path; the
 files of E2E that are used are those with references, and the language model and the sentence encoder are those of the
-yelp world. Needs `pip install -e '.[form,metrics]'`."""
+yelp world. Needs `pip install -e '.[form,metrics]'`.
+"""
 
 from configs import sentiment
 from ctg_jax.rewards.slots import slots
@@ -28,7 +29,7 @@ def commongen(folder):
         return f"lines:concepts={stem}.src_alpha.txt|sentence={stem}.tgt.txt"
 
     with open(f"{folder}/commongen/commongen.dev.src_alpha.txt", encoding="utf-8") as file:
-        asked = [line.split() for line in file]
+        asked = [(line.strip(), line.split()) for line in file]
     train = dict(source=lines("train"), split="all", text=text, limit=20000)
     return train, dict(source=lines("dev"), text=text), "concepts", asked, dict(kind="keywords")
 
@@ -38,8 +39,8 @@ def e2e(folder):
 
     text, folder = dict(prompt="{mr} =", text="{mr} = {ref}"), f"{folder}/e2e/orig"
     with open(f"{folder}/testset_w_refs.csv", encoding="utf-8", newline="") as file:
-        found = [slots(row["mr"]) for row in csv.DictReader(file)]
-    asked = [[value for name, value in row if name in LITERAL] for row in found]
+        given = [row["mr"] for row in csv.DictReader(file)]
+    asked = [(mr, [value for name, value in slots(mr) if name in LITERAL]) for mr in given]
     train = dict(source=f"csv:{folder}/devset.csv", split="all", text=text)
     return train, dict(source=f"csv:{folder}/testset_w_refs.csv", text=text), "mr", asked, dict(kind="slots")
 
@@ -59,11 +60,11 @@ def world(arg):
     train, prompts, field, asked, judge = make(sentiment.data_folder(arg, f"{arg}/ and models/"))
     # A prompt is on several lines, one for each reference.
     starts = [i for i in range(len(asked)) if i == 0 or asked[i] != asked[i - 1]]
-    new, count = [asked[i] for i in starts[: PROMPTS[arg]]], starts[PROMPTS[arg]]
+    words, count = [asked[i][1] for i in starts[: PROMPTS[arg]]], starts[PROMPTS[arg]]
     prompts |= dict(split=f"all[:{count}]", balance=field, limit=1)
     parts |= dict(prompts=prompts, train=train, sample=dict(n=8, max_new=40, batch=96, filter=dict(top_p=0.9)))
     parts["evaluate"] = dict(lm_name="yelp-gpt2-mini", resamples=1000)
-    return parts, new, judge | (dict(data=dict(prompts)) if judge["kind"] == "keywords" else {})
+    return parts, words, judge | (dict(data=dict(prompts)) if judge["kind"] == "keywords" else {})
 
 
 def get_config(arg="commongen"):
@@ -73,7 +74,7 @@ def get_config(arg="commongen"):
     training = dict(steps=2, batch=4, tokens=16) if tiny else dict(steps=600, batch=32, tokens=72, schedule="linear")
     n, rewards = 2 if tiny else 8, dict(covered=dict(judge))
     adapter = dict(rank=2 if tiny else 16)
-    sizes = {} if tiny else dict(states=16384, classes=4096)
+    sizes = {} if tiny else dict(states=4096, classes=1024)
     forms = tuple(dict(words=tuple(words)) for words in asked)
     return sentiment.composed("Coverage", parts, dict(
         top_p=dict(),

@@ -6,7 +6,8 @@ Prompts are those of `bundled:instructions`, made by templates in IFEval's layou
 --config.prompts.source=jsonl:PATH and the same for the data of the judges and rewards. `follows` is strict and
 `loosely` is the paper's loose criterion: the share of texts that follow all instructions of their prompt, and as a mean
 the share of instructions. Expected, not measured yet: a model that was not taught to follow instructions does so by
-chance, above all where they forbid something, and the best of 16 doubles its share."""
+chance, above all where they forbid something, and the best of 16 doubles its share.
+"""
 
 from configs import sentiment
 

@@ -8,7 +8,8 @@ Source: DeSalvo et al. 2024.
 Prompts are the first words of texts, and the embedding of the whole text says what follows them; `one` has one prompt
 for all texts, which is prompt tuning. The figure `similarity` is that of the texts to those whose embeddings were read,
 and `mauve`, in the yelp world, that to other texts of people. Expected, not measured yet: the mixture is nearer to its
-examples than `one`, and `one` nearer to human text than the language model alone."""
+examples than `one`, and `one` nearer to human text than the language model alone.
+"""
 
 from configs import sentiment
 

@@ -4,7 +4,8 @@
 ignored, or a usual wording of it: "five star", "5 out of 5" for a rating of 5 out of 5, "not family-friendly" or
 "adults only" for familyFriendly[no]. The wordings are this library's, in the spirit of the regular expressions by which
 slot errors of E2E are counted (Dušek et al. 2019); a paraphrase that is none of them counts as missing. The syntax of
-Diffusion-LM, "name : The Vaults | Type : pub", is read too."""
+Diffusion-LM, "name : The Vaults | Type : pub", is read too.
+"""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ GUIDES = {  # pages in docs/
     "Models": "models.md",
     "Chat models": "chat.md",
     "Worlds": "worlds.md",
+    "Evaluation without a service": "offline_evaluation.md",
     "Beside other libraries": "peers.md",
     "Scripts": "scripts.md",
 }

@@ -15,6 +15,7 @@ yelp world. Needs `pip install -e '.[form,metrics]'`.
 """
 
 from configs import sentiment
+from ctg_jax.data import load
 from ctg_jax.rewards.slots import slots
 
 PROMPTS = {"commongen": 12, "e2e": 12}  # an automaton for each, in one table
@@ -28,18 +29,14 @@ def commongen(folder):
         stem = f"{folder}/commongen/commongen.{split}"
         return f"lines:concepts={stem}.src_alpha.txt|sentence={stem}.tgt.txt"
 
-    with open(f"{folder}/commongen/commongen.dev.src_alpha.txt", encoding="utf-8") as file:
-        asked = [(line.strip(), line.split()) for line in file]
+    asked = [(row["concepts"], row["concepts"].split()) for row in load(lines("dev"), "all", text="concepts")]
     train = dict(source=lines("train"), split="all", text=text, limit=20000)
     return train, dict(source=lines("dev"), text=text), "concepts", asked, dict(kind="keywords")
 
 
 def e2e(folder):
-    import csv
-
     text, folder = dict(prompt="{mr} =", text="{mr} = {ref}"), f"{folder}/e2e/orig"
-    with open(f"{folder}/testset_w_refs.csv", encoding="utf-8", newline="") as file:
-        given = [row["mr"] for row in csv.DictReader(file)]
+    given = [row["mr"] for row in load(f"csv:{folder}/testset_w_refs.csv", "all", text="mr")]
     asked = [(mr, [value for name, value in slots(mr) if name in LITERAL]) for mr in given]
     train = dict(source=f"csv:{folder}/devset.csv", split="all", text=text)
     return train, dict(source=f"csv:{folder}/testset_w_refs.csv", text=text), "mr", asked, dict(kind="slots")

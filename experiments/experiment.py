@@ -87,7 +87,8 @@ def run(root: str, config: ConfigDict) -> list[Result]:
 def _rehearse(trial: Session, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
     """Asks for every stage in a dry run, as far as an arm gets without the contents of a stage that has not run."""
     fixed = _fixed(trial, settings)
-    for label, arm in arms.items():
+    # An arm before those that name it in a chain, so that what is wrong with it is said of it.
+    for label, arm in sorted(arms.items(), key=lambda item: bool(getattr(item[1], "chain", ()))):
         try:
             _rows(trial, settings, fixed, label, arm, arms)
         except UnfinishedError:

@@ -138,6 +138,19 @@ def test_a_fit_trains_once_for_all_lengths(small):
     assert loop.generate(model, params, batch, each, Sampling(3)).tokens.shape == (2, 3)
 
 
+def test_the_records_of_prompts_ask_for_lengths(small):
+    root, lm, data = small
+    settings = dict(training=dict(steps=2, batch=4, tokens=16), adapter=dict(rank=2), shape=dict(longest=12), even=True)
+    fitted = countdown.fit(root, lm=lm, data=data, **settings)
+    found = countdown.conditions(fitted, lm, ["a", "b"], [{"tokens": 2}, {"tokens": 63}])
+    assert found["length"].tolist() == [2, 63] and countdown.conditions(fitted, lm, ["a"], [{}]) == {}
+    fixed = countdown.fit(root, lm=lm, data=data, length=3, **settings)
+    assert countdown.conditions(fixed, lm, ["a"], [{"tokens": 2}]) == {}
+    for asked in (64, 0, 2.5, None):
+        with pytest.raises(InputError, match=f"prompt 2 asks for {asked} tokens, expected a whole number from 1 to 63"):
+            countdown.conditions(fitted, lm, ["a", "b"], [{"tokens": 2}, {"tokens": asked}])
+
+
 def test_bad_input_raises_one_sentence(small, tmp_path):
     root, lm, data = small
     for settings, words in [

@@ -17,7 +17,7 @@ found. `scale` multiplies the table and the change of weights, so that 0 is the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -240,6 +240,29 @@ def of_length(run: Run, *, lm: Artifact, learned: Artifact, length: float) -> No
     jax.eval_shape(lambda key: init(model, key, **made), jax.random.key(0))  # refuses a length that cannot be
     control = methods.load(learned, model).replace(length=jnp.float32(length), cond=None)
     fitting.keep(run, control, "countdown", made)
+
+
+def conditions(
+    artifact: Artifact, lm: Artifact, texts: Sequence[str], records: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """The length that each row asks for, float32 [n], where the control reads one: the field `tokens` of the prompt's
+    record. Empty where the control has a length of its own, or no record has the field.
+
+    Raises:
+      InputError: a record without the field where others have it, or with other than a whole number from 1 to what the
+        model's context holds.
+    """
+    name, most = artifact.spec["init"].get("cond"), open_lm(lm)[0].context - 1
+    if name is None or not any("tokens" in record for record in records):
+        return {}
+    found = [record.get("tokens") for record in records]
+    for i, asked in enumerate(found):
+        if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= most:
+            raise InputError(
+                f"prompt {i + 1} asks for {asked!r} tokens, expected a whole number from 1 to {most}, which the "
+                "model's context holds."
+            )
+    return {name: np.asarray(found, np.float32)}
 
 
 def completed(records: list[dict[str, Any]], tokenizer: Any, words: int, most: int) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ def arms(arg):
 
 def get_config(arg="bundled"):
     parts = sentiment.world(arg)
+    if arg in ("bundled", "tiny"):
+        parts["prompts"] |= dict(text=dict(prompt="prompt", text="text", source="text"))
     if arg == "yelp":
         parts["prompts"] |= dict(words=1, text=dict(text="text", source="text"))
         parts["evaluate"] |= dict(references=parts["prompts"] | dict(words=None, text="text", skip=1000, limit=250))

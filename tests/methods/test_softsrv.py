@@ -74,7 +74,7 @@ def test_a_fit_embeds_its_texts_and_reads_other_examples(small):
     fitted = softsrv.fit(root, lm=lm, data=data, prompts=3, length=2, training=dict(steps=2, batch=4, tokens=8))
     control = methods.load(fitted, open_lm(lm)[0])
     assert control.basis.shape == (3, 2, 16) and control.reads == "example"
-    records = [{"source": "good fun"}, {"reference": "bad and sad"}, {}]
+    records = [{"source": "good fun"}, {"reference": "good fun"}, {}]
     found = softsrv.conditions(fitted, lm, ["so", "bad", "good fun"], records)["example"]
     assert found.shape == (3, control.gate["kernel"].shape[1])
     np.testing.assert_allclose(found[0], found[2], atol=1e-6)

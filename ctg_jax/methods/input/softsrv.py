@@ -176,8 +176,7 @@ def softsrv(
 def conditions(
     artifact: Artifact, lm: Artifact, texts: Sequence[str], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
-    """The embeddings of the examples: of the field `source` of a prompt's record, where it has none the whole text that
-    the prompt was cut from, and else the prompt.
+    """The embeddings of the examples: of the field `source` of a prompt's record, or of the prompt where it has none.
 
     Raises:
       InputError: the encoder that the control was made with has changed since.
@@ -188,4 +187,4 @@ def conditions(
             f"{artifact.path.name} was made with the encoder {artifact.spec['version']}, but "
             f"{artifact.spec['encoder']} now holds {embed.version}: restore that encoder, or fit the control again"
         )
-    return {EXAMPLE: embed([r.get("source", r.get("reference", text)) for text, r in zip(texts, records)])}
+    return {EXAMPLE: embed([r.get("source", text) for text, r in zip(texts, records)])}

@@ -67,9 +67,12 @@ def timed(f):
     return time.perf_counter() - start
 
 
-def measure(lm, kinds, counts, *, batch, prompt, new, repeats):
-    """Rows {"kind", "distinct", "tok_s", "relative"}: tokens per second, and their ratio to those without control."""
-    params = jax.block_until_ready(jax.jit(lm.unstack)(jax.jit(lm.init)(jax.random.key(0))))
+def measure(lm, kinds, counts, *, batch, prompt, new, repeats, params=None):
+    """Rows {"kind", "distinct", "tok_s", "relative"}: tokens per second, and their ratio to those without control.
+
+    params: unstacked; None: random ones."""
+    if params is None:
+        params = jax.block_until_ready(jax.jit(lm.unstack)(jax.jit(lm.init)(jax.random.key(0))))
     prompts, sampling, rows = prompts_of(lm, batch, prompt), Sampling(max_new=new), []
     for kind in kinds:
         control = entries(kind, lm, max(counts))

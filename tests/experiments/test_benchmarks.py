@@ -40,10 +40,10 @@ def benchmark(monkeypatch):
 
 
 # It reads its own flags, because a bare CUDA image lacks the library of the others.
-BARE = "accelerator"
+BARE = ("accelerator", "accelerator_sections")
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != BARE))
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in BARE))
 def test_a_benchmark_has_the_command_line_of_every_script(benchmark, capsys, name):
     main = benchmark(name).main
     assert cli.run(main, ["--help"], devices=False) == 0
@@ -86,17 +86,27 @@ def test_the_benchmark_of_banks_runs_every_kind(benchmark):
 
 
 def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypatch, capsys):
-    """Every section but that of another library, which takes long to import; and what the time does not allow."""
-    bench = benchmark(BARE)
-    monkeypatch.setattr(bench, "SECTIONS", tuple(s for s in bench.SECTIONS if s is not bench.against_transformers))
+    """Every section once, but that of another library, which takes long to import; one that fails, whose message is
+    kept while the others run; and what the time does not allow."""
+    bench = benchmark(BARE[0])
+    sections = {s.__name__: s for _, s in bench.PLAN if s is not bench.sections.against_transformers}
+
+    def broken(b):
+        yield b.row("broken", "first", speed=1.0, unit="tokens/s")
+        raise ValueError("no such kernel | here\nmore")
+
+    plan = [("gpt2-small", broken), *(("gpt2-small", s) for s in sections.values())]
+    monkeypatch.setattr(bench, "PLAN", plan)
     assert bench.main(["--dry", f"--out={tmp_path}"]) == 0
     saved = json.loads((tmp_path / "accelerator.json").read_text())
     assert saved["device"]["bandwidth"] > 0 and saved["device"]["matrix"] > 0
-    assert {row["section"] for row in saved["rows"]} == {"decoding", "controls", "banks", "training"}
-    assert all(row.keys() & {"tok_s", "relative"} for row in saved["rows"])
+    ran = {"decoding", "controls", "banks", "training", "quark", "dglm", "latent vectors"}
+    assert {row["section"] for row in saved["rows"]} == ran | {"broken"}
+    assert [r["left_out"] for r in saved["rows"] if "left_out" in r] == ["ValueError: no such kernel | here"]
+    assert all(row.keys() & {"speed", "relative", "left_out"} for row in saved["rows"])
     assert (tmp_path / "accelerator.md").read_text().count("\n") == len(saved["rows"]) + 4
     _, rows = bench.measure(True, 0)
-    assert [row["left_out"] for row in rows] == ["the time was up"] * 4
+    assert [row["left_out"] for row in rows] == ["the time was up"] * len(plan)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ctg_jax.support import REMOVED, remove, removed, settle
 from ctg_jax.types import InputError, Sampling
 
 LM = worlds.Bigram(vocab=50)
-PARAMS = LM.init(jax.random.key(0))
+PARAMS = jax.jit(LM.init)(jax.random.key(0))
 PROMPTS = worlds.prompts([[1, 2, 3], [4], [5, 6]])
 SAMPLING = Sampling(max_new=3)
 WORLD = worlds.Bigram()

@@ -17,7 +17,7 @@ from ctg_jax.types import InputError, Sampling
 
 TOKENIZER = train_bpe(["the soup was good", "the food was bad"] * 4, 270)
 LM = worlds.Bigram(vocab=TOKENIZER.vocab + 40, context=64)
-PARAMS = LM.init(jax.random.key(0))
+PARAMS = jax.jit(LM.init)(jax.random.key(0))
 OPTIONS = sampling.Options(n=64, max_new=4, batch=64)
 KNOWN = TOKENIZER.known(LM.vocab)
 

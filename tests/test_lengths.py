@@ -28,7 +28,7 @@ from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 
 LM = Transformer.gpt2(vocab=20, width=16, depth=1, heads=2, context=16)
-PARAMS = LM.init(jax.random.key(0))
+PARAMS = jax.jit(LM.init)(jax.random.key(0))
 SOFT = SoftPrompt(soft_prompt(jax.random.key(1), 8, LM.width))
 ROW = list(range(1, 9))
 

@@ -183,7 +183,7 @@ def write_chat_lm(folder, name, context=160):
         family="gpt2", vocab=tokenizer.vocab, width=16, depth=2, heads=2, kv_heads=2, head_dim=8, mlp_width=32,
         context=context,
     )  # fmt: skip
-    hf.save(folder, lm, lm.init(jax.random.key(0)), tokens={"eos_token_id": list(tokenizer.ends)})
+    hf.save(folder, lm, jax.jit(lm.init)(jax.random.key(0)), tokens={"eos_token_id": list(tokenizer.ends)})
     write_tokenizer(folder, name)
     return folder
 

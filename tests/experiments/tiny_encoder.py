@@ -23,6 +23,8 @@ def write_encoder(folder):
     core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=16, **names).save_pretrained(folder)
-    params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, BERT.init(jax.random.key(0)))  # more than noise
+    params = jax.tree.map(
+        lambda x: 6 * x if x.ndim > 1 else x, jax.jit(BERT.init)(jax.random.key(0))
+    )  # more than noise
     hf.save(folder, BERT, params)
     return folder

@@ -15,6 +15,6 @@ def write_lm(folder, *, vocab=270, width=16, seed=0, context=32):
         family="gpt2", vocab=tokenizer.vocab, width=width, depth=2, heads=2, kv_heads=2, head_dim=width // 2,
         mlp_width=2 * width, context=context,
     )  # fmt: skip
-    hf.save(folder, lm, lm.init(jax.random.key(seed)), tokens={"eos_token_id": tokenizer.eos})
+    hf.save(folder, lm, jax.jit(lm.init)(jax.random.key(seed)), tokens={"eos_token_id": tokenizer.eos})
     tokenizer.save(folder)
     return folder

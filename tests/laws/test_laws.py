@@ -13,6 +13,7 @@ import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from laws import worlds
+from laws.examples import CASES, LM, METHODS, build, example
 
 from ctg_jax import methods, tree
 from ctg_jax.control import IDENTITY, Chain, Control, edit_logits
@@ -32,30 +33,10 @@ from ctg_jax.run import checkpoint
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Sampling
 
-LM = worlds.tiny()
 PARAMS = worlds.lively(LM)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1], [2, 8], [7, 7, 7, 7, 7], [5, 1, 4], [10, 9]]
 PROMPTS = worlds.prompts(ROWS)
 SAMPLING = Sampling(max_new=4)
-METHODS = [n for n in methods.names() if hasattr(methods.get(n), "example")]
-CASES = [*METHODS, "chain"]
-
-
-def mixed(lm, key, parts=None) -> Chain:
-    parts = parts or (finetune.example, steer.example, dexperts.example)
-    keys = jax.random.split(key, 4)
-    prompt = SoftPrompt(soft_prompt(keys[3], 2, lm.width, deviation=1.0))
-    made = [make(lm, k) for make, k in zip(parts, keys)]
-    return Chain((prompt, Chain((truncate.TopP(jnp.float32(0.95)), *made[1:])), made[0]))
-
-
-def build(name, lm=LM) -> Control:
-    if name == "chain":
-        return mixed(lm, jax.random.key(7))
-    module = methods.get(name)
-    for need in ("init", "example", "neutral"):
-        assert hasattr(module, need), f"methods/{name}.py lacks {need}; see docs/new_method.md"
-    return jax.tree.map(jnp.asarray, module.example(lm, jax.random.key(7)))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -259,8 +240,7 @@ def test_gradients_reach_only_the_control(control):
 
 
 def test_a_checkpoint_round_trip(name, control, tmp_path):
-    make = (lambda k: mixed(LM, k)) if name == "chain" else (lambda k: methods.get(name).example(LM, k))
-    like = jax.eval_shape(make, jax.random.key(0))
+    like = jax.eval_shape(lambda k: example(name, LM, k), jax.random.key(0))
     checkpoint.save(tmp_path / "c", control)
     found = checkpoint.load(tmp_path / "c", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like))
     assert jax.tree.structure(found) == jax.tree.structure(control)  # static fields included
@@ -315,7 +295,7 @@ def test_large_models_fit_on_paper(name, shape, depth):
     lm, key = SHAPES[shape](), jax.random.key(0)
     lm = dataclasses.replace(lm, depth=depth or lm.depth)
     params = jax.eval_shape(lm.init, key)
-    control = jax.eval_shape((lambda k: mixed(lm, k)) if name == "chain" else (lambda k: build(name, lm)), key)
+    control = jax.eval_shape(lambda k: example(name, lm, k), key)
     batch = jax.eval_shape(lambda: worlds.prompts([[1, 2, 3, 4]] * 8))
     out = jax.eval_shape(lambda p, b, c: loop.loop(lm, p, b, c, SAMPLING), params, batch, control)
     assert out.tokens.shape == (8, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -79,10 +80,14 @@ def tiny(vocab: int = 11, depth: int = 2, **more) -> Transformer:
     return Transformer.gpt2(vocab=vocab, width=16, depth=depth, heads=2, context=48, **more)
 
 
+@functools.cache
 def lively(lm: Transformer, seed: int = 0, factor: float = 12) -> dict:
     """Random parameters large enough that predictions differ between tokens and contexts."""
-    params = lm.init(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * factor if x.ndim > 1 and x.shape[-1] > 1 and not jnp.all(x == 1) else x, params)
+
+    def louder(x):
+        return jnp.where(jnp.all(x == 1), x, x * factor) if x.ndim > 1 and x.shape[-1] > 1 else x
+
+    return jax.jit(lambda key: jax.tree.map(louder, lm.init(key)))(jax.random.key(seed))
 
 
 def prompts(rows: list[list[int]], length: int | None = None, seed: int = 0, cond=None) -> Prompts:

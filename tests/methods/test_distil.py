@@ -15,8 +15,8 @@ from ctg_jax.run.stage import open_artifact, open_lm
 from ctg_jax.types import InputError
 
 LM = worlds.Bigram(vocab=3)
-PARAMS = LM.init(jax.random.key(0))
-OTHER = LM.init(jax.random.key(1))
+PARAMS = jax.jit(LM.init)(jax.random.key(0))
+OTHER = jax.jit(LM.init)(jax.random.key(1))
 TEACHER = experts(anti=Stream(OTHER, lm=LM), alpha=2.0, rule="forget")
 ROWS = {
     "tokens": jnp.array([[0, 1, 2, 0, 2, 1, 1, 0, 0, 2]]), "mask": jnp.ones((1, 10), bool), "ids": jnp.array([0]),

@@ -16,7 +16,7 @@ LM = Transformer.llama(
     **dict(vocab=24, width=16, depth=5, heads=4, kv_heads=2, mlp_width=24, context=32),
     **dict(rope_theta=500.0, pattern=PATTERN, qk_norm="head", norms=("attn_norm", "mlp_norm", "mlp_post_norm")),
 )
-PARAMS = jax.tree.map(lambda x: 5 * x, LM.init(jax.random.key(0)))
+PARAMS = jax.jit(lambda key: jax.tree.map(lambda x: 5 * x, LM.init(key)))(jax.random.key(0))
 TOKENS = jnp.arange(20).reshape(2, 10)
 MASK = jnp.arange(10)[None, :] >= jnp.array([0, 3])[:, None]
 

@@ -6,16 +6,15 @@ os.environ["NPROC"] = "16"  # XLA sizes its thread pool by it; with 8 devices fe
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import shutil
-import tempfile
+import gc
 
 import jax
 
-# Programs compiled once serve every test and worker of one run: the first process to come here names the folder.
-FIRST = "CTG_TEST_COMPILED" not in os.environ
-COMPILED = os.environ.setdefault("CTG_TEST_COMPILED", tempfile.mkdtemp(prefix="ctg_jax_tests_") if FIRST else "")
-jax.config.update("jax_compilation_cache_dir", COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+# A folder of compiled programs helps whoever runs the same file again. Within one run few programs are compiled twice,
+# and writing all of them costs more than reading those few saves.
+if "CTG_TEST_COMPILED" in os.environ:
+    jax.config.update("jax_compilation_cache_dir", os.environ["CTG_TEST_COMPILED"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
@@ -32,9 +31,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-def pytest_unconfigure(config):
-    if FIRST:
-        shutil.rmtree(COMPILED, ignore_errors=True)
+def pytest_collection_finish(session):
+    """Tracing makes millions of short-lived objects. What collection left is never looked through again, and garbage is
+    looked for rarely; `_forget_programs` does it after each file."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -55,8 +57,23 @@ def data_dir() -> Path:
     return Path(root)
 
 
+def _gigabytes() -> float:
+    """The memory that this process takes; infinite where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return float("inf")
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _forget_programs():
-    """Compiled programs are shared inside a file and dropped after it, so that the suite stays within 6 GB."""
+def _forget_programs(request):
+    """Files share compiled programs, of which most are single operations. A file that patches something has its own,
+    since what is patched may be read while they are traced. All are dropped once a process takes so much memory that
+    two would not stay within 6 GB."""
+    patches = any("monkeypatch" in item.fixturenames for item in request.session.items if item.path == request.path)
+    if patches:
+        jax.clear_caches()
     yield
-    jax.clear_caches()
+    if patches or _gigabytes() > 2:
+        jax.clear_caches()
+    gc.collect()

@@ -1,5 +1,7 @@
 """The decode loop: early stop, padding, streaming, stop sequences, both layouts, prefixes, bad lengths."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,10 @@ NEOX = Transformer.gpt2(
 )
 
 
+@functools.cache
 def weights(lm):
     # Larger than the usual initialisation, so that distributions are far from flat.
-    return jax.tree.map(lambda x: x * 6, lm.init(jax.random.key(0)))
+    return jax.jit(lambda key: jax.tree.map(lambda x: x * 6, lm.init(key)))(jax.random.key(0))
 
 
 def prompts(lengths=(2, 5, 4)):

@@ -171,7 +171,7 @@ def test_bfloat16_is_another_artifact_of_the_same_model(lm, tmp_path):
         stage(tmp_path, sources.load_lm, {"source": lm.spec["config"]["source"], "dtype": "half"})
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_stage_trained_by_pmap_samples_the_same(lm, tmp_path, devices):
     """The same tiny training under jit and pmap: parameters equal to 1e-6, the same tokens sampled."""
     data = stage(tmp_path, records)

@@ -18,7 +18,7 @@ from ctg_jax.models import heads, masked, positions
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import Prompts
 
-LM = worlds.tiny(vocab=13)
+LM = worlds.tiny(vocab=13, depth=1)
 PARAMS = worlds.lively(LM)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 NEW = 7

@@ -103,9 +103,8 @@ def _flat(tree):
         yield name, np.asarray(jax.random.key_data(x) if key else x)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_and_rerun_equals_uninterrupted(runs, seed):
-    killed_and_rerun(runs, seed)
+def test_killed_and_rerun_equals_uninterrupted(runs):
+    killed_and_rerun(runs, 0)
 
 
 @pytest.mark.slow

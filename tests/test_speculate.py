@@ -17,7 +17,7 @@ from ctg_jax.methods import arithmetic, dexperts, finetune, form, gedi, steer
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.types import InputError, Sampling
 
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM, factor=6)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1], [2, 8]]
 PROMPTS = worlds.prompts(ROWS)

@@ -16,7 +16,7 @@ from ctg_jax.mesh import layout
 from ctg_jax.methods import diffusion_lm, mdlm
 from ctg_jax.types import InputError, Samples, Sampling
 
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 ROWS = [[1, 2], [3], [4, 1, 2], [2, 2]]
 SAMPLING = Sampling(max_new=5, eos=(0,), pad=9)
 

@@ -16,7 +16,7 @@ from ctg_jax.decode import loop
 from ctg_jax.methods import cast, cav, dexperts, finetune, latent_steer, lm_steer, steer
 from ctg_jax.types import InputError, Sampling
 
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM)
 ROWS = [[1 + (3 * i + j) % 10 for j in range(1 + i % 4)] for i in range(16)]
 KINDS = {

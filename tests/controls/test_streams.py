@@ -20,7 +20,7 @@ from ctg_jax.models.pattern import Layer
 from ctg_jax.run import checkpoint
 from ctg_jax.types import InputError, Sampling
 
-LM = worlds.tiny(vocab=7)
+LM = worlds.tiny(vocab=7, depth=1)
 PARAMS, OTHER = worlds.lively(LM), worlds.lively(LM, seed=5)
 ROWS = [[1, 2, 3], [4], [5, 6]]
 NEW = 4

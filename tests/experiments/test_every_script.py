@@ -116,7 +116,9 @@ def test_accelerators_and_meshes_write_what_one_device_writes(name, root, fitted
         np.testing.assert_allclose([row["logp"] for row in rows], [row["logp"] for row in alone], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mdlm", pytest.param("compare_together", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["steer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mdlm", "compare_together"))]
+)
 def test_a_whole_experiment_on_simulated_accelerators(name, tmp_path, call, monkeypatch):
     """Training and sampling are split over devices where they are accelerators; the report is made as on one."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -22,10 +22,11 @@ FILES = sorted(p for p in (HERE / "configs").glob("*.py") if "def get_config" in
 
 
 # By default one or two configurations for each place where methods act. All others are long: the tests of a method run
-# its fit, and tests/experiments/test_sections.py rehearses every configuration.
+# its fit, tests/experiments/test_sections.py rehearses every configuration, and the test of chains below runs
+# `compare_together`.
 DEFAULT = (
-    "compare_equal_kl", "compare_sentiment", "compare_together", "dexperts", "dglm", "finetune", "form", "mdlm",
-    "prompt", "quark", "search", "steer", "truncate",
+    "compare_equal_kl", "compare_sentiment", "dexperts", "finetune", "form", "mdlm", "prompt", "quark", "search",
+    "steer", "truncate",
 )  # fmt: skip
 
 
@@ -79,17 +80,24 @@ def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
     assert (code, again) == (0, report) and counts.startswith("stages: 0 executed")
 
 
-def test_the_comparison_has_every_method_beside_the_base(call):
-    _, report, _, _ = call(compare, HERE / "configs/compare_sentiment.py:tiny")
-    methods = [line["method"] for line in table(report)]
+@pytest.fixture(scope="module")
+def compared(root):
+    """The report of the comparison on sentiment, as JSON."""
+    spec = f"{HERE / 'configs/compare_sentiment.py'}:tiny"
+    config = cli.config_of(spec)
+    page = reporting.write(str(root), spec, config, experiment.run(str(root), config))
+    return json.loads(page.with_suffix(".json").read_text())
+
+
+def test_the_comparison_has_every_method_beside_the_base(compared):
+    methods = [line["method"] for line in compared["lines"]]
     assert methods[:2] == ["base", "top_p"]
     assert {"steer", "finetune_positive", "finetune_negative", "dexperts"} <= set(methods)
-    assert {line["strength"] for line in table(report) if line["method"] == "dexperts"} == {-1.0, 1.0}
+    assert {line["strength"] for line in compared["lines"] if line["method"] == "dexperts"} == {-1.0, 1.0}
 
 
-def test_the_report_says_how_smooth_every_method_is_and_how_it_was_measured(call):
-    _, report, _, _ = call(compare, HERE / "configs/compare_sentiment.py:tiny")
-    saved = json.loads(Path(report).with_suffix(".json").read_text())
+def test_the_report_says_how_smooth_every_method_is_and_how_it_was_measured(compared):
+    saved = compared
     smooth = {line["method"]: line["figures"] for line in saved["smooth"]}
     several = {
         m for m in (line["method"] for line in saved["lines"]) if sum(t["method"] == m for t in saved["lines"]) > 1
@@ -138,8 +146,7 @@ def test_the_perplexity_of_human_text_stands_in_the_table(root):
     assert len(found) == 1 and found.pop() > 1  # truncation, which gives human text no probability, is left out
 
 
-def test_changing_one_method_runs_that_method_alone(call):
-    call(compare, HERE / "configs/compare_sentiment.py:tiny")
+def test_changing_one_method_runs_that_method_alone(call, compared):
     _, _, err, counts = call(
         compare, HERE / "configs/compare_sentiment.py:tiny", "--config.methods.steer.fit.sites=all"
     )

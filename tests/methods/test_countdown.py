@@ -20,7 +20,7 @@ from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import sources
 from ctg_jax.types import InputError, Sampling
 
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM)
 
 

@@ -24,7 +24,7 @@ from ctg_jax.types import InputError
 WORLD = worlds.Bigram()
 P = np.array([0.5, 0.3, 0.2])
 BASE = worlds.table([P] * 3)
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM)
 TEXTS = worlds.sequences(WORLD, 3)
 PREFIXES = 40  # of at most three tokens: the empty one is 0, and token v after prefix i makes 3 i + v + 1

@@ -59,8 +59,13 @@ def heaps():
     return control.replace(score=state.params["net"], mean=mean, deviation=deviation, probes=probes)
 
 
+@jax.jit
+def latent(control, prompts):
+    return control.latent(prompts)
+
+
 def drawn(control, n=200, cond=None):
-    z = jax.jit(lambda c, p: c.latent(p))(control, prompts(n, cond))
+    z = latent(control, prompts(n, cond))
     return np.asarray(z * control.deviation[None] + control.mean[None])
 
 
@@ -230,7 +235,7 @@ def test_the_sizes_of_the_paper_have_shapes():
     from ctg_jax.models.decoder import Transformer
     from ctg_jax.types import Sampling
 
-    lm = Transformer.gpt2(width=1280, depth=36, heads=20)
+    lm = Transformer.gpt2(width=1280, depth=2, heads=20)  # of the 36 layers, whose number no network of DGLM reads
     control = jax.eval_shape(lambda key: dglm.init(lm, key, **PAPER), jax.random.key(0))
     sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (control.score, control.soft_prompt.prompter)]
     # By count of the authors' layers: the score network has 119 million parameters, the prompt generator 54 million.

@@ -19,7 +19,7 @@ from ctg_jax.types import InputError
 WORLD = worlds.Bigram()
 P, A, B = np.array([0.5, 0.3, 0.2]), np.array([0.6, 0.3, 0.1]), np.array([0.2, 0.4, 0.4])
 BASE = worlds.table([P] * 3)
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM)
 
 

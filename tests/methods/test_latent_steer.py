@@ -88,8 +88,7 @@ def before(kind):
     return coded(jax.random.key(1), finetune.example(LM, jax.random.key(2)), LM.width, 2)
 
 
-@pytest.mark.parametrize("kind", ["soft", "coded"])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("positions", "kind"), [*((p, "soft") for p in POSITIONS), ("prompt", "coded")])
 def test_time_steps_are_those_of_the_prompt_behind_a_soft_prompt_too(positions, kind):
     z = jax.random.normal(jax.random.key(0), (LM.width,))
     ask, site = prompts(SENTENCES, np.zeros(4, int)), LM.depth + 1

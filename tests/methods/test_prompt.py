@@ -1,6 +1,7 @@
 """Prompt tuning and control prefixes: the keys and values of a text are the text, the embeddings of a text are the
 text, the vectors of classes by hand, an optimum in a bigram world, a fit, bad input."""
 
+import dataclasses
 import json
 
 import jax
@@ -179,6 +180,6 @@ def test_bad_settings_raise_one_sentence():
 def test_the_sizes_of_the_papers_fit_on_paper():
     large = Transformer.gpt2(width=1280, depth=36, heads=20)
     shape = dict(place="prefix", length=50, attributes={"label": 2}, network=800, chosen={"label": 1})
-    for settings in (dict(length=100), shape):
-        out = worlds.written_on_paper(large, lambda key, s=settings: prompt.init(large, key, **s))
+    for lm, settings in ((dataclasses.replace(large, depth=2), dict(length=100)), (large, shape)):
+        out = worlds.written_on_paper(lm, lambda key, lm=lm, s=settings: prompt.init(lm, key, **s))
         assert out.tokens.shape == (1, 2)

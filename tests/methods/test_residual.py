@@ -21,7 +21,7 @@ WORLD = worlds.Bigram()
 P = np.array([0.5, 0.3, 0.2])
 BASE = worlds.table([P] * 3)
 R = np.array([0.0, 1.0, -1.0])
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM)
 
 

@@ -26,7 +26,7 @@ Objective = selective.Objective
 WORLD = worlds.Bigram()
 P, A = np.array([0.5, 0.3, 0.2]), np.array([0.6, 0.3, 0.1])
 BASE = worlds.table([P] * 3)
-LM = worlds.tiny()
+LM = worlds.tiny(depth=1)
 PARAMS = worlds.lively(LM)
 QUARTER = float(np.log(1 / 3))  # the log-odds of ¼
 

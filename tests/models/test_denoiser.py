@@ -17,7 +17,7 @@ TRUNK = Trunk(width=16, depth=3, heads=2, positions=12)
 @pytest.fixture(scope="module")
 def scored():
     net = LatentNet(TRUNK, latent=6, out=6, context=6, pseudo_tokens=4, spread=4)
-    params = net.init(jax.random.key(0))
+    params = jax.jit(net.init)(jax.random.key(0))
     # At first time says nothing; here it does.
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
     return net, params
@@ -48,8 +48,8 @@ def test_reads_latent_context_and_time(scored):
 
 def test_writes_a_soft_prompt():
     net = LatentNet(TRUNK, latent=6, out=10, pseudo_tokens=4, spread=4, prompt=3)
-    params = net.init(jax.random.key(0))
-    assert net.apply(params, vectors(2), jnp.zeros(2)).shape == (2, 3, 10)
+    params = jax.jit(net.init)(jax.random.key(0))
+    assert jax.jit(net.apply)(params, vectors(2), jnp.zeros(2)).shape == (2, 3, 10)
     assert "null" not in params
 
 
@@ -74,15 +74,16 @@ def test_context_joined_on_features_and_pseudo_tokens_as_soft_tokens():
     """The shapes of the authors: half of the width for each vector, and no positions for the soft tokens."""
     sizes = dict(latent=6, out=6, context=6, pseudo_tokens=4, spread=4, context_spread=2)
     net = LatentNet(Trunk(**(vars(TRUNK) | {"positions": 4, "time_width": 8})), join="features", **sizes)
-    params = net.init(jax.random.key(0))
+    params = jax.jit(net.init)(jax.random.key(0))
     assert params["latent_in"]["kernel"].shape == (8, 6) and params["context_in"]["kernel"].shape == (8, 3)
     assert params["denoiser"]["block_0"]["modulation"]["kernel"].shape == (64, 8)
     z, context = vectors(2), vectors(2, seed=3)
-    y = net.apply(params, z, jnp.zeros(2), context)
-    assert np.abs(net.apply(params, z, jnp.zeros(2), context + 1) - y).max() > 1e-3
+    run = jax.jit(net.apply)
+    y = run(params, z, jnp.zeros(2), context)
+    assert np.abs(run(params, z, jnp.zeros(2), context + 1) - y).max() > 1e-3
     soft = LatentNet(Trunk(**(vars(TRUNK) | {"skips": False})), 6, 10, pseudo_tokens=3, spread=4, prompt=3, slots=False)
-    params = soft.init(jax.random.key(0))
-    assert soft.apply(params, z, jnp.zeros(2)).shape == (2, 3, 10)
+    params = jax.jit(soft.init)(jax.random.key(0))
+    assert jax.jit(soft.apply)(params, z, jnp.zeros(2)).shape == (2, 3, 10)
     assert "prompt" not in params and not [name for name in params["denoiser"] if name.startswith("skip")]
 
 
@@ -90,18 +91,20 @@ def test_padding_is_not_read():
     module = Denoiser(TRUNK)
     x, real = jax.random.normal(jax.random.key(0), (1, 5, 16)), jnp.asarray([[True, True, True, False, False]])
     allowed = jnp.broadcast_to(real[:, None], (1, 5, 5))
-    params = module.init(jax.random.key(1), x, jnp.zeros(1), allowed)
-    y = module.apply(params, x, jnp.zeros(1), allowed)
-    other = module.apply(params, x.at[:, 3:].add(1.0), jnp.zeros(1), allowed)
+    params = jax.jit(module.init)(jax.random.key(1), x, jnp.zeros(1), allowed)
+    run = jax.jit(module.apply)
+    y = run(params, x, jnp.zeros(1), allowed)
+    other = run(params, x.at[:, 3:].add(1.0), jnp.zeros(1), allowed)
     np.testing.assert_allclose(other[:, :3], y[:, :3], atol=1e-6)
     assert np.abs(other[:, 3:] - y[:, 3:]).max() > 1e-3
 
 
 def test_bfloat16_is_close():
     net = LatentNet(TRUNK, latent=6, out=6, pseudo_tokens=4, spread=4)
-    params, z = net.init(jax.random.key(0)), vectors(4)
+    params, z = jax.jit(net.init)(jax.random.key(0)), vectors(4)
     half = LatentNet(Trunk(**(vars(TRUNK) | {"dtype": "bfloat16"})), latent=6, out=6, pseudo_tokens=4, spread=4)
-    np.testing.assert_allclose(half.apply(params, z, jnp.zeros(4)), net.apply(params, z, jnp.zeros(4)), atol=0.02)
+    found, exact = (jax.jit(n.apply)(params, z, jnp.zeros(4)) for n in (half, net))
+    np.testing.assert_allclose(found, exact, atol=0.02)
 
 
 def test_learns_the_score_of_a_normal():
@@ -109,7 +112,7 @@ def test_learns_the_score_of_a_normal():
     import optax
 
     net = LatentNet(Trunk(width=16, depth=2, heads=2, positions=2), latent=2, out=2, pseudo_tokens=2, spread=4)
-    params = net.init(jax.random.key(0))
+    params = jax.jit(net.init)(jax.random.key(0))
     tx = optax.adam(5e-3)
 
     def batch(key, n=64):
@@ -134,7 +137,7 @@ def test_learns_the_score_of_a_normal():
     params = train(params)
     x, eps, gamma = batch(jax.random.key(2), 512)
     z = diffusion.noised(x, gamma, eps)
-    found = diffusion.clean("v", net.apply(params, z, gamma), z, gamma)
+    found = diffusion.clean("v", jax.jit(net.apply)(params, z, gamma), z, gamma)
     alpha, sigma = (a[:, None] for a in diffusion.alpha_sigma(gamma))
     exact = 2 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (z - alpha * 2)
     assert float(jnp.mean((found - exact) ** 2)) < 0.02 * float(jnp.mean(exact**2))

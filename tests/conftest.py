@@ -19,6 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,15 +66,25 @@ def _gigabytes() -> float:
         return float("inf")
 
 
+def _drop_functions():
+    """The programs of what the package compiles. Those of single operations stay."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ctg_jax"]:
+        for member in list(vars(sys.modules[name]).values()):
+            if hasattr(member, "clear_cache"):
+                member.clear_cache()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs(request):
-    """Files share compiled programs, of which most are single operations. A file that patches something has its own,
-    since what is patched may be read while they are traced. All are dropped once a process takes so much memory that
-    two would not stay within 6 GB."""
+    """Files share the programs of single operations, which are most of those that a file needs. A file that patches
+    something shares nothing, since what is patched may be read while programs are traced; and nothing is kept once a
+    process takes so much memory that two would not stay within 6 GB."""
     patches = any("monkeypatch" in item.fixturenames for item in request.session.items if item.path == request.path)
     if patches:
         jax.clear_caches()
     yield
     if patches or _gigabytes() > 2:
         jax.clear_caches()
+    else:
+        _drop_functions()
     gc.collect()

@@ -12,6 +12,7 @@ import pytest
 
 import ctg_jax
 from ctg_jax import methods
+from ctg_jax.run.session import Session
 from ctg_jax.types import InputError
 from experiments import ablate, cli, compare, experiment, main, reporting
 from experiments.arms import Fitted
@@ -84,8 +85,8 @@ def test_tiny_runs_and_a_second_time_executes_nothing(call, file):
 def compared(root):
     """The report of the comparison on sentiment, as JSON."""
     spec = f"{HERE / 'configs/compare_sentiment.py'}:tiny"
-    config = cli.config_of(spec)
-    page = reporting.write(str(root), spec, config, experiment.run(str(root), config))
+    config, session = cli.config_of(spec), Session(root)
+    page = reporting.write(session, spec, config, experiment.run(session, config))
     return json.loads(page.with_suffix(".json").read_text())
 
 

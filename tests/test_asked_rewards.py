@@ -126,7 +126,7 @@ def test_a_judge_of_instructions_is_found_by_its_file_and_reads_the_records_of_t
         judge(["Auf Deutsch."], ["ja"])
     with pytest.raises(InputError, match="target is 'lose', expected 'strict' or 'loose'"):
         stage(tmp_path, judges.fit_judge, dict(kind="instructions", target="lose"), data=data)
-    with pytest.raises(InputError, match="a judge of kind 'instructions' is fitted on data, and none were given"):
+    with pytest.raises(InputError, match="a judge of kind 'instructions' is fitted on data, and no data were given"):
         stage(tmp_path, judges.fit_judge, dict(kind="instructions"))
     for row, words in [
         (dict(prompt="a"), "has instruction_id_list None and kwargs None: expected two lists of one length"),

@@ -113,7 +113,7 @@ def test_an_oracle_of_the_other_label(root):
 
 
 def test_unknown_judge(tmp_path):
-    kinds = "bag, classifier, diversity, function, length, oracle, preference, probe, rank"
+    kinds = "bag, classifier, diversity, function, instructions, keywords, length, oracle, preference, probe, rank, slots"
     with pytest.raises(InputError, match=f"one of {kinds}"):
         stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):

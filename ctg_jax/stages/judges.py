@@ -74,7 +74,7 @@ def fit_judge(
     _check_settings(kind, module.SETTINGS, given | dict(problem=problem, threshold=threshold))
     if "data" in module.SETTINGS:
         if data is None:
-            raise InputError(f"a judge of kind {kind!r} is fitted on data, and none were given")
+            raise InputError(f"a judge of kind {kind!r} is fitted on data, and no data were given")
         settings = {"name": name, **given, "embedder": partial(rewards.open_embedder, run.session, encoder)}
         fitted = module.fit(data.rows("data.jsonl"), settings, str(data.path))
         fitted.save(run.path / "state")

@@ -40,6 +40,7 @@ def calibrate(
     leaf: str | None = None,
     tokens: int = 64,
     batch: int = 16,
+    prompt: int = 1,
 ) -> Calibrated:
     """The strength at which a control changes the next-token distributions of texts by `kl` nats per token, within 2 %
     and in at most twelve evaluations, which share one compiled program.
@@ -56,6 +57,8 @@ def calibrate(
       leaf: the path of a leaf to change in place of the strength, for a control whose strength only chooses one of a
         few codes: `"delta/scale"` for Quark and for control codes.
       tokens: read of a text, at most. batch: rows of a compiled batch.
+      prompt: tokens of a text that are its prompt, the beginning token included; for a control that acts on the prompt
+        alone, about as many as the prompts have that it is meant for.
 
     Raises:
       InputError: an argument that cannot be used; a KL that the control does not reach, with the one that it reaches.
@@ -68,6 +71,6 @@ def calibrate(
         sampling.same_lm(artifact, lm.artifact)
     start, at = dial(mix.control, leaf)
     cond = sampling.conditions(mix.artifacts, lm.artifact, list(texts))
-    measure = Divergence(*sampling.opened(lm.artifact), list(texts), tokens=tokens, batch=batch, cond=cond)
+    measure = Divergence(*sampling.opened(lm.artifact), list(texts), tokens=tokens, batch=batch, prompt=prompt, cond=cond)
     found = solve(lambda value: measure(at(value)), kl, start)
     return Calibrated(mix.over(at(found.strength)), found.strength, found.kl, found.tried)

@@ -43,6 +43,8 @@ def choose(
     texts: Sequence[str | Messages],
     kl: Sequence[float] = (0.1, 0.3, 1.0),
     n: int = 4,
+    tokens: int = 64,
+    prompt: int = 1,
     **options: Any,
 ) -> list[Choice]:
     """All candidates at every KL, the best first: each is brought to that KL on ordinary texts (`calibrate`) and writes
@@ -61,6 +63,7 @@ def choose(
         fluency does not enter favours strong controls; the KL bounds how far they go.
       texts: ordinary texts, on which the KL is measured.
       kl: nats per token; a candidate that does not reach one of them is left out there.
+      tokens, prompt: see `calibrate`; candidates that act on different parts of a text need a `prompt` of more tokens.
       n: completions of each prompt. options: of `Model.write`.
 
     Raises:
@@ -77,7 +80,7 @@ def choose(
         mix = mix_of(candidate, f"candidate {name!r}")
         for level in kl:
             try:
-                at = calibrate(mix, lm, texts, kl=level)
+                at = calibrate(mix, lm, texts, kl=level, tokens=tokens, prompt=prompt)
             except Unreached as e:
                 missed.append(f"candidate {name!r}: {e}")
                 continue

@@ -43,13 +43,15 @@ class Divergence:
 
     Args:
       lm, params, tokenizer: as `ctg_jax.run.stage.open_lm` returns them.
-      texts: strings, of which the first token is the prompt, and conversations that end with an answer of the
-        assistant, whose tokens are those that count.
-      tokens: read of a text, at most. batch: rows of a compiled batch; all batches have one shape.
+      texts: strings, of which the first `prompt` tokens are the prompt, and conversations that end with an answer of
+        the assistant, whose tokens are those that count.
+      tokens: read of a text behind its prompt, at most. batch: rows of a compiled batch; all batches have one shape.
+      prompt: tokens of a string that are its prompt, the beginning token included. A control that acts on the prompt
+        alone has hardly anything to act on where that is one token.
       cond: entries of `prompts.cond`, name -> array with a row for each text.
 
     Raises:
-      InputError: no texts, or one with fewer than two tokens.
+      InputError: no texts, a prompt of no token, or a text with nothing behind its prompt.
     """
 
     def __init__(
@@ -61,12 +63,15 @@ class Divergence:
         *,
         tokens: int = 64,
         batch: int = 16,
+        prompt: int = 1,
         cond: Mapping[str, np.ndarray] | None = None,
     ):
         if not len(texts):
             raise InputError("there are no texts to measure the KL on: give at least one")
+        if prompt < 1:
+            raise InputError(f"prompt is {prompt}, expected at least 1 token")
         self.lm, self.params, self._known = lm, params, tokenizer.known(lm.vocab)
-        heads, tails = zip(*(_parts(tokenizer, text, i, tokens) for i, text in enumerate(texts)))
+        heads, tails = zip(*(_parts(tokenizer, text, i, prompt, tokens) for i, text in enumerate(texts)))
         batch = min(batch, len(texts))
         size = max(map(len, heads)), max(map(len, tails))
         self._batches = []
@@ -113,7 +118,9 @@ def _kl(
     return reduced((read_rows(lm, params, prompts, tail, control), base), divergence, written)
 
 
-def _parts(tokenizer: Tokenizer, text: str | Messages, number: int, most: int) -> tuple[list[int], list[int]]:
+def _parts(
+    tokenizer: Tokenizer, text: str | Messages, number: int, prompt: int, most: int
+) -> tuple[list[int], list[int]]:
     """(prompt, completion) of a text, as ids."""
     if is_messages(text):
         if text[-1]["role"] != "assistant":
@@ -122,10 +129,11 @@ def _parts(tokenizer: Tokenizer, text: str | Messages, number: int, most: int) -
         head, tail = found.ids[: found.answer.start], found.ids[found.answer]
     else:
         ids = tokenizer.begun(tokenizer.encode([text])[0])
-        head, tail = ids[:1], ids[1:]
+        head, tail = ids[:prompt], ids[prompt:]
     if not head or not tail:
         raise InputError(
-            f"text {number + 1} has fewer than two tokens, and the KL is that of the tokens after the first"
+            f"text {number + 1} has {len(head)} tokens, and the KL is that of the tokens behind its first {prompt}: give "
+            "longer texts or a smaller prompt"
         )
     return head, tail[:most]
 

@@ -24,6 +24,7 @@ def calibrate(
     strengths: Sequence[float | None] = (),
     tokens: int = 64,
     batch: int = 16,
+    prompt: int = 1,
 ) -> None:
     """Stage: the strength at which the KL of controls to the base is `kl` nats per token, within 2 %, on the texts of
     `data`; see `ctg_jax.door.calibrate`. The spec has `strength` and the `kl` there, metrics.jsonl all that was tried.
@@ -34,7 +35,8 @@ def calibrate(
       kl: nats per token; a negative number asks for a KL of its size at a negative strength.
       strengths: of the controls, which keep their ratios; the one that is found multiplies them. Without any it is the
         strength itself, of several controls that of the first.
-      tokens, batch: texts are cut there, and rows of a compiled batch.
+      tokens, batch, prompt: read of a text, rows of a compiled batch, and tokens of a text that are its prompt; see
+        `ctg_jax.evaluation.strength.Divergence`.
 
     Raises:
       InputError: controls without a likelihood or a strength, a KL that they do not reach, texts that are too short.
@@ -49,7 +51,7 @@ def calibrate(
         )
     start, at = dial(control)
     cond = sampling.conditions(controls, lm, texts, rows)
-    measure = Divergence(*open_lm(lm), texts, tokens=tokens, batch=batch, cond=cond)
+    measure = Divergence(*open_lm(lm), texts, tokens=tokens, batch=batch, prompt=prompt, cond=cond)
     found = solve(lambda value: measure(at(value)), abs(kl), math.copysign(start, kl))
     for strength, value in found.tried:
         run.log(strength=strength, kl=value)

@@ -1,4 +1,4 @@
-"""`Control`: the six places where a method may act on a frozen language model, and `Chain`, their composition.
+"""`Control`: the seven places where a method may act on a frozen language model, and `Chain`, their composition.
 
 Leaves of a control are what is learned and shared by all rows; what belongs to one sequence lives in its state;
 static fields (`struct.field(pytree_node=False)`) are shapes and language models. Controls form a monoid under
@@ -124,7 +124,6 @@ class Control:
         """The state of a rule that depends on where the prompt ends. Called once, after `prompt`.
 
         Args:
-          state: what `init` returned.
           start: int32 [B], the position of the first token of the completion. What controls put before the prompt
             counts, so it is not the number of tokens in `prompts.mask`.
         """
@@ -152,13 +151,16 @@ class Control:
         """Edits the residual stream h float [B, T, D] at a site.
 
         Args:
-          h: the residual stream.
           site: int []; 0 is the input embeddings, l the output of block l, L+1 the state after the final norm,
             and L+1+l the stream inside block l between attention and MLP. See `ctg_jax.models.lm`.
           pos: int32 [B, T], the position of each token in its own sequence, counted from 0.
-          state: what `init` returned.
         """
         return h
+
+    def heads(self, y: jax.Array, layer: jax.Array | int, pos: jax.Array, state: State) -> jax.Array:
+        """Edits the outputs of the heads of attention, y float [B, T, heads, H], before the output product of block
+        `layer`, int [] from 1 to L. pos and state as in `hidden`."""
+        return y
 
     def logits(
         self, z: jax.Array, h: jax.Array, tokens: jax.Array, mask: jax.Array, state: State
@@ -170,8 +172,7 @@ class Control:
           h: float [B, S, D], the states after the final norm of everything that was just read, learned vectors before
             the prompt included. The last M of them are those that z was computed from (before any control edited z).
           tokens: int32 [B, T], the tokens just read (the prompt first, then one at a time).
-          mask: bool [B, T].
-          state: what `init` or the previous call returned.
+          mask: bool [B, T]. state: what `init` or the previous call returned.
         """
         return z, state
 
@@ -226,6 +227,11 @@ class Chain(Control):
         for c, s in zip(self.parts, state, strict=True):
             h = c.hidden(h, site, pos, s)
         return h
+
+    def heads(self, y, layer, pos, state):
+        for c, s in zip(self.parts, state, strict=True):
+            y = c.heads(y, layer, pos, s)
+        return y
 
     def logits(self, z, h, tokens, mask, state):
         after = []

@@ -2,10 +2,10 @@
 
     python experiments/choose.py --config=configs/choose_steering.py:tiny [--config.sample.n=2] [--root=runs]
 
-Every arm is fitted, brought to each of its `kl` on the texts of the section `calibrate`, and writes on from the prompts,
-which should be others than those of the comparison that follows. The first judge scores what is written, without the
-prompt. One line for each candidate and KL, the best first: mean score and its standard error over prompts. Fits are
-stages, which are not run again; what is written is not kept.
+Every arm is fitted, brought to each of its `kl` on the texts of the section `calibrate`, and writes on from the
+prompts, which should be others than those of the comparison that follows. The first judge scores what is written,
+without the prompt. One line for each candidate and KL, the best first: mean score and its standard error over prompts.
+Fits are stages, which are not run again; what is written is not kept.
 """
 
 import sys

@@ -10,6 +10,7 @@ from laws import worlds
 import ctg_jax as ctg
 from ctg_jax import methods
 from ctg_jax.control import Chain, strength_of
+from ctg_jax.controls import selection
 from ctg_jax.controls.truncate import TopP
 from ctg_jax.evaluation import strength as strengths
 from ctg_jax.evaluation.strength import Divergence, dial, solve
@@ -97,6 +98,25 @@ def test_the_kl_is_that_of_the_distributions(opened, measure):
     assert measure(0.0 * control) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_control_of_the_prompt_is_measured_behind_one(opened):
+    """The KL of tokens 4 and on of each text, given its first three, of a control that acts on these alone."""
+    _, lm, params, tokenizer = opened
+    control = steer.example(lm, jax.random.key(3)).replace(positions=selection.positions("prompt"))
+    texts = [text for text in TEXTS if len(tokenizer.encode([text])[0]) > 4]
+    total = count = 0
+    for text in texts:
+        ids = tokenizer.begun(tokenizer.encode([text])[0])
+        prompts, tail = worlds.prompts([ids[:3]]), jnp.asarray([ids[3:]])
+        p, q = (
+            jax.nn.log_softmax(ctg.forward(lm, params, prompts, tail, c)[..., : tokenizer.vocab])
+            for c in (control, ctg.IDENTITY)
+        )
+        total += float(jnp.sum(jnp.exp(p) * (p - q)))
+        count += len(ids) - 3
+    found = Divergence(*opened[1:], texts, batch=2, prompt=3)(control)
+    assert texts and found == pytest.approx(total / count, rel=1e-4) and found > 1e-3
+
+
 def made(name, lm):
     key = jax.random.key(5)
     if name == "chain":
@@ -160,8 +180,10 @@ def test_the_door(opened, tmp_path):
         ctg.calibrate(mix, lm, "the food", kl=0.2)
     with pytest.raises(InputError, match="there are no texts"):
         ctg.calibrate(mix, lm, [], kl=0.2)
-    with pytest.raises(InputError, match="text 2 has fewer than two tokens"):
+    with pytest.raises(InputError, match="text 2 is too short for a prompt of 1 and a token behind it"):
         ctg.calibrate(mix, lm, ["the food was", "a"], kl=0.2)
+    with pytest.raises(InputError, match="prompt is 0, expected at least 1 token"):
+        ctg.calibrate(mix, lm, TEXTS, kl=0.2, prompt=0)
     with pytest.raises(InputError, match="lm is str"):
         ctg.calibrate(mix, "lm", TEXTS, kl=0.2)
 

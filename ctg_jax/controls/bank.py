@@ -87,6 +87,11 @@ class Bank(Control):
             return h
         return _each(lambda c, s, h, pos: c.hidden(h, site, pos, s), state, h, pos)
 
+    def heads(self, y, layer, pos, state):
+        if not overrides(self.one, "heads"):
+            return y
+        return _each(lambda c, s, y, pos: c.heads(y, layer, pos, s), state, y, pos)
+
     def logits(self, z, h, tokens, mask, state):
         if not overrides(self.one, "logits"):
             return z, state

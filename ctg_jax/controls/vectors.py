@@ -1,4 +1,4 @@
-"""`SoftPrompt`, learned input vectors before or after the prompt."""
+"""`SoftPrompt`, learned input vectors before or after the prompt; `Shift`, vectors for the states of its tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ctg_jax.control import Control
-from ctg_jax.controls.conditions import check_choice, gathered
+from ctg_jax.controls.conditions import check_choice, gathered, per_row
+from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.types import InputError
 
 
@@ -56,3 +57,40 @@ def soft_prompt(key: jax.Array, length: int, width: int, choices: int | None = N
         raise InputError(f"length is {length}, expected at least 1 vector.")
     shape = (length, width) if choices is None else (choices, length, width)
     return deviation * jax.random.normal(key, shape, jnp.float32)
+
+
+@struct.dataclass
+class Shift(AtPositions):
+    """h + scale · shift after every block, for the tokens of the prompt: a vector of each row, block and token.
+
+    Attributes:
+      shift: float32 [B, L, T, D]; of the tokens the first of the prompt comes first, whatever stands before it.
+      scale: float32 [] or, per row, [B].
+      positions: the tokens that are edited, of those of the prompt; see `ctg_jax.controls.selection`.
+    """
+
+    shift: jax.Array
+    scale: jax.Array
+    positions: Positions = struct.field(pytree_node=False, default=Positions("prompt"))
+
+    def init(self, prompts, length):
+        return per_row(self.scale, prompts, None), self.shift, self.positions.begin(prompts)
+
+    def hidden(self, h, site, pos, state):
+        return shifted(self.positions, h, site, pos, state)
+
+
+def shifted(positions: Positions, h: jax.Array, site: jax.Array | int, pos: jax.Array, state) -> jax.Array:
+    """The hook `hidden` of a control whose state is that of a `Shift`."""
+    scale, shift, placed = state
+    depth, size = shift.shape[1:3]
+    if isinstance(site, int):
+        if not 1 <= site <= depth:
+            return h
+        mine = shift[:, site - 1]
+    else:
+        here = (site >= 1) & (site <= depth)
+        mine = jnp.where(here, jnp.take(shift, jnp.clip(site - 1, 0, depth - 1), axis=1), 0.0)
+    at = pos - jnp.maximum(placed.end - placed.size, 0)[:, None]
+    mine = jnp.take_along_axis(mine, jnp.clip(at, 0, size - 1)[:, :, None], axis=1)
+    return h + positions.within(scale * mine, pos, placed).astype(h.dtype)

@@ -36,7 +36,8 @@ from ctg_jax.models.lm import LM, Cache
 from ctg_jax.support import REMOVED, likeliest
 from ctg_jax.types import InputError, Params, Prompts, PyTree, Samples, Sampling
 
-ELSEWHERE = ("weights", "row_weights", "prompt", "prefix", "hidden")  # hooks that act in another place than the logits
+# hooks that act in another place than the logits
+ELSEWHERE = ("weights", "row_weights", "prompt", "prefix", "hidden", "heads")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,8 @@ def calibrate(
         sampling.same_lm(artifact, lm.artifact)
     start, at = dial(mix.control, leaf)
     cond = sampling.conditions(mix.artifacts, lm.artifact, list(texts))
-    measure = Divergence(*sampling.opened(lm.artifact), list(texts), tokens=tokens, batch=batch, prompt=prompt, cond=cond)
+    measure = Divergence(
+        *sampling.opened(lm.artifact), list(texts), tokens=tokens, batch=batch, prompt=prompt, cond=cond
+    )
     found = solve(lambda value: measure(at(value)), kl, start)
     return Calibrated(mix.over(at(found.strength)), found.strength, found.kl, found.tried)

@@ -132,7 +132,7 @@ def _parts(
         head, tail = ids[:prompt], ids[prompt:]
     if not head or not tail:
         raise InputError(
-            f"text {number + 1} has {len(head)} tokens, and the KL is that of the tokens behind its first {prompt}: give "
+            f"text {number + 1} is too short for a prompt of {prompt} and a token behind it, whose KL is measured: give "
             "longer texts or a smaller prompt"
         )
     return head, tail[:most]

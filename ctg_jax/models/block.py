@@ -25,9 +25,9 @@ class Block(nn.Module):
     lm: Any
 
     @nn.compact
-    def __call__(self, x, allowed, rope, past, length, between, beside=False):
+    def __call__(self, x, allowed, rope, past, length, between, beside=False, heads=None):
         """x [B, T, D], allowed bool [B, T, S], rope or None -> (x, (k, v)); `past`, `length` and `beside` as in
-        `Attention`.
+        `Attention`, `heads` its `edit`.
 
         between: edits the stream [B, T, D] between attention and MLP, or None.
         """
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             y = norm("attn_norm", x)
-            attended, kv = Attention(lm, name="attn")(y, allowed, rope, past, length, beside)
+            attended, kv = Attention(lm, name="attn")(y, allowed, rope, past, length, beside, heads)
             mid = x + norm("attn_post_norm", attended)
         if between is not None:
             mid = between(mid)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     lm: Any
 
     @nn.compact
-    def __call__(self, x, allowed, rope, past, length, beside=False):
+    def __call__(self, x, allowed, rope, past, length, beside=False, edit=None):
         """x [B, T, D] -> ([B, T, D], (k, v)).
 
         past: None; a prefix (k, v) [B, K, P, H] that every query may attend to, whatever the window of the layer, when
@@ -62,6 +62,7 @@ class Attention(nn.Module):
         `length`.
         beside: each token attends to `past` [B, K, S, H] and to itself alone, so allowed is [B, T, S + 1]; nothing is
         written.
+        edit: edits the outputs of the heads [B, T, heads, H], before the output product, or None.
         """
         lm, (batch, t, _) = self.lm, x.shape
         heads, kv, h = lm.heads, lm.kv_heads, lm.head_dim
@@ -88,6 +89,8 @@ class Attention(nn.Module):
             visible = jnp.ones((batch, t, past[0].shape[2]), bool)
             allowed = jnp.concatenate([visible, allowed], axis=2)
         divisor = lm.query_dim and math.sqrt(lm.query_dim)
-        y = attend(q, k, v, allowed, divisor=divisor, cap=lm.attn_cap, own=own).reshape(batch, t, heads * h)
-        y = split(y, "data", None, "tensor")
+        y = attend(q, k, v, allowed, divisor=divisor, cap=lm.attn_cap, own=own)
+        if edit is not None:
+            y = edit(y)
+        y = split(y.reshape(batch, t, heads * h), "data", None, "tensor")
         return Dense(lm.width, lm, lm.bias_out, 1 / math.sqrt(2 * lm.depth), name="out")(y), (k, v)

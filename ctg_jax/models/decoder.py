@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ctg_jax import tree
-from ctg_jax.control import IDENTITY, Control
+from ctg_jax.control import IDENTITY, Control, overrides
 from ctg_jax.mesh.plan import split
 from ctg_jax.models.block import Block
 from ctg_jax.models.layers import ACTIVATIONS, Norm, matmul
@@ -208,6 +208,7 @@ class Transformer:
         tap: Tap | None = None,
         last: int | None = None,
         beside: bool = False,
+        tap_heads: Tap | None = None,
     ) -> Out:
         tap = tap or (lambda h: None)
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
@@ -237,14 +238,23 @@ class Transformer:
 
         block, view = Block(self), views(self.pattern, allowed, pos, slots, self._rope)
         length = None if cache is None else cache.length
+        acts = tap_heads is not None or overrides(control, "heads")
 
         def run(x, layer, site, past):
             def between(h):
                 return control.hidden(h, self.depth + 1 + site, pos, state)
 
-            x, kv = block.apply({"params": layer}, x, *view(site), past, length, between, beside)
+            read = []
+
+            def heads(y):
+                y = control.heads(y, site, pos, state)
+                read.append(tap_heads and tap_heads(y))
+                return y
+
+            edit = heads if acts else None
+            x, kv = block.apply({"params": layer}, x, *view(site), past, length, between, beside, edit)
             x = split(x, "data", None, None)
-            return control.hidden(x, site, pos, state), kv
+            return control.hidden(x, site, pos, state), kv, *(read or [None])
 
         scanned = cache is None and isinstance(params["layers"], dict)
         if scanned and not self.remat:
@@ -259,22 +269,24 @@ class Transformer:
 
             def body(x, layer_site_prefix):
                 layer, site, pre = layer_site_prefix
-                x, _ = run(x, layer, site, pre)
-                return x, tap(x)
+                x, _, y = run(x, layer, site, pre)
+                return x, (tap(x), y)
 
-            x, taps = lax.scan(body, x, (layers, jnp.arange(1, self.depth + 1), prefix))
+            x, (taps, tapped) = lax.scan(body, x, (layers, jnp.arange(1, self.depth + 1), prefix))
         else:
             layers = layers if isinstance(layers, tuple) else tree.unstack(layers)
-            ks, vs, taps = [], [], []
+            ks, vs, taps, tapped = [], [], [], []
             for i, layer in enumerate(layers):
                 if cache is not None:
                     past = (cache.k[i], cache.v[i])
                 else:
                     past = None if prefix is None else (prefix[0][i], prefix[1][i])
-                x, (k, v) = run(x, layer, i + 1, past)
+                x, (k, v), y = run(x, layer, i + 1, past)
                 ks.append(k)
                 vs.append(v)
                 taps.append(tap(x))
+                tapped.append(y)
+            tapped = tree.stack(tapped)
             if cache is not None and not beside:
                 cache = cache.replace(
                     k=tuple(ks),
@@ -291,7 +303,7 @@ class Transformer:
         else:
             taps = tree.stack([first, *taps, tap(x)])
         seen = x if last is None else x[:, x.shape[1] - last :]
-        return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=taps)
+        return Out(logits=self.unembed(params, seen), hidden=x, cache=cache, taps=taps, heads=tapped)
 
     def _rope(self, kind: Layer, pos: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """(cos, sin), each float32 [B, T, rotary_dim / 2], or None without rotary positions. Where `kind` does not

@@ -6,6 +6,9 @@ Sites of the residual stream, for reads (`tap`) and writes (`Control.hidden`) al
     l = 1 … L    the output of block l
     L + 1        after the final norm: what the unembedding sees
     L + 1 + l    inside block l, between attention and MLP (writes only)
+
+Beside the stream, the outputs of the heads of block l = 1 … L before the output product of attention, [B, T, heads, H],
+are read by `tap_heads` and written by `Control.heads`.
 """
 
 from __future__ import annotations
@@ -55,12 +58,13 @@ def write_prefix(cache: Cache, prefix: tuple[jax.Array, jax.Array]) -> Cache:
 @struct.dataclass
 class Out:
     """logits float32 [B, M, V]; hidden [B, T, D] after the final norm; the cache moved on (or None); taps with
-    leaves [L + 2, …] (or None)."""
+    leaves [L + 2, …] (or None); heads, what `tap_heads` read, with leaves [L, …] (or None)."""
 
     logits: jax.Array
     hidden: jax.Array
     cache: Cache | None
     taps: Any
+    heads: Any = None
 
 
 class LM(Protocol):
@@ -105,10 +109,11 @@ class LM(Protocol):
         tap: Tap | None = None,
         last: int | None = None,
         beside: bool = False,
+        tap_heads: Tap | None = None,
     ) -> Out:
         """Reads embedded tokens x [B, T, D] with mask bool [B, T] and predicts the next one after the last
-        `last` of them (all by default; 0 for the hidden states alone). Runs `control.hidden`, and `control.prefix`
-        when there is no cache; never `control.logits`, which belongs to the decode loop.
+        `last` of them (all by default; 0 for the hidden states alone). Runs `control.hidden` and `control.heads`, and
+        `control.prefix` when there is no cache; never `control.logits`, which belongs to the decode loop.
 
         beside: the T tokens are not one text but each is read as the next one behind the cache, at the same position:
             it attends to the cache and to itself, and `mask` is not read. The cache is shared by all of them, and

@@ -1,12 +1,13 @@
 """Inference-time intervention: the attention heads that know the sentiment best are moved along it.
 
-Source: Li et al. 2023; the mean difference, 48 of 1,024 heads, α = 15 and the last token are those of the paper.
+Source: Li et al. 2023; the mean difference, 48 of 1,024 heads, α = 15 and the last token are those of the authors'
+code.
 
     python experiments/main.py --config=configs/iti.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/iti.py[:yelp|:tiny]
 
 Small models have few heads, so that here a quarter of them acts. Expected, not measured yet: the share of positive text
-rises with the strength, as with `steer`, until perplexity breaks. `paper` is Llama 7B with the settings of the paper.
+rises with the strength, as with `steer`, until perplexity breaks. `paper` is Llama 7B with the authors' settings.
 """
 
 from configs import sentiment

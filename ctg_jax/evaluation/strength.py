@@ -132,8 +132,8 @@ def _parts(
         head, tail = ids[:prompt], ids[prompt:]
     if not head or not tail:
         raise InputError(
-            f"text {number + 1} is too short for a prompt of {prompt} and a token behind it, whose KL is measured: give "
-            "longer texts or a smaller prompt"
+            f"text {number + 1} is too short for a prompt of {prompt} and a token behind it, whose KL is measured: "
+            "give longer texts or a smaller prompt"
         )
     return head, tail[:most]
 

@@ -14,7 +14,7 @@ import ctg_jax
 from ctg_jax import methods
 from ctg_jax.run.session import Session
 from ctg_jax.types import InputError
-from experiments import ablate, cli, compare, experiment, main, reporting
+from experiments import ablate, choose, cli, compare, experiment, main, reporting
 from experiments.arms import Fitted
 from tests.experiments.tiny_lm import write_lm
 
@@ -129,6 +129,19 @@ def test_arms_at_equal_kl_are_sampled_where_it_was_found(root):
     del config.calibrate
     with pytest.raises(InputError, match="has kl, but there are no texts to find its strength on"):
         experiment.run(str(root), config)
+
+
+def test_choose_ranks_the_arms_at_one_kl(call):
+    """A line for each arm, the best first, each at the KL of the configuration; arms without one are refused."""
+    file = HERE / "configs/choose_steering.py"
+    code, printed, err, _ = call(choose, f"{file}:tiny")
+    assert code == 0, err
+    lines = [line.strip("| ").split(" | ") for line in printed.splitlines()[2:]]
+    assert sorted(line[0] for line in lines) == ["block_1_all", "block_2_all"]
+    assert all(abs(float(line[2]) / 1e-3 - 1) <= 0.021 for line in lines)
+    assert float(lines[0][3]) >= float(lines[1][3])
+    code, _, err, _ = call(choose, f"{HERE / 'configs/steer.py'}:tiny")
+    assert code == 2 and "the arms of the configuration have no kl in common" in err
 
 
 def test_references_are_data_of_the_evaluation(root, tmp_path):

@@ -11,6 +11,8 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.decode import loop
+from ctg_jax.mesh.plan import Plan
+from ctg_jax.mesh.rules import DECODER
 from ctg_jax.methods import iti
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.stage import open_lm
@@ -44,6 +46,17 @@ def test_it_is_a_bias_behind_the_output_product(lm):
     a, b = loop.forward(lm, params, prompts, found.tokens, control), loop.forward(lm, biased, prompts, found.tokens)
     np.testing.assert_allclose(a, b, atol=2e-4)
     assert float(jnp.max(jnp.abs(b - loop.forward(lm, params, prompts, found.tokens)))) > 0.1
+
+
+def test_it_acts_alike_where_heads_are_divided_among_devices():
+    """Two devices hold a head each, four have rows of their own."""
+    lm, plan = worlds.tiny(), Plan(axes={"data": 4, "tensor": 2}, rules=DECODER)
+    params, control = worlds.lively(lm), iti.example(lm, jax.random.key(1))
+    prompts, sampling = worlds.prompts([*ROWS, [10, 1]]), Sampling(max_new=4)
+    wanted = loop.generate(lm, params, prompts, control, sampling)
+    found = loop.generate(lm, jax.device_put(params, plan.shardings(params)), prompts, control, sampling)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.logp, wanted.logp, atol=1e-5)
 
 
 def test_heads_by_hand():

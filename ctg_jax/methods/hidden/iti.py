@@ -34,7 +34,7 @@ from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
 
 KINDS = ("mean", "probe")
-SHARE = 48 / 1024  # of the heads, those of the paper
+SHARE = 48 / 1024  # of the heads, in the authors' code
 
 
 @struct.dataclass
@@ -152,8 +152,8 @@ def outputs(
     """Stage: what the heads put out after texts, {"with", "without"}: float32 [N, L, heads, H].
 
     Args:
-      pool: the output at the "last" token of a text, as in the paper, or the "mean" over all; of a conversation also
-        that at the last token of the "prompt", or the mean over the "assistant"'s last answer.
+      pool: the output at the "last" token of a text, as the authors have it, or the "mean" over all; of a conversation
+        also that at the last token of the "prompt", or the mean over the "assistant"'s last answer.
       target: the label of the texts with the attribute.
       limit: how many texts are read, half of them of each side.
       batch, tokens: texts in a batch, and tokens read of a text.
@@ -224,7 +224,7 @@ def iti(
     Args:
       probed: of the stage `probes`.
       kind: the direction, "mean" or "probe". top: K, the heads with the best held-out accuracy that act, if it is at
-        least `threshold`; None: the paper's share, 48 of 1,024, and at least one.
+        least `threshold`; None: the authors' share, 48 of 1,024, and at least one.
       positions, cond: see `init`. scale: α.
 
     Raises:

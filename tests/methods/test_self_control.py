@@ -9,10 +9,15 @@ from laws import worlds
 from ctg_jax import methods
 from ctg_jax.controls.vectors import Shift
 from ctg_jax.decode import loop
+from ctg_jax.io import json_line
 from ctg_jax.methods import self_control
+from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.run.stage import open_lm
+from ctg_jax.run.session import Session
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sources
 from ctg_jax.types import InputError, Sampling
+from tests.experiments.tiny_lm import write_lm
 
 LM = worlds.tiny()
 PARAMS = LM.unstack(worlds.lively(LM))
@@ -98,19 +103,47 @@ def test_the_loss_is_the_distance_of_states_and_zero_where_they_are_equal():
     assert float(loss(prefix, {"params": params}, batch, PROMPTS.keys).total) > 0
 
 
-def test_fit(small):
-    root, lm, data = small
-    asked = dict(question=" good?", answers=("a", "b"), new=2, turns=1, tries=3, rate=200.0, temperature=1e-3)
-    control = methods.load(self_control.fit(root, lm=lm, data=data, **asked), open_lm(lm)[0])
-    assert float(jnp.abs(control.answer).sum()) == 2 and control.question.shape[0] > 1 and control.new == 2
-    training = dict(steps=4, batch=4, rate=1e-2, warmup=1)
-    fitted = self_control.fit(
-        root, lm=lm, data=data, kind="prefix", vectors=2, training=training, limit=6, batch=4, **asked
-    )
-    assert [row["step"] for row in fitted.metrics() if "step" in row][-1] == 4
-    prefix = methods.load(fitted, open_lm(lm)[0])
-    assert prefix.shared.shape[0] == 2 and prefix.added() == 0
-    assert self_control.neutral(prefix) is None
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    """(root, lm, data): a random LM whose texts depend on their prompts, and twelve prompts."""
+    root = tmp_path_factory.mktemp("lively")
+    path = write_lm(root / "lm", context=64)
+    model, _ = hf.load(path)
+    hf.save(path, model, worlds.lively(model, factor=20), tokens={"eos_token_id": 0})
+    texts = ["the", "we", "a long", "the food was", "good", "left", "the room", "and we", "wait for", "bad", "small plate", "it"]
+    (root / "texts.jsonl").write_text("".join(json_line({"text": text}) for text in texts))
+    data = stage(root, sources.load_data, dict(source=f"jsonl:{root / 'texts.jsonl'}", split="all"))
+    return root, sources.language_model(Session.of(root), str(path), None), data
+
+
+ASKED = dict(question=" good?", answers=("a", "b"), new=3, turns=1, tries=3, rate=50.0, temperature=1.0)
+
+
+def test_fit(lively):
+    """Some of the scores rise, the shifts of those are kept, and the prefix that learns them comes nearer to them."""
+    root, lm, data = lively
+    asked = self_control.fit(root, lm=lm, data=data, **ASKED)
+    control = methods.load(asked, open_lm(lm)[0])
+    assert float(jnp.abs(control.answer).sum()) == 2 and control.question.shape[0] > 1 and control.new == 3
+    found = stage(root, self_control.shifts, dict(batch=5), lm=lm, data=data, asked=asked)
+    (row,) = found.metrics()
+    assert row["prompts"] == 12 and 1 <= row["rose"] < 12 and row["after"] > row["before"]
+    kept = found.load()
+    assert {len(x) for x in kept.values()} == {row["rose"]} and np.abs(kept["shift"]).max(axis=(1, 2, 3)).min() > 0
+    training = dict(steps=20, batch=4, rate=3e-2, warmup=1)
+    learned = self_control.fit(root, lm=lm, data=data, kind="prefix", vectors=2, training=training, batch=5, **ASKED)
+    errors = [row["error"] for row in learned.metrics() if "error" in row]
+    assert len(errors) == 20 and np.mean(errors[-4:]) < np.mean(errors[:4])
+    prefix = methods.load(learned, open_lm(lm)[0])
+    assert prefix.shared.shape[0] == 2 and prefix.added() == 0 and self_control.neutral(prefix) is None
+
+
+def test_no_score_that_rises_is_told(lively):
+    root, lm, data = lively
+    with pytest.raises(InputError, match="no score of 12 prompts rises"):
+        self_control.fit(root, lm=lm, data=data, kind="prefix", **ASKED | dict(rate=1e-9, tries=1))
+    with pytest.raises(InputError, match="tokens is 1, and every prompt of .* is longer"):
+        self_control.fit(root, lm=lm, data=data, kind="prefix", tokens=1, **ASKED)
 
 
 def test_bad_input(small):

@@ -253,11 +253,11 @@ def shifts(
     run: Run, *, lm: Artifact, data: Artifact, asked: Artifact, limit: int = 400, batch: int = 16, tokens: int = 32
 ) -> None:
     """Stage: the shifts of the prompts whose score rises, {"shift" [N, L, T, D], "tokens" and "mask" [N, T]}, which
-    take 4 · N · L · T · D bytes; metrics.jsonl has the mean score before and after, and how many rose.
+    take 4 · N · L · T · D bytes, T being the length of the longest; metrics.jsonl has the mean score before and after, and how many rose.
 
     Args:
       asked: of the stage `self_control`. limit: prompts. batch: prompts that are searched for at once.
-      tokens: T; longer prompts are left out.
+      tokens: longer prompts are left out.
 
     Raises:
       InputError: no prompt is short enough, or no score rises; what the search raises.
@@ -266,14 +266,15 @@ def shifts(
     params = model.unstack(params)
     control = methods.load(asked, model).bind(params, params)
     every = [prompt_of(row) for row in data.rows("data.jsonl")]
-    short = [p for p, ids in zip(every, tokenizer.encode_prompts(every)) if len(ids) <= tokens][:limit]
+    sizes = list(map(len, tokenizer.encode_prompts(every)))
+    short = [p for p, size in zip(every, sizes) if size <= tokens][:limit]
     if not short:
         raise InputError(f"tokens is {tokens}, and every prompt of {data.path} is longer: raise it.")
     search = jax.jit(lambda control, prompts: control.search(prompts))
-    found = []
+    found, size = [], max(size for size in sizes if size <= tokens)
     for at in range(0, len(short), batch):
         part = short[at : at + batch]
-        full = to_prompts(tokenizer, part + [part[0]] * (batch - len(part)), seed=0, length=tokens)
+        full = to_prompts(tokenizer, part + [part[0]] * (batch - len(part)), seed=0, length=size)
         shift, scores = (np.asarray(x)[: len(part)] for x in search(control, full))
         found.append((shift, np.asarray(full.tokens)[: len(part)], np.asarray(full.mask)[: len(part)], scores))
     shift, ids, mask, scores = (np.concatenate(x) for x in zip(*found))

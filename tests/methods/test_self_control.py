@@ -110,7 +110,8 @@ def lively(tmp_path_factory):
     path = write_lm(root / "lm", context=64)
     model, _ = hf.load(path)
     hf.save(path, model, worlds.lively(model, factor=20), tokens={"eos_token_id": 0})
-    texts = ["the", "we", "a long", "the food was", "good", "left", "the room", "and we", "wait for", "bad", "small plate", "it"]
+    texts = ["the", "we", "a long", "the food was", "good", "left", "the room", "and we", "wait for", "bad"]
+    texts += ["small plate", "it"]
     (root / "texts.jsonl").write_text("".join(json_line({"text": text}) for text in texts))
     data = stage(root, sources.load_data, dict(source=f"jsonl:{root / 'texts.jsonl'}", split="all"))
     return root, sources.language_model(Session.of(root), str(path), None), data
@@ -142,7 +143,7 @@ def test_no_score_that_rises_is_told(lively):
     root, lm, data = lively
     with pytest.raises(InputError, match="no score of 12 prompts rises"):
         self_control.fit(root, lm=lm, data=data, kind="prefix", **ASKED | dict(rate=1e-9, tries=1))
-    with pytest.raises(InputError, match="tokens is 1, and every prompt of .* is longer"):
+    with pytest.raises(InputError, match=r"tokens is 1, and every prompt of .* is longer"):
         self_control.fit(root, lm=lm, data=data, kind="prefix", tokens=1, **ASKED)
 
 

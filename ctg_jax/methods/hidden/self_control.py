@@ -253,11 +253,11 @@ def shifts(
     run: Run, *, lm: Artifact, data: Artifact, asked: Artifact, limit: int = 400, batch: int = 16, tokens: int = 32
 ) -> None:
     """Stage: the shifts of the prompts whose score rises, {"shift" [N, L, T, D], "tokens" and "mask" [N, T]}, which
-    take 4 · N · L · T · D bytes, T being the length of the longest; metrics.jsonl has the mean score before and after, and how many rose.
+    take 4 · N · L · T · D bytes; metrics.jsonl has the mean score before and after, and how many rose.
 
     Args:
       asked: of the stage `self_control`. limit: prompts. batch: prompts that are searched for at once.
-      tokens: longer prompts are left out.
+      tokens: longer prompts are left out; T is the longest of the others.
 
     Raises:
       InputError: no prompt is short enough, or no score rises; what the search raises.

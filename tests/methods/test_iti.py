@@ -10,6 +10,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax import methods
+from ctg_jax.controls.bank import bank
 from ctg_jax.decode import loop
 from ctg_jax.mesh.plan import Plan
 from ctg_jax.mesh.rules import DECODER
@@ -57,6 +58,16 @@ def test_it_acts_alike_where_heads_are_divided_among_devices():
     found = loop.generate(lm, jax.device_put(params, plan.shardings(params)), prompts, control, sampling)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_allclose(found.logp, wanted.logp, atol=1e-5)
+
+
+def test_a_bank_gives_every_row_its_own():
+    lm = worlds.tiny()
+    params, controls = worlds.lively(lm), [iti.example(lm, jax.random.key(i)) for i in range(3)]
+    prompts, text = worlds.prompts(ROWS, cond={"entry": jnp.array([2, 0, 1])}), jnp.array([[1, 2], [3, 4], [5, 6]])
+    found = loop.forward(lm, params, prompts, text, bank(controls))
+    for row, control in zip((1, 2, 0), controls):
+        alone = loop.forward(lm, params, prompts.replace(cond=None), text, control)
+        np.testing.assert_allclose(found[row], alone[row], atol=1e-4)
 
 
 def test_heads_by_hand():

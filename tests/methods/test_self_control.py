@@ -143,8 +143,8 @@ def test_no_score_that_rises_is_told(lively):
     root, lm, data = lively
     with pytest.raises(InputError, match="no score of 12 prompts rises"):
         self_control.fit(root, lm=lm, data=data, kind="prefix", **ASKED | dict(rate=1e-9, tries=1))
-    with pytest.raises(InputError, match=r"tokens is 1, and every prompt of .* is longer"):
-        self_control.fit(root, lm=lm, data=data, kind="prefix", tokens=1, **ASKED)
+    with pytest.raises(InputError, match=r"tokens is 0, and every prompt of .* is longer"):
+        self_control.fit(root, lm=lm, data=data, kind="prefix", tokens=0, **ASKED)
 
 
 def test_bad_input(small):

@@ -120,6 +120,7 @@ def lively(tmp_path_factory):
 ASKED = dict(question=" good?", answers=("a", "b"), new=3, turns=1, tries=3, rate=50.0, temperature=1.0)
 
 
+@pytest.mark.slow
 def test_fit(lively):
     """Some of the scores rise, the shifts of those are kept, and the prefix that learns them comes nearer to them."""
     root, lm, data = lively

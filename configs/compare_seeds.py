@@ -8,8 +8,8 @@ gdc     a share of .8 of positive text after negative first words: fresh samples
         training, where the share was asked for, should have it within .03. It is counted by the reward itself
         (`sentiment`); the judge `positive` saw nothing of it
 
-The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with half the prompts, half the rows of an update and,
-for GDC, more rounds of fewer updates. Report: seeds are rows of one table.
+The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with a quarter of the prompts, half the rows of an
+update and two thirds of the updates; for GDC more rounds. Seeds are rows of one table.
 
 Sources: Lu et al. 2022, Khalifa et al. 2021.
 """
@@ -18,7 +18,7 @@ from configs import gdc, quark, reward
 from ctg_jax.types import InputError
 
 SEEDS = (0, 1, 2)
-PROMPTS = 500
+PROMPTS = 250
 
 
 def seeded(label, arm, **fit):
@@ -34,7 +34,7 @@ def get_config(arg="quark"):
     data = learn["data"] | ({} if arg == "tiny" else dict(limit=PROMPTS))
     if arg == "quark":
         arm = quark.arms(world)["quark"] | dict(data=data)
-        arms = dict(top_p=dict(), **seeded("quark", arm, training=dict(steps=300, batch=16)))
+        arms = dict(top_p=dict(), **seeded("quark", arm, training=dict(steps=200, batch=16)))
         return reward.experiment(world, "Quark towards negative text", arms)
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"] | dict(data=data)
     more = {} if arg == "tiny" else dict(rounds=8, training=dict(steps=100, batch=16))

@@ -34,7 +34,7 @@ def arms(world):
     rewards = dict(drinks=dict(kind="function", function="configs.compare_fair:rare", version="1"))
     found = dict(
         quark=best,
-        best_only=best | dict(fit=best["fit"] | dict(best_only=True), strengths=(1.0,)),
+        best_only=best | dict(fit=best["fit"] | dict(sorting=dict(best_only=True)), strengths=(1.0,)),
         **ppo.arms(world),
         **ppo.value_free(world),
         dpo=preference.arms(world)["dpo"],

@@ -19,7 +19,7 @@ from configs import click, gdc, ppo, preference, quark, reward
 
 def get_config(arg="bundled"):
     best = quark.arms(arg)["quark"]
-    best = best | dict(fit=best["fit"] | dict(best_only=True), strengths=(1.0,))
+    best = best | dict(fit=best["fit"] | dict(sorting=dict(best_only=True)), strengths=(1.0,))
     pointwise = gdc.arms(arg) if arg == "bundled" else dict(gdc=gdc.arms(arg)["gdc"])
     methods = dict(
         base=dict(filter={}),

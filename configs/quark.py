@@ -79,7 +79,7 @@ def sweep():
         yield {"methods.quark.fit.objective.kl": kl}
     yield {"methods.quark.fit.objective.direction": "policy_reference"}
     yield {"methods.quark.fit.objective.entropy": 0.0}
-    yield {"methods.quark.fit.best_only": True}
+    yield {"methods.quark.fit.sorting.best_only": True}
     yield {"methods.quark.fit.adapter.rank": 2}
     yield {"methods.quark.fit.adapter.kind": "full"}
     for rounds in (1, 2):

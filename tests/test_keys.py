@@ -140,7 +140,7 @@ def test_seeds_of_a_series_never_meet():
 
 FITS = [
     (ppo, {}),
-    (quark, {"strata": True}),
+    (quark, {"sorting": {"strata": True}}),
     (click, {"threshold": "median"}),
     (preference, {}),
     (unlikelihood, {"objective": {"sequence": 1.0}}),

@@ -38,6 +38,15 @@ def test_scores_are_minus_the_distance():
     assert own.tolist() == [0, -2] and (own >= Length.threshold).tolist() == [True, False]
 
 
+def test_what_is_wrong_with_a_length_in_words():
+    texts = ["a b c", "a b c d", "a b c d e f g"]
+    assert Length("between 4 and 6 words").explain([""] * 3, texts) == ["1 word too few", "", "1 word too many"]
+    assert Length("at most 4 characters").explain(["", ""], texts[:2]) == [
+        "1 character too many",
+        "3 characters too many",
+    ]
+
+
 def test_versions_follow_the_request_and_the_kind_is_found():
     assert Length("5 words").version != Length("6 words").version != Length().version
     assert "length" in rewards.kinds()

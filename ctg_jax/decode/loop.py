@@ -310,23 +310,39 @@ def score(
     Raises:
       InputError: what `checks.check_rows` raises; padding does not count. Logits that are not finite.
     """
+    return scored(lm, params, prompts, completion, control, written)[0]
+
+
+def scored(
+    lm: LM,
+    params: Params,
+    prompts: Prompts,
+    completion: jax.Array,
+    control: Control = IDENTITY,
+    written: jax.Array | None = None,
+    *,
+    states: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(what `score` returns, and with `states` the final states [B, N, D] that predict each token, otherwise None)."""
     check_rows(lm, prompts, control, completion.shape[1], completion, written)
     with layout.split_activations(layout.mesh_of((params, control))):
         split = not numbers_for_rows(control, len(prompts.tokens))
         rows = (prompts, completion, written)
-        logp = layout.run_rows(_score_part, lm, (params, control), rows, split=split)
+        logp, hidden = layout.run_rows(_score_part, (lm, states), (params, control), rows, split=split)
     check_finite(logp)
-    return logp
+    return logp, hidden
 
 
-def _score_part(lm, whole, rows):
-    return _score(lm, whole[0], *rows, whole[1])
+def _score_part(static, whole, rows):
+    return _score(*static, whole[0], *rows, whole[1])
 
 
-@partial(jax.jit, static_argnames=("lm",))
-def _score(lm, params, prompts, completion, written, control):
+@partial(jax.jit, static_argnames=("lm", "states"))
+def _score(lm, states, params, prompts, completion, written, control):
     def chosen(z, tokens):
         return jnp.take_along_axis(z, tokens[:, :, None], axis=2)[:, :, 0] - jax.nn.logsumexp(z, axis=-1)
 
-    logp = reduced(read_rows(lm, params, prompts, completion, control), chosen, completion)
-    return logp if written is None else jnp.where(written, logp, 0.0)
+    text = read_rows(lm, params, prompts, completion, control)
+    logp = reduced(text, chosen, completion)
+    hidden = text.hidden[:, text.hidden.shape[1] - completion.shape[1] :] if states else None
+    return logp if written is None else jnp.where(written, logp, 0.0), hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from ctg_jax.models.lengths import room
 from ctg_jax.models.lm import LM
 from ctg_jax.types import InputError, Params, Prompts
 
+Keep = Callable[[int, np.ndarray], None]
+
 
 def log_probabilities(
     lm: LM,
@@ -30,6 +32,7 @@ def log_probabilities(
     control: Control = IDENTITY,
     *,
     batch: int = 32,
+    keep: Keep | None = None,
 ) -> np.ndarray:
     """The log-probability of each completion after its prompt under a control, float64 [n].
 
@@ -41,6 +44,7 @@ def log_probabilities(
       heads: n prompts as token ids; one may be empty where the control puts vectors before the text.
       tails: n completions; an empty one has log-probability 0.
       batch: rows of a compiled batch.
+      keep: called with the number of each row and the final states [N, D] that predict the N tokens of its completion.
 
     Raises:
       InputError: a prompt and its completion do not fit the context; an empty prompt.
@@ -57,8 +61,12 @@ def log_probabilities(
         head, head_mask = _padded([heads[i] for i in rows], left=True)
         tail, tail_mask = _padded([tails[i] for i in rows], left=False)
         prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), rng.per_example(jax.random.key(0), rows))
-        logp = loop.score(lm, params, prompts, jnp.asarray(tail), control, jnp.asarray(tail_mask))
+        given = (lm, params, prompts, jnp.asarray(tail), control, jnp.asarray(tail_mask))
+        logp, states = loop.scored(*given, states=keep is not None)
         out[indices] = np.asarray(logp, np.float64).sum(axis=1)[: len(indices)]
+        if keep is not None:
+            for i, row in zip(indices, np.asarray(states)):
+                keep(i, row[: len(tails[i])])
     return out
 
 
@@ -111,15 +119,19 @@ class LMScorer:
             raise InputError(f"{len(prompts)} prompts were given for {len(texts)} texts; give one prompt for each text")
         return self.ids(self.tokenizer.encode_prompts(prompts), self.tokenizer.encode_after(prompts, texts))
 
-    def ids(self, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def ids(
+        self, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]], keep: Keep | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The same for token ids, such as those that this model drew, since encoding their text may give others.
 
         Args:
           heads: prompts, as `Tokenizer.encode_prompts` returns them. tails: continuations.
+          keep: see `log_probabilities`.
         """
         rows = [self._row(i, list(h), list(t)) for i, (h, t) in enumerate(zip(heads, tails, strict=True))]
         heads, tails = [head for head, _ in rows], [tail for _, tail in rows]
-        logp = log_probabilities(self.lm, self._params, self.tokenizer, heads, tails, self.control, batch=self.batch)
+        given = (self.lm, self._params, self.tokenizer, heads, tails, self.control)
+        logp = log_probabilities(*given, batch=self.batch, keep=keep)
         return -logp, np.asarray([len(tail) for tail in tails], np.int64)
 
     def _row(self, i, head, tail):

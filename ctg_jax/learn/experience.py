@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ctg_jax import evaluation, rng
 from ctg_jax.data.messages import has_messages, prompt_of
 from ctg_jax.io import dumps, loads
 from ctg_jax.learn import calibrate
-from ctg_jax.learn.pool import POOL, Pool
+from ctg_jax.learn.pool import POOL, STATES, Pool
 from ctg_jax.run import stage
 from ctg_jax.run.stage import Artifact, Run
 from ctg_jax.stages import sampling
@@ -32,6 +33,7 @@ def explore(
     control: Artifact | None = None,
     strength: float | None = None,
     round: int = 0,
+    states: bool = False,
     seed: int = 0,
     **settings: Any,
 ) -> Artifact:
@@ -41,7 +43,7 @@ def explore(
 
     Args:
       strength: of the control; None: as fitted.
-      round: the number of this round. seed: of all rounds; each draws with a seed derived from it.
+      round: the number of this round. states: see `score`. seed: of all rounds; each draws with one derived from it.
       **settings: of `ctg_jax.stages.sampling.sample`, such as n and max_new.
     """
     drawn = rng.derived_seed(seed, "explore", round)
@@ -49,7 +51,7 @@ def explore(
     controls = [] if control is None else [control]
     samples = stage.stage(root, sampling.sample, settings, lm=lm, prompts=data, controls=controls)
     given = dict(samples=samples, rewards=list(rewards), lm=lm, controls=controls)
-    return stage.stage(root, score, {"round": round}, **given)
+    return stage.stage(root, score, {"round": round, "states": states}, **given)
 
 
 @stage.stage_function("score", revision=1, how=("batch",))
@@ -61,12 +63,13 @@ def score(
     lm: Artifact,
     controls: Sequence[Artifact] = (),
     round: int = 0,
+    states: bool = False,
     batch: int = 256,
 ) -> None:
     """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt (and messages, where it is a
     conversation), text, tokens, `logp` under what drew it, `base` (its log-probability under the frozen model),
-    `reward` (by the first of the rewards) and reward_<name> by each of them. spec.json records under `drawn` whether
-    the samples are greedy and their filter.
+    `reward` (by the first of the rewards) and reward_<name> by each of them; and `feedback`, in words, where the first
+    reward has `explain`. spec.json records under `drawn` whether the samples are greedy and their filter.
 
     Both log-probabilities come from one function, which reads whole texts, so that their difference is 0 where nothing
     was changed. That of the sampler, which reads token by token, differs from both by the rounding of bfloat16; it is
@@ -75,6 +78,8 @@ def score(
 
     Args:
       controls: those under which the samples were drawn, in the order of the stage `sample`.
+      states: whether to keep the frozen model's final states at every token as well, for methods that read it again
+        (`pool.States`): 4 bytes for each of its dimensions and each token.
 
     Equal texts after equal prompts are scored once. An interrupted stage continues after the last batch it scored.
 
@@ -103,7 +108,8 @@ def score(
     prompts, how = [prompt_of(r) for r in rows], samples.spec["config"]
     model = stage.open_lm(lm)
     heads, tails = model[2].encode_prompts(prompts), [r["tokens"] for r in rows]
-    nats, _ = evaluation.LMScorer(*model).ids(heads, tails)
+    kept = _Kept(run.path / f".{STATES}", tails, model[0].width) if states else None
+    nats, _ = evaluation.LMScorer(*model).ids(heads, tails, kept)
     logp = np.asarray([r["logp"] for r in rows])
     rule = {name: how.get(name) or default for name, default in (("filter", {}), ("truncate_first", False))}
     drew = samples.spec["stage"] == "sample" and samples.spec["inputs"].get("controls", []) == [c.id for c in controls]
@@ -122,6 +128,10 @@ def score(
         "reward": scores[:, 0].tolist(),
     }
     table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
+    if hasattr(judges[0], "explain"):
+        table["feedback"] = judges[0].explain(table["prompt"], table["text"])
+    if kept is not None:
+        kept.replace(run.path / STATES)
     new = run.path / f".{POOL}"
     pq.write_table(pa.table(table), new)
     new.replace(run.path / POOL)
@@ -153,6 +163,22 @@ def best(run: Run, *, scored: Artifact, n: int = 4) -> None:
     rows = ({key: r[key] for key in kept if key in r} | {"sample": r["sample"] // n} for r in rows)
     stage.write_jsonl(run.path / "samples.jsonl", rows)
     run.record(kl_bound=calibrate.best_of_n_kl(n), likelihood=False)
+
+
+class _Kept:
+    """A file of final states float32 [tokens, D], one completion after the other, which is written a row at a time."""
+
+    def __init__(self, path: Path, tails: Sequence[Sequence[int]], width: int):
+        self.path, self.ends = path, np.cumsum([len(t) for t in tails])
+        self.rows = np.lib.format.open_memmap(path, "w+", np.float32, (max(1, int(self.ends[-1])), width))
+
+    def __call__(self, i: int, states: np.ndarray) -> None:
+        self.rows[self.ends[i] - len(states) : self.ends[i]] = states
+
+    def replace(self, path: Path) -> None:
+        """Gives the whole file its name."""
+        self.rows.flush()
+        self.path.replace(path)
 
 
 def _scored(run: Run, rows: list[dict[str, Any]], judges: Sequence[Any], batch: int) -> np.ndarray:

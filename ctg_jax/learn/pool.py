@@ -32,6 +32,7 @@ from ctg_jax.stages.sampling import truncation
 from ctg_jax.types import InputError, Params, Prompts
 
 POOL = "pool.parquet"
+STATES = "states.npy"
 
 # Filters that leave every token a probability, and with them those that remove tokens whatever their probabilities are.
 POSITIVE = ("temperature", "repetition_penalty")
@@ -97,6 +98,10 @@ class Pool(Sequence):
         """[n], one field of every record."""
         return self._more[name] if name in self._more else self._table[name].to_numpy()
 
+    def has(self, name: str) -> bool:
+        """Whether the records have a field."""
+        return name in self._more or name in self._table.column_names
+
     def importance(self, limit: float) -> np.ndarray:
         """p / q float32 [n] of every record, at most `limit`, over their mean: the weights with which samples of q,
         what drew them, stand for samples of the frozen model p."""
@@ -117,7 +122,7 @@ class Pool(Sequence):
     def prompts(self) -> list[Any]:
         """The prompt of every record: its text, or its messages."""
         texts = list(self.column("prompt"))
-        if "messages" not in self._table.column_names:
+        if not self.has("messages"):
             return texts
         return [text if found is None else found for text, found in zip(texts, self._table["messages"].to_pylist())]
 
@@ -128,6 +133,38 @@ class Pool(Sequence):
     def take(self, indices: np.ndarray) -> Pool:
         """Some of the records."""
         return Pool(self._table.take(np.asarray(indices)), {k: v[indices] for k, v in self._more.items()})
+
+
+class States(Sequence):
+    """The final states of the frozen model at every token of a pool's completions, as scoring left them: row i is
+    float32 [N, D], zeros behind its tokens, with N the length of the longest completion. Rows stay on disk until they
+    are read.
+
+    Args:
+      rows: the states of each completion, float32 [its length, D], such as parts of memory maps.
+    """
+
+    def __init__(self, rows: Sequence[np.ndarray]):
+        self._rows, self._longest = rows, max(map(len, rows))
+
+    @classmethod
+    def open(cls, rounds: Sequence[Artifact]) -> States:
+        """Those of the artifacts that `score` made with `states`, in the order of `Pool.open`."""
+        rows: list[np.ndarray] = []
+        for artifact in rounds:
+            tokens = Pool.open([artifact]).column("tokens")
+            ends = np.cumsum([len(t) for t in tokens])
+            rows += np.split(np.asarray(np.load(artifact.path / STATES, mmap_mode="r")), ends)[:-1]
+        return cls(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, np.ndarray):
+            return States([self._rows[j] for j in i])
+        row = self._rows[i]
+        return np.concatenate([row, np.zeros((self._longest - len(row), row.shape[1]), row.dtype)])
 
 
 def positive(rewards: np.ndarray, threshold: float) -> np.ndarray:

@@ -14,7 +14,8 @@ READS = ("text", "both")
 
 
 class Reward(Protocol):
-    """A scorer of texts. `threshold` is the score from which a text counts as having the attribute."""
+    """A scorer of texts. `threshold` is the score from which a text counts as having the attribute. It may also have
+    `explain(prompts, texts)`, which says of each text in a few words what is wrong with it, or nothing ("")."""
 
     name: str
     version: str

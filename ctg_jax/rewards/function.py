@@ -23,7 +23,8 @@ class FunctionReward:
     """Scores from a function of one prompt and one text.
 
     Args:
-      fn: (prompt, text) -> a finite number; called from several threads.
+      fn: (prompt, text) -> a finite number; called from several threads. It may have a function `explain` of the same
+        arguments as an attribute, which says in words what is wrong with a text.
       name: what it measures.
       version: changes when the answers change although the file does not, for example with another model behind a
         service or another version of what the file imports.
@@ -57,6 +58,8 @@ class FunctionReward:
         self.version = version if self.code is None else f"{version}@{self.code}"
         self.workers, self.retries, self.wait = workers, retries, wait
         self.cache = None if cache is None or self.code is None else Path(cache)
+        if hasattr(fn, "explain"):
+            self.explain = self._explain
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Scores float32 [n]. Every answer is on disk before the next is waited for.
@@ -77,6 +80,15 @@ class FunctionReward:
         finally:
             pool.shutdown(cancel_futures=True)
         return checked(self.name, [known[k] for k in keys], len(texts))
+
+    def _explain(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
+        said = [self.fn.explain(p, t) for p, t in zip(prompts, texts)]
+        for i, words in enumerate(said):
+            if not isinstance(words, str):
+                raise InputError(
+                    f"explain of the reward {self.name!r} returned {words!r:.60} for text {i}; expected words"
+                )
+        return said
 
     def _call(self, prompt: str, text: str) -> float:
         for attempt in range(self.retries + 1):

@@ -70,7 +70,22 @@ class Length:
         rows = readable(self.name, prompts, texts, "text")
         return checked(self.name, [self._one(p, t) for p, t in zip(prompts, rows)], len(rows))
 
+    def explain(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
+        """By how much each text is too long or too short, such as "3 words too many"; "" where it is as asked."""
+        return [self._said(p, t) for p, t in zip(prompts, readable(self.name, prompts, texts, "text"))]
+
+    def _said(self, prompt: str, text: str) -> str:
+        short, long, unit = self._gaps(prompt, text)
+        by = max(short, long)
+        if by <= 0:
+            return ""
+        return f"{by:g} {unit}{'s' if by > 1 else ''} too {'few' if short > 0 else 'many'}"
+
     def _one(self, prompt: str, text: str) -> float:
+        return -max(*self._gaps(prompt, text)[:2], 0.0)
+
+    def _gaps(self, prompt: str, text: str) -> tuple[float, float, str]:
+        """(by how much a text is too short, too long, the unit)."""
         wanted = self.fixed or asked(prompt)
         if wanted is None:
             raise InputError(
@@ -78,7 +93,7 @@ class Length:
             )
         low, high, unit = wanted
         size = len(text.split()) if unit == "word" else len(text)
-        return -max(low - size, size - high, 0.0)
+        return low - size, size - high, unit
 
 
 SETTINGS = ("target",)

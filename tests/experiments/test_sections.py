@@ -15,7 +15,8 @@ from experiments import cli, experiment
 from experiments.arms import Fitted, read
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if "def get_config" in p.read_text())
-WORLDS = ("bundled", "yelp", "yelp_down", "repetition", "toxicity", "tiny", "best", "domains", "prompter", "requests")
+WORLDS = ("bundled", "yelp", "yelp_down", "repetition", "toxicity", "tiny", "best", "domains", "prompter")
+OWN = {"objective": "Objective", "sorting": "Sorting"}  # records of a method's module
 RECORDS = {"training": Training, "adapter": Adapter, "search": Search}
 
 
@@ -24,7 +25,7 @@ def sections(settings, method=None):
     method = settings.get("method", method)
     for name, value in settings.items():
         if isinstance(value, dict):
-            if name in (*RECORDS, "objective"):
+            if name in (*RECORDS, *OWN):
                 yield method, name, set(value)
             yield from sections(value, method)
 
@@ -44,8 +45,8 @@ def test_every_world_gives_fields_that_there_are(file, monkeypatch, tmp_path):
             except ValueError:
                 continue  # a sweep of another world
             for method, name, keys in sections(changed):
-                if name == "objective":
-                    records = [getattr(methods.get(method), "Objective", None)]
+                if name in OWN:
+                    records = [getattr(methods.get(method), OWN[name], None)]
                 else:  # `search` is also that of an arm which searches
                     records = [RECORDS[name], *([Plan] if (name, method) == ("search", None) else [])]
                 if records == [None]:

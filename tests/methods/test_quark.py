@@ -51,6 +51,71 @@ def test_every_token_reaches_its_quantile():
         assert worlds.divergence(wanted, base) > 1  # where it came from
 
 
+def test_every_class_and_what_is_said_of_it_reach_the_base_within_them():
+    """With one threshold (negative-aware training) and words about failures before the prompt (LeTI): on each token and
+    behind each remark the policy is the base restricted to the samples that have them."""
+    base = worlds.probabilities(LM, PARAMS, PROMPT, NEW)
+    limit = float(np.quantile(REWARD, 0.6))
+    draws = np.random.default_rng(1).choice(len(base), 8192, p=base / base.sum())
+    classes = quark.Sorting(thresholds=(limit,)).tokens(REWARD[draws], 2, 0)
+    remark = np.where(EVERY[:, 0] < 2, 3, 4)  # the token that stands before the prompt of a failure
+    heads = np.array([[0, *PROMPT] if good else [remark[i], *PROMPT] for i, good in zip(draws, classes)])
+    mask = np.ones(heads.shape, bool)
+    mask[classes == 1, 0] = False  # nothing is said of a success
+    parts = [
+        worlds.written(PROMPT, EVERY[draws[i]], bin=classes[i]) | {"tokens": heads[i], "mask": mask[i]}
+        for i in np.array_split(np.random.default_rng(2).permutation(len(draws)), 16)
+    ]
+    control = quark.init(LM, jax.random.key(0), tokens=2, kind="full")
+    objective = quark.Objective(kl=0.0, entropy=0.0)
+    trained = dict(trained=r"delta/changes/.*|codes")
+    control, _ = worlds.trained(quark.loss(LM, objective), control, {"params": PARAMS}, parts * 25, **trained)
+    for code, before in ((0, [3]), (0, [4]), (1, [])):
+        good = limit <= REWARD
+        have = good if code else ~good & (remark == before[0])
+        wanted = np.where(have, base, 0) / base[have].sum()
+        found = worlds.probabilities(LM, PARAMS, before + PROMPT, NEW, methods.with_strength(control, float(code)))
+        assert worlds.divergence(wanted, found) < 0.03
+        assert worlds.divergence(wanted, base) > 0.3  # where it came from
+
+
+def test_classes_by_hand():
+    sorting = quark.Sorting(thresholds=(0.2, 0.5))
+    assert sorting.tokens(np.array([0.1, 0.2, 0.5, 0.4, 0.9]), 3, 0).tolist() == [0, 1, 2, 1, 2]
+    with pytest.raises(InputError, match="none of the 2 samples is in class 1 of the thresholds"):
+        sorting.tokens(np.array([0.1, 0.7]), 3, 0)
+    for wrong in ((0.5, 0.2), (0.5,), "judge", 0.5):
+        with pytest.raises(InputError, match="expected 2 ascending numbers, one fewer than tokens"):
+            quark.Sorting(thresholds=wrong).tokens(np.array([0.1, 0.7]), 3, 0)
+
+
+def test_kept_states_give_the_loss_of_reading_again():
+    """The value and its gradient, with a ragged batch behind padded prompts."""
+    control = quark.example(LM, jax.random.key(3))
+    batch = worlds.written(PROMPT, EVERY[:6], bin=jnp.arange(6) % 3)
+    at = np.add.outer(np.arange(6), np.arange(2))
+    batch |= {"mask": jnp.asarray(at >= 1), "written": jnp.asarray(at < 6)}
+    keys = jax.random.split(jax.random.key(0), 6)
+    prompts = worlds.prompts([PROMPT] * 6).replace(mask=batch["mask"])
+    logp, states = loop.scored(LM, PARAMS, prompts, batch["completion"], states=True)
+    np.testing.assert_array_equal(logp, loop.score(LM, PARAMS, prompts, batch["completion"]))
+    # Behind the end of a text there are no states on disk, and none are looked at.
+    kept = jnp.where(batch["written"][:, :, None], states, 0.0)
+    total = quark.loss(LM, quark.Objective(kl=0.7))
+
+    def mean(control, rows):
+        out = total(control, {"params": PARAMS}, rows, keys)
+        return out.total / out.weight
+
+    given = [jax.value_and_grad(mean, allow_int=True)(control, rows) for rows in (batch, batch | {"states": kept})]
+    (value, slope), (other, other_slope) = given
+    assert float(other) == pytest.approx(float(value), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(other_slope)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    shifted = batch | {"states": jnp.roll(kept, 1, axis=0)}
+    assert abs(float(mean(control, shifted)) - float(value)) > 1e-4
+
+
 def test_the_loss_by_hand():
     """One position with logits (0, 0) under the policy and (log 3, 0) under the base; target 0."""
     lm = worlds.Bigram(vocab=2)

@@ -7,16 +7,19 @@ One language model of a few words, one pool and one reading program are shared b
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ctg_jax import methods
 from ctg_jax.learn import experience, fitting, preferences
+from ctg_jax.learn import pool as pool_of_samples
 from ctg_jax.learn.pool import Pool, log_probabilities
 from ctg_jax.learn.pretrain import pretrain
 from ctg_jax.learn.rounds import Round
 from ctg_jax.methods import click, gdc, ppo, preference, quark, unlikelihood
 from ctg_jax.run.stage import open_lm, stage
 from ctg_jax.stages import judges, sources
+from ctg_jax.types import InputError
 
 GOOD, BAD = ("good", "nice", "fun"), ("bad", "sad", "awful")
 
@@ -25,6 +28,14 @@ def cheer(prompt, text):
     """Between 0 and 1: how many of the words of feeling are good ones; .4 for a text without any."""
     good, bad = (sum(text.split().count(w) for w in words) for words in (GOOD, BAD))
     return (good + 0.4) / (good + bad + 1)
+
+
+def said(prompt, text):
+    """What is wrong with a text: its words of bad feeling."""
+    return " ".join(w for w in text.split() if w in BAD)
+
+
+cheer.explain = said
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +107,69 @@ def test_quark(world, pool):
     best, worst = (change(world, pool, methods.with_strength(control, s)) for s in (1.0, 0.0))
     reward = pool.column("reward")
     assert np.corrcoef(best - worst, reward)[0, 1] > 0.4
-    only = fitted(world, quark, tokens=3, best_only=True, objective=dict(kl=0.0, entropy=0.0))
+    only = fitted(world, quark, tokens=3, sorting=dict(best_only=True), objective=dict(kl=0.0, entropy=0.0))
     rises(world, pool, methods.load(only, open_lm(world[1]["lm"])[0]))
+
+
+def batches_of(monkeypatch, world, method, **settings):
+    """The first batch that a method learns from, and what it only reads."""
+    seen = {}
+
+    def stop(run, state, objective, frozen, batches, *more, **options):
+        seen.update(batch=next(batches), frozen=frozen)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as at, pytest.raises(KeyboardInterrupt):
+        at.setattr(fitting, "train", stop)
+        fitted(world, method, **settings)
+    return seen
+
+
+def test_negative_aware_training(world, pool):
+    """Two classes by the judge's own threshold: successes are likelier on their token than on that of failures."""
+    sorting = dict(thresholds="judge")
+    artifact = fitted(
+        world, quark, tokens=2, sorting=sorting, objective=dict(kl=0.0, entropy=0.0), training=dict(steps=30)
+    )
+    good = pool.column("reward") >= 0.5
+    assert artifact.spec["classes"] == [int((~good).sum()), int(good.sum())]
+    control = methods.load(artifact, open_lm(world[1]["lm"])[0])
+    best, worst = (change(world, pool, methods.with_strength(control, s)) for s in (1.0, 0.0))
+    assert (best - worst)[good].mean() > 0.5 > -0.5 > (best - worst)[~good].mean()
+
+
+def test_what_a_reward_says_stands_before_the_prompt_while_learning(world, pool, monkeypatch):
+    sorting = dict(thresholds=[0.5], feedback=True)
+    tokenizer = open_lm(world[1]["lm"])[2]
+    batch = batches_of(monkeypatch, world, quark, tokens=2, sorting=sorting)["batch"]
+    prompts, texts = pool.column("prompt"), pool.column("text")
+    words = {said("", t) for t in texts}
+    assert "" in words and len(words) > 3
+    for row, mask, bin, i in zip(batch["tokens"], batch["mask"], batch["bin"], batch["ids"]):
+        remark = said(prompts[i], texts[i])
+        assert tokenizer.decode([row[mask].tolist()]) == [f"{remark}\n{prompts[i]}" if remark else prompts[i]]
+        assert bin == (pool.column("reward")[i] >= 0.5)
+    with pytest.raises(InputError, match="samples are learned behind other prompts"):
+        fitted(world, quark, tokens=2, sorting=sorting, keep_states=True)
+    mute = {"prompt": np.array(["a"]), "text": np.array(["b"])}
+    with pytest.raises(InputError, match="the reward says nothing of a text"):
+        quark.told(Pool(pa.table(mute)))
+
+
+def test_scoring_keeps_the_states_that_an_update_would_read(world, pool, monkeypatch):
+    """Every update is that of reading the frozen model again, which is not done."""
+    settings = dict(tokens=3, objective=dict(kl=0.5, entropy=0.1), training=dict(steps=6))
+    kept = batches_of(monkeypatch, world, quark, keep_states=True, **settings)["batch"]
+    sizes = kept["written"].sum(axis=1)
+    assert kept["states"].shape == (*kept["written"].shape, 16) and sizes.min() < sizes.max()
+    assert ((kept["states"] != 0).any(axis=-1) == kept["written"]).all()
+    again = fitted(world, quark, **settings).metrics()
+    reads = []
+    monkeypatch.setattr(quark, "read", lambda *a, **k: reads.append(len(a)) or pool_of_samples.read(*a, **k))
+    found = fitted(world, quark, keep_states=True, **settings).metrics()
+    assert set(reads) == {6}  # with a control, and never without
+    for a, b in zip(again, found):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["kl"] == pytest.approx(b["kl"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("advantage", ["values", "group", "leave_one_out"])
@@ -113,15 +185,8 @@ def test_ppo(world, pool, advantage):
 @pytest.mark.parametrize("normalise", [False, True])
 def test_ppo_credits_what_the_pool_gives(world, pool, monkeypatch, normalise):
     """The reward stands at the last token, the end token where there is one; with β the penalty is 0 at first."""
-    seen = {}
-
-    def stop(run, state, objective, frozen, batches, *more, **options):
-        seen.update(batch=next(batches), frozen=frozen)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fitting, "train", stop)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(world, ppo, beta=0.7, objective=dict(gamma=1.0, lam=0.0, normalise=normalise))
+    settings = dict(beta=0.7, objective=dict(gamma=1.0, lam=0.0, normalise=normalise))
+    seen = batches_of(monkeypatch, world, ppo, **settings)
     batch = seen["batch"]
     length = batch["written"].sum(axis=1)
     wanted = np.zeros(batch["written"].shape)

@@ -98,6 +98,13 @@ FAULTS = [
           f"{STAGES}::test_quark"),
     fault(f"{WEIGHTS}/quark.py", 'samples.column("reward"), tokens, seed)', '-samples.column("reward"), tokens, seed)',
           f"{STAGES}::test_quark"),
+    fault(f"{WEIGHTS}/quark.py", 'calibrate.finite(rewards), side="right")', 'calibrate.finite(rewards), side="left")',
+          f"{of('quark')}::test_classes_by_hand"),
+    fault(f"{WEIGHTS}/quark.py", "{prompt}\" if said else prompt", "{prompt}\" if not said else prompt",
+          f"{STAGES}::test_what_a_reward_says_stands_before_the_prompt_while_learning"),
+    fault("learn/experience.py", "self.rows[self.ends[i] - len(states) : self.ends[i]]",
+          "self.rows[self.ends[i - 1] - len(states) : self.ends[i - 1]]",
+          f"{STAGES}::test_scoring_keeps_the_states_that_an_update_would_read"),
     # GDC
     fault(f"{WEIGHTS}/gdc.py", "gap = np.asarray(log_p, np.float64) - log_q",
           "gap = log_q - np.asarray(log_p, np.float64)", f"{GDC}_weights_by_hand"),

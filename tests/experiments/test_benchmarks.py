@@ -124,16 +124,39 @@ def test_the_clock_of_a_quark_round_sees_every_compiled_program(benchmark):
 
     quark.Busy, quark.K, quark.NEW = Counted, 2, 4
     lm = Transformer.gpt2(vocab=300, width=16, depth=1, heads=2, context=32)
-    args = types.SimpleNamespace(batch=4, steps=2)
+    steps = 2
     texts = ["the food", "the room", "we", "the soup was", "a day", "good"]
     tokenizer = quark.Folded(train_bpe(["the food was good"] * 5, 270), 270)
-    run, state = quark.ours(lm, jax.jit(lm.init)(jax.random.key(0)), tokenizer, texts, Judge(quark.Timed), args)
+    run, state = quark.ours(lm, jax.jit(lm.init)(jax.random.key(0)), tokenizer, texts, Judge(quark.Timed), steps, 4)
     _, spent, inside = run(state)
     assert spent.shape == inside.shape == (3,)
     assert calls.count("run") == 2  # strategies.run: six prompts in batches of four
-    assert len(calls) == 2 + 2 + args.steps
+    assert len(calls) == 2 + 2 + steps
     assert (inside > 0).all() and (inside <= spent).all()
     assert inside[0] > 0.5 * spent[0]  # its program was compiled in there
+
+
+@pytest.mark.slow
+def test_a_round_of_quark_is_measured_at_each_mixture(benchmark, capsys, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    module, file = benchmark("quark"), tmp_path / "rows.json"
+    module.SHAPES = {"mini": dict(width=16, depth=1, heads=2, context=64, vocab=1010)}
+    module.MIXTURES = {"paper": (6, 1), "old": (5, 2)}
+    code = cli.run(module.main, ["--shape=mini", "--batch=4", "--repeats=1", f"--json={file}"], devices=False)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert module.processor() in out and "6 samples, 1 updates of 4 rows" in out
+    saved = json.loads(file.read_text())
+    for row in saved["rows"][:2]:
+        shares = [row[part]["share"] for part in ("explore", "score", "learn")]
+        assert sum(shares) == pytest.approx(1) and 0 < row["learn"]["of_floor"] < 1
+    assert [row["kept_states"] for row in saved["rows"][2:]] == ["full", "lora"]
+    # A block has 4 · 16² weights in its attention and 8 · 16² in its MLP.
+    blocks = 12 * 16**2 * (6 * 9 + 2 * 8)
+    attention = (6 * 9**2 + 2 * 8**2) * 2 * 16
+    lm = Transformer.gpt2(**module.SHAPES["mini"])
+    assert module.flops(lm, 3, 5, 4) == 3 * (blocks + attention + 8 * 4 * 16 * 1010)
 
 
 TOGETHER = ("gedi", "self_debias", "critic", "value_model", "residual", "selective", "speculation")

@@ -92,3 +92,17 @@ def test_a_comparison_of_rare_rewards_keeps_how_a_method_explores():
     arms_of = importlib.import_module("configs.compare_fair").get_config("yelp").methods
     assert arms_of.quark.fit.explore.to_dict() == dict(n=8, max_new=20, batch=200, filter=dict(top_p=0.9))
     assert "filter" not in arms_of.ppo.fit.explore
+
+
+@pytest.mark.parametrize("size, samples, rows", [("yelp", 40_000, 48_000), ("yelp_small", 3_360, 4_800)])
+def test_a_fair_comparison_has_equal_samples_and_equal_rows(size, samples, rows):
+    """A pair is two rows; the reward judges as well."""
+    module = importlib.import_module("configs.compare_fair")
+    config = module.get_config(size).to_dict()
+    fitted = {label: arm for label, arm in config["methods"].items() if "fit" in arm}
+    assert {name for changes in module.sweep() for name in changes} == {f"methods.{n}.fit.seed" for n in fitted}
+    for label, arm in fitted.items():
+        fit, texts = arm["fit"], 2 if label in module.PAIRED else 1
+        assert arm["data"]["limit"] * fit["explore"]["n"] * fit["rounds"] == samples
+        assert fit["rounds"] * fit["training"]["steps"] * fit["training"]["batch"] * texts == rows
+        assert arm["rewards"] == {"drinks": config["judges"]["drinks"]}

@@ -209,14 +209,15 @@ def fit(
     sorting = section(Sorting(), settings.get("sorting"), "sorting of quark")
     if sorting.thresholds == "judge":
         sorting = dataclasses.replace(sorting, thresholds=(positive_from("judge", rewards),))
+        settings = settings | {"sorting": vars(sorting)}
     if keep_states and sorting.feedback:
         raise InputError("keep_states is set, but with sorting.feedback samples are learned behind other prompts")
     given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, states=keep_states, seed=seed)
-    settings = settings | {"objective": vars(objective), "sorting": vars(sorting)}
     for turn in explored(root, rounds, **given):
         if target_kl is not None and turn.number:
             objective = dataclasses.replace(objective, kl=adapted(objective.kl, turn.seen[-1], target_kl))
-        own = settings | {"objective": vars(objective), "seed": turn.seed}
+            settings = settings | {"objective": vars(objective)}
+        own = settings | {"seed": turn.seed}
         turn.proposal = stage(root, quark, own, lm=lm, pool=turn.pools, start_from=turn.proposal)
     return turn.proposal
 

@@ -7,7 +7,7 @@
     Together    other arms in one chain                       chain: label -> strength; strengths or kl multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
     Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
-    Searched    a search of the language model or of a chain  search, rewards, chain
+    Searched    a search of the language model or of a chain  search, rewards or critic, chain
 
 Every arm may have `filter` (options of `ctg_jax.controls.truncate`, and `speculate`, see `stages.sampling.build`) and
 `truncate_first`, which replace those of the section `sample`. In place of `strengths` an arm may have `kl`, nats per
@@ -186,7 +186,8 @@ class Searched(Arm):
     """What a search finds in the samples of the language model, or of other arms in one chain.
 
     Attributes:
-      search: the section `plan` of the stage `searched`. rewards: the one that chooses; none for beam search.
+      search: the section `plan` of the stage `searched`. rewards: the one that chooses; critic: the label of an arm
+        whose values choose in its place; neither for beam search.
       chain: label of another arm -> strength.
     """
 
@@ -194,6 +195,7 @@ class Searched(Arm):
 
     search: Settings
     rewards: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    critic: str | None = None
     chain: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def check(self, label, arms):
@@ -203,7 +205,17 @@ class Searched(Arm):
                 raise InputError(f"methods.{label}.search has no setting {key!r}{nearest(key, fields)}")
         if self.truncate_first:
             raise InputError(f"methods.{label} has truncate_first, which a search cannot have: leave it out")
-        Plan(**self.search).check(len(self.rewards))
+        Plan(**self.search).check(len(self.rewards) + (self.critic is not None))
+        known = [
+            name
+            for name, arm in arms.items()
+            if hasattr(methods.get(getattr(arm, "method", "truncate")), "of_prefixes")
+        ]
+        if self.critic is not None and self.critic not in known:
+            raise InputError(
+                f"methods.{label}.critic is {self.critic!r}, which is no arm with values of unfinished texts"
+                f"{nearest(self.critic, known)}"
+            )
         check_chain(label, self.chain, arms)
 
 

@@ -1,19 +1,27 @@
-"""What critics learn: the value of a text so far, from rewards of whole texts or from labels."""
+"""What critics learn, the value of a text so far, from rewards of whole texts or from labels; and the values of rows
+while they are written."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 
+from ctg_jax.control import Control
+from ctg_jax.controls.streams import Reading, Stream, check_vocabulary
 from ctg_jax.data.labels import labelled
 from ctg_jax.data.sources import Source
+from ctg_jax.decode.checks import check_rows
 from ctg_jax.learn.pool import positive
+from ctg_jax.models.lm import LM
 from ctg_jax.run.stage import Artifact
-from ctg_jax.types import InputError
+from ctg_jax.types import InputError, Params, Prompts
 
 KINDS = ("bce", "mse", "weighted", "last", "gae", "soft")
 GOALS = ("label", "reward", "logit")
@@ -136,3 +144,75 @@ def of_label(data: Artifact, label: int) -> Source:
             f"label is {label}, but the texts of {data.path.name} have the labels {seen}: choose one of at least two."
         )
     return Source(str(data.path), "", [{**r, "goal": float(r["label"] == label), "importance": 1.0} for r in records])
+
+
+@struct.dataclass
+class Valued:
+    """What a critic has read of rows that are being written.
+
+    reading: of its language model. v: float32 [B], the value of the prompt and the tokens read so far."""
+
+    reading: Reading
+    v: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """A critic beside a decode loop that pauses: it reads what was written since the last pause in one pass, from a
+    cache of its own.
+
+    Attributes:
+      critic: a control with a `judge`, the `Stream` that reads, and `values` of its states, such as `critic.Critic`.
+        Its strength, and how it would look ahead, have no effect.
+      lm, params: the model that writes.
+
+    Raises:
+      InputError: a control without values of unfinished texts, a critic with fewer tokens than the model.
+    """
+
+    critic: Control
+    lm: LM
+    params: Params
+
+    def __post_init__(self):
+        if not (isinstance(getattr(self.critic, "judge", None), Stream) and hasattr(self.critic, "values")):
+            raise InputError(
+                f"{type(self.critic).__name__} gives no value to unfinished texts: expected a control of `critic`."
+            )
+        check_vocabulary("The critic", self.critic.judge.lm.vocab, self.lm.vocab, larger=True)
+
+    def begin(self, prompts: Prompts, new: int, steps: int) -> Valued:
+        """What the critic knows when it has read the prompts; `new` tokens may follow, `steps` of them at a time.
+
+        Raises:
+          InputError: what `checks.check_rows` raises for the critic.
+        """
+        check_rows(self.lm, prompts, self.critic, new)
+        return _begun(self.lm, self.params, self.critic, prompts, prompts.tokens.shape[1] + new + steps)
+
+    def read(self, valued: Valued, tokens: np.ndarray, mask: np.ndarray, look: int, steps: int) -> Valued:
+        """After reading what was written before pause number `look`, at most `steps` tokens since the last pause. The
+        value of a row that had ended stays.
+
+        Args:
+          tokens, mask: int32 and bool [B, N], all that is written.
+        """
+        block = [np.pad(x, ((0, 0), (0, steps)))[:, look * steps :][:, :steps] for x in (tokens, mask)]
+        return _went_on(self.lm, self.params, self.critic, valued, *block)
+
+
+@partial(jax.jit, static_argnames=("lm", "length"))
+def _begun(lm: LM, params: Params, critic: Any, prompts: Prompts, length: int) -> Valued:
+    judge = critic.judge.bind(params, lm.unstack(params))
+    _, h, reading = judge.read(prompts.tokens, prompts.mask, 1, judge.init(prompts, length + 1))
+    return Valued(reading, critic.values(h[:, -1:])[:, 0])
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _went_on(lm: LM, params: Params, critic: Any, valued: Valued, tokens: jax.Array, mask: jax.Array) -> Valued:
+    judge = critic.judge.bind(params, lm.unstack(params))
+    _, h, reading = judge.read(tokens, mask, 1, valued.reading)
+    found = critic.values(h[:, h.shape[1] - tokens.shape[1] :])
+    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
+    v = jnp.take_along_axis(found, last[:, None], axis=1)[:, 0]
+    return Valued(reading, jnp.where(jnp.any(mask, axis=1), v, valued.v))

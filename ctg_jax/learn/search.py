@@ -1,13 +1,18 @@
-"""Search: of several candidates that a language model writes, those that a reward prefers, looked at when they are
-whole or after every few tokens; and beam search, which prefers the likeliest.
+"""Search: of several candidates that a language model writes, those that a reward or a critic prefers, looked at when
+they are whole or after every few tokens; and beam search, which prefers the likeliest.
 
 | plan | what it is |
 |---|---|
 | n | the best of n (Stiennon et al. 2020) |
 | n, accept | the first of n that is good enough, and the best where none is: rejection |
 | n, temperature | one of n, drawn ∝ exp(value / temperature): for large n from p(y) exp(value / temperature) / Z |
+| n, segment | the best of n blocks of `segment` tokens, again and again: controlled decoding (Mudgal et al. 2024) |
 | n, beams, segment | the best beams go on after every few tokens, each in n ways (RankGen, Krishna et al. 2022) |
 | beams, penalty | beam search, without a reward |
+
+Controlled decoding asks a critic (`methods.critic`) for V of the tokens so far. Its KL to the base is at most log n -
+(n - 1) / n nats for each block. With segment 1, a temperature and many candidates it tends to its token-wise form, p
+exp(V / temperature) normalised at every token.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctg_jax import io, rng
+from ctg_jax import io, methods, rng
 from ctg_jax.control import IDENTITY, Control
 from ctg_jax.controls import constraints
 from ctg_jax.data.messages import Messages, prompt_of, shown
@@ -31,6 +36,7 @@ from ctg_jax.decode.beam import beam_search
 from ctg_jax.decode.checks import check_finite
 from ctg_jax.io import dumps, json_line, loads, write_text
 from ctg_jax.learn import calibrate
+from ctg_jax.learn.critics import Watch
 from ctg_jax.run.stage import Artifact, Run, stage_function, write_jsonl
 from ctg_jax.stages import sampling
 from ctg_jax.stages.judges import open_judge
@@ -66,7 +72,7 @@ class Plan:
         """
         Raises:
           InputError: numbers out of their range, settings that cannot be combined, beam search with a reward, or
-            another plan without one; `rewards` is their number.
+            another plan without one; `rewards` is their number, a critic included.
         """
         if self.n < 1 or self.beams < 1 or self.segment < 0 or self.temperature < 0:
             raise InputError(
@@ -80,7 +86,7 @@ class Plan:
                 )
             return
         if rewards != 1:
-            raise InputError(f"a search chooses by one reward and {rewards} were given; set penalty for beam search.")
+            raise InputError(f"a search chooses by one reward or critic, not {rewards}: set penalty for beam search.")
         if self.beams > 1 and not self.segment:
             raise InputError(f"plan has beams={self.beams} without a segment, which are only more candidates: set n.")
         if self.accept is not None and (self.beams > 1 or self.temperature):
@@ -97,7 +103,7 @@ def search(
     params: Any,
     tokenizer: Any,
     texts: Sequence[str | Messages],
-    value: Value | None,
+    value: Value | Control | None,
     control: Control = IDENTITY,
     *,
     plan: Plan = Plan(),
@@ -115,7 +121,8 @@ def search(
 
     Args:
       model, params, tokenizer: as of `sampling.complete`.
-      value: scores of prompts and texts so far, higher is better; None for beam search.
+      value: scores of prompts and texts so far, higher is better; or a critic, whose values of the tokens so far they
+        are (`critics.Watch`); None for beam search.
       plan: how to search. options: n, max_new, batch (rows) and seed.
       cond: entries of `prompts.cond`, name -> array with a row for each text.
       skip: leave out this many completions at the beginning, a multiple of `batch_of(plan, options, texts)`.
@@ -131,6 +138,7 @@ def search(
         )
     sampling.check_prompts(model, tokenizer, texts, options.max_new, control)
     control = constraints.only(tokenizer.known(model.vocab), control)
+    value = Watch(value, model, params) if isinstance(value, Control) else value
     work = [(i, j) for i in range(len(texts)) for j in range(options.n)]
     heads, groups = tokenizer.encode_prompts(texts), batch_of(plan, options, texts)
     words = _Words(tokenizer, texts, heads)
@@ -194,14 +202,19 @@ def _looked(decoder, work, words, value, plan: Plan, seed: int) -> list[tuple]:
     known: dict[tuple[int, str], float] = {}
     copies, drawn = np.zeros(len(prompts.tokens), bool), np.zeros(len(work), int)
     before = np.zeros(len(prompts.tokens), int)
+    valued = value.begin(prompts, drawing.max_new, steps) if isinstance(value, Watch) else None
     while True:
         d = loop.extend(model, params, d, keys, control, drawing, steps)
         check_finite(d.logp)
         tokens, mask, logp = (np.asarray(x) for x in (d.tokens, d.mask, d.logp))
         sizes, ended = mask.sum(1), np.asarray(d.done)
         drawn += (sizes - before).reshape(len(work), rows).sum(1)
-        texts = [words.text(work[r // rows][0], tokens[r, :size].tolist()) for r, size in enumerate(sizes)]
-        values = _valued(value, [work[r // rows][0] for r in range(len(texts))], texts, words.shown, known)
+        if isinstance(value, Watch):
+            valued = value.read(valued, tokens, mask, look, steps)
+            values = np.asarray(valued.v, np.float64)
+        else:
+            texts = [words.text(work[r // rows][0], tokens[r, :size].tolist()) for r, size in enumerate(sizes)]
+            values = _valued(value, [work[r // rows][0] for r in range(len(texts))], texts, words.shown, known)
         scores = values + plan.likelihood * logp.sum(1) / np.maximum(sizes, 1)
         scores = np.where(copies, -np.inf, scores).reshape(len(work), rows)
         last = int(d.t) >= drawing.max_new or bool(ended.all())
@@ -215,7 +228,7 @@ def _looked(decoder, work, words, value, plan: Plan, seed: int) -> list[tuple]:
                 for g, r in enumerate(at)
             ]
         index = np.concatenate([np.repeat(g * rows + best, plan.n) for g, best in enumerate(chosen)])
-        d, keys = loop.choose((d, keys), index)
+        d, keys, valued = loop.choose((d, keys, valued), index)
         copies = np.tile(np.arange(plan.n) > 0, len(index) // plan.n) & ended[index]
         keys, before = _renewed(keys, look, plan.n), sizes[index]
         look += 1
@@ -289,6 +302,7 @@ def searched(
     lm: Artifact,
     prompts: Artifact,
     rewards: Sequence[Artifact] = (),
+    critic: Artifact | None = None,
     controls: Sequence[Artifact] = (),
     strengths: Sequence[float | None] = (),
     filter: Mapping[str, Any] | None = None,
@@ -304,7 +318,7 @@ def searched(
 
     Args:
       lm, prompts, controls, strengths, filter, n, max_new, batch, seed: as of `sampling.sample`.
-      rewards: the scorer that chooses; none for beam search.
+      rewards: the scorer that chooses; critic: the control that chooses in its place; neither for beam search.
       plan: how to search.
 
     Raises:
@@ -312,8 +326,9 @@ def searched(
     """
     records = prompts.rows("data.jsonl")
     texts = [prompt_of(r) for r in records]
-    plan.check(len(rewards))
-    judge = kept(open_judge(rewards[0]), run.path / "values.partial") if rewards else None
+    plan.check(len(rewards) + (critic is not None))
+    judge = methods.load(critic, sampling.opened(lm)[0]) if critic else None
+    judge = kept(open_judge(rewards[0]), run.path / "values.partial") if rewards else judge
     control = sampling.build(lm, controls, strengths, filter)
     options = Options(n=n, max_new=max_new, batch=batch, seed=seed)
     partial, size = run.path / "partial.jsonl", batch_of(plan, options, texts)
@@ -330,6 +345,6 @@ def searched(
             rows += new
     write_jsonl(run.path / "samples.jsonl", rows)
     run.discard(partial.name, "values.partial")
-    plain = plan.penalty is None and plan == Plan(n=plan.n)
-    bound = calibrate.best_of_n_kl(plan.n) if plain else None
+    looks = -(-max_new // (plan.segment or max_new))
+    bound = looks * calibrate.best_of_n_kl(plan.n) if plan == Plan(n=plan.n, segment=plan.segment) else None
     run.record(likelihood=False, kl_bound=bound, drawn=sum(row["drawn"] for row in rows))

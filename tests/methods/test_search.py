@@ -13,7 +13,9 @@ from ctg_jax import rewards
 from ctg_jax.decode import loop
 from ctg_jax.decode.beam import beam_search
 from ctg_jax.learn import calibrate, experience, search
+from ctg_jax.learn.critics import Watch
 from ctg_jax.learn.search import Plan, searched
+from ctg_jax.methods import critic
 from ctg_jax.run.stage import stage
 from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.stages.sampling import Options
@@ -123,6 +125,65 @@ def test_segments_without_a_choice_are_sampling():
     """One candidate of one beam: the pauses change nothing."""
     one, paused = (found(Plan(n=1, segment=s), n=8, new=5) for s in (0, 2))
     assert [r["tokens"] for r in one] == [r["tokens"] for r in paused]
+
+
+def last_letter():
+    """A critic of the world whose V is the value of the last token, in half the size of `VALUES`."""
+    made = critic.init(WORLD, jax.random.key(0), top=4, link="value", alpha=2.0)
+    return made.replace(value={"kernel": jnp.asarray(VALUES / 2, jnp.float32), "bias": jnp.float32(0)})
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+def test_blocks_chosen_by_a_critic_have_the_law_of_the_best_of_each_block(segment):
+    """Blocks of M tokens: P(block | before) = p / p(V = v) · (F(v)^K - F(v-)^K) under p after what came before; V is
+    that of the last token. One block of two tokens is the best of K texts by the critic."""
+    p = np.exp(np.asarray(jax.nn.log_softmax(PARAMS["head"]["kernel"].T, axis=-1)))
+    wanted, k = np.zeros((4, 4)), 3
+
+    def best(q, v):
+        return np.array(
+            [q[i] / q[v == x].sum() * (q[v <= x].sum() ** k - q[v < x].sum() ** k) for i, x in enumerate(v)]
+        )
+
+    if segment == 1:
+        wanted = best(p[0], VALUES)[:, None] * np.stack([best(row, VALUES) for row in p])
+    else:
+        wanted = best((p[0][:, None] * p).ravel(), np.tile(VALUES, 4))
+    assert wanted.sum() == pytest.approx(1)
+    rows = found(Plan(n=k, segment=segment), n=4000, asked=last_letter())
+    assert total_variation(law([row["text"] for row in rows]), wanted.ravel()) < 0.04
+    assert all(row["value"] == pytest.approx(VALUES["abcd".index(row["text"][-1])] / 2) for row in rows)
+
+
+def test_one_candidate_of_a_block_is_the_base_and_a_block_of_one_token_the_form_of_the_critic():
+    """With K = 1 the critic changes no token; with M = 1 and many candidates, drawn ∝ exp(V / temperature), the law is
+    that of the critic's control at alpha = 1 / temperature."""
+    plain, watched = found(Plan(n=1), n=50), found(Plan(n=1, segment=1), n=50, asked=last_letter())
+    assert [row["tokens"] for row in watched] == [row["tokens"] for row in plain]
+    wanted = worlds.probabilities(WORLD, PARAMS, [0], 2, last_letter())
+    rows = found(Plan(n=40, segment=1, temperature=0.5), n=2500, batch=20000, asked=last_letter())
+    texts = [row["text"] for row in rows]
+    assert total_variation(law(texts), wanted) < 0.05 < total_variation(enumerated()[0], wanted)
+
+
+def test_a_critic_reads_block_by_block_what_it_would_read_at_once():
+    """Prompts of several lengths, rows that end inside a block, a last block that is shorter, rows in another order."""
+    lm = worlds.tiny()
+    params, batch = worlds.lively(lm), worlds.prompts([[1, 2, 3], [4], [5, 6]])
+    made = critic.example(lm, jax.random.key(1))
+    tokens = np.array([[7, 8, 9, 1, 2], [3, 4, 0, 0, 0], [5, 6, 7, 8, 0]], np.int32)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
+    whole, _ = critic.of_prefixes(
+        made, params, dict(tokens=batch.tokens, mask=batch.mask, completion=tokens, written=mask), batch.keys
+    )
+    watch = Watch(made, lm, params)
+    valued = watch.begin(batch, 5, 3)
+    np.testing.assert_allclose(valued.v, whole[:, 0], atol=1e-5)
+    for look, last in enumerate(([3, 2, 3], [4, 5, 2])):
+        valued = watch.read(valued, tokens, mask, look, 3)
+        np.testing.assert_allclose(valued.v, whole[np.arange(3), last], atol=1e-5)
+        order = np.array([2, 0, 1])
+        valued, tokens, mask, whole = (loop.choose(valued, order), tokens[order], mask[order], whole[order])
 
 
 def test_beams_over_segments_look_at_every_segment():
@@ -309,7 +370,7 @@ def test_bad_plans_and_values_raise_one_sentence(small):
         (Plan(n=0), 1, "plan has n=0, beams=1, segment=0"),
         (Plan(beams=2), 1, "beams=2 without a segment, which are only more candidates"),
         (Plan(accept=1.0, temperature=1.0), 1, "plan has accept with beams or a temperature"),
-        (Plan(), 0, "a search chooses by one reward and 0 were given"),
+        (Plan(), 0, "a search chooses by one reward or critic, not 0"),
         (Plan(penalty=1.0), 1, "plan has a penalty, which makes it beam search"),
         (Plan(penalty=1.0, segment=2), 0, "plan has a penalty, which makes it beam search"),
     ]:
@@ -335,7 +396,7 @@ def test_bad_plans_and_values_raise_one_sentence(small):
     "arm, words",
     [
         (dict(search=dict(k=2), rewards={"a": {}}), "methods.x.search has no setting 'k'; it has accept"),
-        (dict(search=dict(n=2)), "a search chooses by one reward and 0 were given"),
+        (dict(search=dict(n=2)), "a search chooses by one reward or critic, not 0"),
         (dict(search=dict(n=2), rewards={"a": {}}, chain={"y": 1.0}), "methods.x.chain names 'y', which is no method"),
         (dict(search=dict(n=2), rewards={"a": {}}, truncate_first=True), "methods.x has truncate_first"),
         (dict(correct=dict(turn=2), method="correct", data={}), "has no setting 'turn'; did you mean 'turns'"),

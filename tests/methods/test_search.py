@@ -10,6 +10,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax import rewards
+from ctg_jax.controls import truncate
 from ctg_jax.decode import loop
 from ctg_jax.decode.beam import beam_search
 from ctg_jax.learn import calibrate, experience, search
@@ -386,6 +387,10 @@ def test_bad_plans_and_values_raise_one_sentence(small):
         found(Plan(n=8), asked=half)
     with pytest.raises(InputError, match=r"the value of \d+ candidates has shape \(1,\), expected a number for each"):
         found(Plan(n=8), asked=lambda prompts, texts: [1.0])
+    with pytest.raises(InputError, match="Temperature gives no value to unfinished texts: expected a control of `crit"):
+        found(Plan(n=2), asked=truncate.Temperature(jnp.ones(())))
+    with pytest.raises(InputError, match="The critic has a vocabulary of 3 tokens and the base model one of 4"):
+        found(Plan(n=2), asked=critic.init(worlds.Bigram(3), jax.random.key(0), top=3))
     with pytest.raises(InputError, match="beams is 0, expected at least 1"):
         beam_search(WORLD, PARAMS, worlds.prompts([[0]]), beams=0)
     with pytest.raises(InputError, match="prompt 1 has 1 tokens and max_new is 40, but the model's context is 32"):
@@ -399,6 +404,11 @@ def test_bad_plans_and_values_raise_one_sentence(small):
         (dict(search=dict(n=2)), "a search chooses by one reward or critic, not 0"),
         (dict(search=dict(n=2), rewards={"a": {}}, chain={"y": 1.0}), "methods.x.chain names 'y', which is no method"),
         (dict(search=dict(n=2), rewards={"a": {}}, truncate_first=True), "methods.x has truncate_first"),
+        (
+            dict(search=dict(n=2), critic="y"),
+            "methods.x.critic is 'y', which is no arm with values of unfinished texts",
+        ),
+        (dict(search=dict(n=2), critic="y", rewards={"a": {}}), "a search chooses by one reward or critic, not 2"),
         (dict(correct=dict(turn=2), method="correct", data={}), "has no setting 'turn'; did you mean 'turns'"),
         (dict(correct=dict(turns=2), method="correct"), "methods.x lacks data"),
     ],

@@ -13,7 +13,7 @@ alpha 0 is the base model.
 | FUDGE (Yang & Klein 2021) | "log", log σ(V') | drop, 200, 1 (topics: 4) | "bce" at every prefix |
 | RAD (Deng & Raffel 2023) | "clip", V' between 0 and 1 | drop, 20, 30 | "weighted", squares that grow with the prefix |
 | ARGS (Khanov et al. 2024) | "value", V' | drop, 10, 1 | "last", whole texts alone |
-| controlled decoding (Mudgal et al. 2024) | "value", V' | keep | "mse", or "gae" with λ 0 (CD-Q) |
+| controlled decoding by tokens (Mudgal et al. 2024) | "value", V' | keep | "mse", or "gae" with λ 0 (CD-Q) |
 | value-augmented sampling (Han et al. 2024) | "centred", V' - its mean | keep, 20, 1 | "gae", γ 1, λ .95 |
 
 With the exact V = logit P(c | prefix) and all tokens as candidates, "ratio" and "log" give p(y) P(c | y) / Z. With soft
@@ -23,8 +23,9 @@ prefix] each step is p exp(alpha V') normalised, which is not that optimum.
 What differs here: probabilities go through one softmax (CriticControl's code has two more); candidates share a cache;
 values belong to the prefix they are read after; log σ does not overflow; the clipping of CriticControl's value loss is
 left out, as values are compared with those of the present head; rewards of ARGS and RAD are regressed on, not ranked.
-Truncation and temperature follow in a chain. Controlled decoding by blocks is best of n, which is a strategy of
-sampling and not a control. A head with an output for each next token, which needs no look-ahead, is `nado`.
+Truncation and temperature follow in a chain. Controlled decoding by blocks chooses among samples by V, which is a
+setting of `learn.search` and no control. A head with an output for each next token, which needs no look-ahead, is
+`nado`.
 """
 
 from __future__ import annotations

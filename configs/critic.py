@@ -7,12 +7,12 @@ Sources: Kim et al. 2023, Yang & Klein 2021, Deng & Raffel 2023, Khanov et al. 2
     python experiments/ablate.py --config=configs/critic.py[:yelp|:tiny]
 
 All learn from samples of the language model and the reward of the world, FUDGE from the world's labelled texts. RAD and
-value-augmented sampling have a small model of their own. `blocks` is controlled decoding by blocks: the critic of
-another arm chooses the best of several blocks of tokens, one block after another, and moves no logits. Strengths,
-candidates and discounts are those of the authors' code; that FUDGE samples (it is greedy there for formality) and the
-learning rates are not. `paper` is CriticControl on GPT-2 Large with rollouts of 25 tokens at temperature 2 and the
-authors' rate, and RAD with GPT-2 small. Expected: more positive text from CriticControl than from FUDGE at equal
-perplexity.
+value-augmented sampling have a small model of their own. `controlled_blocks` is controlled decoding by blocks: the
+critic of another arm chooses the best of several blocks of tokens, one block after another, and moves no logits.
+Strengths, candidates and discounts are those of the authors' code; that FUDGE samples (it is greedy there for
+formality) and the learning rates are not. `paper` is CriticControl on GPT-2 Large with rollouts of 25 tokens at
+temperature 2 and the authors' rate, and RAD with GPT-2 small. Expected: more positive text from CriticControl than from
+FUDGE at equal perplexity.
 """
 
 from ml_collections import ConfigDict
@@ -43,11 +43,11 @@ def arms(arg):
         rad=arm((30.0, 10.0), RAD, dict(kind="weighted", goal="label"), small=small),
     )
     if arg == "tiny":
-        return made | dict(blocks=dict(search=dict(n=2, segment=4), critic="critic"))
+        return made | dict(critic_blocks=dict(search=dict(n=2, segment=4), critic="critic"))
     made["args"] = arm((1.0, 4.0), dict(top=10, link="value", rest="drop"), dict(kind="last"))
     made["controlled"] = arm((1.0, 4.0), dict(top=20, link="value"), dict(kind="mse"))
     made["vas"] = arm((1.0, 4.0), dict(top=20, link="centred"), RETURNS, small=small)
-    made["blocks"] = dict(search=dict(n=8, segment=5), critic="controlled")
+    made["controlled_blocks"] = dict(search=dict(n=8, segment=5), critic="controlled")
     return made
 
 

@@ -198,6 +198,11 @@ class Searched(Arm):
     critic: str | None = None
     chain: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a critic, which is fitted, chooses."""
+        return self.critic is not None
+
     def check(self, label, arms):
         fields = [f.name for f in dataclasses.fields(Plan)]
         for key in self.search:

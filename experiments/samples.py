@@ -51,8 +51,8 @@ def sampled(
         ]
         settings = {**common, **arm.sampling, "strengths": strengths}
         if isinstance(arm, Searched):
-            critic = control_of(root, lm, arms[arm.critic]) if arm.critic else None
-            yield strength, found_by_search(root, lm, prompts, settings, arm, parts, critic), parts, strengths
+            chooses = [control_of(root, lm, arms[arm.critic])] if arm.critic else rewards(root, arm)
+            yield strength, found_by_search(root, lm, prompts, settings, arm, parts, chooses), parts, strengths
             continue
         samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts, controls=parts)
         yield strength, samples, parts, strengths
@@ -84,17 +84,12 @@ def strength_at(
 
 
 def found_by_search(
-    root: str,
-    lm: Artifact,
-    prompts: Artifact,
-    settings: Mapping[str, Any],
-    arm: Searched,
-    parts: list[Artifact],
-    critic: Artifact | None,
-) -> Artifact:
+    root: str, lm: Artifact, prompts: Artifact, settings: Mapping[str, Any], arm: Searched, parts: list[Artifact],
+    chooses: list[Artifact],
+) -> Artifact:  # fmt: skip
     """The samples of a search, with the settings of `sample` but for those that it does not have."""
     settings = {key: value for key, value in settings.items() if key not in ("greedy", "truncate_first")}
-    inputs = {"rewards": rewards(root, arm), "controls": parts} | ({"critic": critic} if critic else {})
+    inputs = {"rewards": chooses, "controls": parts}
     return stage(root, searched, settings | {"plan": dict(arm.search)}, lm=lm, prompts=prompts, **inputs)
 
 

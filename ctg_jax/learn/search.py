@@ -10,9 +10,8 @@ they are whole or after every few tokens; and beam search, which prefers the lik
 | n, beams, segment | the best beams go on after every few tokens, each in n ways (RankGen, Krishna et al. 2022) |
 | beams, penalty | beam search, without a reward |
 
-Controlled decoding asks a critic (`methods.critic`) for V of the tokens so far. Its KL to the base is at most log n -
-(n - 1) / n nats for each block. With segment 1, a temperature and many candidates it tends to its token-wise form, p
-exp(V / temperature) normalised at every token.
+Controlled decoding asks a critic (`methods.critic`) for V of the tokens so far; its KL to the base is at most log n -
+(n - 1) / n nats for each block. With segment 1 and a large n it tends to the token-wise form, ∝ p exp(V / temperature).
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from ctg_jax.stages.judges import open_judge
 from ctg_jax.stages.sampling import Options
 from ctg_jax.types import InputError
 
+PARTIAL = "values.partial"  # lines of prompt, text and value, while a stage runs
 Value = Callable[[Sequence[str], Sequence[str]], Any]  # a reward: (prompts, texts so far) -> numbers [n]
 
 
@@ -278,7 +278,7 @@ def _renewed(keys: jax.Array, look: int, n: int) -> jax.Array:
 
 
 def kept(value: Value, path: Path) -> Value:
-    """The same values, each of which is on disk, a line of prompt, text and value, before the next are asked for."""
+    """The same values, each of which is on disk before the next are asked for."""
     lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last line may be half a line
     known = {(prompt, text): score for prompt, text, score in map(loads, lines)}
     write_text(path, "".join(line + "\n" for line in lines))
@@ -302,7 +302,6 @@ def searched(
     lm: Artifact,
     prompts: Artifact,
     rewards: Sequence[Artifact] = (),
-    critic: Artifact | None = None,
     controls: Sequence[Artifact] = (),
     strengths: Sequence[float | None] = (),
     filter: Mapping[str, Any] | None = None,
@@ -318,7 +317,7 @@ def searched(
 
     Args:
       lm, prompts, controls, strengths, filter, n, max_new, batch, seed: as of `sampling.sample`.
-      rewards: the scorer that chooses; critic: the control that chooses in its place; neither for beam search.
+      rewards: the scorer that chooses, or a fitted critic; none for beam search.
       plan: how to search.
 
     Raises:
@@ -326,16 +325,17 @@ def searched(
     """
     records = prompts.rows("data.jsonl")
     texts = [prompt_of(r) for r in records]
-    plan.check(len(rewards) + (critic is not None))
-    judge = methods.load(critic, sampling.opened(lm)[0]) if critic else None
-    judge = kept(open_judge(rewards[0]), run.path / "values.partial") if rewards else judge
+    plan.check(len(rewards))
+    judge = rewards[0] if rewards else None
+    if judge is not None:
+        critic = "method" in judge.spec
+        judge = methods.load(judge, sampling.opened(lm)[0]) if critic else kept(open_judge(judge), run.path / PARTIAL)
     control = sampling.build(lm, controls, strengths, filter)
     options = Options(n=n, max_new=max_new, batch=batch, seed=seed)
     partial, size = run.path / "partial.jsonl", batch_of(plan, options, texts)
     rows, cond = io.whole_batches(partial, size, len(texts) * n), sampling.conditions(controls, lm, texts, records)
-    found = search(
-        *sampling.opened(lm), texts, judge, control, plan=plan, options=options, cond=cond, skip=len(rows)
-    )  # fmt: skip
+    more = dict(plan=plan, options=options, cond=cond, skip=len(rows))
+    found = search(*sampling.opened(lm), texts, judge, control, **more)
     with open(partial, "a", encoding="utf-8") as f:
         for new in found if len(rows) < len(texts) * n else ():
             for row in new:
@@ -344,7 +344,7 @@ def searched(
             f.flush()
             rows += new
     write_jsonl(run.path / "samples.jsonl", rows)
-    run.discard(partial.name, "values.partial")
-    looks = -(-max_new // (plan.segment or max_new))
-    bound = looks * calibrate.best_of_n_kl(plan.n) if plan == Plan(n=plan.n, segment=plan.segment) else None
+    run.discard(partial.name, PARTIAL)
+    looks, plain = -(-max_new // (plan.segment or max_new)), plan == Plan(n=plan.n, segment=plan.segment)
+    bound = looks * calibrate.best_of_n_kl(plan.n) if plain else None
     run.record(likelihood=False, kl_bound=bound, drawn=sum(row["drawn"] for row in rows))

@@ -5,6 +5,7 @@ large fine-tuned, 250,000 updates of each network.
 
     python experiments/main.py --config=configs/dglm.py[:yelp|:tiny]
 
+    python experiments/main.py --config=configs/dglm.py:prefix         weights of the prefix, on fewer texts of Yelp
     python experiments/latents.py --config=configs/latents.py:prompter     what the latent makes the LM say
     python experiments/ablate.py --config=configs/dglm.py[:yelp]       samplers and their steps
 
@@ -95,7 +96,31 @@ def about_food(prompt, text):
     return float(re.search(FOOD, text, re.IGNORECASE) is not None)
 
 
+# A third of the texts and about a third of the updates, for the weights of the prefix.
+SHORT = dict(limit=10000, prompter=1500, denoiser=5000)
+
+
+def prefix():
+    """One arm for each weight of the prefix in classifier-free guidance, on networks that train in a third of the time
+    of those of `yelp`."""
+    fit = fit_short()
+    one = dict(method="dglm", data=texts("yelp") | dict(limit=SHORT["limit"]), strengths=(0.0, 30.0, 100.0, 300.0))
+    return dict(top_p=dict()) | {
+        f"free_{free:g}": one | dict(fit=fit | dict(free=free)) for free in (1.0, 2.0, 3.0, 5.0)
+    }
+
+
+def fit_short():
+    """The settings of `fit` with the lengths of `SHORT`."""
+    found = dict(fit("yelp"))
+    for name in ("prompter", "denoiser"):
+        found[name] = found[name] | dict(training=found[name]["training"] | dict(steps=SHORT[name]))
+    return found
+
+
 def get_config(arg="bundled"):
+    if arg == "prefix":
+        return sentiment.experiment("yelp", "DGLM, weights of the prefix", prefix())
     config = sentiment.experiment(arg, "Diffusion-guided language model", arms(arg))
     if arg == "yelp":
         config.judges.food = dict(kind="function", function="configs.dglm:about_food", version="1")

@@ -7,6 +7,7 @@ Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020;
     python experiments/latents.py --config=configs/latents.py:best        1,000 of them at the best site
     python experiments/latents.py --config=configs/latents.py:domains     other texts, and vectors of other widths
     python experiments/latents.py --config=configs/latents.py:prompter        DGLM's prompter and sentences held out
+    python experiments/latents.py --config=configs/latents.py:prefix          the same of the networks of dglm.py:prefix
     python experiments/latents.py --config=configs/latents.py:tiny        seconds, for tests
 
 Expected in the yelp world: one vector in the attention's memory recovers every sentence, one that is added to a hidden
@@ -121,15 +122,20 @@ def domains():
     return dict(lm=config["lm"], recovery=dict(data=data, fit=fit, grid=dict(dim=[64, 256, 1024, 3072])))
 
 
-def prompter():
+def prompter(train=None, fit=None):
     """What the latent of a sentence encoder makes a language model say (DGLM)."""
     config = yelp()
     held = config["recovery"]["data"]["yelp"] | dict(limit=250)
-    way = dict(train=dglm.texts("yelp"), fit=dglm.fit("yelp"))
+    way = dict(train=train or dglm.texts("yelp"), fit=fit or dglm.fit("yelp"))
     return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, **way))
 
 
-WORLDS = dict(prompter=prompter, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
+def prefix():
+    """The same of the networks of configs/dglm.py:prefix, at the weight of the prefix that was best there."""
+    return prompter(dglm.texts("yelp") | dict(limit=dglm.SHORT["limit"]), dglm.fit_short() | dict(free=3.0))
+
+
+WORLDS = dict(prompter=prompter, prefix=prefix, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
 
 
 def get_config(arg="bundled"):

@@ -12,7 +12,8 @@ completion behind the first TEXT. --stream shows each completion while it is wri
 prompt is the message of a user, behind the system prompt of --system; an object of a .jsonl file may hold "messages"
 itself. A control whose rows choose for themselves, such as one of several forms, reads the field that it names of such
 an object. --speculate=K lets the LM propose K tokens that controls on logits then judge at once; texts have the same
-distribution. Bad input ends with one sentence and exit code 2, and --out is then not written.
+distribution. With --blank=___ prompts are whole texts whose blanks ___ a masked or a diffusion model fills, each with
+--blank_tokens tokens. Bad input ends with one sentence and exit code 2, and --out is then not written.
 """
 
 import itertools
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from ctg_jax.data import messages
+from ctg_jax.learn import infilling
 from ctg_jax.mesh import processes
 from ctg_jax.run.stage import open_artifact, read_jsonl, write_text
 from ctg_jax.stages import sampling, sources, streaming
@@ -60,6 +62,8 @@ def define(fv):
     whole("no_repeat_ngram", None, "no n-gram of this size twice", flag_values=fv)
     flags.DEFINE_multi_string("stop", [], "text that ends a completion; repeatable", flag_values=fv)
     whole("speculate", 0, "tokens that are proposed before controls on logits judge them; 0: none", flag_values=fv)
+    text("blank", None, "what marks a blank in given texts, which a whole-row model then fills", flag_values=fv)
+    whole("blank_tokens", 4, "tokens that are written in place of each --blank", flag_values=fv)
     flags.DEFINE_boolean("stream", False, "show a completion while it is written", flag_values=fv)
     flags.DEFINE_boolean("truncate_first", False, "truncate before the controls, not after them", flag_values=fv)
 
@@ -75,6 +79,10 @@ def main(argv, session):
         raise InputError("--stream shows text on standard output: leave out --out and --format=jsonl")
     if "" in fv.stop:
         raise InputError("--stop is empty: give a text that ends a completion")
+    if fv.blank is not None:
+        for name in ("stream", "chat", "system", "stop"):
+            if fv[name].value:
+                raise InputError(f"--{name} has no meaning for texts with blanks: leave it out, or --blank")
     records = read_prompts(arguments, fv.file)
     prompts = [conversation(messages.prompt_of(r), fv.chat, fv.system) for r in records]
     parts = [read_control(text) for text in fv.control]
@@ -85,7 +93,8 @@ def main(argv, session):
         filter["speculate"] = fv.speculate
     control = sampling.build(lm, controls, [s for _, s in parts], filter, fv.truncate_first)
     model = sampling.opened(lm)
-    sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
+    if fv.blank is None:
+        sampling.check_prompts(model[0], model[2], prompts, fv.max_new)
     options = sampling.Options(fv.n, fv.max_new, fv.greedy, fv.batch, fv.seed, tuple(fv.stop))
     cond = sampling.conditions(controls, lm, prompts, records)
     if fv.stream:
@@ -94,7 +103,11 @@ def main(argv, session):
             pieces = streaming.stream(*model, prompts[i], control, options, index=(i, j), cond=own)
             show((p.replace("\n", "\\n") for p in itertools.chain([messages.shown(prompts[i])], pieces)), end="\n")
         return
-    batches = sampling.complete(*model, prompts, control, options, cond=cond)
+    if fv.blank is None:
+        batches = sampling.complete(*model, prompts, control, options, cond=cond)
+    else:
+        blanks = infilling.Blanks(fv.blank, fv.blank_tokens)
+        batches = infilling.fill(*model, [messages.shown(p) for p in prompts], control, options, blanks)
     lines = (shown(row, fv.format) for batch in batches for row in batch)
     if not fv.out:
         show(lines)
@@ -120,7 +133,8 @@ def shown(row, format):
         keys = ("prompt_id", "sample", "prompt", "messages", "text", "tokens", "logp")
         row = {key: row[key] for key in keys if key in row}
         return json.dumps(row, ensure_ascii=False) + "\n"
-    return (row["prompt"] + row["text"]).replace("\n", "\\n") + "\n"
+    whole = row["text"] if row.get("whole") else row["prompt"] + row["text"]
+    return whole.replace("\n", "\\n") + "\n"
 
 
 def read_prompts(arguments, file):

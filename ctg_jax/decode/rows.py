@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ctg_jax import tree
 from ctg_jax.control import STRENGTHS
 from ctg_jax.mesh import layout
 from ctg_jax.models.lm import LM
@@ -41,7 +40,14 @@ def _part(static, whole, prompts):
 
 def numbers_for_rows(control: Any, rows: int) -> bool:
     """Whether a strength of the control is a number for each row of the batch, so that its rows cannot be split."""
-    return any(x.shape[:1] == (rows,) for path, x in tree.flatten(control).items() if path.endswith(STRENGTHS))
+    found = [x for path, x in jax.tree_util.tree_leaves_with_path(control) if is_strength(path)]
+    return any(x.shape[:1] == (rows,) for x in found)
+
+
+def is_strength(path: Sequence[Any]) -> bool:
+    """Whether a JAX key path in a control leads to a strength: to a field that is called so, and not to a parameter of
+    a model in it, such as the `scale` of a norm."""
+    return isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in STRENGTHS
 
 
 def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:

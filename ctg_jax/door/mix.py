@@ -15,13 +15,13 @@ import numpy as np
 
 from ctg_jax import methods
 from ctg_jax.control import STRENGTHS, Chain, Control, leaves, with_strength
+from ctg_jax.decode.rows import is_strength
 from ctg_jax.door import file
 from ctg_jax.io import sha256_of, write_json
 from ctg_jax.run import checkpoint
 from ctg_jax.run.seal import seal
 from ctg_jax.run.stage import Artifact, open_artifact
 from ctg_jax.stages import sampling
-from ctg_jax.tree import path_str
 from ctg_jax.types import InputError
 
 
@@ -89,7 +89,7 @@ class Mix:
           InputError: another number of strengths.
         """
         flat, structure = jax.tree_util.tree_flatten_with_path(self._chain)
-        own = [path_str(path).endswith(STRENGTHS) and np.ndim(leaf) == 1 for path, leaf in flat]
+        own = [is_strength(path) and np.ndim(leaf) == 1 for path, leaf in flat]
         for mine, (path, leaf) in zip(own, flat):
             if mine and len(leaf) != count:
                 raise InputError(
@@ -116,7 +116,7 @@ class Mix:
 
         def name(control):
             found = [s for s in STRENGTHS if np.ndim(getattr(control, s, ())) == 0 and hasattr(control, s)]
-            free = control.cond_multiplies and getattr(control, "cond", "") is None
+            free = getattr(control, "cond_multiplies", False) and getattr(control, "cond", "") is None
             return found[0] if found and free else None
 
         return [name(part.control) for part in self.parts]
@@ -265,7 +265,7 @@ def _unpacked(path: Path, lm: Any) -> Path:
 
 def _strengths(control: Control) -> list[Any]:
     flat = jax.tree_util.tree_leaves_with_path(control)
-    return [leaf for path, leaf in flat if path_str(path).endswith(STRENGTHS)]
+    return [leaf for path, leaf in flat if is_strength(path)]
 
 
 def _shown(part: Part) -> str:

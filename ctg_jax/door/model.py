@@ -161,6 +161,46 @@ class Model:
                 log.warning(text, mine, base)
         return [texts[0] for texts in found] if n is None else found
 
+    def infill(
+        self,
+        texts: Sequence[str],
+        control: Any,
+        *,
+        blank: str = "___",
+        tokens: int = 4,
+        n: int | None = None,
+        seed: int = 0,
+        greedy: bool = False,
+        batch: int = 32,
+    ) -> list[Any]:
+        """Given texts with their blanks filled, by a model that writes a whole row at once and reads what comes before
+        and behind a blank: one that `mdlm` or `diffusion_lm` fitted.
+
+        Args:
+          texts: with at least one blank each.
+          control: the model, as `load_control` opens it; a strength guides what is written.
+          blank: the text that marks a blank. tokens: the tokens that are written in place of each.
+          n, seed, greedy, batch: see `write`.
+
+        Returns:
+          A whole text for each, or with `n` a list of n texts.
+
+        Raises:
+          InputError: an argument that cannot be used, a text without a blank or too long for the rows of the model.
+        """
+        from ctg_jax.learn.infilling import Blanks, fill
+
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+            raise InputError(f"texts is {texts!r:.60}, expected a list of texts with blanks")
+        options = inputs.options_of(1, (), 1 if n is None else n, seed, greedy, batch)
+        (mix,) = inputs.mixes_of(control, 1)
+        chain, _ = self._chain(mix, {})
+        found: list[list[str]] = [[] for _ in texts]
+        for rows in fill(*sampling.opened(self.artifact), texts, chain, options, Blanks(blank, tokens)):
+            for row in rows:
+                found[row["prompt_id"]].append(row["text"])
+        return [one[0] for one in found] if n is None else found
+
     def _fluency(self, prompts: Sequence[str | Messages], written: Sequence[Sequence[Any]]) -> float:
         """The perplexity of texts under the model without control, over all their tokens."""
         from ctg_jax.evaluation.likelihood import log_probabilities

@@ -17,6 +17,8 @@ from ctg_jax.data.tokenizer import Tokenizer
 from ctg_jax.decode import strategies
 from ctg_jax.types import InputError, Prompts, Samples, Sampling
 
+WORDS = "words"  # the entry of `prompts.cond` with tokens behind the prompt that are given, see `with_words`
+
 
 @dataclasses.dataclass(frozen=True)
 class WholeRows(strategies.Strategy):
@@ -58,6 +60,12 @@ def placed(prompts: Prompts, length: int) -> tuple[jax.Array, jax.Array, jax.Arr
     column = jnp.arange(length)[None, :]
     padding = prompts.mask.shape[1] - size  # prompts are padded on the left
     return moved(prompts.tokens, column + padding, 0), column < size, size
+
+
+def with_words(tokens: jax.Array, given: jax.Array, size: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(tokens, given) of `placed` with `words` int [B, n] behind the prompts given too; -1 where a token is open."""
+    inner = moved(words, jnp.arange(tokens.shape[1])[None, :] - size, -1)
+    return jnp.where(inner >= 0, inner, tokens), given | (inner >= 0)
 
 
 def moved(values: jax.Array, columns: jax.Array, other: jax.Array | int) -> jax.Array:

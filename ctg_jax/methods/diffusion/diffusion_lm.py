@@ -33,7 +33,7 @@ from ctg_jax.data.tags import tag_table
 from ctg_jax.learn import fitting
 from ctg_jax.learn.diffusion_losses import word_classifier_loss, word_loss
 from ctg_jax.learn.fitting import Training, keep, matching
-from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, moved, placed
+from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, moved, placed, with_words
 from ctg_jax.learn.word_targets import POSITIONAL, check_requested, requested, target_value
 from ctg_jax.models import samplers, word_diffusion
 from ctg_jax.models.denoiser import Trunk
@@ -184,8 +184,7 @@ def _write(prompts, control, sampling, banned):
     behind = jnp.arange(control.length)[None, :] - size
     aims = requested(control.target, prompts)
     if "words" in aims:
-        inner = moved(aims.pop("words"), behind, -1)
-        tokens, given = jnp.where(inner >= 0, inner, tokens), given | (inner >= 0)
+        tokens, given = with_words(tokens, given, size, aims.pop("words"))
     if "tags" in aims:
         aims["tags"] = moved(aims["tags"], behind, -1)
     if "length" in aims:

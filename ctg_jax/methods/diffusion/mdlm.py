@@ -28,7 +28,8 @@ from ctg_jax.learn import fitting, masked_classifier
 from ctg_jax.learn.diffusion_losses import Objective, filled, masked_loss
 from ctg_jax.learn.fitting import Training, keep, matching
 from ctg_jax.learn.masked_classifier import Regression
-from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, placed
+from ctg_jax.learn.whole_rows import WORDS, WholeRows, completed, end_token, placed, with_words
+from ctg_jax.learn.word_targets import check_requested
 from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import linear_head
@@ -43,7 +44,8 @@ from ctg_jax.types import InputError, Params
 
 @dataclasses.dataclass(frozen=True)
 class MaskedDiffusion(WholeRows):
-    """Completes prompts by filling in masks; see `WholeRows`."""
+    """Completes prompts by filling in masks; see `WholeRows`. An entry `words` of `prompts.cond`, int [B, n], gives
+    tokens behind the prompt; -1 where one is to be written."""
 
     def shape(self, control):
         return control.mask, control.net.context
@@ -54,10 +56,12 @@ class MaskedDiffusion(WholeRows):
     def check(self, lm, prompts, control, sampling):
         """
         Raises:
-          InputError: a strength without a classifier, and what `WholeRows.check` raises.
+          InputError: a strength without a classifier, words that do not fit, and what `WholeRows.check` raises.
         """
         super().check(lm, prompts, control, sampling)
         model = constraints.apart(control)[1]
+        if words := {name: x for name, x in (prompts.cond or {}).items() if name == WORDS}:
+            check_requested(words, prompts, sampling.max_new, {}, *self.shape(model))
         if not model.guide["bias"].size and np.any(np.asarray(model.scale) != 0):
             raise InputError(
                 "scale is not 0, but no classifier was fitted that could guide: fit on records with labels."
@@ -182,6 +186,8 @@ def infill(
 @partial(jax.jit, static_argnames=("sampling",))
 def _write(prompts, control, sampling, banned):
     tokens, given, size = placed(prompts, control.net.context)
+    if WORDS in (prompts.cond or {}):
+        tokens, given = with_words(tokens, given, size, prompts.cond[WORDS])
     rows, calls = infill(control, tokens, given, prompts.keys, banned, greedy=sampling.greedy)
     return completed(jnp.where(rows == control.mask, -1, rows), size, sampling, calls)
 

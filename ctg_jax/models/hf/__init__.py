@@ -245,16 +245,17 @@ def _params(model, names, checkpoint, family, dtype, shardings) -> Params:
     checkpoint.check(names, family.ignored)
     if callable(shardings):
         shardings = shardings(
-            _nest({p: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for p, leaf in names.items()})
+            nested({p: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for p, leaf in names.items()})
         )
     where = tree.flatten(shardings) if shardings is not None else dict.fromkeys(names)
     if set(where) != set(names):
         odd = sorted(set(where) ^ set(names))[0]
         raise InputError(f"shardings: leaf {odd} is on one side only, expected a tree like the parameters.")
-    return _nest({p: place(checkpoint, leaf, dtype, where[p]) for p, leaf in names.items()})
+    return nested({p: place(checkpoint, leaf, dtype, where[p]) for p, leaf in names.items()})
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of the leaves by path."""
     out: dict[str, Any] = {}
     for path, leaf in flat.items():
         *heads, last = path.split("/")

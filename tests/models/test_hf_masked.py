@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ctg_jax import methods
+from ctg_jax.learn import infilling
+from ctg_jax.learn.pretrain import pretrain
+from ctg_jax.methods import mdlm
 from ctg_jax.models import masked
 from ctg_jax.models.hf.masked import load_masked
+from ctg_jax.run.stage import open_lm, stage
+from ctg_jax.stages import sampling, sources
 from ctg_jax.types import InputError
 
 ROW = np.array([[3, 9, 1, 9, 4], [9, 9, 2, 0, 5]])
@@ -174,3 +180,33 @@ def test_files_that_are_refused(tmp_path, make, change, words):
     with pytest.raises(InputError) as error:
         load_masked(folder(tmp_path, config, make(np.random.default_rng(0))))
     assert words in str(error.value), str(error.value)
+
+
+def test_a_published_network_completes_and_fills_texts_as_a_trained_one(tmp_path):
+    """With the tokenizer of a small language model whose vocabulary is one token smaller."""
+    data = stage(tmp_path, sources.load_data, dict(source="bundled:reviews", split="validation", limit=8))
+    shape = dict(
+        vocab=270, width=16, depth=1, heads=2, context=32, training=dict(tokens=16, batch=4, steps=2, warmup=1)
+    )
+    lm = stage(tmp_path, pretrain, shape, data=data)
+    vocab = open_lm(lm)[0].vocab
+    draw = np.random.default_rng(0)
+    weights = mdlm_weights(draw)
+    for name, rows in (("vocab_embed.embedding", (vocab + 1, 8)), ("output_layer.linear.weight", (vocab + 1, 8))):
+        weights[f"backbone.{name}"] = draw.normal(size=rows).astype(np.float32)
+    weights["backbone.output_layer.linear.bias"] = np.zeros(vocab + 1, np.float32)
+    source = str(folder(tmp_path / "published", MDLM | dict(vocab_size=vocab + 1), weights))
+    made = mdlm.fit(tmp_path, lm=lm, data=data, source=source, length=12, guide=dict(classes=0))
+    control = methods.load(made, open_lm(lm)[0])
+    assert control.net.context == 12 and control.mask == vocab and not control.net.causal
+    x = jnp.asarray(draw.integers(0, vocab + 1, (2, 12)))
+    np.testing.assert_allclose(
+        masked.denoise(control.net, control.params, x), mdlm_logits(weights, np.asarray(x)), rtol=2e-3, atol=2e-3
+    )
+    (row,) = next(infilling.fill(*sampling.opened(lm), ["a ___ b"], control, sampling.Options(), infilling.Blanks()))
+    assert row["text"].startswith("a") and row["text"].endswith(" b")
+    small = str(folder(tmp_path / "small", MDLM, mdlm_weights(draw)))
+    with pytest.raises(InputError, match=rf"has 9 tokens beside its mask and .* has {vocab}: give the language model"):
+        mdlm.fit(tmp_path, lm=lm, data=data, source=small)
+    with pytest.raises(InputError, match="length is 99, expected from 2 to 16, the tokens that the model reads"):
+        mdlm.fit(tmp_path, lm=lm, data=data, source=source, length=99)

@@ -4,6 +4,7 @@ A bidirectional transformer is trained on the tokens of another language model's
 that is used. It completes prompts by filling in masks (`MaskedDiffusion`), and rows in which any tokens are given
 (`infill`); see `ctg_jax.learn.whole_rows`. A linear classifier of partly masked rows, on the network's own states,
 guides it with strength `scale`. With an `objective` of kind "film" and another `order` it is FiLM (Shen et al. 2023).
+A `source` reads a published network, of MDLM or LLaDA, in place of training one.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from ctg_jax.controls import constraints
 from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
-from ctg_jax.evaluation.likelihood import log_probabilities
 from ctg_jax.learn import fitting, masked_classifier
-from ctg_jax.learn.diffusion_losses import Objective, filled, masked_loss
+from ctg_jax.learn.diffusion_losses import Objective, masked_loss
 from ctg_jax.learn.fitting import Training, keep, matching
+from ctg_jax.learn.masked_bound import bound
 from ctg_jax.learn.masked_classifier import Regression
 from ctg_jax.learn.whole_rows import WORDS, WholeRows, completed, end_token, placed, with_words
 from ctg_jax.learn.word_targets import check_requested
 from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.heads import linear_head
+from ctg_jax.models.hf.masked import load_masked
 from ctg_jax.models.lm import LM
 from ctg_jax.models.unmasking import Order, first_order
 from ctg_jax.run import stage
+from ctg_jax.run.identity import model_content
 from ctg_jax.run.stage import Artifact, Run, open_lm
 from ctg_jax.stages import sources
 from ctg_jax.support import remove
@@ -106,6 +109,7 @@ def init(
     depth: int = 4,
     heads: int = 4,
     length: int = 32,
+    net: Mapping[str, Any] | None = None,
     eos: int = 0,
     classes: int = 0,
     target: int = 1,
@@ -115,6 +119,8 @@ def init(
 
     Args:
       lm: gives the vocabulary.
+      net: fields of `Transformer` of a network of another kind, whose vocabulary is that of `lm` and the mask; `width`,
+        `depth`, `heads` and `length` are then not read.
       width, depth, heads: of the network. length: S. eos: fills a row behind its text.
       classes: C of the classifier; 0: no classifier. target: the class to guide towards.
       order: settings of `Order`.
@@ -128,9 +134,41 @@ def init(
         raise InputError(f"length is {length}, expected at least 2.")
     if classes and not 0 <= target < classes:
         raise InputError(f"target is {target}, expected a class from 0 to {classes - 1}.")
-    net = Transformer.gpt2(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
-    guide = linear_head(classes, (depth + 2) * width)
-    return Masked(net.init(key), guide, jnp.zeros(()), net, eos, target, Order(**order))
+    if net is None:
+        made = Transformer.gpt2(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
+    else:
+        made = Transformer(**net)
+    guide = linear_head(classes, (made.depth + 2) * made.width)
+    return Masked(made.init(key), guide, jnp.zeros(()), made, eos, target, Order(**order))
+
+
+@stage.stage_function("mdlm.imported", contents={"source": model_content})
+def imported(run: Run, *, lm: Artifact, source: str, length: int | None = None, order: Order = Order()) -> None:
+    """Stage: a published masked diffusion model, without a classifier; see `models.hf.masked`. Most were trained on
+    packed texts and not on rows that end tokens fill, so they do not know where a row ends: choose the `length` by the
+    texts.
+
+    Args:
+      lm: the language model whose tokenizer it was trained with. source: directory or hub id.
+      length: S, the length of a row; None: as long as the model reads. order: in which order tokens are written.
+
+    Raises:
+      InputError: another vocabulary, rows that the model cannot read, and what `load_masked` raises.
+    """
+    model, _, tokenizer = open_lm(lm)
+    net, params = load_masked(source)
+    if net.vocab != model.vocab + 1:
+        raise InputError(
+            f"{source} has {net.vocab - 1} tokens beside its mask and {lm.path.name} has {model.vocab}: give the "
+            "language model whose tokenizer it was trained with."
+        )
+    if length is not None and not 2 <= length <= net.context:
+        raise InputError(f"length is {length}, expected from 2 to {net.context}, the tokens that the model reads.")
+    fields = dataclasses.asdict(dataclasses.replace(net, context=length or net.context))
+    del fields["pattern"]  # that of all its layers is the default
+    hp = dict(net=fields, eos=end_token(tokenizer, lm.path.name), **dataclasses.asdict(order))
+    control = init(model, jax.random.key(0), **hp)
+    keep(run, control.replace(params=params), "mdlm", hp)
 
 
 def guided(control: Masked, x: jax.Array) -> jax.Array:
@@ -197,6 +235,7 @@ def fit(
     *,
     lm: Artifact,
     data: Artifact,
+    source: str | None = None,
     heldout: Mapping[str, Any] | None = None,
     guide: Mapping[str, Any] | None = None,
     **hp: Any,
@@ -204,11 +243,15 @@ def fit(
     """Trains the network, measures its bound, and fits the classifier that guides it, in three stages.
 
     Args:
+      source: a published network, which `imported` reads, in place of one that is trained.
       heldout: settings of `load_data` for the texts of `bound`; None: the bound is not measured.
       guide: settings of `classifier`, which also sets how tokens are sampled; the network is not trained again.
-      hp: settings of `mdlm`.
+      hp: settings of `mdlm`, or of `imported`.
     """
-    network = stage.stage(root, mdlm, hp, lm=lm, data=data)
+    if source is None:
+        network = stage.stage(root, mdlm, hp, lm=lm, data=data)
+    else:
+        network = stage.stage(root, imported, {"source": source, **hp}, lm=lm)
     if heldout:
         stage.stage(root, bound, {}, lm=lm, control=network, data=stage.stage(root, sources.load_data, heldout))
     return stage.stage(root, classifier, guide or {}, lm=lm, data=data, network=network)
@@ -302,44 +345,3 @@ def classifier(
         run.log(name="classifier", **figures)
         control = control.replace(guide=guide)
     keep(run, control, "mdlm", hp)
-
-
-@stage.stage_function("mdlm.bound", how=("batch",))
-def bound(
-    run: Run, *, lm: Artifact, data: Artifact, control: Artifact, draws: int = 16, batch: int = 32, seed: int = 0
-) -> None:
-    """Stage: measures how likely texts are, their ends included, in nats per token with a standard error.
-
-    For the diffusion model the figure is an upper bound. For `lm` it is exact; `lm` reads its end token first, or just
-    the beginning token of a row where its sequences have one. The tokens are the same for both, cut to the length of a
-    row.
-
-    Args:
-      lm: the language model to compare with. data: the texts. control: an artifact of this method.
-      draws: number of times drawn for each text, see `masked.nelbo`.
-    """
-    model, params, tokenizer = open_lm(lm)
-    diffusion = methods.load(control, model)
-    net, eos = diffusion.net, diffusion.eos
-    given = int(tokenizer.adds_bos)  # tokens of a row that the language model does not have to predict
-    source = Source(str(data.path), "all", matching(data, None))
-    settings = dict(batch=batch, length=net.context, seed=seed, epochs=1, shuffle=False, drop_last=False)
-    recover = partial(masked.recovery, net, diffusion.params)
-    estimate = jax.jit(lambda tokens, keys: masked.nelbo(recover, tokens, keys, diffusion.mask, draws=draws))
-    bounds, texts = [], []
-    for rows in pipeline(source, tokenizer, **settings):
-        sizes = rows["mask"].sum(axis=1)
-        keys = rng.per_example(jax.random.key(seed), rows["ids"])
-        found = np.asarray(estimate(filled(rows, eos), keys), np.float64)
-        bounds += found[sizes > 0].tolist()
-        texts += [row[:size].tolist() for row, size in zip(rows["tokens"], sizes) if size]
-    prompts = [text[:1] if given else [eos] for text in texts]
-    exact = -log_probabilities(model, params, tokenizer, prompts, [text[given:] for text in texts], batch=batch)
-    tokens = np.asarray([len(text) for text in texts], np.float64)
-    for name, nats in (("mdlm", np.asarray(bounds)), ("lm", exact)):
-        mean = np.sum(nats) / tokens.sum()
-        error = np.sqrt(np.sum((nats - mean * tokens) ** 2)) / tokens.sum()
-        run.log(
-            name=name, nats_per_token=mean, standard_error=error, perplexity=np.exp(mean),
-            bits_per_token=mean / np.log(2), exact=name == "lm", tokens=int(tokens.sum()), texts=len(tokens),
-        )  # fmt: skip

@@ -7,7 +7,8 @@
     Together    other arms in one chain                       chain: label -> strength; strengths or kl multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
     Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
-    Searched    a search of the language model or of a chain  search, rewards or critic, chain
+    Searched    a search of the language model or of a chain  search, rewards, chain
+    Consensus   of n samples the one most like the others     consensus: (n, …), similarity, chain
 
 Every arm may have `filter` (options of `ctg_jax.controls.truncate`, and `speculate`, see `stages.sampling.build`) and
 `truncate_first`, which replace those of the section `sample`. In place of `strengths` an arm may have `kl`, nats per
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 
 from ctg_jax import methods
 from ctg_jax.decode.strategies import Strategy
+from ctg_jax.learn.consensus import SIMILARITIES
 from ctg_jax.learn.search import Plan
 from ctg_jax.run.stage import nearest
 from ctg_jax.types import InputError
@@ -224,6 +226,30 @@ class Searched(Arm):
         check_chain(label, self.chain, arms)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Consensus(Arm):
+    """Each sample is the one of n that is most like the others (minimum Bayes risk), of the language model or of other
+    arms in one chain; n takes the place of strengths.
+
+    Attributes:
+      similarity: see `ctg_jax.learn.consensus`. chain: label of another arm -> strength.
+    """
+
+    likelihood: ClassVar[bool] = False
+
+    consensus: tuple[int, ...]
+    similarity: str = "bleu"
+    chain: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def check(self, label, arms):
+        if self.similarity not in SIMILARITIES:
+            known = ", ".join(SIMILARITIES)
+            raise InputError(f"methods.{label}.similarity is {self.similarity!r}, expected one of {known}")
+        if wrong := [n for n in self.consensus if not isinstance(n, int) or n < 1]:
+            raise InputError(f"methods.{label}.consensus holds {wrong[0]!r}, expected numbers of samples")
+        check_chain(label, self.chain, arms)
+
+
 def check_chain(label: str, chain: Mapping[str, float], arms: Mapping[str, Arm]) -> None:
     """InputError where a chain names an arm that is no method."""
     known = [name for name, arm in arms.items() if isinstance(arm, MethodArm)]
@@ -235,6 +261,7 @@ def check_chain(label: str, chain: Mapping[str, float], arms: Mapping[str, Arm])
 # The setting that only this kind of arm has -> the kind; the first that is found decides.
 KINDS: tuple[tuple[str, type[Arm]], ...] = (
     ("search", Searched),
+    ("consensus", Consensus),
     ("chain", Together),
     ("best_of", BestOf),
     ("correct", Corrected),

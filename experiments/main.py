@@ -12,14 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ctg_jax.types import InputError
 from experiments import cli, experiment, reporting
-from experiments.arms import BestOf, MethodArm, Plain
+from experiments.arms import BestOf, Consensus, MethodArm, Plain
 
 
 def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
-    # The language model alone and the best of its samples are lines to compare with.
-    arms = [arm for arm in experiment.check(config.to_dict()).values() if not isinstance(arm, Plain | BestOf)]
+    # The language model alone and choices among samples are lines to compare with.
+    beside = Plain | BestOf | Consensus
+    arms = [arm for arm in experiment.check(config.to_dict()).values() if not isinstance(arm, beside)]
     names = {arm.method if isinstance(arm, MethodArm) else type(arm).__name__ for arm in arms}
     if len(names) > 1:
         raise InputError(f"main runs one method and the configuration has {len(names)}: use experiments/compare.py")

@@ -7,13 +7,14 @@ from typing import Any
 
 from ctg_jax import methods
 from ctg_jax.learn import experience
+from ctg_jax.learn.consensus import chosen
 from ctg_jax.learn.revision import corrected
 from ctg_jax.learn.search import searched
 from ctg_jax.run.stage import Artifact, stage
 from ctg_jax.stages import controls, sampling, sources
 from ctg_jax.stages.strengths import calibrate
 from ctg_jax.studies.label_transfer import direction
-from experiments.arms import Arm, BestOf, Corrected, Direction, Made, MethodArm, Searched, Together
+from experiments.arms import Arm, BestOf, Consensus, Corrected, Direction, Made, MethodArm, Searched, Together
 from experiments.inputs import rewards
 
 Sampled = tuple[float | None, Artifact, list[Artifact], list[float | None]]
@@ -36,12 +37,18 @@ def sampled(
     if isinstance(arm, Corrected):
         yield from revised(root, lm, prompts, common, arm)
         return
-    if isinstance(arm, (Together, Searched)):
+    if isinstance(arm, (Together, Searched, Consensus)):
         found = [(control_of(root, lm, arms[label]), float(value)) for label, value in sorted(arm.chain.items())]
     else:
         found = [(control_of(root, lm, arm), None)] if isinstance(arm, MethodArm) else []
     parts = [control for control, _ in found]
     values = [value for _, value in found]
+    if isinstance(arm, Consensus):
+        for n in arm.consensus:
+            settings = {**common, **arm.sampling, "strengths": values, "n": n * common.get("n", 1)}
+            samples = stage(root, sampling.sample, settings, lm=lm, prompts=prompts, controls=parts)
+            yield float(n), stage(root, chosen, {"n": n, "similarity": arm.similarity}, samples=samples), parts, values
+        return
     at = getattr(arm, "strengths", None) or (None,)
     if getattr(arm, "kl", None):
         at = [strength_at(root, lm, levels, parts, values, kl) for kl in arm.kl]

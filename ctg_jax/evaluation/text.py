@@ -71,6 +71,20 @@ def self_bleu(texts: Sequence[str], order: int = 4) -> float:
     return sum(scores) / len(scores)
 
 
+def bleu_pair(text: str, reference: str, order: int = 4) -> float:
+    """BLEU of a text against one reference, 0 to 1, with the conventions of `self_bleu`; 0 where one has no words."""
+    words, other = text.split(), reference.split()
+    if not words or not other:
+        return 0.0
+    log = 0.0
+    for n in range(1, order + 1):
+        hit = (Counter(ngrams(words, n)) & Counter(ngrams(other, n))).total()
+        if n == 1 and not hit:
+            return 0.0
+        log += math.log((hit or 0.1) / max(1, len(words) - n + 1)) / order
+    return math.exp(log + min(0.0, 1 - len(other) / len(words)))
+
+
 def coverage(text: str, keywords: Sequence[str], *, stem: bool = True) -> float:
     """Share of the keywords that occur in the text as whole words, case ignored; with `stem`, after Porter's stemmer,
     so that "dogs" covers "dog". A keyword of several words must occur as that sequence. NaN without keywords."""

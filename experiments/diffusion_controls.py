@@ -1,11 +1,11 @@
 """How often each target of Diffusion-LM is met, alone and with others, and how often without control.
 
-    python experiments/diffusion_controls.py --config=configs/diffusion_lm.py[:yelp|:tiny] [--root=runs]
+    python experiments/diffusion_controls.py --config=configs/diffusion_lm.py[:yelp|:e2e|:tiny] [--root=runs]
 
 Runs what `main.py` runs and prints a table: for every arm the share of samples that have each of the targets of the
-configuration (label by the judge, length and tags by the tokens, exactly; length within two tokens as well, which is
-what the paper counts), that have all targets of the arm, and the pooled perplexity under the autoregressive LM (the
-mean over samples leaves out those above 10,000, which may be all).
+configuration (label by the first judge and other fields by the judges of their names, length and tags by the tokens,
+exactly; length within two tokens as well, which is what the paper counts), that have all targets of the arm, and the
+pooled perplexity under the autoregressive LM (the mean over samples leaves out those above 10,000, which may be all).
 """
 
 import sys
@@ -28,11 +28,11 @@ def holds(name, value, rows, liked, tags, ends):
     """bool [n]: which samples have a target.
 
     Args:
-      rows: their tokens, with the end token where they have one. liked: bool [n], what the judge calls positive.
+      rows: their tokens, with the end token where they have one. liked: name -> bool [n], what a judge finds.
       tags: int [V], of every token. ends: the ids that end a text.
     """
-    if name == "label":
-        return np.asarray(liked) == bool(value)
+    if name in liked:
+        return liked[name] == bool(value)
     if name in ("length", WITHIN):
         far = 0 if name == "length" else 2
         return np.asarray([len(row) > 0 and row[-1] in ends and abs(len(row) - value - 1) <= far for row in rows])
@@ -47,8 +47,8 @@ def main(argv, session):
     lm = inputs.language_model(session, settings["lm"])
     tokenizer = open_lm(lm)[2]
     tags = tag_table(tokenizer)
-    (name, judge), *_ = settings["judges"].items()
-    threshold = open_judge(inputs.judge(session, name, judge)).threshold
+    judges = settings["judges"]
+    thresholds = {name: open_judge(inputs.judge(session, name, judge)).threshold for name, judge in judges.items()}
     arms = experiment.check(settings)
     asked = {label: dict(getattr(arm, "fit", {}).get("aim", {}).get("target", {})) for label, arm in arms.items()}
     every = {key: value for target in asked.values() for key, value in target.items()}
@@ -60,7 +60,9 @@ def main(argv, session):
     for result in results:
         samples = open_artifact(result.samples.path).rows("samples.jsonl")
         scores = result.figures.rows("scores.jsonl")
-        rows, liked = [r["tokens"] for r in samples], [s["scores"][name] >= threshold for s in scores]
+        rows = [r["tokens"] for r in samples]
+        liked = {name: np.asarray([s["scores"][name] >= t for s in scores]) for name, t in thresholds.items()}
+        liked = {"label": next(iter(liked.values()))} | liked
         found = {key: holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in every.items()}
         mine = [holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in asked[result.label].items()]
         fluency = next(m for m in result.figures.metrics() if m["name"] == "perplexity_pooled")

@@ -72,6 +72,19 @@ def of_all_classes(records: Sequence[Record], where: str, classes: int) -> list[
     return found
 
 
+def mentioned(record: Record, options: Sequence[str], field: str, where: str) -> int:
+    """The class of a record by what its text under `field` holds: 0 where it holds none of `options`, or else the
+    number of the first that it holds, counted from 1. "food[Chinese]" reads the meaning representations of E2E.
+
+    Raises:
+      InputError: the record has no text there; `where` is what it is called.
+    """
+    text = record.get(field)
+    if not isinstance(text, str):
+        raise InputError(f"{where} has no text under {field!r}: name the field that says what its text is about")
+    return next((i for i, option in enumerate(options, 1) if option in text), 0)
+
+
 def check_class(value: Any, classes: int, what: str) -> None:
     """InputError unless a value is a whole number from 0 to classes - 1."""
     if not isinstance(value, int) or not 0 <= value < classes:

@@ -16,7 +16,7 @@ The values come from `target`, which holds for all rows, or from the entries of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from flax import struct
 
 from ctg_jax import methods, rng
 from ctg_jax.controls import constraints
-from ctg_jax.data.labels import labelled
+from ctg_jax.data.labels import labelled, mentioned
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tags import tag_table
@@ -205,7 +205,7 @@ def fit(
     """Trains the network, then the classifier that guides it, and then sets what to steer towards, in three stages.
 
     Args:
-      guide: settings of `classifier`, which need `fields`; None: no classifier.
+      guide: settings of `classifier`; None: no classifier.
       aim: settings of `aimed`. Changing targets and sampling there trains nothing again.
       hp: settings of `diffusion_lm`.
     """
@@ -260,7 +260,9 @@ def classifier(
     lm: Artifact,
     data: Artifact,
     network: Artifact,
-    fields: Mapping[str, int],
+    fields: Mapping[str, int] | None = None,
+    mentions: Mapping[str, Sequence[str]] | None = None,
+    reads: str = "mr",
     where: Mapping[str, Any] | None = None,
     reader_width: int = 64,
     reader_depth: int = 2,
@@ -272,13 +274,23 @@ def classifier(
     Args:
       fields: field of the records -> number of its classes, which are counted from 0; records without the field are
         left out and counted in a warning.
+      mentions: name of a further field -> texts; class i of it are the records whose text under `reads` holds the
+        i-th of them, and class 0 those that hold none, see `ctg_jax.data.labels.mentioned`.
       where, reader_width, reader_depth: as for `diffusion_lm` and `init`.
       training: how the classifier is trained. seed: of its initial values and training.
 
     Raises:
-      InputError: a value that is not a class, a class without a record, and what `init` and training raise.
+      InputError: no field, a value that is not a class, a class without a record, and what `init` and training raise.
     """
-    records = matching(data, where)
+    records, mentions = matching(data, where), dict(mentions or {})
+    fields = dict(fields or {}) | {name: 1 + len(options) for name, options in mentions.items()}
+    if not fields:
+        raise InputError("fields and mentions are empty: give what the classifier is to predict.")
+    found = [
+        {name: mentioned(r, options, reads, f"record {i} of {data.path}") for name, options in mentions.items()}
+        for i, r in enumerate(records)
+    ]
+    records = [r | classes for r, classes in zip(records, found)]
     for name, classes in fields.items():
         records = labelled(records, f"{name} of {data.path}", name, classes)
     for name, classes in fields.items():
@@ -286,7 +298,7 @@ def classifier(
             raise InputError(f"no record of {data.path} has the {name} {min(missing)}: set fields or where.")
     model, _, tokenizer = open_lm(lm)
     old = methods.load(network, model)
-    hp = network.spec["init"] | dict(fields=dict(fields), reader_width=reader_width, reader_depth=reader_depth)
+    hp = network.spec["init"] | dict(fields=fields, reader_width=reader_width, reader_depth=reader_depth)
     control = init(model, rng.stream(jax.random.key(seed), "guide"), **hp).replace(params=old.params, tags=old.tags)
     source = Source(str(data.path), str(where), records)
     batches = pipeline(source, tokenizer, batch=training.batch, length=old.length, seed=seed, fields=tuple(fields))

@@ -92,7 +92,7 @@ def yelp():
         ),
         similarity=dict(
             pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv"),
-            fits={"memory": fit},
+            fits={site: fit | dict(site=site) for site in ("middle", "final", "memory")},
             encoder=f"{folder}/models/all-MiniLM-L6-v2",
         ),
         analysis=dict(data={**dev, "limit": 250}, fit=fit, options={}),

@@ -126,8 +126,9 @@ def similarity(section):
         )
         made.append(done)
         for figure, value in report.row(done)["figures"].items():
-            if figure == "z" or not any(r["method"] == figure for r in rows):
-                label = f"z, {name}" if figure == "z" else figure
+            own = figure in ("z", "z centred")  # the others are the same whatever was fitted
+            if own or not any(r["method"] == figure for r in rows):
+                label = f"{figure}, {name}" if own else figure
                 rows.append({"method": label, "figures": {"100 Spearman's ρ": value}, "samples": []})
     return section.page(made, rows, title="Cosine of latent vectors and human similarity")
 

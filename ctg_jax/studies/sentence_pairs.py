@@ -16,7 +16,7 @@ from ctg_jax.studies.vectors import open_vectors
 from ctg_jax.types import InputError
 
 
-@stage_function("latents.similarity", how=("batch",), contents={"encoder": model_content})
+@stage_function("latents.similarity", revision=1, how=("batch",), contents={"encoder": model_content})
 def similarity(
     run: Run,
     *,
@@ -29,8 +29,10 @@ def similarity(
 ) -> None:
     """Stage: Spearman's rank correlation, 100 ρ, of human scores with the cosine of several representations.
 
-    The representations are the vectors z; the mean and the last of the language model's hidden states, at every site;
-    and the embeddings of a sentence encoder, as an upper reference.
+    The representations are the vectors z; the same less their mean over all sentences of the pairs ("z centred"), since
+    vectors that share a large part, such as those in the attention's memory, have cosines near 1 whatever they differ
+    in; the mean and the last of the language model's hidden states, at every site; and the embeddings of a sentence
+    encoder, as an upper reference.
 
     Args:
       pairs: an artifact of `sentences_of_pairs`. vectors: the latent vectors of its records.
@@ -65,7 +67,9 @@ def similarity(
         found.append([np.asarray(x)[:, : len(rows)] for x in states(t, m)])
     mean, last = (np.concatenate(x, axis=1) for x in zip(*found))
     z = np.asarray(control.z)
-    candidates = {"z": (z[both], z[[i + 1 for i in both]])}
+    ours = z[both], z[[i + 1 for i in both]]
+    middle = np.concatenate(ours).mean(0)
+    candidates = {"z": ours, "z centred": tuple(side - middle for side in ours)}
     for name, x in (("mean of states", mean), ("last state", last)):
         candidates |= {f"{name}, site {s}": np.split(x[s], 2) for s in range(len(x))}
     if encoder is not None:

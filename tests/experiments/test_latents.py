@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctg_jax import methods
+from ctg_jax import evaluation, methods
 from ctg_jax.decode import loop
 from ctg_jax.evaluation.agreement import bleu, spearman
 from ctg_jax.learn.pretrain import pretrain
@@ -18,6 +18,7 @@ from ctg_jax.stages import sources
 from ctg_jax.studies import latents
 from ctg_jax.studies.label_transfer import direction, offset
 from ctg_jax.studies.sentence_pairs import sentences_of_pairs, similarity
+from ctg_jax.studies.vectors import open_vectors
 from ctg_jax.types import InputError, Prompts
 from experiments import cli
 from experiments import latents as script
@@ -86,8 +87,12 @@ def test_similarity_measures_every_representation(world):
     vectors = latent_steer.fit(root, lm=lm, data=sentences, search=dict(updates=3))
     found = stage(root, similarity, dict(resamples=20), lm=lm, pairs=sentences, vectors=vectors)
     names = [r["name"] for r in found.metrics()]
-    assert names == ["z", *(f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3))]
+    assert names == ["z", "z centred", *(f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3))]
     assert all(-100 <= r["value"] <= 100 for r in found.metrics())
+    z, records = np.asarray(open_vectors(lm, vectors)[0].z), sentences.rows("data.jsonl")
+    apart = z - z.mean(0)
+    by_hand = evaluation.spearman(evaluation.cosine(apart[::2], apart[1::2]), [r["score"] for r in records[::2]], 20)
+    assert found.metrics()[1]["value"] == pytest.approx(by_hand.value)
 
 
 def test_a_file_of_no_pairs_is_refused(world, tmp_path):

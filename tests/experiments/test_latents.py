@@ -87,11 +87,13 @@ def test_similarity_measures_every_representation(world):
     vectors = latent_steer.fit(root, lm=lm, data=sentences, search=dict(updates=3))
     found = stage(root, similarity, dict(resamples=20), lm=lm, pairs=sentences, vectors=vectors)
     names = [r["name"] for r in found.metrics()]
-    assert names == ["z", "z centred", *(f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3))]
+    states = [f"{how}, site {s}" for how in ("mean of states", "last state") for s in range(3)]
+    assert names == ["z", "z centred", *states]
     assert all(-100 <= r["value"] <= 100 for r in found.metrics())
     z, records = np.asarray(open_vectors(lm, vectors)[0].z), sentences.rows("data.jsonl")
     apart = z - z.mean(0)
-    by_hand = evaluation.spearman(evaluation.cosine(apart[::2], apart[1::2]), [r["score"] for r in records[::2]], 20)
+    scores = np.asarray([r["score"] for r in records[::2]])
+    by_hand = evaluation.spearman(evaluation.cosine(apart[::2], apart[1::2]), scores, 20)
     assert found.metrics()[1]["value"] == pytest.approx(by_hand.value)
 
 

@@ -1,5 +1,5 @@
-"""One-line faults in reductions, losses and loops of the methods that learn from rewards, each with the tests of which
-one must fail. None of them raises an error by itself."""
+"""One-line faults in reductions, losses and loops, most of them of the methods that learn from rewards, each with the
+tests of which one must fail. None of them raises an error by itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 
 LOSSES, CALIBRATE = "tests/test_losses.py", "tests/test_calibrate.py"
 STAGES = "tests/methods/test_reward_stages.py"
+BRIDGE = "tests/models/test_bridge.py"
 
 
 def of(method: str) -> str:
@@ -153,4 +154,20 @@ FAULTS = [
           f"{LOSSES}::test_earth_mover_by_hand"),
     fault("controls/experts.py", 'found["expert"] - found["anti"], 0.0)', 'found["anti"] - found["expert"], 0.0)',
           f"{of('dexperts')}::test_three_tokens_by_hand"),
+    # bridges, plans, published masked models, blanks, choices without a reward
+    fault("models/bridge.py", "(1 - share) * z0 + share * zT, (t - t0)", "share * z0 + (1 - share) * zT, (t - t0)",
+          f"{BRIDGE}::test_moments_and_the_contrast_by_hand"),
+    fault("models/bridge.py", "share * (last - first - path[:, -1])", "share * (last - first)",
+          f"{BRIDGE}::test_drawn_bridges_have_the_moments_of_a_bridge_at_every_step"),
+    fault("learn/sentence_bridge.py", "(t * (n - 1 - t) / (n - 1))", "(t * (n - 1 - t))",
+          f"{BRIDGE}::test_the_variance_of_the_latents_of_documents"),
+    fault("methods/hidden/time_control.py", "place = pos - jnp.reshape(before, (-1, 1))", "place = pos",
+          f"{of('time_control')}::test_each_latent_is_held_for_its_span_and_the_last_one_to_the_end"),
+    fault("models/hf/masked.py", "* (1 + moves[at + 1])", "* moves[at + 1]",
+          "tests/models/test_hf_masked.py::test_a_model_in_the_layout_of_mdlm_equals_the_authors_arithmetic"),
+    fault("learn/infilling.py", "~tokenizer.known(vocab) | constraints.marks(tokenizer.ends, vocab)",
+          "~tokenizer.known(vocab)",
+          f"{of('infilling')}::test_one_missing_token_is_drawn_from_what_the_network_predicts"),
+    fault("learn/consensus.py", "int(np.argmax(means))", "int(np.argmin(means))",
+          f"{of('consensus')}::test_the_text_most_like_the_others_is_chosen"),
 ]  # fmt: skip

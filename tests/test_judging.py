@@ -113,7 +113,8 @@ def test_an_oracle_of_the_other_label(root):
 
 
 def test_unknown_judge(tmp_path):
-    kinds = "bag, classifier, diversity, function, instructions, keywords, length, oracle, preference, probe, rank, slots"
+    kinds = "bag, classifier, diversity, function, instructions, keywords, length, oracle, preference, probe, rank, "
+    kinds += "slots"
     with pytest.raises(InputError, match=f"one of {kinds}"):
         stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):

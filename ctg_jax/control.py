@@ -107,8 +107,7 @@ class Control:
         return ()
 
     def prompt(self, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array]:
-        """Edits or lengthens the embedded prompt: x float [B, T, D], mask bool [B, T]. `added`
-        returns the number of tokens that it adds."""
+        """Edits or lengthens the embedded prompt x float [B, T, D], mask bool [B, T], by `added` tokens."""
         return x, mask
 
     def added(self) -> int:
@@ -219,9 +218,7 @@ class Chain(Control):
 
     def prefix(self, state):
         found = [p for c, s in zip(self.parts, state, strict=True) if (p := c.prefix(s)) is not None]
-        if not found:
-            return None
-        return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=3), *found)
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=3), *found) if found else None
 
     def hidden(self, h, site, pos, state):
         for c, s in zip(self.parts, state, strict=True):
@@ -347,9 +344,7 @@ def _set_within(field: Any, value: jax.Array) -> Any:
     """The controls that a field holds at another strength; None where it holds none that has one."""
     if _acts(field):
         return _set(field, value)
-    if not isinstance(field, tuple):
-        return None
-    parts = [_set_within(x, value) for x in field]
+    parts = [_set_within(x, value) for x in field] if isinstance(field, tuple) else []
     if all(new is None for new in parts):
         return None
     return tuple(old if new is None else new for old, new in zip(field, parts))

@@ -6,9 +6,11 @@ from experiments import cli
 from tests.experiments.tiny_lm import write_lm
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(cli, "keep_compiled", lambda: None)
+@pytest.fixture(autouse=True, scope="module")
+def no_compilation_cache():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "keep_compiled", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -323,7 +323,7 @@ def strength_of(control: Control) -> Any:
     if own := [values[name] for name in STRENGTHS if name in values]:
         return own[0]
     held = (part for x in values.values() for part in (x if isinstance(x, tuple) else (x,)))
-    found = (strength_of(part) for part in held if _acts(part))
+    found = (strength_of(part) for part in held if isinstance(part, Control) or hasattr(part, "strategy"))
     return next((strength for strength in found if strength is not None), None)
 
 
@@ -335,14 +335,9 @@ def _set(control: Control, value: jax.Array) -> Control | None:
     return control.replace(**inner) if inner else None
 
 
-def _acts(field: Any) -> bool:
-    """Whether a field is a control, or a model that replaces the decode loop."""
-    return isinstance(field, Control) or hasattr(field, "strategy")
-
-
 def _set_within(field: Any, value: jax.Array) -> Any:
     """The controls that a field holds at another strength; None where it holds none that has one."""
-    if _acts(field):
+    if isinstance(field, Control) or hasattr(field, "strategy"):  # a model that replaces the decode loop is no control
         return _set(field, value)
     parts = [_set_within(x, value) for x in field] if isinstance(field, tuple) else []
     if all(new is None for new in parts):

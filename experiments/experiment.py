@@ -29,7 +29,7 @@ from ctg_jax.stages import judges, sampling, sources
 from ctg_jax.types import InputError
 from experiments.arms import Arm, Fitted, read
 from experiments.inputs import check_data, heldout, judge, language_model, levels, scorers
-from experiments.samples import control_of, sampled
+from experiments.samples import calibrated, control_of, sampled
 
 log = logging.getLogger("ctg_jax.experiment")
 _KEYS = ("title", "calibrate", "lm", "prompts", "sample", "judges", "evaluate", "methods")
@@ -65,10 +65,11 @@ class Result:
 def run(root: str, config: ConfigDict) -> list[Result]:
     """Runs all stages of a configuration, except those that are finished, and returns the rows of the table.
 
-    A dry run comes first, so that a setting which a stage refuses is named before any stage has run.
+    A dry run comes first, so that a setting which a stage refuses is named before any stage has run. An arm has no row
+    for a `kl` that its control does not reach, see `unreached`.
 
     Raises:
-      InputError: an unknown section or setting (with the nearest name), and what the stages raise.
+      InputError: an unknown section or setting (with the nearest name), no row at all, and what the stages raise.
     """
     settings = config.to_dict()
     arms, session = check(settings), Session.of(root)
@@ -81,7 +82,21 @@ def run(root: str, config: ConfigDict) -> list[Result]:
         if session.pending is None:
             log.info("arm %d of %d: %s%s", number, len(arms), label, _strengths(arm))
         rows += _rows(root, settings, fixed, label, arm, arms)
+    if not rows:
+        raise InputError("; ".join(unreached(root, config)) or "the section methods has no arm: give at least one")
     return rows
+
+
+def unreached(root: str, config: ConfigDict) -> list[str]:
+    """A sentence for each `kl` of a finished experiment that the control of an arm does not reach."""
+    settings = config.to_dict()
+    arms, trial = check(settings), Session.of(root).dry_run()
+    lm, found = language_model(trial, settings["lm"]), []
+    for label, arm in arms.items():
+        if getattr(arm, "kl", None):
+            tried = calibrated(trial, lm, settings["calibrate"], arm, arms)
+            found += [f"{label}: {one.spec['unreached']}" for one in tried if one.spec["strength"] is None]
+    return found
 
 
 def _rehearse(trial: Session, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:

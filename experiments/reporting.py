@@ -21,7 +21,7 @@ from ctg_jax.run.session import Session
 from ctg_jax.run.stage import Artifact
 from ctg_jax.stages.judges import how_right
 from experiments import cli, inputs, roots
-from experiments.experiment import Result, check
+from experiments.experiment import Result, check, unreached
 
 log = logging.getLogger("ctg_jax.report")
 
@@ -30,12 +30,14 @@ def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -
     """Writes the report of one experiment, shows its table and returns the path of report.html."""
     folder = folder_of(root, spec, config.to_dict(), [result.figures.id for result in results])
     rows = [_row(c) for c in results]
+    missed = unreached(root, config)
     if processes.first():
         log.info("%s", report.terminal(rows))
-        if sentence := broken(results):
+        for sentence in filter(None, [broken(results), *missed]):
             log.warning("%s", sentence)
+    more = {"kl that is not reached": "; ".join(missed)} if missed else {}
     turns = [row for c in results for row in _rounds(c)]
-    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results)
+    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results, more)
 
 
 def broken(results: Sequence[Result]) -> str:

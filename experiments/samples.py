@@ -37,12 +37,7 @@ def sampled(
     if isinstance(arm, Corrected):
         yield from revised(root, lm, prompts, common, arm)
         return
-    if isinstance(arm, (Together, Searched, Consensus)):
-        found = [(control_of(root, lm, arms[label]), float(value)) for label, value in sorted(arm.chain.items())]
-    else:
-        found = [(control_of(root, lm, arm), None)] if isinstance(arm, MethodArm) else []
-    parts = [control for control, _ in found]
-    values = [value for _, value in found]
+    parts, values = parts_of(root, lm, arm, arms)
     if isinstance(arm, Consensus):
         for n in arm.consensus:
             settings = {**common, **arm.sampling, "strengths": values, "n": n * common.get("n", 1)}
@@ -51,11 +46,10 @@ def sampled(
         return
     at = getattr(arm, "strengths", None) or (None,)
     if getattr(arm, "kl", None):
-        at = [strength_at(root, lm, levels, parts, values, kl) for kl in arm.kl]
+        found = [artifact.spec["strength"] for artifact in calibrated(root, lm, levels, arm, arms)]
+        at = [strength for strength in found if strength is not None]
     for strength in at:
-        strengths = [
-            strength if value is None else value * (1.0 if strength is None else strength) for _, value in found
-        ]
+        strengths = [strength if value is None else value * (1.0 if strength is None else strength) for value in values]
         settings = {**common, **arm.sampling, "strengths": strengths}
         if isinstance(arm, Searched):
             chooses = [control_of(root, lm, arms[arm.critic])] if arm.critic else rewards(root, arm)
@@ -77,17 +71,26 @@ def control_of(root: str, lm: Artifact, arm: MethodArm) -> Artifact:
     return control
 
 
-def strength_at(
-    root: str, lm: Artifact, levels: Mapping[str, Any], parts: list[Artifact], values: list[float | None], kl: float
-) -> float:
-    """The strength of an arm at which its KL to the base is `kl` nats per token, on the texts of the section
-    `calibrate`."""
+def parts_of(root: str, lm: Artifact, arm: Arm, arms: Mapping[str, Arm]) -> tuple[list[Artifact], list[float | None]]:
+    """(the controls of an arm, their strengths in its chain, None outside a chain)."""
+    if isinstance(arm, (Together, Searched, Consensus)):
+        chain = sorted(arm.chain.items())
+        return [control_of(root, lm, arms[label]) for label, _ in chain], [float(value) for _, value in chain]
+    return ([control_of(root, lm, arm)], [None]) if isinstance(arm, MethodArm) else ([], [])
+
+
+def calibrated(
+    root: str, lm: Artifact, levels: Mapping[str, Any], arm: Arm, arms: Mapping[str, Arm]
+) -> Iterator[Artifact]:
+    """What `stages.strengths.calibrate` found for each `kl` of an arm, on the texts of the section `calibrate`."""
+    parts, values = parts_of(root, lm, arm, arms)
     settings = dict(levels)
     data = stage(root, sources.load_data, settings.pop("data"))
-    settings |= {"kl": kl, "strengths": values}
-    found = stage(root, calibrate, settings, lm=lm, data=data, controls=parts)
-    found.check_finished()
-    return found.spec["strength"]
+    for kl in arm.kl:
+        given = settings | {"kl": kl, "strengths": values}
+        found = stage(root, calibrate, given, lm=lm, data=data, controls=parts)
+        found.check_finished()
+        yield found
 
 
 def found_by_search(

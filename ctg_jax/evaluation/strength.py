@@ -34,7 +34,11 @@ DIGITS = 5  # of a strength, so that it is written down as it was tried
 
 
 class Unreached(InputError):
-    """No strength of the control has the KL that was asked for."""
+    """No strength of the control has the KL that was asked for; tried: all (strength, KL) that were evaluated."""
+
+    def __init__(self, message: str, tried: Sequence[tuple[float, float]]):
+        super().__init__(message)
+        self.tried = tuple(tried)
 
 
 class Divergence:
@@ -51,7 +55,8 @@ class Divergence:
       cond: entries of `prompts.cond`, name -> array with a row for each text.
 
     Raises:
-      InputError: no texts, a prompt of no token, or a text with nothing behind its prompt.
+      InputError: no texts, a prompt, a batch or a number of tokens that is no whole number above 0, or a text with
+        nothing behind its prompt.
     """
 
     def __init__(
@@ -68,8 +73,9 @@ class Divergence:
     ):
         if not len(texts):
             raise InputError("there are no texts to measure the KL on: give at least one")
-        if prompt < 1:
-            raise InputError(f"prompt is {prompt}, expected at least 1 token")
+        for name, value in dict(prompt=prompt, tokens=tokens, batch=batch).items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
         self.lm, self.params, self._known = lm, params, tokenizer.known(lm.vocab)
         heads, tails = zip(*(_parts(tokenizer, text, i, prompt, tokens) for i, text in enumerate(texts)))
         batch = min(batch, len(texts))
@@ -230,7 +236,7 @@ def solve(
             if before is not None and here[0] != before[0]:
                 slope = min(8.0, max(0.5, (here[1] - before[1]) / (here[0] - before[0])))
             x = math.exp(here[0] + min(math.log(STRIDE), max(-math.log(STRIDE), -1.05 * here[1] / slope)))
-    raise Unreached(_missed(tried, target))
+    raise Unreached(_missed(tried, target), tried)
 
 
 def _missed(tried: Sequence[tuple[float, float]], target: float) -> str:

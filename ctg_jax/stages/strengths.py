@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 from ctg_jax.data.messages import has_messages
 from ctg_jax.decode import strategies
-from ctg_jax.evaluation.strength import Divergence, dial, solve
+from ctg_jax.evaluation.strength import Divergence, Unreached, dial, solve
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError
+
+log = logging.getLogger(__name__)
 
 
 @stage_function("calibrate", how=("batch",))
@@ -28,6 +31,7 @@ def calibrate(
 ) -> None:
     """Stage: the strength at which the KL of controls to the base is `kl` nats per token, within 2 %, on the texts of
     `data`; see `ctg_jax.door.calibrate`. The spec has `strength` and the `kl` there, metrics.jsonl all that was tried.
+    Where no strength reaches that KL, both are None and `unreached` is a sentence that says what was reached.
 
     Args:
       data: records with `text`, or `messages` that end with an answer of the assistant.
@@ -39,7 +43,7 @@ def calibrate(
         `ctg_jax.evaluation.strength.Divergence`.
 
     Raises:
-      InputError: controls without a likelihood or a strength, a KL that they do not reach, texts that are too short.
+      InputError: controls without a likelihood or a strength, a KL of 0, texts that are too short.
     """
     rows = data.rows("data.jsonl")
     texts = [row["messages"] if has_messages(row) else row["text"] for row in rows]
@@ -52,8 +56,13 @@ def calibrate(
     start, at = dial(control)
     cond = sampling.conditions(controls, lm, texts, rows)
     measure = Divergence(*open_lm(lm), texts, tokens=tokens, batch=batch, prompt=prompt, cond=cond)
-    found = solve(lambda value: measure(at(value)), abs(kl), math.copysign(start, kl))
+    try:
+        found = solve(lambda value: measure(at(value)), abs(kl), math.copysign(start, kl))
+        factor = next((x for x in given if x), 1.0)
+        run.record(strength=found.strength / factor, kl=found.kl)
+    except Unreached as e:
+        log.warning("%s: %s", ", ".join(control.path.name for control in controls), e)
+        found = e
+        run.record(strength=None, kl=None, unreached=str(e))
     for strength, value in found.tried:
         run.log(strength=strength, kl=value)
-    factor = next((x for x in given if x), 1.0)
-    run.record(strength=found.strength / factor, kl=found.kl)

@@ -131,6 +131,24 @@ def test_arms_at_equal_kl_are_sampled_where_it_was_found(root):
         experiment.run(str(root), config)
 
 
+def test_a_kl_that_is_not_reached_is_reported_and_the_others_go_on(call, root):
+    """It has no row, the report says why, a second run asks no stage again, and nothing but such arms is an error."""
+    spec = f"{HERE / 'configs/compare_equal_kl.py'}:tiny"
+    change = ["--config.methods.steer.kl=(1e-3, 1e6)", "--config.methods.lm_steer.kl=(1e-3,)"]
+    code, page, err, _ = call(compare, spec, *change)
+    assert code == 0, err
+    assert [(line["method"], line["strength"] is None) for line in table(page)] == [
+        ("base", True), ("top_p", True), ("lm_steer", False), ("steer", False),
+    ]  # fmt: skip
+    said = json.loads(Path(page).with_suffix(".json").read_text())["about"]["kl that is not reached"]
+    assert said.startswith("steer: kl is 1e+06 nats per token, but the control reaches at most ") and said in err
+    assert call(compare, spec, *change)[3].startswith("stages: 0 executed")
+    config = cli.config_of(spec)
+    config.methods = {"steer": {**config.methods.steer.to_dict(), "kl": (1e6,)}}
+    with pytest.raises(InputError, match=r"^steer: kl is 1e\+06 nats per token, but the control reaches"):
+        experiment.run(str(root), config)
+
+
 def test_choose_ranks_the_arms_at_one_kl(call):
     """A line for each arm, the best first, each at the KL of the configuration; arms without one are refused."""
     file = HERE / "configs/choose_steering.py"

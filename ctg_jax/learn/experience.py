@@ -34,6 +34,7 @@ def explore(
     strength: float | None = None,
     round: int = 0,
     states: bool = False,
+    feedback: bool = False,
     seed: int = 0,
     **settings: Any,
 ) -> Artifact:
@@ -43,7 +44,8 @@ def explore(
 
     Args:
       strength: of the control; None: as fitted.
-      round: the number of this round. states: see `score`. seed: of all rounds; each draws with one derived from it.
+      round: the number of this round. states, feedback: see `score`.
+      seed: of all rounds; each draws with one derived from it.
       **settings: of `ctg_jax.stages.sampling.sample`, such as n and max_new.
     """
     drawn = rng.derived_seed(seed, "explore", round)
@@ -51,7 +53,7 @@ def explore(
     controls = [] if control is None else [control]
     samples = stage.stage(root, sampling.sample, settings, lm=lm, prompts=data, controls=controls)
     given = dict(samples=samples, rewards=list(rewards), lm=lm, controls=controls)
-    return stage.stage(root, score, {"round": round, "states": states}, **given)
+    return stage.stage(root, score, {"round": round, "states": states, "feedback": feedback}, **given)
 
 
 @stage.stage_function("score", revision=1, how=("batch",))
@@ -64,12 +66,13 @@ def score(
     controls: Sequence[Artifact] = (),
     round: int = 0,
     states: bool = False,
+    feedback: bool = False,
     batch: int = 256,
 ) -> None:
     """Stage: writes pool.parquet, for each sample its prompt_id, sample, round, prompt (and messages, where it is a
     conversation), text, tokens, `logp` under what drew it, `base` (its log-probability under the frozen model),
-    `reward` (by the first of the rewards) and reward_<name> by each of them; and `feedback`, in words, where the first
-    reward has `explain`. spec.json records under `drawn` whether the samples are greedy and their filter.
+    `reward` (by the first of the rewards) and reward_<name> by each of them. spec.json records under `drawn` whether
+    the samples are greedy and their filter.
 
     Both log-probabilities come from one function, which reads whole texts, so that their difference is 0 where nothing
     was changed. That of the sampler, which reads token by token, differs from both by the rounding of bfloat16; it is
@@ -80,11 +83,12 @@ def score(
       controls: those under which the samples were drawn, in the order of the stage `sample`.
       states: whether to keep the frozen model's final states at every token as well, for methods that read it again
         (`pool.States`): 4 bytes for each of its dimensions and each token.
+      feedback: whether pool.parquet has `feedback` too, what the first reward says in words is wrong with a sample.
 
     Equal texts after equal prompts are scored once. An interrupted stage continues after the last batch it scored.
 
     Raises:
-      InputError: no reward; samples without log-probabilities, or drawn by a strategy without a likelihood; what a
+      InputError: no reward, or one without `explain` that is asked for feedback; samples without log-probabilities, or drawn by a strategy without a likelihood; what a
         reward raises, such as a score that is not finite (what was scored is kept).
     """
     import pyarrow as pa
@@ -104,6 +108,10 @@ def score(
     names = [j.name for j in judges]
     if len(set(names)) < len(names):
         raise InputError(f"the rewards are called {names}: give each a name of its own")
+    if feedback and not hasattr(judges[0], "explain"):
+        raise InputError(
+            f"feedback is asked for, and the reward {names[0]!r} says nothing of a text: give it `explain`"
+        )
     scores = _scored(run, rows, judges, batch)
     prompts, how = [prompt_of(r) for r in rows], samples.spec["config"]
     model = stage.open_lm(lm)
@@ -128,7 +136,7 @@ def score(
         "reward": scores[:, 0].tolist(),
     }
     table |= {f"reward_{name}": scores[:, i].tolist() for i, name in enumerate(names)}
-    if hasattr(judges[0], "explain"):
+    if feedback:
         table["feedback"] = judges[0].explain(table["prompt"], table["text"])
     if kept is not None:
         kept.replace(run.path / STATES)

@@ -49,6 +49,7 @@ def explored(
     pool: str = "last",
     sampled: bool = True,
     states: bool = False,
+    feedback: bool = False,
     seed: int = 0,
 ) -> Iterator[Round]:
     """The rounds of a `fit`: before each is yielded, its samples are drawn and scored; the loop's body learns from them
@@ -61,7 +62,7 @@ def explored(
       explore: settings of `ctg_jax.stages.sampling.sample`, such as n (samples of a prompt) and max_new.
       proposal: the control that draws the samples of the first round; None: the frozen model does.
       pool: "all" gives the samples of all rounds to learn from, "last" those of the last.
-      sampled: False draws nothing; `pools` are then empty. states: see `experience.score`.
+      sampled: False draws nothing; `pools` are then empty. states, feedback: see `experience.score`.
       seed: of all rounds. Samples and learning of each round have seeds of their own, derived from it by name and
         number, so that no two rounds of any seeds share one.
 
@@ -75,7 +76,7 @@ def explored(
     seen: list[Artifact] = []
     for number in range(count):
         if sampled:
-            given = dict(lm=lm, data=data, rewards=rewards, control=proposal, states=states)
+            given = dict(lm=lm, data=data, rewards=rewards, control=proposal, states=states, feedback=feedback)
             seen = [*seen, experience.explore(root, **given, round=number, seed=seed, **(explore or {}))]
         pools = seen if pool == "all" else seen[-1:]
         round = Round(number, rng.derived_seed(seed, "learn", number), seen, pools, proposal)

@@ -38,6 +38,11 @@ def said(prompt, text):
 cheer.explain = said
 
 
+def count(prompt, text):
+    """The words of a text, of which nothing is said."""
+    return len(text.split())
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(inputs of a fit, the scored samples of the frozen model, settings of exploring)"""
@@ -152,8 +157,46 @@ def test_what_a_reward_says_stands_before_the_prompt_while_learning(world, pool,
     with pytest.raises(InputError, match="samples are learned behind other prompts"):
         fitted(world, quark, tokens=2, sorting=sorting, keep_states=True)
     mute = {"prompt": np.array(["a"]), "text": np.array(["b"])}
-    with pytest.raises(InputError, match="the reward says nothing of a text"):
+    with pytest.raises(InputError, match="the samples have none: score them with feedback=True"):
         quark.told(Pool(pa.table(mute)))
+    assert not pool.has("feedback")  # which other methods do not ask for: the id of a pool tells whether it has it
+
+
+def test_states_are_not_those_behind_other_prompts(world, monkeypatch):
+    """A pool that kept the frozen model's states behind the bare prompts, given to the stage with feedback."""
+    root, given, _, explore = world
+    kept = experience.explore(root, **given, **explore, states=True, feedback=True)
+    seen = {}
+
+    def stop(run, state, objective, frozen, batches, *more, **options):
+        seen.update(next(batches))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        settings = dict(tokens=2, sorting=dict(thresholds=[0.5], feedback=True), **SHORT)
+        stage(root, quark.quark, settings, lm=given["lm"], pool=[kept])
+    assert "bin" in seen and "states" not in seen
+
+
+@pytest.mark.parametrize(
+    "thresholds, tokens", [("judge", 5), ([0.5], 3), ([0.5, 0.4], 3), ({"a": 1}, 2), ([float("nan")], 2), (0.5, 2)]
+)
+def test_thresholds_are_refused_before_anything_is_sampled(world, monkeypatch, thresholds, tokens):
+    monkeypatch.setattr(quark, "explored", lambda *a, **k: pytest.fail("it samples"))
+    with pytest.raises(InputError, match=rf"expected {tokens - 1} ascending numbers, one fewer than tokens"):
+        fitted(world, quark, tokens=tokens, sorting=dict(thresholds=thresholds))
+
+
+def test_a_reward_without_words_is_told(world):
+    root, given, _, explore = world
+    mute = dict(kind="length", name="length", target="3 words")
+    function = dict(kind="function", name="mute", function="tests.methods.test_reward_stages:count", version="1")
+    spoken = experience.explore(root, **given | dict(rewards=[stage(root, judges.fit_judge, mute)]), **explore)
+    assert not Pool.open([spoken]).has("feedback")
+    with pytest.raises(InputError, match="the reward 'mute' says nothing of a text: give it `explain`"):
+        rewards = [stage(root, judges.fit_judge, function)]
+        experience.explore(root, **given | dict(rewards=rewards), **explore, feedback=True)
 
 
 def test_scoring_keeps_the_states_that_an_update_would_read(world, pool, monkeypatch):

@@ -28,10 +28,11 @@ from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, sta
 from ctg_jax.types import InputError, Sum
 
 DIRECTIONS = ("reference_policy", "policy_reference")
+TOKENS = 5  # the K of the paper
 
 
 def init(
-    lm: LM, key: jax.Array, *, tokens: int = 5, kind: str = "lora", rank: int = 8, targets: str | None = None
+    lm: LM, key: jax.Array, *, tokens: int = TOKENS, kind: str = "lora", rank: int = 8, targets: str | None = None
 ) -> Coded:
     """Random reward tokens and a change of weights that is zero.
 
@@ -130,24 +131,30 @@ class Sorting:
     strata: bool = False
     feedback: bool = False
 
-    def tokens(self, rewards: np.ndarray, count: int, seed: int) -> np.ndarray:
-        """The token int32 [n] of each reward, 0 the worst of `count`; `seed` orders equal rewards.
-
-        Raises:
-          InputError: thresholds that are not ascending numbers or are not one fewer than tokens, a token without a
-            sample, and what `calibrate.bins` raises.
-        """
+    def check(self, count: int) -> None:
+        """InputError where the thresholds are not ascending numbers, one fewer than `count` tokens."""
         if self.thresholds is None:
-            return calibrate.bins(rewards, count, seed)
+            return
         try:
             at = np.asarray(self.thresholds, np.float64)
-        except ValueError:
-            at = np.zeros(0)
-        if at.ndim != 1 or len(at) != count - 1 or not (np.diff(at) > 0).all():
+        except (TypeError, ValueError):
+            at = np.zeros(())
+        if at.ndim != 1 or len(at) != count - 1 or not (np.isfinite(at).all() and (np.diff(at) > 0).all()):
             raise InputError(
                 f"sorting.thresholds is {self.thresholds!r}, expected {count - 1} ascending numbers, one fewer than "
                 f"tokens ({count})"
             )
+
+    def tokens(self, rewards: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """The token int32 [n] of each reward, 0 the worst of `count`; `seed` orders equal rewards.
+
+        Raises:
+          InputError: a token without a sample, and what `check` and `calibrate.bins` raise.
+        """
+        self.check(count)
+        if self.thresholds is None:
+            return calibrate.bins(rewards, count, seed)
+        at = np.asarray(self.thresholds, np.float64)
         found = np.searchsorted(at, calibrate.finite(rewards), side="right").astype(np.int32)
         empty = np.flatnonzero(np.bincount(found, minlength=count) == 0)
         if len(empty):
@@ -162,10 +169,10 @@ def told(pool: Pool) -> np.ndarray:
     """The prompts object [n] of a pool, each behind the feedback on its sample.
 
     Raises:
-      InputError: the reward gives no feedback, or the prompts are conversations.
+      InputError: the pool has no feedback, or the prompts are conversations.
     """
     if not pool.has("feedback"):
-        raise InputError("sorting.feedback is set, and the reward says nothing of a text: it needs `explain`")
+        raise InputError("sorting.feedback is set, and the samples have none: score them with feedback=True")
     if pool.has("messages"):
         raise InputError("sorting.feedback is set, which needs prompts that are texts, and these are conversations")
     both = zip(pool.column("feedback"), pool.column("prompt"))
@@ -199,8 +206,8 @@ def fit(
       seed: of samples and of training. settings: of the stage `quark`.
 
     Raises:
-      InputError: another `pool`, rounds below 1, a `target_kl` with greedy samples or a filter, or `keep_states` with
-        feedback, behind which the frozen model has other states.
+      InputError: another `pool`, rounds below 1, a `target_kl` with greedy samples or a filter, thresholds that do not
+        fit `tokens`, or `keep_states` with feedback, behind which the frozen model has other states.
     """
     check_settings(quark, settings)
     if target_kl is not None:
@@ -210,10 +217,11 @@ def fit(
     if sorting.thresholds == "judge":
         sorting = dataclasses.replace(sorting, thresholds=(positive_from("judge", rewards),))
         settings = settings | {"sorting": vars(sorting)}
+    sorting.check(settings.get("tokens", TOKENS))
     if keep_states and sorting.feedback:
         raise InputError("keep_states is set, but with sorting.feedback samples are learned behind other prompts")
-    given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, states=keep_states, seed=seed)
-    for turn in explored(root, rounds, **given):
+    given = dict(lm=lm, data=data, rewards=rewards, explore=explore, pool=pool, seed=seed)
+    for turn in explored(root, rounds, **given, states=keep_states, feedback=sorting.feedback):
         if target_kl is not None and turn.number:
             objective = dataclasses.replace(objective, kl=adapted(objective.kl, turn.seen[-1], target_kl))
             settings = settings | {"objective": vars(objective)}
@@ -229,7 +237,7 @@ def quark(
     lm: Artifact,
     pool: Sequence[Artifact],
     start_from: Artifact | None = None,
-    tokens: int = 5,
+    tokens: int = TOKENS,
     sorting: Sorting = Sorting(),
     adapter: Adapter = Adapter(),
     objective: Objective = Objective(),
@@ -239,8 +247,8 @@ def quark(
     """Stage: one round of learning on a pool that is sorted by its rewards.
 
     Args:
-      pool: rounds of samples, by `experience.score`; the states that it kept are used. start_from: the control of the
-        round before, or None.
+      pool: rounds of samples, by `experience.score`; the states that it kept are used, unless there is feedback.
+      start_from: the control of the round before, or None.
       tokens: K, reward tokens, and quantiles or classes. sorting: of samples into them.
       adapter: the change of weights. objective: of the loss.
       training: how it is trained. Each round has a new optimizer and schedule; the paper's one of both for all is
@@ -264,7 +272,7 @@ def quark(
         run.record(classes=np.bincount(samples.column("bin")).tolist())
     if sorting.feedback:
         samples = samples.with_(prompt=told(samples))
-    if kept := all((a.path / STATES).exists() for a in pool):
+    if kept := not sorting.feedback and all((a.path / STATES).exists() for a in pool):
         samples = samples.with_(states=States.open(pool))
     if sorting.best_only:
         samples = samples.take((samples.column("bin") == tokens - 1).nonzero()[0])

@@ -88,8 +88,9 @@ def score(
     Equal texts after equal prompts are scored once. An interrupted stage continues after the last batch it scored.
 
     Raises:
-      InputError: no reward, or one without `explain` that is asked for feedback; samples without log-probabilities, or drawn by a strategy without a likelihood; what a
-        reward raises, such as a score that is not finite (what was scored is kept).
+      InputError: no reward, or one without `explain` that is asked for feedback; samples without log-probabilities, or
+        drawn by a strategy without a likelihood; what a reward raises, such as a score that is not finite (what was
+        scored is kept).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

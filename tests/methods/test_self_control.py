@@ -74,6 +74,22 @@ def test_what_is_written_is_what_was_judged(found):
     np.testing.assert_allclose(judged, found[1][:, 1], atol=1e-5)
 
 
+def test_a_text_that_ends_is_judged_without_what_stands_behind_its_end(found):
+    """As the shorter text alone is; rows that do not end are judged whole, and an end is written as in decoding."""
+    nothing = jnp.zeros_like(found[0])
+    whole = np.asarray(CONTROL.write(PROMPTS, nothing))
+    end = int(whole[0, 1])
+    control = CONTROL.replace(ends=(end,))
+    text = np.asarray(control.write(PROMPTS, nothing))
+    first = [int(np.argmax(row == end)) if end in row else 3 for row in whole]
+    assert first[0] <= 1 and max(first) == 3 and not text[0, first[0] + 1 :].any()
+    scores = control.judge(PROMPTS, text, nothing)
+    for row, size in enumerate(first):
+        alone = CONTROL.replace(new=size).judge(PROMPTS, jnp.asarray(text[:, :size]), nothing)
+        np.testing.assert_allclose(scores[row], alone[row], atol=1e-5)
+    assert float(jnp.abs(scores - CONTROL.judge(PROMPTS, text, nothing))[0]) > 1e-3
+
+
 def test_a_shift_moves_tokens_of_the_prompt_alone():
     """Two blocks, three tokens of which one is of the prompt, behind a vector that another control put there."""
     control = Shift(jnp.arange(1.0, 9).reshape(1, 2, 2, 2), jnp.float32(2.0))
@@ -127,6 +143,7 @@ def test_fit(lively):
     asked = self_control.fit(root, lm=lm, data=data, **ASKED)
     control = methods.load(asked, open_lm(lm)[0])
     assert float(jnp.abs(control.answer).sum()) == 2 and control.question.shape[0] > 1 and control.new == 3
+    assert control.ends == (0,)
     found = stage(root, self_control.shifts, dict(batch=5), lm=lm, data=data, asked=asked)
     (row,) = found.metrics()
     assert row["prompts"] == 12 and 1 <= row["rose"] < 12 and row["after"] > row["before"]
@@ -156,8 +173,14 @@ def test_bad_input(small):
         self_control.fit(root, lm=lm, data=data, question="")
     with pytest.raises(InputError, match="whose first tokens are the same"):
         self_control.fit(root, lm=lm, data=data, question="good?", answers=(" a", " a"))
-    with pytest.raises(InputError, match="temperature is 0, expected a number above 0"):
-        self_control.init(LM, jax.random.key(0), temperature=0)
+    for wrong in ("no", (" a",), (" a", ""), (" a", " b", " c"), (1, 2)):
+        with pytest.raises(InputError, match=r"answers is .*, expected two texts"):
+            self_control.fit(root, lm=lm, data=data, question="good?", answers=wrong)
+    with pytest.raises(InputError, match="batch, vectors: settings of the kind 'prefix', but kind is 'suffix'"):
+        self_control.fit(root, lm=lm, data=data, question="good?", vectors=3, batch=4)
+    for name in ("temperature", "rate"):
+        with pytest.raises(InputError, match=f"{name} is 0, expected a number above 0"):
+            self_control.init(LM, jax.random.key(0), **{name: 0})
     with pytest.raises(InputError, match=r"call Control\.bind first"):
         self_control.example(LM, jax.random.key(0)).init(PROMPTS, 4)
     with pytest.raises(InputError, match="take 60 positions"):

@@ -3,22 +3,21 @@ Controller").
 
 The model judges its own text: behind what it wrote comes a question, and S = σ((z_yes − z_no) / τ) at the answer is the
 score. *Suffix gradient* (kind="suffix"): the states of the prompt's tokens after every block move up the gradient of S,
-each token's cut to length 1; the step that is taken is the first of η, 2η, 4η, … whose text, written greedily and
-judged by the model as it is, has a score that is higher by 0.01. This is repeated from there until no step helps. The
-search is part of `Control.init`, so it runs for any prompt, row by row, inside the compiled program. *Prefix
-controller* (kind="prefix"): keys and values of every layer learn to give the prompt's tokens the states that the shifts
-gave them, so that decoding costs no search.
+each token's cut to length 1, by the first of η, 2η, 4η, … whose text, written greedily and judged by the model as it
+is, has a score that is higher by 0.01; this is repeated until no step helps. The search is part of `Control.init`, so
+it runs for any prompt, row by row, inside the compiled program. *Prefix controller* (kind="prefix"): keys and values of
+every layer learn to give the prompt's tokens the states that the shifts gave them, so that decoding costs no search.
 
 As in the authors' code: τ = 10, three tries at factor 2, gradients at the edited states, squared error over blocks and
-tokens. η = 0.5 is that of their README. Differences: the gradient is that of S, which their code has as `binary` (its
-default is the cross-entropy of the answer); states are those after blocks, where theirs of the last one are normed;
-the prefix is plain keys and values and not a gated adapter with 128 vectors; of the prompts those whose score rose are
-kept, not those whose gradient is short.
+tokens; η = 0.5 is that of their README. Differences: the gradient is that of S, which their code has as `binary` (its
+default is the cross-entropy of the answer); states are those after blocks, theirs of the last one are normed; the
+prefix is plain keys and values, not a gated adapter with 128 vectors; the prompts whose score rose are kept, not those
+whose gradient is short.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ from ctg_jax.controls.vectors import Shift, shifted
 from ctg_jax.data.messages import prompt_of
 from ctg_jax.data.tokenizer import to_prompts
 from ctg_jax.decode import loop
+from ctg_jax.decode.rows import is_end
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training, divided
 from ctg_jax.models.lm import LM
@@ -57,7 +57,8 @@ class SelfControl(AtPositions):
       answer: float32 [V], 1 for the answer that is wanted, −1 for the other one, and 0.
       rate, temperature: float32 [], η and τ.
       scale: float32 [] or, per row, [B]; 0 leaves the model's logits exactly as they are.
-      new: tokens of the text that is judged. turns, tries: of the search; each try writes a text.
+      new, ends: tokens of the text that is judged, at most, and the ids that end it; the question follows its last one.
+      turns, tries: of the search; each try writes a text.
       positions: the tokens that are edited, of those of the prompt.
     """
 
@@ -70,6 +71,7 @@ class SelfControl(AtPositions):
     new: int = struct.field(pytree_node=False, kw_only=True)
     turns: int = struct.field(pytree_node=False, default=3)
     tries: int = struct.field(pytree_node=False, default=3)
+    ends: tuple[int, ...] = struct.field(pytree_node=False, default=())
     positions: Positions = struct.field(pytree_node=False, default=Positions("prompt"))
 
     def init(self, prompts, length):
@@ -110,8 +112,7 @@ class SelfControl(AtPositions):
                 found = own.write(bare, moved)
                 value = own.judge(bare, found, nothing)
                 better = active & ~best[3] & (value > score + ENOUGH)
-                new = (moved, found, value, better)
-                return tuple(jnp.where(_like(better, a), a, b) for a, b in zip(new, best)), None
+                return tuple(jax.vmap(jnp.where)(better, *x) for x in zip((moved, found, value, better), best)), None
 
             steps = own.rate * 2.0 ** jnp.arange(own.tries)
             best, _ = jax.lax.scan(attempt, (shift, text, score, jnp.zeros_like(active)), steps)
@@ -124,24 +125,20 @@ class SelfControl(AtPositions):
         """int32 [B, N]: the likeliest text behind prompts under a shift."""
         control = Shift(shift, jnp.ones(()), self.positions)
         lm, params = self.reader.lm, self.reader.params
-        return loop.loop(lm, params, prompts, control, Sampling(max_new=self.new, greedy=True)).tokens
+        sampling = Sampling(max_new=self.new, eos=self.ends, greedy=True)
+        return loop.loop(lm, params, prompts, control, sampling).tokens
 
     def judge(self, prompts: Prompts, text: jax.Array, shift: jax.Array) -> jax.Array:
         """S float32 [B] of texts int32 [B, N] behind prompts, as the model under a shift sees it."""
         lm, params = self.reader.lm, self.reader.params
-        batch = len(prompts.keys)
-        question = jnp.broadcast_to(self.question[None], (batch, *self.question.shape))
+        question = jnp.broadcast_to(self.question[None], (len(prompts.keys), *self.question.shape))
         x = lm.embed(params, jnp.concatenate([prompts.tokens, text], axis=1))
         x = jnp.concatenate([x, question.astype(x.dtype)], axis=1)
-        mask = jnp.pad(prompts.mask, ((0, 0), (0, self.new + question.shape[1])), constant_values=True)
+        written = jnp.cumsum(is_end(text, self.ends), axis=1) == 0  # without the end, and what stands behind it
+        mask = jnp.concatenate([prompts.mask, written, jnp.ones(question.shape[:2], bool)], axis=1)
         control = Shift(shift, jnp.ones(()), self.positions)
         z = lm.apply(params, x, mask, control=control, state=control.init(prompts, x.shape[1]), last=1).logits[:, 0]
         return jax.nn.sigmoid(jnp.einsum("bv,v->b", z, self.answer, precision="highest") / self.temperature)
-
-
-def _like(chosen: jax.Array, x: jax.Array) -> jax.Array:
-    """bool [B, 1, …] of as many axes as x."""
-    return chosen.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def init(
@@ -155,26 +152,28 @@ def init(
     tries: int = 3,
     rate: float = 0.5,
     temperature: float = 10.0,
+    ends: Sequence[int] = (),
 ) -> Control:
     """A control without a question, or a random prefix.
 
     Args:
       kind: "suffix" or "prefix". length: tokens of the question, or vectors of the prefix.
-      new, turns, tries, rate, temperature: of the kind "suffix", see `SelfControl`.
+      new, turns, tries, rate, temperature, ends: of the kind "suffix", see `SelfControl`.
 
     Raises:
       InputError: an unknown kind, a number that is not above 0.
     """
     check_kind(kind)
-    for name, value in dict(length=length, new=new, turns=turns, tries=tries, temperature=temperature).items():
-        if value <= 0:
+    numbers = dict(length=length, new=new, turns=turns, tries=tries, rate=rate, temperature=temperature)
+    for name, value in numbers.items():
+        if not value > 0:
             raise InputError(f"{name} is {value}, expected a number above 0.")
     if kind == "prefix":
         shape = (lm.depth, lm.kv_heads, lm.head_dim)
         return Parts(**parts(key, 2 * lm.depth * lm.kv_heads * lm.head_dim, shared=length), shape=shape)
     question, answer = jnp.zeros((length, lm.width), jnp.float32), jnp.zeros((lm.vocab,), jnp.float32)
-    numbers = (jnp.float32(x) for x in (rate, temperature, 1.0))
-    return SelfControl(Stream(lm=lm, of="frozen"), question, answer, *numbers, new=new, turns=turns, tries=tries)
+    leaves = question, answer, *(jnp.float32(x) for x in (rate, temperature, 1.0))
+    return SelfControl(Stream(lm=lm, of="frozen"), *leaves, new=new, turns=turns, tries=tries, ends=tuple(ends))
 
 
 def check_kind(kind: str) -> None:
@@ -200,17 +199,19 @@ def fit(root, *, lm: Artifact, data: Artifact, kind: str = "suffix", **settings:
     prompts of `data`, in two stages more: `shifts` and `distil`.
 
     Raises:
-      InputError: an unknown kind, a setting that no stage has, and what the stages raise.
+      InputError: an unknown kind, a setting that no stage of it has, and what the stages raise.
     """
     check_kind(kind)
     asking, finding, learning = divided(settings, self_control, shifts, distil)
+    if kind == "suffix" and (unused := finding | learning):
+        raise InputError(f"{', '.join(unused)}: settings of the kind 'prefix', but kind is 'suffix'; leave them out.")
     asked = stage(root, self_control, asking, lm=lm)
     if kind == "suffix":
         return asked
     return stage(root, distil, learning, lm=lm, found=stage(root, shifts, finding, lm=lm, data=data, asked=asked))
 
 
-@stage_function("self_control")
+@stage_function("self_control", revision=1)
 def self_control(
     run: Run,
     *,
@@ -231,16 +232,19 @@ def self_control(
       new, turns, tries, rate, temperature: see `SelfControl`.
 
     Raises:
-      InputError: an empty question, answers with one first token, and what `init` raises.
+      InputError: an empty question, answers that are not two texts or have one first token, and what `init` raises.
     """
     model, params, tokenizer = open_lm(lm)
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"question is {question!r}, expected the text of a question.")
+    if isinstance(answers, str) or len(answers) != 2 or not all(isinstance(x, str) and x.strip() for x in answers):
+        raise InputError(f"answers is {answers!r}, expected two texts: the answer that is wanted and the other one.")
     (ids,) = tokenizer.encode_after(["a"], [question])
     (yes, *_), (no, *_) = tokenizer.encode_after([question, question], list(answers))
     if yes == no:
         raise InputError(f"answers is {tuple(answers)}, whose first tokens are the same: choose others.")
-    options = dict(length=len(ids), new=new, turns=turns, tries=tries, rate=rate, temperature=temperature)
+    search = dict(new=new, turns=turns, tries=tries, rate=rate, temperature=temperature)
+    options = search | dict(length=len(ids), ends=tokenizer.ends)
     control = init(model, jax.random.key(0), **options)
     answer = control.answer.at[jnp.asarray([yes, no])].set(jnp.asarray([1.0, -1.0]))
     control = control.replace(question=model.embed(params, jnp.asarray([ids]))[0].astype(jnp.float32), answer=answer)
@@ -267,7 +271,7 @@ def shifts(
     control = methods.load(asked, model).bind(params, params)
     every = [prompt_of(row) for row in data.rows("data.jsonl")]
     sizes = list(map(len, tokenizer.encode_prompts(every)))
-    short = [p for p, size in zip(every, sizes) if size <= tokens][:limit]
+    short = [p for p, size in zip(every, sizes) if size <= tokens][: max(1, limit)]
     if not short:
         raise InputError(f"tokens is {tokens}, and every prompt of {data.path} is longer: raise it.")
     search = jax.jit(lambda control, prompts: control.search(prompts))
@@ -278,15 +282,11 @@ def shifts(
         shift, scores = (np.asarray(x)[: len(part)] for x in search(control, full))
         found.append((shift, np.asarray(full.tokens)[: len(part)], np.asarray(full.mask)[: len(part)], scores))
     shift, ids, mask, scores = (np.concatenate(x) for x in zip(*found))
-    rose = scores[:, 1] > scores[:, 0]
-    run.log(
-        prompts=len(rose), rose=int(rose.sum()), before=float(scores[:, 0].mean()), after=float(scores[:, 1].mean())
-    )
+    rose, (before, after) = scores[:, 1] > scores[:, 0], scores.mean(axis=0).tolist()
+    run.log(prompts=len(rose), rose=int(rose.sum()), before=before, after=after)
     if not rose.any():
-        raise InputError(
-            f"no score of {len(rose)} prompts rises (mean {scores[:, 0].mean():.3f}): ask another question, or raise "
-            "rate or tries."
-        )
+        missed = f"no score of {len(rose)} prompts rises (mean {before:.3f})"
+        raise InputError(f"{missed}: ask another question, or raise rate or tries.")
     checkpoint.save(run.path / "state", {"shift": shift[rose], "tokens": ids[rose], "mask": mask[rose]})
 
 

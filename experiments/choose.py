@@ -19,28 +19,53 @@ from ctg_jax.door.choose import choose
 from ctg_jax.door.mix import Mix, Part
 from ctg_jax.door.model import Model
 from ctg_jax.mesh import processes
-from ctg_jax.run.stage import stage
+from ctg_jax.run.stage import nearest, stage
 from ctg_jax.stages import judges, sources
 from ctg_jax.types import InputError
 from experiments import cli, experiment, inputs
 from experiments.arms import MethodArm
 from experiments.samples import control_of
 
+MEASURE = ("data", "tokens", "batch", "prompt")  # of the section `calibrate`
+
+
+def candidates_of(found):
+    """(label -> arm, the KL that all of them have), of the arms that are methods.
+
+    Raises:
+      InputError: no KL in common, an arm that cannot be a candidate.
+    """
+    arms = {label: arm for label, arm in found.items() if isinstance(arm, MethodArm)}
+    levels = {tuple(arm.kl or ()) for arm in arms.values()}
+    if len(levels) != 1 or () in levels:
+        raise InputError("the arms of the configuration have no kl in common: give all of them the same, methods.*.kl")
+    for label, arm in found.items():
+        if label not in arms and getattr(arm, "kl", None):
+            raise InputError(f"methods.{label} has kl and is no method of its own: candidates are single methods")
+        if label in arms and arm.sampling:
+            own = ", ".join(arm.sampling)
+            raise InputError(
+                f"methods.{label} has {own} of its own, but all candidates write under that of sample: leave it out"
+            )
+    return arms, levels.pop()
+
 
 def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     settings = cli.chosen(values).to_dict()
     found = experiment.check(settings)
-    arms = {label: arm for label, arm in found.items() if isinstance(arm, MethodArm)}
-    levels = {arm.kl for arm in arms.values()}
-    if len(levels) != 1 or None in levels:
-        raise InputError("the arms of the configuration have no kl in common: give all of them the same, methods.*.kl")
+    arms, kl = candidates_of(found)
+    measure, sample = dict(settings["calibrate"]), dict(settings["sample"])
+    for key in measure:
+        if key not in MEASURE:
+            raise InputError(f"calibrate has no setting {key!r}{nearest(key, MEASURE)}")
+    if sample.pop("truncate_first", False):
+        raise InputError("sample.truncate_first is set, which candidates cannot be written with: leave it out")
     inputs.check_data(session, settings, found)
     lm = inputs.language_model(session, settings["lm"])
     name, options = next(iter(settings["judges"].items()))
     judge = judges.open_judge(inputs.judge(session, name, options))
-    measure, sample = dict(settings["calibrate"]), dict(settings["sample"])
-    texts = stage(session, sources.load_data, measure.pop("data")).rows("data.jsonl")
+    texts = stage(session, sources.load_data, measure["data"]).rows("data.jsonl")
     prompts = stage(session, sources.load_data, settings["prompts"]).rows("data.jsonl")
     model, candidates = Model(lm), {}
     for label, arm in arms.items():
@@ -52,10 +77,10 @@ def main(argv, session):
         [prompt_of(row) for row in prompts],
         lambda text: float(judge([""], [text])[0]),
         texts=[row["messages"] if has_messages(row) else row["text"] for row in texts],
-        kl=levels.pop(),
-        **measure,
-        **{key: sample[key] for key in ("n", "max_new", "batch", "seed") if key in sample},
-        **sample.get("filter", {}),
+        kl=kl,
+        **{key: measure[key] for key in ("tokens", "prompt") if key in measure},
+        **(sample.pop("filter", None) or {}),
+        **sample,
     )
     lines = ["| candidate | strength | kl | score | error |", "|:--|--:|--:|--:|--:|"]
     lines += [f"| {c.name} | {c.strength:.4g} | {c.kl:.3g} | {c.score:.3f} | {c.error:.3f} |" for c in choices]

@@ -1,5 +1,6 @@
 """Every configuration runs end to end in its tiny world; nothing runs twice; a grid shares what is common."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ import ctg_jax
 from ctg_jax import methods
 from ctg_jax.run.session import Session
 from ctg_jax.types import InputError
-from experiments import ablate, choose, cli, compare, experiment, main, reporting
+from experiments import ablate, arms, choose, cli, compare, experiment, main, reporting
 from experiments.arms import Fitted
 from tests.experiments.tiny_lm import write_lm
 
@@ -149,7 +150,7 @@ def test_a_kl_that_is_not_reached_is_reported_and_the_others_go_on(call, root):
         experiment.run(str(root), config)
 
 
-def test_choose_ranks_the_arms_at_one_kl(call):
+def test_choose_ranks_the_arms_at_one_kl(call, tmp_path, monkeypatch):
     """A line for each arm, the best first, each at the KL of the configuration; arms without one are refused."""
     file = HERE / "configs/choose_steering.py"
     code, printed, err, _ = call(choose, f"{file}:tiny")
@@ -158,6 +159,26 @@ def test_choose_ranks_the_arms_at_one_kl(call):
     assert sorted(line[0] for line in lines) == ["block_1_all", "block_2_all"]
     assert all(abs(float(line[2]) / 1e-3 - 1) <= 0.021 for line in lines)
     assert float(lines[0][3]) >= float(lines[1][3])
+    config = experiment.check(cli.config_of(f"{file}:tiny").to_dict())
+    one, other = config.values()
+    assert choose.candidates_of({"a": dataclasses.replace(one, kl=[1e-3]), "b": other})[1] == (1e-3,)
+    for wrong, words in (
+        (dataclasses.replace(one, filter={"top_k": 2}), "methods.a has filter of its own"),
+        (arms.Together(chain={"b": 1.0}, kl=(1e-3,)), "methods.a has kl and is no method of its own"),
+    ):
+        with pytest.raises(InputError, match=words):
+            choose.candidates_of({"a": wrong, "b": other})
+    mine = tmp_path / "mine.py"  # with the batch sizes of both sections, of which each has its own
+    more = "from configs import choose_steering as its\ndef get_config():\n    config = its.get_config('tiny')\n"
+    mine.write_text(f"{more}    config.calibrate.batch = config.sample.batch = 4\n    return config\n")
+    seen = {}
+    monkeypatch.setattr(choose, "choose", lambda *args, **options: seen.update(options) or [])
+    code, _, err, _ = call(choose, mine, "--config.sample.greedy=True")
+    assert code == 0 and seen["greedy"] is True and seen["batch"] == 4 and seen["kl"] == (1e-3,), err
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(f"{more}    config.calibrate.token = 4\n    return config\n")
+    code, _, err, _ = call(choose, wrong)
+    assert code == 2 and "calibrate has no setting 'token'; did you mean 'tokens'?" in err
     code, _, err, _ = call(choose, f"{HERE / 'configs/steer.py'}:tiny")
     assert code == 2 and "the arms of the configuration have no kl in common" in err
 

@@ -31,7 +31,7 @@ BY_HAND = [  # instruction, arguments, a text that follows it, one that does not
     ("detectable_content:postscript", dict(postscript_marker="P.P.S"), "Bye. P.P.S more", "Bye. P.S. more"),
     ("detectable_content:number_placeholders", dict(num_placeholders=2), "[name] at [place]", "[name]"),
     ("detectable_format:number_bullet_lists", dict(num_bullets=2), "* one\n- two", "* one\n**two**"),
-    ("detectable_format:constrained_response", {}, "Well, my answer is no.", "no."),
+    ("detectable_format:constrained_response", {}, "Well. My answer is no.", "Well, my answer is no."),
     ("detectable_format:number_highlighted_sections", dict(num_highlights=2), "*a* and *b*", "*a* and b"),
     ("detectable_format:multiple_sections", dict(section_spliter="Part", num_sections=2), "Part 1 a Part 2 b",
      "Part 1 a"),
@@ -81,6 +81,33 @@ def test_every_instruction_is_tested_and_the_loose_criterion_cuts_lines_and_aste
         follows("a", name, dict(num_words=3, relation="more than"))
 
 
+@pytest.mark.parametrize(
+    "name, given, words",
+    [
+        ("keywords:existence", dict(keywords="sun"), "keywords is 'sun', expected a list of strings"),
+        ("keywords:forbidden_words", dict(forbidden_words=["sun", 3]), r"is \['sun', 3\], expected a list"),
+        ("keywords:letter_frequency", dict(letter="", let_frequency=2, let_relation="at least"), "letter is '', exp"),
+        ("length_constraints:number_words", dict(num_words="9", relation="at least"), "num_words is '9', exp"),
+        ("length_constraints:number_paragraphs", dict(num_paragraphs=1.5), "num_paragraphs is 1.5, expected a whole"),
+        ("length_constraints:nth_paragraph_first_word", dict(num_paragraphs=2, nth_paragraph=0, first_word="so"),
+         "nth_paragraph is 0, expected at least 1"),
+        (["keywords:existence"], {}, "is unknown"),
+    ],
+)  # fmt: skip
+def test_arguments_of_the_wrong_type_are_refused_when_the_judge_is_made(name, given, words):
+    record = dict(prompt="a", instruction_id_list=[name], kwargs=[given])
+    with pytest.raises(InputError, match=f"record 1 of the file: .*{words}"):
+        instructions.fit([record], dict(name="x", target=1), "the file")
+
+
+def test_whole_numbers_may_be_floats_and_arguments_must_be_by_name():
+    given = dict(num_paragraphs=2.0, nth_paragraph=2.0, first_word="so")
+    assert follows("First.\n\nSo, second.", "length_constraints:nth_paragraph_first_word", given)
+    with pytest.raises(InputError, match="record 1 of the file has 'none' in kwargs, expected the arguments of an"):
+        record = dict(prompt="a", instruction_id_list=["punctuation:no_comma"], kwargs=["none"])
+        instructions.fit([record], dict(name="x", target=1), "the file")
+
+
 RECORDS = [
     dict(prompt="Write a poem without commas, in at most two words.", instruction_id_list=["punctuation:no_comma",
          "length_constraints:number_words"], kwargs=[{}, {"num_words": 3, "relation": "less than", "keyword": None}]),
@@ -124,6 +151,8 @@ def test_a_judge_of_instructions_is_found_by_its_file_and_reads_the_records_of_t
         InputError, match=r"the prompt 'Auf Deutsch.' is not among the records that the judge 'positive'"
     ):
         judge(["Auf Deutsch."], ["ja"])
+    with pytest.raises(InputError, match="the prompt '' is not among the records"):
+        judge([""], ["ja"])
     with pytest.raises(InputError, match="target is 'lose', expected 'strict' or 'loose'"):
         stage(tmp_path, judges.fit_judge, dict(kind="instructions", target="lose"), data=data)
     with pytest.raises(InputError, match="a judge of kind 'instructions' is fitted on data, and no data were given"):

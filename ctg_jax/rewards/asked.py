@@ -18,29 +18,30 @@ class Asked:
     """Scores by a function of a text and of what its prompt asks for.
 
     Args:
-      kind: of the judge, which begins its version.
+      rules: the name and number of the rules, such as "keywords@1", which begin the version.
       wanted: prompt -> what it asks for, JSON values.
       score: (text, what its prompt asks for) -> a number.
       name: what it measures. threshold: the score from which a text counts as having the attribute.
     """
 
     def __init__(
-        self, kind: str, wanted: Mapping[str, Any], score: Callable[[str, Any], float], *, name: str, threshold: float
+        self, rules: str, wanted: Mapping[str, Any], score: Callable[[str, Any], float], *, name: str, threshold: float
     ):
         self.name, self.threshold, self.wanted, self.score = name, threshold, dict(wanted), score
-        self.version = f"{kind}@1,{digest(self.wanted)}"
+        self.version = f"{rules},{digest(self.wanted)}"
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Scores float32 [n].
 
         Raises:
-          InputError: a prompt without a record.
+          InputError: a prompt without a record, or with one that asks for nothing.
         """
         rows = readable(self.name, prompts, texts, "text")
-        if unknown := next((p for p in prompts if p not in self.wanted), None):
+        unknown = next((p for p in prompts if p not in self.wanted), None)
+        if unknown is not None:
             raise InputError(
-                f"the prompt {unknown[-60:]!r} is not among the records that the judge {self.name!r} was given, which "
-                "say what to ask of its text: give it the same data as the prompts"
+                f"the prompt {unknown[-60:]!r} is not among the records that the judge {self.name!r} was given, or "
+                "asks for nothing that it checks: give the judge the data of the prompts, and leave out such prompts"
             )
         return checked(self.name, [self.score(t, self.wanted[p]) for p, t in zip(prompts, rows)], len(rows))
 

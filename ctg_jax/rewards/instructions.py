@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _UNCHECKED = "language:response_language"
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"[^.!?\s][^.!?]*(?:[.!?]+|$)")
-_ANSWERS = ("my answer is yes.", "my answer is no.", "my answer is maybe.")
+_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
 def _holds(count: int, relation: str, number: float) -> bool:
@@ -58,6 +58,8 @@ def _paragraphs(text: str, num_paragraphs: int) -> bool:
 
 
 def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    if nth_paragraph < 1:
+        raise InputError(f"nth_paragraph is {nth_paragraph}, expected at least 1")
     parts = [part.strip() for part in re.split(r"\n\n", text) if part.strip()]
     if len(parts) != num_paragraphs or nth_paragraph > len(parts):
         return False
@@ -95,7 +97,7 @@ def _bullets(text: str, num_bullets: int) -> bool:
 
 
 def _constrained(text: str) -> bool:
-    return any(answer in text.lower() for answer in _ANSWERS)
+    return any(answer in text for answer in _ANSWERS)
 
 
 def _highlighted(text: str, num_highlights: int) -> bool:
@@ -180,18 +182,36 @@ def follows(text: str, instruction: str, arguments: Mapping[str, Any] | None = N
         asterisks, the paper's loose criterion.
 
     Raises:
-      InputError: an unknown instruction or relation, or arguments that are not those of the instruction.
+      InputError: an unknown instruction or relation, arguments that are not those of the instruction, or one of the
+        wrong type.
     """
-    if instruction not in CHECKS:
-        raise InputError(f"the instruction {instruction!r} is unknown{nearest(instruction, CHECKS)}")
+    if not isinstance(instruction, str) or instruction not in CHECKS:
+        raise InputError(f"the instruction {instruction!r:.60} is unknown{nearest(str(instruction), CHECKS)}")
     given = {name: value for name, value in (arguments or {}).items() if value is not None}
     check = CHECKS[instruction]
-    needed = list(inspect.signature(check).parameters)[1:] if not inspect.ismethoddescriptor(check) else []
+    parameters = [] if inspect.ismethoddescriptor(check) else list(inspect.signature(check).parameters.values())[1:]
+    needed = {p.name: p.annotation for p in parameters}
     if sorted(given) != sorted(needed):
         raise InputError(
             f"the instruction {instruction!r} has the arguments {sorted(given)}, expected {sorted(needed)}"
         )
+    given = {name: _argument(name, value, needed[name]) for name, value in given.items()}
     return any(bool(x.strip()) and check(x, **given) for x in (variants(text) if loose else [text]))
+
+
+def _argument(name: str, value: Any, annotation: str) -> Any:
+    """The value of an argument, whole numbers as int, since files of IFEval also hold them as 3.0."""
+    if annotation == "int":
+        right = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value % 1 == 0
+        expected = "a whole number of at least 0"
+    elif annotation == "str":
+        right, expected = isinstance(value, str) and value, "a string that is not empty"
+    else:
+        right = isinstance(value, list | tuple) and value and all(isinstance(word, str) and word for word in value)
+        expected = "a list of strings, none of them empty"
+    if not right:
+        raise InputError(f"{name} is {value!r:.60}, expected {expected}")
+    return int(value) if annotation == "int" else value
 
 
 def variants(text: str) -> list[str]:
@@ -206,13 +226,15 @@ def asked_of(record: Mapping[str, Any], where: str) -> list[list[Any]] | None:
     the one that cannot be checked; None where none is left.
 
     Raises:
-      InputError: no such fields, lists of different lengths, and what `follows` raises.
+      InputError: no such fields, lists of different lengths, arguments that are not by name, and what `follows` raises.
     """
     names, given = record.get("instruction_id_list"), record.get("kwargs")
     if not isinstance(names, list) or not isinstance(given, list) or len(names) != len(given):
         raise InputError(
             f"{where} has instruction_id_list {names!r:.60} and kwargs {given!r:.60}: expected two lists of one length"
         )
+    if wrong := [own for own in given if own is not None and not isinstance(own, Mapping)]:
+        raise InputError(f"{where} has {wrong[0]!r:.60} in kwargs, expected the arguments of an instruction by name")
     found = [[name, {k: v for k, v in (own or {}).items() if v is not None}] for name, own in zip(names, given)]
     found = [pair for pair in found if pair[0] != _UNCHECKED]
     for name, own in found:
@@ -247,5 +269,5 @@ def _judge(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> Asked:
     def score(text: str, asked: Sequence[Sequence[Any]]) -> float:
         return sum(follows(text, name, given, loose=loose) for name, given in asked) / len(asked)
 
-    kind = "instructions" + ("[loose]" if loose else "")
-    return Asked(kind, wanted, score, name=settings["name"], threshold=1.0)
+    rules = "instructions[loose]@2" if loose else "instructions@2"
+    return Asked(rules, wanted, score, name=settings["name"], threshold=1.0)

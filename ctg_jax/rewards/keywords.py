@@ -32,4 +32,4 @@ def load(folder: Path, settings: Mapping[str, Any]) -> Asked:
 
 
 def _judge(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> Asked:
-    return Asked("keywords", wanted, coverage, name=settings["name"], threshold=1.0)
+    return Asked("keywords@1", wanted, coverage, name=settings["name"], threshold=1.0)

@@ -203,6 +203,24 @@ def test_slots_by_hand(text, share):
     assert slots.Slots()([E2E], [text])[0] == pytest.approx(share)
 
 
+@pytest.mark.parametrize(
+    "name, value, text, found",
+    [
+        ("customer rating", "high", "A cafe with high prices.", False),
+        ("customer rating", "low", "It is low-priced.", False),
+        ("customer rating", "1 out of 5", "Its price range is low.", False),
+        ("customer rating", "high", "Prices are high, as is the customer rating: high.", True),
+        ("customer rating", "average", "It has an average rating and high prices.", True),
+        ("priceRange", "high", "It has a high customer rating.", False),
+        ("priceRange", "high", "It is rated low, at high prices.", True),
+        ("priceRange", "moderate", "A moderate price range, rated high.", True),
+        ("priceRange", "cheap", "It has low prices and a poor rating.", True),
+    ],
+)
+def test_a_rating_is_no_price(name, value, text, found):
+    assert slots.realised(name, value, text) == found
+
+
 def test_slots_of_both_syntaxes_and_prompts_without_any():
     assert slots.slots(E2E)[2] == ("rating", "5 out of 5")
     other = "name : Blue Spice | price : less than £ 20 | family friendly : yes ="

@@ -3,7 +3,8 @@
 "name[The Vaults], familyFriendly[no] =" asks for two slots. A slot is realised where the text holds its value, the case
 ignored, or a usual wording of it: "five star", "5 out of 5" for a rating of 5 out of 5, "not family-friendly" or
 "adults only" for familyFriendly[no]. The wordings are this library's, in the spirit of the regular expressions by which
-slot errors of E2E are counted (Dušek et al. 2019); a paraphrase that is none of them counts as missing. The syntax of
+slot errors of E2E are counted (Dušek et al. 2019); a paraphrase that is none of them counts as missing. "High prices"
+are no rating and "a low rating" no price; apart from that a value counts wherever it occurs. The syntax of
 Diffusion-LM, "name : The Vaults | Type : pub", is read too.
 """
 
@@ -37,6 +38,11 @@ _WORDINGS = {  # of a value -> what else says it
     ("area", "city centre"): r"\b(?:city|town) cent(?:re|er)\b|\bcent(?:re|er) of (?:the )?(?:city|town)\b",
     ("area", "riverside"): r"\briverside\b|\bby the river\b|\briver ?(?:bank|front)\b|\bnear the river\b",
 }  # fmt: skip
+_LEVEL = r"(?:low|high|average|moderate|poor|decent)(?:er|ly)?"
+_OTHER = {  # a slot -> phrases in which a word such as "high" is the value of another slot
+    "rating": rf"\b{_LEVEL}[ -](?:pric|cost)\w*|\b(?:pric|cost)\w*(?: range)?(?: (?:is|are|of))? {_LEVEL}\b",
+    "price": rf"\b{_LEVEL}[ -](?:customer[ -])?rat(?:ed|ings?)\b|\brat(?:ed|ings?)(?: (?:is|are|of))? {_LEVEL}\b",
+}
 
 
 def slots(prompt: str) -> list[tuple[str, str]]:
@@ -47,16 +53,18 @@ def slots(prompt: str) -> list[tuple[str, str]]:
 
 def realised(name: str, value: str, text: str) -> bool:
     """Whether a text says that a slot has this value."""
-    said, kind = text.lower().replace("£ ", "£"), name.lower().replace(" ", "")
+    text, kind = text.lower().replace("£ ", "£"), name.lower().replace(" ", "")
     value = value.lower().replace("£ ", "£")
     if kind == "familyfriendly":
-        denied = re.search(_NOT, said) is not None
-        return denied if value == "no" else re.search(_FAMILY, said) is not None and not denied
-    if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said):
-        return True
+        denied = re.search(_NOT, text) is not None
+        return denied if value == "no" else re.search(_FAMILY, text) is not None and not denied
     kind = next((known for known in ("rating", "price", "area") if known in kind), kind)
+    if kind in _OTHER:
+        text = re.sub(_OTHER[kind], " ", text)
+    if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text):
+        return True
     wording = _WORDINGS.get((kind, value))
-    return wording is not None and re.search(wording, said) is not None
+    return wording is not None and re.search(wording, text) is not None
 
 
 class Slots:
@@ -67,7 +75,7 @@ class Slots:
     """
 
     threshold = 1.0
-    version = "slots@1"
+    version = "slots@2"
 
     def __init__(self, *, name: str = "slots"):
         self.name = name

@@ -221,6 +221,27 @@ def test_a_rating_is_no_price(name, value, text, found):
     assert slots.realised(name, value, text) == found
 
 
+@pytest.mark.parametrize(
+    "text, friendly",
+    [
+        ("It is not far from the river, and family friendly.", True),
+        ("It is not expensive and kid friendly.", True),
+        ("A family-friendly pub, not far from the river.", True),
+        ("A family friendly place that is not expensive.", True),
+        ("It is not only family friendly but cheap.", True),
+        ("It is not a very kid friendly place.", False),
+        ("It isn't family-friendly.", False),
+        ("This non-family-friendly pub is cheap.", False),
+        ("There is no room for children.", False),
+        ("Children are not allowed.", False),
+        ("Kids aren't welcome.", False),
+    ],
+)
+def test_a_denial_must_be_about_families(text, friendly):
+    found = [slots.realised("familyFriendly", value, text) for value in ("yes", "no")]
+    assert found == [friendly, not friendly]
+
+
 def test_slots_of_both_syntaxes_and_prompts_without_any():
     assert slots.slots(E2E)[2] == ("rating", "5 out of 5")
     other = "name : Blue Spice | price : less than £ 20 | family friendly : yes ="

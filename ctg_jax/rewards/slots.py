@@ -21,7 +21,11 @@ from ctg_jax.types import InputError
 _SLOT = re.compile(r"(\w+)\[([^\]]*)\]")
 _PAIR = re.compile(r"(?:^|\|)\s*([\w ]+?)\s*:\s*([^|=]+?)\s*(?=\||=|$)")
 _FAMILY = r"(?:famil(?:y|ies)|kids?|child(?:ren)?)"
-_NOT = rf"(?:\b(?:no|not|non|isn't|aren't|never|without|unsuitable)\b[^.]*{_FAMILY}|\badults?\b|{_FAMILY}[^.]*\bnot\b)"
+_DENIALS = r"(?:no|not(?! only)|non|isn't|aren't|never|without|unsuitable)"
+_NOT = (  # a denial with up to four words of the same phrase before families, or directly behind them
+    rf"\b{_DENIALS}(?:[ -](?!and\b|but\b)\w+){{0,4}}[ -]{_FAMILY}|\badults?\b"
+    rf"|{_FAMILY}(?:[ -]friendly)? (?:(?:is|are|should|will) )?{_DENIALS}\b(?! far)"
+)
 _WORDINGS = {  # of a value -> what else says it
     ("rating", "5 out of 5"): r"\b(?:5|five)[ -]?(?:stars?\b|out of (?:5|five)|/ ?5)|\b(?:high(?:ly)?|top)[ -]rat",
     ("rating", "3 out of 5"): r"\b(?:3|three)[ -]?(?:stars?\b|out of (?:5|five)|/ ?5)|\baverage\b",

@@ -273,6 +273,7 @@ def test_the_strength_is_chosen_on_one_half_and_scored_on_the_other():
         (([1, 2], ["a", "a"], {"x": [1, 1]}), "there are 2 strengths and 1 prompts, expected at least 2 of each"),
         (([1, 2, 2], ["a", "a", "b"], {"x": [1, 1, 1]}), "prompt 'b' has no sample at strength 1"),
         (([1, 1, 2, 2], ["a", "b"] * 2, {"x": [1, 1, 1, -1]}), "the score 'x' is negative or not finite"),
+        (([1, 1, 2, 2], ["a", "b"] * 2, {"overall": [1] * 4}), "a score is called 'overall'"),
         (([1, 2], ["a", "b"], {}), r"there are 2 strengths, 2 prompt_ids and scores \{\}"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -315,5 +316,12 @@ def test_the_stage_reads_judges_relevance_and_fluency(tmp_path):
         factor(Run(), **parts, scores=["concepts"])
     with pytest.raises(InputError, match="3 strengths were given for 2 evaluations"):
         factor(Run(), figures=parts["figures"], strengths=[1, 2, 3], scores=["concept"])
+    more = [
+        Scored([{**row, "scores": {"concept": 1.5, "fluency": 0.5}} for row in part.kept]) for part in parts["figures"]
+    ]
+    with pytest.raises(InputError, match=r"the score 'concept' reaches 1\.5, expected a judge with scores from 0 to 1"):
+        factor(Run(), figures=more, strengths=[1, 2], scores=["concept"])
+    with pytest.raises(InputError, match="fluent is given, but a judge is called 'fluency' too"):
+        factor(Run(), figures=more, strengths=[1, 2], scores=["fluency"], fluent=3.0)
     factor(Run(), **parts, scores=["relevance"])
     assert logged["relevance"] == 0.5 and recorded["strength"] == 1

@@ -48,8 +48,8 @@ def held_out(
       scores: name of a score -> one for every sample. At equal means the strength nearer to 0 is chosen.
 
     Raises:
-      InputError: no scores, unequal lengths, fewer than two strengths or prompts, a score that is negative or not
-        finite, a prompt that is missing at a strength.
+      InputError: no scores, one called "overall", unequal lengths, fewer than two strengths or prompts, a score that is
+        negative or not finite, a prompt that is missing at a strength.
     """
     x, table = np.asarray(strengths, np.float64), {k: np.asarray(v, np.float64) for k, v in scores.items()}
     if not table or any(v.shape != x.shape for v in table.values()) or x.shape != (len(prompt_ids),):
@@ -58,6 +58,8 @@ def held_out(
             f"there are {x.size} strengths, {len(prompt_ids)} prompt_ids and scores {sizes}: give one of each for "
             "every sample"
         )
+    if "overall" in table:
+        raise InputError("a score is called 'overall', which is the name of the harmonic mean: give it another name")
     for name, values in table.items():
         if not (np.isfinite(values) & (values >= 0)).all():
             raise InputError(f"the score {name!r} is negative or not finite, and a harmonic mean has numbers from 0 on")

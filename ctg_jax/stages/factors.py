@@ -29,12 +29,13 @@ def factor(
       figures: what `evaluate` made of the samples at each of the `strengths`.
       scores: judges of the evaluation with scores from 0 to 1, or "relevance" (negative values count as 0).
       fluent: where it is given, a further score `fluency`, exp(fluent - nats per token) and at most 1: 1 for texts of
-        at most so many nats per token under the language model of the evaluation. The nats per token of texts of people
-        are a choice that is not tuned.
+        at most `fluent` nats per token under the language model of the evaluation, and for texts without tokens. The
+        nats per token of texts of people are a choice that is not tuned.
       seed: of the halves. resamples: of the bootstrap over the held-out prompts.
 
     Raises:
-      InputError: numbers that do not match, a score that the evaluations do not have, and what `held_out` raises.
+      InputError: numbers that do not match, a score that the evaluations do not have or that exceeds 1, `fluent` beside
+        a judge called "fluency", and what `held_out` raises.
     """
     from ctg_jax import evaluation
 
@@ -42,7 +43,12 @@ def factor(
         raise InputError(f"{len(strengths)} strengths were given for {len(figures)} evaluations: give one for each")
     rows = [(float(s), row) for s, a in zip(strengths, figures) for row in a.rows("scores.jsonl")]
     table = {name: [_score(row, name) for _, row in rows] for name in scores}
+    for name, values in table.items():
+        if max(values, default=0.0) > 1:
+            raise InputError(f"the score {name!r} reaches {max(values):g}, expected a judge with scores from 0 to 1")
     if fluent is not None:
+        if "fluency" in table:
+            raise InputError("fluent is given, but a judge is called 'fluency' too: leave one out of scores")
         if any("nats" not in row for _, row in rows):
             raise InputError("fluent is given, but the evaluations have no likelihood: give evaluate a language model")
         table["fluency"] = [min(1.0, float(np.exp(fluent - row["nats"] / max(row["read"], 1)))) for _, row in rows]

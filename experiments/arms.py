@@ -182,6 +182,9 @@ class BestOf(Arm):
     best_of: tuple[int, ...]
     rewards: Mapping[str, Settings]
 
+    def check(self, label, arms):
+        check_counts(f"methods.{label}.best_of", self.best_of)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Searched(Arm):
@@ -245,9 +248,17 @@ class Consensus(Arm):
         if self.similarity not in SIMILARITIES:
             known = ", ".join(SIMILARITIES)
             raise InputError(f"methods.{label}.similarity is {self.similarity!r}, expected one of {known}")
-        if wrong := [n for n in self.consensus if not isinstance(n, int) or n < 1]:
-            raise InputError(f"methods.{label}.consensus holds {wrong[0]!r}, expected numbers of samples")
+        check_counts(f"methods.{label}.consensus", self.consensus)
         check_chain(label, self.chain, arms)
+
+
+def check_counts(where: str, counts: Any) -> None:
+    """InputError unless a setting lists numbers of samples."""
+    if not isinstance(counts, list | tuple) or not counts:
+        raise InputError(f"{where} is {counts!r}, expected a list of numbers of samples, such as (4, 16)")
+    for n in counts:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise InputError(f"{where} holds {n!r}, expected numbers of samples of at least 1")
 
 
 def check_chain(label: str, chain: Mapping[str, float], arms: Mapping[str, Arm]) -> None:

@@ -102,8 +102,12 @@ def unreached(root: str, config: ConfigDict) -> list[str]:
 def _rehearse(trial: Session, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
     """Asks for every stage in a dry run, as far as an arm gets without the contents of a stage that has not run."""
     fixed = _fixed(trial, settings)
-    # An arm before those that name it in a chain, so that what is wrong with it is said of it.
-    for label, arm in sorted(arms.items(), key=lambda item: bool(getattr(item[1], "chain", ()))):
+
+    # An arm comes before those that name it, so that a message about it bears its own label.
+    def names_others(item):
+        return any(getattr(item[1], field, None) for field in ("chain", "critic"))
+
+    for label, arm in sorted(arms.items(), key=names_others):
         try:
             _rows(trial, settings, fixed, label, arm, arms)
         except UnfinishedError:

@@ -50,10 +50,11 @@ def consensus(texts: Sequence[str], similarity: str = "bleu") -> tuple[int, floa
     return best, float(means[best])
 
 
-@stage_function("consensus")
+@stage_function("consensus", revision=1)
 def chosen(run: Run, *, samples: Artifact, n: int = 10, similarity: str = "bleu") -> None:
     """Stage: writes samples.jsonl, of every n samples of each prompt the one that `consensus` chooses, with the
-    `similarity` to the others. They have no `logp`: that of a sample is not that of the one chosen among n.
+    mean similarity to the others as `agreement`. They have no `logp`: that of a sample is not that of the one chosen
+    among n.
 
     Raises:
       InputError: n below 1, or one that does not divide the number of samples of each prompt, and what `consensus`
@@ -70,6 +71,6 @@ def chosen(run: Run, *, samples: Artifact, n: int = 10, similarity: str = "bleu"
     for (_, number), group in groups.items():
         best, mean = consensus([row["text"] for row in group], similarity)
         kept = {key: value for key, value in group[best].items() if key not in ("logp", "logps")}
-        found.append(kept | {"sample": number, "similarity": mean})
+        found.append(kept | {"sample": number, "agreement": mean})
     write_jsonl(run.path / "samples.jsonl", found)
     run.record(likelihood=False)

@@ -11,7 +11,7 @@ from ctg_jax.learn import consensus
 from ctg_jax.learn.fitting import keep
 from ctg_jax.methods import mdlm
 from ctg_jax.run.stage import open_lm, stage
-from ctg_jax.stages import sampling
+from ctg_jax.stages import judges, sampling
 from ctg_jax.types import InputError
 from experiments import arms, samples
 
@@ -70,7 +70,9 @@ def test_the_stage_chooses_among_the_samples_of_any_arm(small, monkeypatch):
     for row in best:
         group = [r["text"] for r in plain if r["prompt_id"] == row["prompt_id"] and r["sample"] // 3 == row["sample"]]
         at, mean = consensus.consensus(group)
-        assert row["text"] == group[at] and row["similarity"] == pytest.approx(mean) and "logp" not in row
+        assert row["text"] == group[at] and row["agreement"] == pytest.approx(mean) and "logp" not in row
+    figures = {row["name"] for row in stage(root, judges.evaluate, {}, samples=drawn[1][1]).metrics()}
+    assert "dist-2" in figures and "similarity" not in figures  # which is that to a source
 
 
 def test_bad_input(small):
@@ -85,6 +87,9 @@ def test_bad_input(small):
     for settings, words in [
         (dict(consensus=(4,), similarity="rouge"), "methods.vote.similarity is 'rouge', expected one of bleu"),
         (dict(consensus=(0,)), "methods.vote.consensus holds 0, expected numbers of samples"),
+        (dict(consensus=3), "methods.vote.consensus is 3, expected a list of numbers of samples"),
+        (dict(consensus=()), r"methods.vote.consensus is \(\), expected a list of numbers of samples"),
+        (dict(best_of=3, rewards={}), "methods.vote.best_of is 3, expected a list of numbers of samples"),
         (dict(consensus=(4,), chain=dict(other=1.0)), "methods.vote.chain names 'other', which is no method"),
     ]:
         with pytest.raises(InputError, match=words):

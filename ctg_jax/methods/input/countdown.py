@@ -259,7 +259,7 @@ def conditions(
     for i, asked in enumerate(found):
         if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= most:
             raise InputError(
-                f"prompt {i + 1} asks for {asked!r} tokens, expected a whole number from 1 to {most}, which the "
+                f"prompt {i + 1} asks for {asked!r:.40} tokens, expected a whole number from 1 to {most}, which the "
                 "model's context holds."
             )
     return {name: np.asarray(found, np.float32)}

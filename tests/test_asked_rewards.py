@@ -130,6 +130,13 @@ def test_bundled_instructions_can_all_be_checked_and_are_the_same_every_time():
         load("bundled:instructions", "dev")
 
 
+def test_the_fingerprint_of_bundled_instructions_is_that_of_their_records(monkeypatch):
+    before = requests.digest_of()
+    assert before == requests.digest_of()
+    monkeypatch.setattr(requests, "_record", lambda generator: {"prompt": "a"})
+    assert requests.digest_of() != before
+
+
 def stored(folder, rows):
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

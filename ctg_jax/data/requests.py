@@ -54,8 +54,8 @@ _REQUESTS = {
 
 
 def digest_of() -> str:
-    """A fingerprint of the templates."""
-    return digest(_TASKS, _TOPICS, _WORDS, _REQUESTS, SPLITS)
+    """A fingerprint of the records of all splits."""
+    return digest([records(split) for split in SPLITS])
 
 
 def records(split: str) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def _record(generator: np.random.Generator) -> dict[str, Any]:
 
 
 def _chosen(generator: np.random.Generator, values: Any) -> Any:
-    """One of several values; a number asks for so many words, one of them as a string."""
+    """One of several values; a number is how many words to choose, one alone as a string."""
     if not isinstance(values, int):
         found = values[generator.integers(len(values))]
         return found if isinstance(found, str) else int(found)

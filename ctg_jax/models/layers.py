@@ -30,7 +30,8 @@ SIZES = (2**18, 2**22)
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
     """x [..., in] times kernel [out, in] transposed, on (rows, in), summed in float32. On an accelerator float32 inputs
-    are rounded as `jax_default_matmul_precision` says; see `ctg_jax.mesh.layout.Layout.precision`.
+    are rounded as `jax_default_matmul_precision` says, except for a single row on a GPU; see
+    `ctg_jax.mesh.layout.Layout.precision`.
 
     On a CPU a few rows are multiplied one by one: for two rows or more XLA first packs the kernel, which costs as much
     as the products of eight rows, and from the second row on the kernel is in the processor's cache where it fits."""

@@ -72,9 +72,9 @@ class Length:
 
     def explain(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
         """By how much each text is too long or too short, such as "3 words too many"; "" where it is as asked."""
-        return [self._said(p, t) for p, t in zip(prompts, readable(self.name, prompts, texts, "text"))]
+        return [self._explained(p, t) for p, t in zip(prompts, readable(self.name, prompts, texts, "text"))]
 
-    def _said(self, prompt: str, text: str) -> str:
+    def _explained(self, prompt: str, text: str) -> str:
         short, long, unit = self._gaps(prompt, text)
         by = max(short, long)
         if by <= 0:

@@ -10,6 +10,7 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.controls.vectors import SoftPrompt
+from ctg_jax.data.sentences import sentences_of
 from ctg_jax.decode import loop
 from ctg_jax.learn import sentence_bridge
 from ctg_jax.methods import latent_steer, time_control
@@ -144,6 +145,9 @@ def test_bad_input(small, documents):
     root, lm, data = small
     with pytest.raises(InputError, match=r"no document of .* has 3 sentences: give longer texts, or the list"):
         time_control.fit(root, lm=lm, data=data)
+    for sentences in ("One. Two.", ["One.", 2]):
+        with pytest.raises(InputError, match=r"a record has the sentences .*, expected a list of strings"):
+            sentences_of(dict(text="One. Two.", sentences=sentences))
     with pytest.raises(InputError, match="least is 2, expected at least 3"):
         time_control.fit(root, lm=lm, data=documents, sentences=dict(least=2))
     with pytest.raises(InputError, match="variance is 'one', expected one of fitted, unit"):

@@ -8,6 +8,7 @@ from laws import worlds
 
 from ctg_jax import methods
 from ctg_jax.controls.vectors import SoftPrompt
+from ctg_jax.data.messages import shown
 from ctg_jax.decode import loop
 from ctg_jax.methods import softsrv
 from ctg_jax.run.stage import open_lm, stage
@@ -80,6 +81,12 @@ def test_a_fit_embeds_its_texts_and_reads_other_examples(small):
     np.testing.assert_allclose(found[0], found[2], atol=1e-6)
     assert np.abs(found[0] - found[1]).max() > 1e-3
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    conversation = [{"role": "user", "content": "good fun"}]
+    told = softsrv.conditions(fitted, lm, [conversation, "so"], [{"source": None}] * 2)["example"]
+    as_read = softsrv.conditions(fitted, lm, [shown(conversation), "so"], [{}] * 2)["example"]
+    np.testing.assert_array_equal(told, as_read)
+    with pytest.raises(InputError, match="prompt 2 has 7 as its source, expected the text of an example"):
+        softsrv.conditions(fitted, lm, ["so", "so"], [{}, {"source": 7}])
     path = root / "examples.jsonl"
     path.write_text('{"text": "so", "source": "good fun"}\n{"text": "so", "source": "bad sad"}\n')
     prompts = stage(root, sources.load_data, dict(source=f"jsonl:{path}", split="all"))

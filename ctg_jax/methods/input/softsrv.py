@@ -30,6 +30,7 @@ from ctg_jax import rng
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import condition, per_row
 from ctg_jax.controls.vectors import joined
+from ctg_jax.data.messages import shown
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.learn import embeddings, fitting, losses
 from ctg_jax.learn.fitting import Training
@@ -179,12 +180,16 @@ def conditions(
     """The embeddings of the examples: of the field `source` of a prompt's record, or of the prompt where it has none.
 
     Raises:
-      InputError: the encoder that the control was made with has changed since.
+      InputError: a `source` that is no text; the encoder that the control was made with has changed since.
     """
+    examples = [shown(text) if r.get("source") is None else r["source"] for text, r in zip(texts, records)]
+    for i, found in enumerate(examples):
+        if not isinstance(found, str):
+            raise InputError(f"prompt {i + 1} has {found!r:.60} as its source, expected the text of an example")
     embed = embeddings.embedder(lm, artifact.given("encoder"))
     if embed.version != artifact.spec["version"]:
         raise InputError(
             f"{artifact.path.name} was made with the encoder {artifact.spec['version']}, but "
             f"{artifact.spec['encoder']} now holds {embed.version}: restore that encoder, or fit the control again"
         )
-    return {EXAMPLE: embed([r.get("source", text) for text, r in zip(texts, records)])}
+    return {EXAMPLE: embed(examples)}

@@ -216,11 +216,8 @@ class Searched(Arm):
         if self.truncate_first:
             raise InputError(f"methods.{label} has truncate_first, which a search cannot have: leave it out")
         Plan(**self.search).check(len(self.rewards) + (self.critic is not None))
-        known = [
-            name
-            for name, arm in arms.items()
-            if hasattr(methods.get(getattr(arm, "method", "truncate")), "of_prefixes")
-        ]
+        fitted = {name: arm.method for name, arm in arms.items() if isinstance(arm, MethodArm)}
+        known = [name for name, method in fitted.items() if hasattr(methods.get(method), "of_prefixes")]
         if self.critic is not None and self.critic not in known:
             raise InputError(
                 f"methods.{label}.critic is {self.critic!r}, which is no arm with values of unfinished texts"

@@ -186,8 +186,11 @@ def test_keywords_by_hand_with_stems(tmp_path):
     np.testing.assert_allclose(found, [1, 1 / 3, 0], atol=1e-6)
     judge.save(tmp_path)
     assert keywords.load(tmp_path, dict(name="covered")).version == judge.version
-    with pytest.raises(InputError, match=r"record 1 of the file has the keywords 'field', expected a list of strings"):
-        keywords.fit([dict(prompt="a", keywords="field")], dict(name="x"), "the file")
+    for wrong in ("field", 5, {"field": 1}, ["field", ""], ["..."]):
+        with pytest.raises(
+            InputError, match=r"record 1 of the file has the keywords .*, expected a list of strings with"
+        ):
+            keywords.fit([dict(prompt="a", keywords=wrong)], dict(name="x"), "the file")
     twice = [dict(prompt="a", keywords=["b"]), dict(prompt="a", keywords=["c"])]
     with pytest.raises(InputError, match=r"asks \['c'\] of the prompt 'a' and another one \['b'\]"):
         keywords.fit(twice, dict(name="x"), "the file")

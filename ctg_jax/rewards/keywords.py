@@ -14,10 +14,13 @@ SETTINGS = ("data",)
 
 
 def keywords_of(record: Mapping[str, Any], where: str) -> list[str] | None:
-    """The field `keywords` of a record, None where it is missing or empty; InputError for other than strings."""
+    """The field `keywords` of a record, None where it is missing or empty; InputError for other than strings with
+    a letter or digit."""
     found = record.get("keywords") or None
-    if found is not None and (isinstance(found, str) or not all(isinstance(word, str) for word in found)):
-        raise InputError(f"{where} has the keywords {found!r:.60}, expected a list of strings")
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(word, str) and any(map(str.isalnum, word)) for word in found):
+        raise InputError(f"{where} has the keywords {found!r:.60}, expected a list of strings with letters or digits")
     return found
 
 

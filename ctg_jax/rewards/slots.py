@@ -23,7 +23,7 @@ _PAIR = re.compile(r"(?:^|\|)\s*([\w ]+?)\s*:\s*([^|=]+?)\s*(?=\||=|$)")
 _FAMILY = r"(?:famil(?:y|ies)|kids?|child(?:ren)?)"
 _DENIALS = r"(?:no|not(?! only)|non|isn't|aren't|never|without|unsuitable)"
 _NOT = (  # a denial with up to four words of the same phrase before families, or directly behind them
-    rf"\b{_DENIALS}(?:[ -](?!and\b|but\b)\w+){{0,4}}[ -]{_FAMILY}|\badults?\b"
+    rf"\b{_DENIALS}(?:[ -]+(?!and\b|but\b)[\w']+){{0,4}}[ -]+{_FAMILY}|\badults?\b"
     rf"|{_FAMILY}(?:[ -]friendly)? (?:(?:is|are|should|will) )?{_DENIALS}\b(?! far)"
 )
 _WORDINGS = {  # of a value -> what else says it
@@ -43,8 +43,9 @@ _WORDINGS = {  # of a value -> what else says it
     ("area", "riverside"): r"\briverside\b|\bby the river\b|\briver ?(?:bank|front)\b|\bnear the river\b",
 }  # fmt: skip
 _LEVEL = r"(?:low|high|average|moderate|poor|decent)(?:er|ly)?"
+_PRICE = r"(?:pric(?:e[sd]?|ey|ing)|costs?)"
 _OTHER = {  # a slot -> phrases in which a word such as "high" is the value of another slot
-    "rating": rf"\b{_LEVEL}[ -](?:pric|cost)\w*|\b(?:pric|cost)\w*(?: range)?(?: (?:is|are|of))? {_LEVEL}\b",
+    "rating": rf"\b{_LEVEL}[ -]{_PRICE}\b|\b{_PRICE}(?: range)?(?: (?:is|are|of))? {_LEVEL}\b",
     "price": rf"\b{_LEVEL}[ -](?:customer[ -])?rat(?:ed|ings?)\b|\brat(?:ed|ings?)(?: (?:is|are|of))? {_LEVEL}\b",
 }
 

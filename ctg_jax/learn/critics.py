@@ -196,9 +196,17 @@ class Watch:
 
         Args:
           tokens, mask: int32 and bool [B, N], all that is written.
+
+        Raises:
+          InputError: a value that is not finite.
         """
         block = [np.pad(x, ((0, 0), (0, steps)))[:, look * steps :][:, :steps] for x in (tokens, mask)]
-        return _went_on(self.lm, self.params, self.critic, valued, *block)
+        valued = _went_on(self.lm, self.params, self.critic, valued, *block)
+        if bad := np.sum(~np.isfinite(valued.v)):
+            raise InputError(
+                f"the critic's value of {bad} of {len(mask)} candidates is not finite: it holds NaN or infinity."
+            )
+        return valued
 
 
 @partial(jax.jit, static_argnames=("lm", "length"))

@@ -389,6 +389,9 @@ def test_bad_plans_and_values_raise_one_sentence(small):
         found(Plan(n=8), asked=lambda prompts, texts: [1.0])
     with pytest.raises(InputError, match="Temperature gives no value to unfinished texts: expected a control of `crit"):
         found(Plan(n=2), asked=truncate.Temperature(jnp.ones(())))
+    broken = last_letter().replace(value={"kernel": jnp.full(4, jnp.nan), "bias": jnp.float32(0)})
+    with pytest.raises(InputError, match="the critic's value of 8 of 8 candidates is not finite"):
+        found(Plan(n=2), n=4, asked=broken)
     with pytest.raises(InputError, match="The critic has a vocabulary of 3 tokens and the base model one of 4"):
         found(Plan(n=2), asked=critic.init(worlds.Bigram(3), jax.random.key(0), top=3))
     with pytest.raises(InputError, match="beams is 0, expected at least 1"):

@@ -331,9 +331,15 @@ def test_the_stage_reads_judges_relevance_and_fluency(tmp_path):
     more = [
         Scored([{**row, "scores": {"concept": 1.5, "fluency": 0.5}} for row in part.kept]) for part in parts["figures"]
     ]
-    with pytest.raises(InputError, match=r"the score 'concept' reaches 1\.5, expected a judge with scores from 0 to 1"):
+    with pytest.raises(InputError, match=r"the score 'concept' reaches 1\.5, expected scores from 0 to 1"):
         factor(Run(), figures=more, strengths=[1, 2], scores=["concept"])
     with pytest.raises(InputError, match="fluent is given, but a judge is called 'fluency' too"):
         factor(Run(), figures=more, strengths=[1, 2], scores=["fluency"], fluent=3.0)
     factor(Run(), **parts, scores=["relevance"])
     assert logged["relevance"] == 0.5 and recorded["strength"] == 1
+    empty = [Scored([row | {"relevance": None} for row in part.kept]) for part in parts["figures"]]
+    factor(Run(), figures=empty, strengths=[1, 2], scores=["relevance"])
+    assert logged["overall"] == logged["relevance"] == 0
+    without = [Scored([{k: v for k, v in row.items() if k != "relevance"} for row in part.kept]) for part in empty]
+    with pytest.raises(InputError, match="the evaluations have no score 'relevance'; it has concept"):
+        factor(Run(), figures=without, strengths=[1, 2], scores=["relevance"])

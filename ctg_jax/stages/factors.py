@@ -27,7 +27,8 @@ def factor(
 
     Args:
       figures: what `evaluate` made of the samples at each of the `strengths`.
-      scores: judges of the evaluation with scores from 0 to 1, or "relevance" (negative values count as 0).
+      scores: judges of the evaluation with scores from 0 to 1, or the "relevance" of an evaluation with `embed` (0 where
+        it is negative or, as for an empty text, not defined).
       fluent: where it is given, a further score `fluency`, exp(fluent - nats per token) and at most 1: 1 for texts of
         at most `fluent` nats per token under the language model of the evaluation, and for texts without tokens. The
         nats per token of texts of people are a choice that is not tuned.
@@ -45,7 +46,10 @@ def factor(
     table = {name: [_score(row, name) for _, row in rows] for name in scores}
     for name, values in table.items():
         if max(values, default=0.0) > 1:
-            raise InputError(f"the score {name!r} reaches {max(values):g}, expected a judge with scores from 0 to 1")
+            raise InputError(
+                f"the score {name!r} reaches {max(values):g}, expected scores from 0 to 1, such as a probability or, for "
+                "relevance, that of an evaluation with embed"
+            )
     if fluent is not None:
         if "fluency" in table:
             raise InputError("fluent is given, but a judge is called 'fluency' too: leave one out of scores")
@@ -60,8 +64,9 @@ def factor(
 
 
 def _score(row: Mapping[str, Any], name: str) -> float:
-    if name == "relevance" and row.get("relevance") is not None:
-        return max(0.0, row["relevance"])
+    if name == "relevance" and "relevance" in row:
+        return max(0.0, row["relevance"] or 0.0)
     if name not in row["scores"]:
-        raise InputError(f"the evaluations have no score {name!r}{nearest(name, [*row['scores'], 'relevance'])}")
+        known = [*row["scores"], *(["relevance"] if "relevance" in row else [])]
+        raise InputError(f"the evaluations have no score {name!r}{nearest(name, known)}")
     return row["scores"][name]

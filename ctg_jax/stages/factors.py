@@ -27,8 +27,8 @@ def factor(
 
     Args:
       figures: what `evaluate` made of the samples at each of the `strengths`.
-      scores: judges of the evaluation with scores from 0 to 1, or the "relevance" of an evaluation with `embed` (0 where
-        it is negative or, as for an empty text, not defined).
+      scores: judges of the evaluation with scores from 0 to 1, or the "relevance" of an evaluation with `embed` (0
+        where it is negative or, as for an empty text, not defined).
       fluent: where it is given, a further score `fluency`, exp(fluent - nats per token) and at most 1: 1 for texts of
         at most `fluent` nats per token under the language model of the evaluation, and for texts without tokens. The
         nats per token of texts of people are a choice that is not tuned.
@@ -45,10 +45,10 @@ def factor(
     rows = [(float(s), row) for s, a in zip(strengths, figures) for row in a.rows("scores.jsonl")]
     table = {name: [_score(row, name) for _, row in rows] for name in scores}
     for name, values in table.items():
-        if max(values, default=0.0) > 1:
+        if max(values, default=0.0) > 1 + 1e-6:  # cosines are rounded
             raise InputError(
-                f"the score {name!r} reaches {max(values):g}, expected scores from 0 to 1, such as a probability or, for "
-                "relevance, that of an evaluation with embed"
+                f"the score {name!r} reaches {max(values):g}, expected scores from 0 to 1, such as a probability; "
+                "relevance is within them in an evaluation with embed"
             )
     if fluent is not None:
         if "fluency" in table:

@@ -111,6 +111,20 @@ def test_a_preference_model_learns_what_was_chosen(tmp_path):
         PreferenceModel.load(tmp_path, other)
 
 
+def test_explanations_are_strings_and_failures_are_told_in_a_sentence():
+    def scored(prompt, text):
+        return 0.0
+
+    scored.explain = lambda prompt, text: {"a": "too short", "b": 3}[text]
+    reward = FunctionReward(scored, name="size", version="1")
+    assert reward.explain([""], ["a"]) == ["too short"]
+    with pytest.raises(InputError, match="explain of the reward 'size' returned 3 for text 1; expected a string"):
+        reward.explain([""] * 2, ["a", "b"])
+    with pytest.raises(InputError, match="explain of the reward 'size' failed for text 1 with KeyError: 'c'"):
+        reward.explain([""] * 2, ["a", "c"])
+    assert not hasattr(FunctionReward(length, name="size", version="1"), "explain")
+
+
 def test_a_judge_needs_its_records(tmp_path):
     def records(run, *, rows):
         write_jsonl(run.path / "data.jsonl", rows)

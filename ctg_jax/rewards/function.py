@@ -82,13 +82,20 @@ class FunctionReward:
         return checked(self.name, [known[k] for k in keys], len(texts))
 
     def _explain(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
-        said = [self.fn.explain(p, t) for p, t in zip(prompts, texts)]
-        for i, words in enumerate(said):
+        found = []
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            try:
+                words = self.fn.explain(prompt, text)
+            except Exception as e:  # whatever a function of the user raises
+                raise InputError(
+                    f"explain of the reward {self.name!r} failed for text {i} with {type(e).__name__}: {e}"
+                ) from e
             if not isinstance(words, str):
                 raise InputError(
-                    f"explain of the reward {self.name!r} returned {words!r:.60} for text {i}; expected words"
+                    f"explain of the reward {self.name!r} returned {words!r:.60} for text {i}; expected a string"
                 )
-        return said
+            found.append(words)
+        return found
 
     def _call(self, prompt: str, text: str) -> float:
         for attempt in range(self.retries + 1):

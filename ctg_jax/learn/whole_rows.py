@@ -54,12 +54,22 @@ class WholeRows(strategies.Strategy):
         return self.write(prompts, control, sampling, banned)
 
 
-def placed(prompts: Prompts, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Prompts at the beginning of rows: (tokens int32 [B, S], given bool [B, S], size int32 [B, 1] of each prompt)."""
+def start_token(tokenizer: Tokenizer) -> int | None:
+    """The token that stands for an empty prompt (`Tokenizer.encode_prompts`) and that no row of training begins with;
+    None where all rows begin with it."""
+    return None if tokenizer.adds_bos else tokenizer.start
+
+
+def placed(prompts: Prompts, length: int, start: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prompts at the beginning of rows: (tokens int32 [B, S], given bool [B, S], size int32 [B, 1] of each prompt).
+    A prompt that is nothing but the token `start` is empty, see `start_token`."""
     size = jnp.sum(prompts.mask, axis=1)[:, None]
     column = jnp.arange(length)[None, :]
     padding = prompts.mask.shape[1] - size  # prompts are padded on the left
-    return moved(prompts.tokens, column + padding, 0), column < size, size
+    tokens = moved(prompts.tokens, column + padding, 0)
+    if start is not None:
+        size = jnp.where((size == 1) & (tokens[:, :1] == start), 0, size)
+    return tokens, column < size, size
 
 
 def with_words(tokens: jax.Array, given: jax.Array, size: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from ctg_jax import methods, rng
 from ctg_jax.decode import strategies
 from ctg_jax.learn import masked_classifier
 from ctg_jax.learn.diffusion_losses import masked_loss
+from ctg_jax.learn.whole_rows import start_token
 from ctg_jax.methods import mdlm
 from ctg_jax.models import masked
 from ctg_jax.run import checkpoint, stage
@@ -146,6 +147,21 @@ def test_a_row_alone_is_the_row_in_its_batch_whatever_its_padding(by):
     np.testing.assert_array_equal(out.tokens[0], batch.tokens[1])
 
 
+def test_an_empty_prompt_gives_no_token_of_a_row():
+    """Token 0 stands for it; a row of training that begins with 0 holds nothing else."""
+    prompts = worlds.prompts([[0], [0, 1], [4], [0]] * 4, length=3)
+    blank = jnp.zeros((16, 12), jnp.int32)
+    for start, given in ((0, 0), (None, 1)):
+        control = lively(start=start)
+        out = strategies.run(LM, {}, prompts, control, SAMPLING)
+        rows, _ = mdlm.infill(control, blank, blank.at[:, :given].set(1) > 0, prompts.keys)
+        wanted = jnp.where(out.mask, rows[:, given:][:, :6], 0)
+        np.testing.assert_array_equal(out.tokens[::4], wanted[::4])
+        plain = strategies.run(LM, {}, prompts, control.replace(start=None), SAMPLING)
+        np.testing.assert_array_equal(out.tokens[1::4], plain.tokens[1::4])
+        np.testing.assert_array_equal(out.tokens[2::4], plain.tokens[2::4])
+
+
 def test_completions_end_at_the_first_end_token():
     prompts = worlds.prompts(ROWS * 16)
     out = strategies.run(LM, {}, prompts, lively(), SAMPLING)
@@ -187,6 +203,7 @@ def test_stages_go_on_where_they_were_cut_short_and_their_control_writes(small, 
     assert rows["mdlm"]["perplexity"] > 1 and rows["lm"]["texts"] == len(data.rows("data.jsonl"))
 
     control = methods.load(again, open_lm(lm)[0])
+    assert control.start == start_token(open_lm(lm)[2]) is not None
     assert np.any(control.guide["kernel"]) and not (again.path / "steps").exists()
     out = stage.stage(
         tmp_path / "b",

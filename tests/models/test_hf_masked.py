@@ -170,6 +170,7 @@ def test_a_model_in_the_layout_of_llada_equals_the_authors_arithmetic(tmp_path):
         (mdlm_weights, dict(cond_dim=None), "the entry 'cond_dim' is missing"),
         (llada_weights, dict(rope=False), "rope is False, only True is supported"),
         (llada_weights, dict(mask_token_id=10), "mask_token_id is 10, expected a token of the 10 in the vocabulary"),
+        (llada_weights, dict(mask_token_id="6"), "mask_token_id is '6', expected a token of the 10 in the vocabulary"),
         (llada_weights, dict(n_layers=1), "has no place in the model of config.json"),
         (llada_weights, dict(n_layers=3), "is missing from its safetensors files"),
     ],
@@ -198,6 +199,7 @@ def test_a_published_network_completes_and_fills_texts_as_a_trained_one(tmp_path
     source = str(folder(tmp_path / "published", MDLM | dict(vocab_size=vocab + 1), weights))
     made = mdlm.fit(tmp_path, lm=lm, data=data, source=source, length=12, guide=dict(classes=0))
     control = methods.load(made, open_lm(lm)[0])
+    assert control.start is None  # rows of packed texts begin with the token of an empty prompt
     assert control.net.context == 12 and control.mask == vocab and not control.net.causal
     x = jnp.asarray(draw.integers(0, vocab + 1, (2, 12)))
     np.testing.assert_allclose(

@@ -29,7 +29,7 @@ from ctg_jax.learn.diffusion_losses import Objective, masked_loss
 from ctg_jax.learn.fitting import Training, keep, matching
 from ctg_jax.learn.masked_bound import bound
 from ctg_jax.learn.masked_classifier import Regression
-from ctg_jax.learn.whole_rows import WORDS, WholeRows, completed, end_token, placed, with_words
+from ctg_jax.learn.whole_rows import WORDS, WholeRows, completed, end_token, placed, start_token, with_words
 from ctg_jax.learn.word_targets import check_requested
 from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
@@ -81,8 +81,8 @@ class Masked:
       scale: float32 [] or, per row, [B]: the exponent of the probability of `target`. At 0 there is no guidance.
       net: the denoiser, whose `context` is S, the length of a row.
       eos: the token that fills a row behind its text.
-      target: the class to guide towards.
-      order: in which order tokens are written.
+      target: the class to guide towards. order: in which order tokens are written.
+      start: the token of an empty prompt, which rows do not begin with; None: they do, see `whole_rows.start_token`.
     """
 
     strategy: ClassVar = MaskedDiffusion()
@@ -94,6 +94,7 @@ class Masked:
     eos: int = struct.field(pytree_node=False)
     target: int = struct.field(pytree_node=False, default=1)
     order: Order = struct.field(pytree_node=False, default=Order())
+    start: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def mask(self) -> int:
@@ -113,6 +114,7 @@ def init(
     eos: int = 0,
     classes: int = 0,
     target: int = 1,
+    start: int | None = None,
     **order: Any,
 ) -> Masked:
     """An untrained model.
@@ -123,7 +125,7 @@ def init(
         `depth`, `heads` and `length` are then not read.
       width, depth, heads: of the network. length: S. eos: fills a row behind its text.
       classes: C of the classifier; 0: no classifier. target: the class to guide towards.
-      order: settings of `Order`.
+      start: see `Masked`. order: settings of `Order`.
 
     Raises:
       InputError: sizes that do not fit each other, or an invalid target or order.
@@ -139,18 +141,18 @@ def init(
     else:
         made = Transformer(**net)
     guide = linear_head(classes, (made.depth + 2) * made.width)
-    return Masked(made.init(key), guide, jnp.zeros(()), made, eos, target, Order(**order))
+    return Masked(made.init(key), guide, jnp.zeros(()), made, eos, target, Order(**order), start)
 
 
-@stage.stage_function("mdlm.imported", contents={"source": model_content})
-def imported(run: Run, *, lm: Artifact, source: str, length: int | None = None, order: Order = Order()) -> None:
+@stage.stage_function("mdlm.imported", revision=1, contents={"source": model_content})
+def imported(run: Run, *, lm: Artifact, source: str, length: int | None = None) -> None:
     """Stage: a published masked diffusion model, without a classifier; see `models.hf.masked`. Most were trained on
-    packed texts and not on rows that end tokens fill, so they do not know where a row ends: choose the `length` by the
-    texts.
+    packed texts, whose rows begin with an end token and are not filled with end tokens. So an empty prompt is this
+    token, and they do not know where a row ends: choose the `length` by the texts.
 
     Args:
       lm: the language model whose tokenizer it was trained with. source: directory or hub id.
-      length: S, the length of a row; None: as long as the model reads. order: in which order tokens are written.
+      length: S, the length of a row; None: as long as the model reads.
 
     Raises:
       InputError: another vocabulary, rows that the model cannot read, and what `load_masked` raises.
@@ -166,7 +168,7 @@ def imported(run: Run, *, lm: Artifact, source: str, length: int | None = None, 
         raise InputError(f"length is {length}, expected from 2 to {net.context}, the tokens that the model reads.")
     fields = dataclasses.asdict(dataclasses.replace(net, context=length or net.context))
     del fields["pattern"]  # that of all its layers is the default
-    hp = dict(net=fields, eos=end_token(tokenizer, lm.path.name), **dataclasses.asdict(order))
+    hp = dict(net=fields, eos=end_token(tokenizer, lm.path.name), start=None)
     control = init(model, jax.random.key(0), **hp)
     keep(run, control.replace(params=params), "mdlm", hp)
 
@@ -223,7 +225,7 @@ def infill(
 
 @partial(jax.jit, static_argnames=("sampling",))
 def _write(prompts, control, sampling, banned):
-    tokens, given, size = placed(prompts, control.net.context)
+    tokens, given, size = placed(prompts, control.net.context, control.start)
     if WORDS in (prompts.cond or {}):
         tokens, given = with_words(tokens, given, size, prompts.cond[WORDS])
     rows, calls = infill(control, tokens, given, prompts.keys, banned, greedy=sampling.greedy)
@@ -295,7 +297,7 @@ def mdlm(
     keep(run, control.replace(params=params), "mdlm", hp)
 
 
-@stage.stage_function("mdlm.classifier", revision=1)
+@stage.stage_function("mdlm.classifier", revision=2)
 def classifier(
     run: Run,
     *,
@@ -312,7 +314,7 @@ def classifier(
     rows that guides it. metrics.jsonl holds its accuracy on held-out texts.
 
     Args:
-      network: an artifact of the stage `mdlm`.
+      network: an artifact of the stage `mdlm` or `mdlm.imported`.
       classes: the number of classes, whose labels are 0 to classes - 1; None: the number found; 0: no classifier.
         Records without a label are left out and counted in a warning.
       target: see `init`. order: in which order tokens are written.
@@ -334,7 +336,8 @@ def classifier(
                 f"labels of {data.path} are {sorted(found)}, expected two or more, each of 0 to {classes - 1}."
             )
     classes = classes or 0
-    hp = network.spec["init"] | dict(target=target, classes=classes, **dataclasses.asdict(order))
+    hp = dict(start=start_token(tokenizer)) | network.spec["init"]
+    hp |= dict(target=target, classes=classes, **dataclasses.asdict(order))
     control = init(model, jax.random.key(seed), **hp).replace(params=old.params)
     if classes:
         source, length = Source(str(data.path), "all", records), control.net.context

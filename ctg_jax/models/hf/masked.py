@@ -108,8 +108,8 @@ def read_llada(config: Config, checkpoint: Checkpoint) -> tuple[Transformer, Par
         "head/kernel": tensor(net, "model.transformer.ff_out.weight", rows, d),
     }
     x, mask = _read(checkpoint, table), config["mask_token_id"]
-    if not 0 <= mask < rows:
-        raise InputError(f"config.json: mask_token_id is {mask}, expected a token of the {rows} in the vocabulary.")
+    if not isinstance(mask, int) or not 0 <= mask < rows:
+        raise InputError(f"config.json: mask_token_id is {mask!r}, expected a token of the {rows} in the vocabulary.")
     x["embed/tokens"] = np.concatenate([x["embed/tokens"], x["embed/tokens"][mask][None]])
     x["head/kernel"] = np.concatenate([x["head/kernel"], np.zeros((1, d), np.float32)])
     x["head/bias"] = np.where(np.isin(np.arange(rows + 1), [mask, rows]), NEVER, 0.0).astype(np.float32)

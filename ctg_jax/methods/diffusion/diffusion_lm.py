@@ -33,7 +33,7 @@ from ctg_jax.data.tags import tag_table
 from ctg_jax.learn import fitting
 from ctg_jax.learn.diffusion_losses import word_classifier_loss, word_loss
 from ctg_jax.learn.fitting import Training, keep, matching
-from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, moved, placed, with_words
+from ctg_jax.learn.whole_rows import WholeRows, completed, end_token, moved, placed, start_token, with_words
 from ctg_jax.learn.word_targets import POSITIONAL, check_requested, requested, target_value
 from ctg_jax.models import samplers, word_diffusion
 from ctg_jax.models.denoiser import Trunk
@@ -81,6 +81,7 @@ class WordDiffusion:
       eos: the token that fills a row behind its text. length: S, the tokens of a row.
       fields: (name, classes) of each field that `reader` classifies. target: (control, value) pairs for all rows.
       how: how a text is drawn and steered.
+      start: the token of an empty prompt, which rows do not begin with; None: they do, see `whole_rows.start_token`.
     """
 
     strategy: ClassVar = WordVectorDiffusion()
@@ -96,6 +97,7 @@ class WordDiffusion:
     fields: tuple = struct.field(pytree_node=False, default=())
     target: tuple = struct.field(pytree_node=False, default=())
     how: How = struct.field(pytree_node=False, default=How())
+    start: int | None = struct.field(pytree_node=False, default=None)
 
 
 def init(
@@ -112,6 +114,7 @@ def init(
     reader_width: int = 64,
     reader_depth: int = 2,
     target: Mapping[str, Any] | None = None,
+    start: int | None = None,
     **how: Any,
 ) -> WordDiffusion:
     """An untrained model whose tokens all have tag 0.
@@ -122,7 +125,7 @@ def init(
       fields: name -> number of classes, of the fields that the classifier predicts; None: no classifier.
       reader_width, reader_depth: of the classifier.
       target: control -> value, see the top of this file; tags are names of `TAGS`, or None for any tag.
-      how: settings of `How`.
+      start: see `WordDiffusion`. how: settings of `How`.
 
     Raises:
       InputError: sizes that do not fit each other, an unknown control, or an invalid value of one.
@@ -144,7 +147,7 @@ def init(
     guide = {} if reader is None else reader.init(rng.stream(key, "guide"))
     return WordDiffusion(
         params, guide, jnp.zeros(lm.vocab, jnp.int32), jnp.ones(()), net, reader, eos, length, tuple(fields.items()),
-        given, How(**how),
+        given, How(**how), start,
     )  # fmt: skip
 
 
@@ -180,7 +183,7 @@ def infill(
 
 @partial(jax.jit, static_argnames="sampling")
 def _write(prompts, control, sampling, banned):
-    tokens, given, size = placed(prompts, control.length)
+    tokens, given, size = placed(prompts, control.length, control.start)
     behind = jnp.arange(control.length)[None, :] - size
     aims = requested(control.target, prompts)
     if "words" in aims:
@@ -286,6 +289,9 @@ def classifier(
     fields = dict(fields or {}) | {name: 1 + len(options) for name, options in mentions.items()}
     if not fields:
         raise InputError("fields and mentions are empty: give what the classifier is to predict.")
+    for name, options in mentions.items():
+        if isinstance(options, str) or name in ("text", reads):
+            raise InputError(f"mentions {name} is {options!r:.60}, expected a list of texts, under a name of its own.")
     found = [
         {name: mentioned(r, options, reads, f"record {i} of {data.path}") for name, options in mentions.items()}
         for i, r in enumerate(records)
@@ -307,7 +313,7 @@ def classifier(
     keep(run, control.replace(guide=guide), "diffusion_lm", hp)
 
 
-@stage.stage_function("diffusion_lm.aim")
+@stage.stage_function("diffusion_lm.aim", revision=1)
 def aimed(
     run: Run,
     *,
@@ -324,8 +330,8 @@ def aimed(
     pull: str = "drawn",
 ) -> None:
     """Stage: sets what a trained model is steered towards (see `init`) and how it samples (see `How`)."""
-    model = open_lm(lm)[0]
+    model, _, tokenizer = open_lm(lm)
     how = dict(calls=calls, sampler=sampler, clamp=clamp, updates=updates, rate=rate, coef=coef, floor=floor, pull=pull)
-    hp = network.spec["init"] | dict(target=dict(target or {}), **how)
+    hp = network.spec["init"] | dict(target=dict(target or {}), start=start_token(tokenizer), **how)
     control, old = init(model, jax.random.key(0), **hp), methods.load(network, model)
     keep(run, control.replace(params=old.params, guide=old.guide, tags=old.tags), "diffusion_lm", hp)

@@ -80,8 +80,8 @@ def main(argv, session):
     if "" in fv.stop:
         raise InputError("--stop is empty: give a text that ends a completion")
     if fv.blank is not None:
-        for name in ("stream", "chat", "system", "stop"):
-            if fv[name].value:
+        for name in ("stream", "chat", "system", "stop", "max_new", "truncate_first"):
+            if fv[name].present and fv[name].value is not False:
                 raise InputError(f"--{name} has no meaning for texts with blanks: leave it out, or --blank")
     records = read_prompts(arguments, fv.file)
     prompts = [conversation(messages.prompt_of(r), fv.chat, fv.system) for r in records]

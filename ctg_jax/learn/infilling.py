@@ -53,7 +53,7 @@ class Blanks:
             raise InputError(f"text {number} has no blank: write {self.mark!r} where words are missing")
         if not any(piece.strip() for piece in pieces):
             raise InputError(f"text {number} holds nothing but blanks: give at least one word")
-        pieces = [piece.rstrip() for piece in pieces[:-1]] + pieces[-1:]
+        pieces = [piece.removesuffix(" ") for piece in pieces[:-1]] + pieces[-1:]
         first = tokenizer.encode_prompts([pieces[0]])[0] if pieces[0] or tokenizer.adds_bos else []
         # Behind a blank a text is encoded as behind a word, so that no tokenizer puts a space before it.
         rest = tokenizer.encode_after([pieces[0] or "."] * (len(pieces) - 1), pieces[1:])

@@ -43,6 +43,7 @@ def test_the_tokens_of_a_text_with_blanks(small):
     assert blank.row(tokenizer, "good ___ day", 1) == [*good, OPEN, OPEN, *day]
     assert blank.row(tokenizer, "good ___", 1) == [*good, OPEN, OPEN]
     assert Blanks("[…]", 1).row(tokenizer, "good […] […] day", 1) == [*good, OPEN, OPEN, *day]
+    assert blank.row(tokenizer, "good\n___ day", 1) == [*tokenizer.encode(["good\n"])[0], OPEN, OPEN, *day]
     begun = tokenizer.encode_prompts([""])[0] if tokenizer.adds_bos else []
     assert blank.row(tokenizer, "___fun", 1) == [*begun, OPEN, OPEN, *fun]
 
@@ -102,6 +103,8 @@ def test_the_front_door_and_the_script(small, models, capsys):
     assert capsys.readouterr().out == one.replace("\n", "\\n") + "\n"
     assert cli.run(generate.main, [*flags, "--blank=___", "--stop=day", TEXT]) == 2
     assert "--stop has no meaning for texts with blanks" in capsys.readouterr().err
+    assert cli.run(generate.main, [*flags, "--blank=___", "--max_new=9", TEXT]) == 2
+    assert "--max_new has no meaning for texts with blanks" in capsys.readouterr().err
 
 
 def test_bad_input(small, models):

@@ -19,6 +19,7 @@ from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.mesh import processes
 from ctg_jax.run.stage import open_artifact, open_lm
 from ctg_jax.stages.judges import open_judge
+from ctg_jax.types import InputError
 from experiments import cli, experiment, inputs
 
 WITHIN = "length within 2 of"
@@ -30,12 +31,19 @@ def holds(name, value, rows, liked, tags, ends):
     Args:
       rows: their tokens, with the end token where they have one. liked: name -> bool [n], what a judge finds.
       tags: int [V], of every token. ends: the ids that end a text.
+
+    Raises:
+      InputError: a target that no judge can tell.
     """
     if name in liked:
+        if value not in (0, 1):
+            raise InputError(f"target {name} is {value}, but a judge tells 1 from 0 only: give it a field of its own")
         return liked[name] == bool(value)
     if name in ("length", WITHIN):
         far = 0 if name == "length" else 2
         return np.asarray([len(row) > 0 and row[-1] in ends and abs(len(row) - value - 1) <= far for row in rows])
+    if name != "tags":
+        raise InputError(f"target {name} has no judge: give one of this name under judges")
     wanted = [(i, TAGS.index(tag)) for i, tag in enumerate(value) if tag is not None]
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 

@@ -12,6 +12,7 @@ from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.data.tokenizer import train_bpe
 from ctg_jax.decode import strategies
+from ctg_jax.learn.whole_rows import start_token
 from ctg_jax.methods import diffusion_lm
 from ctg_jax.run.stage import open_lm
 from ctg_jax.stages.sampling import Options, complete
@@ -86,6 +87,15 @@ def test_the_mask_ends_with_the_first_end_token(net):
         assert (row[~real] == SAMPLING.pad).all()
 
 
+def test_an_empty_prompt_gives_no_token_of_a_row(net):
+    lm, control = net
+    prompts = worlds.prompts([[0], [0]])
+    out = strategies.run(lm, None, prompts, control.replace(start=0), SAMPLING)
+    rows = diffusion_lm.infill(control, jnp.zeros((2, 12), int), jnp.zeros((2, 12), bool), {}, prompts.keys, ends=(0,))
+    np.testing.assert_array_equal(out.tokens, jnp.where(out.mask, rows[:, :8], SAMPLING.pad))
+    assert (np.asarray(out.tokens) != np.asarray(strategies.run(lm, None, prompts, control, SAMPLING).tokens)).any()
+
+
 FIT = dict(dim=4, width=8, heads=2, depth=1, length=24, training=dict(steps=5, batch=4, warmup=1, save_every=2))
 GUIDE = dict(fields={"label": 2}, reader_width=8, reader_depth=1, training=dict(steps=2, batch=4))
 
@@ -97,6 +107,7 @@ def test_fit_leaves_a_model_that_loads_and_writes(small):
     model, params, tokenizer = open_lm(lm)
     control = methods.load(artifact, model)
     assert control.target == (("label", 1), ("length", 3), ("tags", (TAGS.index("adj"), -1, TAGS.index("noun"))))
+    assert control.start == start_token(tokenizer) is not None
     np.testing.assert_array_equal(control.tags, tag_table(tokenizer))
     (rows,) = complete(model, params, tokenizer, ["so good"], control, Options(n=2, max_new=5))
     assert len(rows) == 2 and all(0 < len(r["tokens"]) <= 5 for r in rows)
@@ -170,6 +181,8 @@ def test_how_often_a_control_holds_by_hand():
     for name, value, wanted in (
         ("label", 1, [True, False, True]),
         ("label", 0, [False, True, False]),
+        ("food", 1, [False, False, True]),
+        ("food", 0, [True, True, False]),
         ("length", 2, [True, False, False]),  # the last row does not end
         (WITHIN, 4, [True, False, False]),
         (WITHIN, 1, [True, True, False]),
@@ -177,3 +190,48 @@ def test_how_often_a_control_holds_by_hand():
         ("tags", [None, "adj", "noun"], [False, False, True]),
     ):
         assert holds(name, value, rows, liked, tags, (0,)).tolist() == wanted
+    with pytest.raises(InputError, match="target food is 2, but a judge tells 1 from 0 only"):
+        holds("food", 2, rows, liked, tags, (0,))
+    with pytest.raises(InputError, match="target area has no judge: give one of this name under judges"):
+        holds("area", 1, rows, liked, tags, (0,))
+
+
+E2E = [
+    ('"name[Ali], food[Chinese], area[riverside]"', '"Ali, by the river, cooks Chinese dishes."'),
+    ('"name[Zoe], area[city centre]"', "Zoe is in the centre."),
+    ('"name[Bo], food[Italian]"', "Bo is Italian."),
+    ('"name[Cy], food[Fast food], area[riverside]"', '"Cy, fast food at the riverside."'),
+] * 15
+
+
+def test_the_configuration_of_e2e_on_files_in_its_format(small, tmp_path, monkeypatch):
+    """Its data are read, its classes are those of the meaning representations, and its judges know them."""
+    from configs import diffusion_lm as config
+    from experiments import experiment
+
+    root, lm, _ = small
+    folder = tmp_path / "e2e" / "orig"
+    folder.mkdir(parents=True)
+    for name in ("devset", "testset_w_refs"):
+        (folder / f"{name}.csv").write_text("mr,ref\n" + "".join(f"{mr},{ref}\n" for mr, ref in E2E))
+    monkeypatch.setenv("CTG_DATA_DIR", str(tmp_path))
+    settings = config.get_config("e2e").to_dict()
+    arms = experiment.check(settings)
+    assert {"food", "tags", "span", "length", "food_and_length", "agreeing"} <= set(arms)
+    prompts = stage.stage(root, sources.load_data, settings["prompts"]).rows("data.jsonl")
+    assert [p["text"] for p in prompts[:2]] == ["Ali,", "Zoe"] and len(prompts) == 50
+    data = stage.stage(root, sources.load_data, arms["food"].data)
+    assert data.rows("data.jsonl")[0]["text"].endswith("Chinese dishes.")
+    guide = arms["food"].fit["guide"] | dict(reader_width=8, reader_depth=1, training=dict(steps=2, batch=4))
+    made = diffusion_lm.fit(root, lm=lm, data=data, guide=guide, aim=dict(target=dict(food=1, area=1)), **FIT)
+    control = methods.load(made, open_lm(lm)[0])
+    assert dict(control.fields) == dict(food=4, area=2) and control.target == (("area", 1), ("food", 1))
+    assert [mentioned(r, guide["mentions"]["food"], "mr", "it") for r in data.rows("data.jsonl")[:4]] == [1, 0, 2, 3]
+    assert config.chinese("It is", " a chinese place") == 1 and config.chinese("", "an Indian place") == 0
+    assert config.riverside("", "near the River") == 1 and config.riverside("", "a driver") == 0
+    with pytest.raises(InputError, match=r"record 0 of .* has no text under 'facts': name the field"):
+        diffusion_lm.fit(root, lm=lm, data=data, guide=guide | dict(reads="facts"), **FIT)
+    with pytest.raises(InputError, match=r"mentions food is 'food\[Chinese\]', expected a list of texts, under a name"):
+        diffusion_lm.fit(root, lm=lm, data=data, guide=guide | dict(mentions=dict(food="food[Chinese]")), **FIT)
+    with pytest.raises(InputError, match="fields and mentions are empty"):
+        diffusion_lm.fit(root, lm=lm, data=data, guide=dict(reads="mr"), **FIT)

@@ -135,9 +135,11 @@ def test_fit(small, documents):
     parts = [tokenizer.encode([t])[0] for t in ("Bad.", " Awful day.", " Sad and bad.", " So sad.")]
     assert control.span == round(rows.tokens / 7)
     np.testing.assert_array_equal(said[n:][: len(parts[0]) + 1], [3] * len(parts[0]) + [4])
-    again = time_control.fit(root, lm=lm, data=documents, sentences=dict(least=3), variance="unit", span=5, **TINY)
+    whole = len(jax.tree.leaves(control.delta))
+    one = dict(variance="unit", span=5, adapter=dict(targets=".*/mlp/up/kernel"))
+    again = time_control.fit(root, lm=lm, data=documents, sentences=dict(least=3), **one, **TINY)
     control = methods.load(again, open_lm(lm)[0])
-    assert control.span == 5
+    assert control.span == 5 and len(jax.tree.leaves(control.delta)) < whole
     np.testing.assert_array_equal(control.variance, np.ones(3))
 
 

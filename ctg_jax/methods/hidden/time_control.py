@@ -104,11 +104,7 @@ class Plan(Control):
 
     def began(self, state, start):
         pushes, prompt, _ = state
-        return (
-            pushes,
-            prompt,
-            start - prompt,
-        )  # tokens that other controls put before the prompt are no part of the text
+        return pushes, prompt, start - prompt  # what other controls put before the prompt is no part of the text
 
     def hidden(self, h, site, pos, state):
         if isinstance(site, int) and site != 0:
@@ -133,6 +129,7 @@ def init(
     span: int = 12,
     kind: str = "lora",
     rank: int = 8,
+    targets: str | None = None,
     reads: str | None = None,
 ) -> Plan:
     """A plan whose latents are those of a standard bridge and change nothing: `project` is zero.
@@ -140,7 +137,7 @@ def init(
     Args:
       latent: Z. sentences, span, reads: see `Plan`.
       kind: what is trained of the language model: nothing ("frozen"), a change of low rank ("lora", with `rank`) or a
-        change of all weights ("full").
+        change of whole weights ("full"). targets: of the change, see `Adapter`.
 
     Raises:
       InputError: fewer than two sentences, a span or a latent below 1, an unknown kind.
@@ -148,7 +145,8 @@ def init(
     if sentences < 2 or span < 1 or latent < 1:
         raise InputError(f"sentences is {sentences}, span {span} and latent {latent}, expected at least 2, 1 and 1.")
     zero, one = jnp.zeros(latent), jnp.ones(latent)
-    delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), kind=kind, rank=rank)
+    change = dict(kind=kind, rank=rank, targets=targets)
+    delta = None if kind == "frozen" else fitting.delta(lm, rng.stream(key, "delta"), **change)
     return Plan(
         jnp.zeros((lm.width, latent)), zero, one, one, one, one, jnp.ones(()), delta,
         sentences=sentences, span=span, reads=reads,
@@ -188,7 +186,7 @@ def fit(
     return stage(root, time_control, settings, lm=lm, documents=found, latents=latents)
 
 
-@stage_function("time_control")
+@stage_function("time_control", revision=1)
 def time_control(
     run: Run,
     *,
@@ -228,6 +226,7 @@ def time_control(
         span=span or max(1, round(rows.tokens / sum(sizes))),
         kind=adapter.kind,
         rank=adapter.rank,
+        targets=adapter.targets,
     )
     key = jax.random.key(seed)
     control = init(model, rng.stream(key, "init"), **made)

@@ -52,7 +52,7 @@ def load(
     applied, because rules of decoding are controls here.
     """
     folder = resolve(path_or_id)
-    family, config = _family(folder, DECODERS, "decoder")
+    family, config = family_of(folder, DECODERS, "decoder")
     _warn_of_rules(folder)
     checkpoint = Checkpoint(folder, family.prefix, family.aliases)
     lm = _configure(folder, family, config, checkpoint, dtype)
@@ -65,7 +65,7 @@ def check(path_or_id: str | os.PathLike) -> Transformer:
     Raises and warns as `load`.
     """
     folder = resolve(path_or_id)
-    family, config = _family(folder, DECODERS, "decoder")
+    family, config = family_of(folder, DECODERS, "decoder")
     _warn_of_rules(folder)
     checkpoint = Checkpoint(folder, family.prefix, family.aliases)
     lm = _configure(folder, family, config, checkpoint, "float32")
@@ -76,7 +76,7 @@ def check(path_or_id: str | os.PathLike) -> Transformer:
 def shape(path_or_id: str | os.PathLike, *, dtype: str = "float32") -> Transformer:
     """The decoder that `load` gives, without its parameters: of the weights the headers alone are read."""
     folder = resolve(path_or_id)
-    family, config = _family(folder, DECODERS, "decoder")
+    family, config = family_of(folder, DECODERS, "decoder")
     return _configure(folder, family, config, Checkpoint(folder, family.prefix, family.aliases), dtype)
 
 
@@ -89,7 +89,7 @@ def load_encoder(
     the mean over tokens. Arguments and errors as in `load`.
     """
     folder = resolve(path_or_id)
-    family, config = _family(folder, ENCODERS, "encoder")
+    family, config = family_of(folder, ENCODERS, "encoder")
     fields, project = read_sentence(folder)
     also = {"project.": project} if project else {}
     checkpoint = Checkpoint(folder, family.prefix, family.aliases, also)
@@ -174,7 +174,12 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
         ) from e
 
 
-def _family(folder: Path, families: Mapping[str, Family], kind: str) -> tuple[Family, Mapping[str, Any]]:
+def family_of(folder: Path, families: Mapping[str, Any], kind: str) -> tuple[Any, Mapping[str, Any]]:
+    """The entry of `families` for the `model_type` of a model's folder, and its config.json.
+
+    Raises:
+      InputError: another type, which is no supported `kind`; quantised weights, or an adapter beside them.
+    """
     config = read_settings(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else None
     if found not in families and isinstance(config, dict) and has_experts(config):

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.models.hf.family import BUFFERS, expect, read_sizes
+from ctg_jax.models.hf import family_of, nested, resolve
+from ctg_jax.models.hf.family import BUFFERS, expect, expect_plain, read_sizes
 from ctg_jax.models.hf.tensors import Checkpoint, Table, dense, tensor
 from ctg_jax.types import InputError, Params
 
@@ -85,8 +85,9 @@ def read_llada(config: Config, checkpoint: Checkpoint) -> tuple[Transformer, Par
     expect(
         config, block_type="llama", block_group_size=1, layer_norm_type="rms", activation_type="silu", rope=True,
         alibi=False, include_bias=False, include_qkv_bias=False, attention_layer_norm=False, input_emb_norm=False,
-        scale_logits=False, weight_tying=False, clip_qkv=None, multi_query_attention=None,
+        scale_logits=False, weight_tying=False, multi_query_attention=None, rope_scaling=None,
     )  # fmt: skip
+    expect_plain(config)
     rows = config.get("embedding_size") or config["vocab_size"]
     names = dict(hidden_size="d_model", num_hidden_layers="n_layers", num_attention_heads="n_heads")
     names |= dict(num_key_value_heads="n_kv_heads", intermediate_size="mlp_hidden_size")
@@ -148,22 +149,13 @@ def load_masked(path_or_id: str | os.PathLike, *, dtype: str = "float32") -> tup
       path_or_id: a folder, or a hub id. dtype: of parameters and computation, whatever the file's.
 
     Raises:
-      InputError: no such folder or hub id; a family that is not one of these; a setting of config.json that the network
-        cannot express; a tensor that is missing, of another shape, or read by nothing.
+      InputError: no such folder or hub id; a family that is not one of these; quantised weights; a setting of
+        config.json that the network cannot express; a tensor that is missing, of another shape, or read by nothing.
     """
-    from ctg_jax.models.hf import nested, resolve
-    from ctg_jax.models.hf.sentence import read_settings
-
     folder = resolve(path_or_id)
-    config = read_settings(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in FAMILIES:
-        raise InputError(
-            f"{folder / 'config.json'}: model_type is {kind!r}, no masked diffusion model that is supported; expected "
-            f"one of {', '.join(FAMILIES)}."
-        )
+    read, config = family_of(folder, FAMILIES, "masked diffusion model")
     try:
-        net, leaves = FAMILIES[kind](config, Checkpoint(Path(folder)))
+        net, leaves = read(config, Checkpoint(folder))
     except KeyError as e:
         raise InputError(f"{folder / 'config.json'}: the entry {e.args[0]!r} is missing, the model needs it.") from e
     net = dataclasses.replace(net, dtype=jnp.dtype(dtype).name, param_dtype=jnp.dtype(dtype).name)

@@ -107,7 +107,7 @@ def main(argv, session):
         batches = sampling.complete(*model, prompts, control, options, cond=cond)
     else:
         blanks = infilling.Blanks(fv.blank, fv.blank_tokens)
-        batches = infilling.fill(*model, [messages.shown(p) for p in prompts], control, options, blanks)
+        batches = infilling.fill(*model, prompts, control, options, blanks)
     lines = (shown(row, fv.format) for batch in batches for row in batch)
     if not fv.out:
         show(lines)

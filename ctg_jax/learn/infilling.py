@@ -79,8 +79,8 @@ def fill(
       options: n, greedy, batch and seed are read.
 
     Raises:
-      InputError: a control that does not write whole rows, a text without a blank or too long for a row, and what
-        `strategies.run` raises.
+      InputError: no texts, a control that does not write whole rows, a text without a blank or too long for a row, and
+        what `strategies.run` raises.
     """
     strategy = strategies.of(control)
     if not isinstance(strategy, WholeRows):
@@ -88,6 +88,8 @@ def fill(
             "the control does not write whole rows, so it cannot fill blanks in a text: give a model that "
             "mdlm or diffusion_lm fitted"
         )
+    if not texts:
+        raise InputError("there are no texts to fill: give at least one with a blank")
     vocab, length = strategy.shape(control)
     end = end_token(tokenizer, "the model")
     rows = np.full((len(texts), length), end, np.int32)

@@ -18,6 +18,7 @@ from ctg_jax.types import InputError
 from experiments import cli, generate
 
 TEXT = "good ___ day"
+CHAT = '{"messages": [{"role": "user", "content": "a ___ b"}]}'
 
 
 SHAPES = {"mdlm": {}, "diffusion_lm": dict(dim=4, calls=4)}
@@ -89,7 +90,7 @@ def test_one_missing_token_is_drawn_from_what_the_network_predicts(small, models
     assert np.abs(share - p / p.sum()).sum() / 2 < 0.1 and p.max() / p.sum() > 0.04
 
 
-def test_the_front_door_and_the_script(small, models, capsys):
+def test_the_front_door_and_the_script(small, models, capsys, tmp_path):
     root, lm, _ = small
     door = Model(lm)
     control = Mix((Part(methods.load(models["mdlm"], open_lm(lm)[0]), models["mdlm"]),))
@@ -103,6 +104,14 @@ def test_the_front_door_and_the_script(small, models, capsys):
     assert capsys.readouterr().out == one.replace("\n", "\\n") + "\n"
     assert cli.run(generate.main, [*flags, "--blank=___", "--stop=day", TEXT]) == 2
     assert "--stop has no meaning for texts with blanks" in capsys.readouterr().err
+    asked = tmp_path / "asked.jsonl"
+    for line, words in [
+        ("", "there are no texts to fill"),
+        (CHAT, "text 1 is [{'role': 'user', 'content'"),
+    ]:
+        asked.write_text(line)
+        assert cli.run(generate.main, [*flags, "--blank=___", f"--file={asked}"]) == 2
+        assert words in capsys.readouterr().err
     assert cli.run(generate.main, [*flags, "--blank=___", "--max_new=9", TEXT]) == 2
     assert "--max_new has no meaning for texts with blanks" in capsys.readouterr().err
 

@@ -31,6 +31,7 @@ class How:
         over the deviation of that step ("mean"), as the authors have it; see `steered`.
       floor: what Adagrad starts its sum of squares with: entries whose gradient is far below its root stay in place.
         With 0, as the authors have it, every entry moves by `rate` however small its gradient is.
+      start: the token of an empty prompt, which rows do not begin with; None: they do (`whole_rows.start_token`).
     """
 
     calls: int = 100
@@ -41,6 +42,7 @@ class How:
     coef: float = 0.01
     floor: float = 1e-4
     pull: str = "drawn"
+    start: int | None = None
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:

@@ -1,6 +1,8 @@
 """How Diffusion-LM writes: what is given stays, rows are the same alone, what is fitted reads back and goes on where it
 stopped, bad input."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +92,7 @@ def test_the_mask_ends_with_the_first_end_token(net):
 def test_an_empty_prompt_gives_no_token_of_a_row(net):
     lm, control = net
     prompts = worlds.prompts([[0], [0]])
-    out = strategies.run(lm, None, prompts, control.replace(start=0), SAMPLING)
+    out = strategies.run(lm, None, prompts, control.replace(how=dataclasses.replace(control.how, start=0)), SAMPLING)
     rows = diffusion_lm.infill(control, jnp.zeros((2, 12), int), jnp.zeros((2, 12), bool), {}, prompts.keys, ends=(0,))
     np.testing.assert_array_equal(out.tokens, jnp.where(out.mask, rows[:, :8], SAMPLING.pad))
     assert (np.asarray(out.tokens) != np.asarray(strategies.run(lm, None, prompts, control, SAMPLING).tokens)).any()
@@ -107,7 +109,7 @@ def test_fit_leaves_a_model_that_loads_and_writes(small):
     model, params, tokenizer = open_lm(lm)
     control = methods.load(artifact, model)
     assert control.target == (("label", 1), ("length", 3), ("tags", (TAGS.index("adj"), -1, TAGS.index("noun"))))
-    assert control.start == start_token(tokenizer) is not None
+    assert control.how.start == start_token(tokenizer) is not None
     np.testing.assert_array_equal(control.tags, tag_table(tokenizer))
     (rows,) = complete(model, params, tokenizer, ["so good"], control, Options(n=2, max_new=5))
     assert len(rows) == 2 and all(0 < len(r["tokens"]) <= 5 for r in rows)

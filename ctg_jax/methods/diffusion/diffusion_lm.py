@@ -81,7 +81,6 @@ class WordDiffusion:
       eos: the token that fills a row behind its text. length: S, the tokens of a row.
       fields: (name, classes) of each field that `reader` classifies. target: (control, value) pairs for all rows.
       how: how a text is drawn and steered.
-      start: the token of an empty prompt, which rows do not begin with; None: they do, see `whole_rows.start_token`.
     """
 
     strategy: ClassVar = WordVectorDiffusion()
@@ -97,7 +96,6 @@ class WordDiffusion:
     fields: tuple = struct.field(pytree_node=False, default=())
     target: tuple = struct.field(pytree_node=False, default=())
     how: How = struct.field(pytree_node=False, default=How())
-    start: int | None = struct.field(pytree_node=False, default=None)
 
 
 def init(
@@ -114,7 +112,6 @@ def init(
     reader_width: int = 64,
     reader_depth: int = 2,
     target: Mapping[str, Any] | None = None,
-    start: int | None = None,
     **how: Any,
 ) -> WordDiffusion:
     """An untrained model whose tokens all have tag 0.
@@ -125,7 +122,7 @@ def init(
       fields: name -> number of classes, of the fields that the classifier predicts; None: no classifier.
       reader_width, reader_depth: of the classifier.
       target: control -> value, see the top of this file; tags are names of `TAGS`, or None for any tag.
-      start: see `WordDiffusion`. how: settings of `How`.
+      how: settings of `How`.
 
     Raises:
       InputError: sizes that do not fit each other, an unknown control, or an invalid value of one.
@@ -147,7 +144,7 @@ def init(
     guide = {} if reader is None else reader.init(rng.stream(key, "guide"))
     return WordDiffusion(
         params, guide, jnp.zeros(lm.vocab, jnp.int32), jnp.ones(()), net, reader, eos, length, tuple(fields.items()),
-        given, How(**how), start,
+        given, How(**how),
     )  # fmt: skip
 
 
@@ -183,7 +180,7 @@ def infill(
 
 @partial(jax.jit, static_argnames="sampling")
 def _write(prompts, control, sampling, banned):
-    tokens, given, size = placed(prompts, control.length, control.start)
+    tokens, given, size = placed(prompts, control.length, control.how.start)
     behind = jnp.arange(control.length)[None, :] - size
     aims = requested(control.target, prompts)
     if "words" in aims:
@@ -332,6 +329,6 @@ def aimed(
     """Stage: sets what a trained model is steered towards (see `init`) and how it samples (see `How`)."""
     model, _, tokenizer = open_lm(lm)
     how = dict(calls=calls, sampler=sampler, clamp=clamp, updates=updates, rate=rate, coef=coef, floor=floor, pull=pull)
-    hp = network.spec["init"] | dict(target=dict(target or {}), start=start_token(tokenizer), **how)
+    hp = network.spec["init"] | dict(target=dict(target or {}), **how, start=start_token(tokenizer))
     control, old = init(model, jax.random.key(0), **hp), methods.load(network, model)
     keep(run, control.replace(params=old.params, guide=old.guide, tags=old.tags), "diffusion_lm", hp)

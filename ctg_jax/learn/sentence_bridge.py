@@ -122,13 +122,13 @@ def loss(others: int = 31, ends: float = 1.0) -> losses.LossFn:
 
         drawn = bridge.encode(params, frozen["sentences"][jax.vmap(middles)(rng.named(keys, "others"))])
         mean, variance = bridge.moments(z0, zT, *(times[:, i] for i in range(3)))
-        told = bridge.contrast(mean, variance, zt, drawn)
+        nats = bridge.contrast(mean, variance, zt, drawn)
         is_first = times[:, 0] == 0
         is_last = times[:, 2] == frozen["count"][batch["document"]] - 1
         pinned = is_first * jnp.mean(z0**2, axis=1) + is_last * jnp.mean((zT - 1) ** 2, axis=1)
-        count = jnp.float32(told.shape[0])
-        parts = {"contrast": (jnp.sum(told), count), "ends": (jnp.sum(pinned), count)}
-        return Sum(jnp.sum(told) + ends * jnp.sum(pinned), count, parts)
+        count = jnp.float32(nats.shape[0])
+        parts = {"contrast": (jnp.sum(nats), count), "ends": (jnp.sum(pinned), count)}
+        return Sum(jnp.sum(nats) + ends * jnp.sum(pinned), count, parts)
 
     return total
 

@@ -48,6 +48,13 @@ def holds(name, value, rows, liked, tags, ends):
     return np.asarray([all(i < len(row) and tags[row[i]] == tag for i, tag in wanted) for row in rows])
 
 
+def columns(targets):
+    """The columns of the table, title -> (name, value): each value of each target once, a length also within two."""
+    found = {f"{name} {value}": (name, value) for target in targets for name, value in target.items()}
+    near = {f"{WITHIN} {value}": (WITHIN, value) for name, value in found.values() if name == "length"}
+    return found | near
+
+
 def main(argv, session):
     values, _ = cli.parse(argv, lambda fv: cli.config_flag(fv, argv), __doc__)
     config = cli.chosen(values)
@@ -59,11 +66,8 @@ def main(argv, session):
     thresholds = {name: open_judge(inputs.judge(session, name, judge)).threshold for name, judge in judges.items()}
     arms = experiment.check(settings)
     asked = {label: dict(getattr(arm, "fit", {}).get("aim", {}).get("target", {})) for label, arm in arms.items()}
-    every = {key: value for target in asked.values() for key, value in target.items()}
-    every |= {WITHIN: every["length"]} if "length" in every else {}
-    lines = [
-        " | ".join(["", "arm", *(f"{k} {v}" for k, v in every.items()), "all of its targets", "pooled perplexity", ""])
-    ]
+    every = columns(asked.values())
+    lines = [" | ".join(["", "arm", *every, "all of its targets", "pooled perplexity", ""])]
     lines.append("|---" * (len(every) + 3) + "|")
     for result in results:
         samples = open_artifact(result.samples.path).rows("samples.jsonl")
@@ -71,10 +75,10 @@ def main(argv, session):
         rows = [r["tokens"] for r in samples]
         liked = {name: np.asarray([s["scores"][name] >= t for s in scores]) for name, t in thresholds.items()}
         liked = {"label": next(iter(liked.values()))} | liked
-        found = {key: holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in every.items()}
+        found = [holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in every.values()]
         mine = [holds(key, value, rows, liked, tags, tokenizer.ends) for key, value in asked[result.label].items()]
         fluency = next(m for m in result.figures.metrics() if m["name"] == "perplexity_pooled")
-        shares = [f"{found[key].mean():.3f}" for key in every]
+        shares = [f"{share.mean():.3f}" for share in found]
         both = f"{np.all(mine, axis=0).mean():.3f}" if mine else "–"
         spread = "{value:,.4g} [{low:,.4g}, {high:,.4g}]".format(**fluency)
         lines.append(" | ".join(["", result.label, *shares, both, spread, ""]))

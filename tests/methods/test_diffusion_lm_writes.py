@@ -176,7 +176,7 @@ def test_bad_input(net, small):
 
 
 def test_how_often_a_control_holds_by_hand():
-    from experiments.diffusion_controls import WITHIN, holds
+    from experiments.diffusion_controls import WITHIN, columns, holds
 
     rows, liked, tags = [[3, 4, 0], [3, 0], [4, 3, 4]], [True, False, True], np.asarray([0, 0, 0, 9, 10])
     assert (TAGS[9], TAGS[10]) == ("adj", "noun")
@@ -192,6 +192,8 @@ def test_how_often_a_control_holds_by_hand():
         ("tags", [None, "adj", "noun"], [False, False, True]),
     ):
         assert holds(name, value, rows, liked, tags, (0,)).tolist() == wanted
+    asked = [dict(tags=["adj"], length=2), {}, dict(tags=["noun"], length=2)]  # two arms ask for different tags
+    assert list(columns(asked)) == ["tags ['adj']", "length 2", "tags ['noun']", f"{WITHIN} 2"]
     with pytest.raises(InputError, match="target food is 2, but a judge tells 1 from 0 only"):
         holds("food", 2, rows, liked, tags, (0,))
     with pytest.raises(InputError, match="target area has no judge: give one of this name under judges"):

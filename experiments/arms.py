@@ -7,7 +7,7 @@
     Together    other arms in one chain                       chain: label -> strength; strengths or kl multiply them
     BestOf      the best of n samples by the first reward     best_of: (n, …), rewards
     Corrected   samples, revised by a fitted corrector        correct: {"turns": n, "drafts": n}, method, fit, data
-    Searched    a search of the language model or of a chain  search, rewards, chain
+    Searched    a search of the language model or of a chain  search, rewards or critic, chain
     Consensus   of n samples the one most like the others     consensus: (n, …), similarity, chain
 
 Every arm may have `filter` (options of `ctg_jax.controls.truncate`, and `speculate`, see `stages.sampling.build`) and

@@ -65,7 +65,7 @@ def main(argv, session):
     lm = inputs.language_model(session, settings["lm"])
     name, options = next(iter(settings["judges"].items()))
     judge = judges.open_judge(inputs.judge(session, name, options))
-    texts = stage(session, sources.load_data, settings["calibrate"]["data"]).rows("data.jsonl")
+    texts = stage(session, sources.load_data, measure["data"]).rows("data.jsonl")
     prompts = stage(session, sources.load_data, settings["prompts"]).rows("data.jsonl")
     model, candidates = Model(lm), {}
     for label, arm in arms.items():
@@ -77,20 +77,14 @@ def main(argv, session):
         [prompt_of(row) for row in prompts],
         lambda text: float(judge([""], [text])[0]),
         texts=[row["messages"] if has_messages(row) else row["text"] for row in texts],
-        kl=levels.pop(),
-        **options_of(settings),
+        kl=kl,
+        **{key: measure[key] for key in ("tokens", "prompt") if key in measure},
+        **(sample.pop("filter", None) or {}),
+        **sample,
     )
     lines = ["| candidate | strength | kl | score | error |", "|:--|--:|--:|--:|--:|"]
     lines += [f"| {c.name} | {c.strength:.4g} | {c.kl:.3g} | {c.score:.3f} | {c.error:.3f} |" for c in choices]
     return "\n".join(lines) if processes.first() else None
-
-
-def options_of(settings):
-    """The options of `ctg_jax.choose` in the sections calibrate and sample; the batch is that of writing."""
-    measure, sample = settings["calibrate"], settings["sample"]
-    found = {key: value for key, value in measure.items() if key not in ("data", "batch")}
-    found |= {key: sample[key] for key in ("n", "max_new", "batch", "seed") if key in sample}
-    return found | dict(sample.get("filter") or {})
 
 
 if __name__ == "__main__":

@@ -182,9 +182,10 @@ def test_the_door(opened, tmp_path):
         ctg.calibrate(mix, lm, [], kl=0.2)
     with pytest.raises(InputError, match="text 2 is too short for a prompt of 1 and a token behind it"):
         ctg.calibrate(mix, lm, ["the food was", "a"], kl=0.2)
-    for name in ("prompt", "tokens", "batch"):
-        with pytest.raises(InputError, match=f"{name} is 0, expected at least 1"):
-            Divergence(*opened[1:], TEXTS, **{name: 0})
+    for wrong in (dict(prompt=0), dict(tokens=0), dict(batch=0), dict(prompt=1.5)):
+        ((name, value),) = wrong.items()
+        with pytest.raises(InputError, match=f"{name} is {value}, expected a whole number of at least 1"):
+            ctg.calibrate(mix, lm, TEXTS, kl=0.2, **wrong)
     with pytest.raises(InputError, match="lm is str"):
         ctg.calibrate(mix, "lm", TEXTS, kl=0.2)
 

@@ -55,7 +55,8 @@ class Divergence:
       cond: entries of `prompts.cond`, name -> array with a row for each text.
 
     Raises:
-      InputError: no texts, `prompt`, `tokens` or `batch` below 1, or a text with nothing behind its prompt.
+      InputError: no texts, a prompt, a batch or a number of tokens that is no whole number above 0, or a text with
+        nothing behind its prompt.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class Divergence:
     ):
         if not len(texts):
             raise InputError("there are no texts to measure the KL on: give at least one")
-        for name, value in (("prompt", prompt), ("tokens", tokens), ("batch", batch)):
-            if value < 1:
-                raise InputError(f"{name} is {value}, expected at least 1")
+        for name, value in dict(prompt=prompt, tokens=tokens, batch=batch).items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
         self.lm, self.params, self._known = lm, params, tokenizer.known(lm.vocab)
         heads, tails = zip(*(_parts(tokenizer, text, i, prompt, tokens) for i, text in enumerate(texts)))
         batch = min(batch, len(texts))

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-FEW = 8  # rows that a CPU multiplies one by one, by a kernel of between these numbers of entries
+FEW = 8  # rows that a CPU multiplies one by one, by a kernel with a number of entries between these
 SIZES = (2**18, 2**22)
 
 
@@ -37,13 +37,40 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
     as the products of eight rows, and from the second row on the kernel is in the processor's cache where it fits."""
     dtype = jnp.dtype(dtype)
     rows, kernel = x.reshape(-1, x.shape[-1]).astype(dtype), kernel.astype(dtype)
+    if len(rows) == 1 and jax.default_backend() == "gpu":
+        # One row only reads the kernel, and a GPU's matrix units read it at a third of the speed of a plain sum.
+        y = jnp.sum(kernel.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)[None]
+    elif dtype == jnp.float32:
+        few = 1 < len(rows) <= FEW and SIZES[0] <= kernel.size <= SIZES[1] and jax.default_backend() == "cpu"
+        y = lax.map(lambda row: _products(row[None], kernel)[0], rows) if few else _products(rows, kernel)
+    else:
+        y = _rounded_products(rows, kernel)
+    return y.astype(out or dtype).reshape(*x.shape[:-1], len(kernel))
 
-    def product(rows):
-        return lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-    few = 1 < len(rows) <= FEW and SIZES[0] <= kernel.size <= SIZES[1] and jax.default_backend() == "cpu"
-    y = lax.map(lambda row: product(row[None])[0], rows) if few else product(rows)
-    return y.astype(out or dtype).reshape(*x.shape[:-1], kernel.shape[0])
+def _products(x, w, over=(1, 1)):
+    return lax.dot_general(x, w, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _rounded_products(x, w):
+    """x [R, in] times w [out, in] transposed, float32 [R, out]. Its cotangent, which is float32 as the sums are, is
+    rounded to the dtype of x before the two products of the backward pass. Otherwise they would be products of float32,
+    for which a GPU needs 1.4 times as long a training step."""
+    return _products(x, w)
+
+
+def _forward(x, w):
+    return _products(x, w), (x, w)
+
+
+def _backward(kept, g):
+    x, w = kept
+    g = g.astype(x.dtype)
+    return _products(g, w, (1, 0)).astype(x.dtype), _products(g, x, (0, 0)).astype(w.dtype)
+
+
+_rounded_products.defvjp(_forward, _backward)
 
 
 class Dense(nn.Module):

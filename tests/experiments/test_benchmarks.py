@@ -92,8 +92,10 @@ def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypat
     assert bench.main(["--dry", f"--out={tmp_path}"]) == 0
     saved = json.loads((tmp_path / "accelerator.json").read_text())
     assert saved["device"]["bandwidth"] > 0 and saved["device"]["matrix"] > 0
-    assert {row["section"] for row in saved["rows"]} == {"decoding", "controls", "banks", "training"}
-    assert all(row.keys() & {"tok_s", "relative"} for row in saved["rows"])
+    ran = {"decoding", "controls", "banks", "training", "quark", "dglm", "latent vectors"}
+    assert {row["section"] for row in saved["rows"]} == ran | {"broken"}
+    assert [r["left_out"] for r in saved["rows"] if "left_out" in r] == ["ValueError: no such kernel | here"]
+    assert all(row.keys() & {"speed", "relative", "left_out"} for row in saved["rows"])
     banks = [row for row in saved["rows"] if row["section"] == "banks"]
     kinds = [row["what"].partition(", ")[2] for row in banks]
     assert kinds == [f"{k}, {n} distinct" for k in ("steer", "lora") for n in (0, 1, 4)]

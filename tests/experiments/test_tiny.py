@@ -183,11 +183,6 @@ def test_choose_ranks_the_arms_at_one_kl(call, tmp_path, monkeypatch):
     assert code == 2 and "the arms of the configuration have no kl in common" in err
 
 
-def test_choose_reads_its_options_from_two_sections_that_may_both_have_a_batch():
-    sections = dict(calibrate=dict(data={}, tokens=8, batch=2), sample=dict(n=2, batch=4, filter=dict(top_p=0.9)))
-    assert choose.options_of(sections) == dict(tokens=8, n=2, batch=4, top_p=0.9)
-
-
 def test_references_are_data_of_the_evaluation(root, tmp_path):
     """A section of `evaluate`, not a setting; without an encoder it is refused in one sentence."""
     config = cli.config_of(f"{HERE / 'configs/truncate.py'}:tiny")

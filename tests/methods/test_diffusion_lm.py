@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import methods, rng
-from ctg_jax.data.labels import mentioned
-from ctg_jax.data.pipeline import Batches
-from ctg_jax.data.tags import TAGS, tag_table
-from ctg_jax.data.tokenizer import train_bpe
-from ctg_jax.decode import strategies
+from ctg_jax import rng
 from ctg_jax.learn import losses
 from ctg_jax.learn.diffusion_losses import word_loss
 from ctg_jax.methods import diffusion_lm
@@ -23,11 +18,7 @@ from ctg_jax.models import samplers, word_diffusion
 from ctg_jax.models.diffusion import Schedule, alpha_sigma
 from ctg_jax.models.word_control import How, energy, steered
 from ctg_jax.models.word_diffusion import vectors
-from ctg_jax.run import stage
-from ctg_jax.run.stage import open_lm
-from ctg_jax.stages import sources
-from ctg_jax.stages.sampling import Options, complete
-from ctg_jax.types import InputError, Sampling
+from ctg_jax.types import InputError
 
 V, S = 3, 3
 LM = worlds.tiny(vocab=V)
@@ -247,137 +238,3 @@ def test_the_loss_is_the_sum_of_its_three_parts():
     total, _ = losses.masked_sum(error[:7], free[:7])
     assert parts["error"] == pytest.approx(float(total), rel=1e-6)
     assert 0 < float(rounding.mean()) < 1
-
-
-FIT = dict(dim=4, width=8, heads=2, depth=1, length=24, training=dict(steps=5, batch=4, warmup=1, save_every=2))
-GUIDE = dict(fields={"label": 2}, reader_width=8, reader_depth=1, training=dict(steps=2, batch=4))
-
-
-def test_fit_leaves_a_model_that_loads_and_writes(small):
-    root, lm, data = small
-    aim = dict(target={"label": 1, "length": 3, "tags": ["adj", None, "noun"]}, calls=3)
-    artifact = diffusion_lm.fit(root, lm=lm, data=data, guide=GUIDE, aim=aim, **FIT)
-    model, params, tokenizer = open_lm(lm)
-    control = methods.load(artifact, model)
-    assert control.target == (("label", 1), ("length", 3), ("tags", (TAGS.index("adj"), -1, TAGS.index("noun"))))
-    np.testing.assert_array_equal(control.tags, tag_table(tokenizer))
-    (rows,) = complete(model, params, tokenizer, ["so good"], control, Options(n=2, max_new=5))
-    assert len(rows) == 2 and all(0 < len(r["tokens"]) <= 5 for r in rows)
-
-
-def test_training_goes_on_where_it_was_cut_short(small, tmp_path, monkeypatch):
-    root, lm, data = small
-    whole = diffusion_lm.fit(root, lm=lm, data=data, **FIT).load()
-    reads, real = [], Batches.__next__
-
-    def cut(self):
-        reads.append(1)
-        if len(reads) == 4:
-            raise KeyboardInterrupt
-        return real(self)
-
-    monkeypatch.setattr(Batches, "__next__", cut)
-    with pytest.raises(KeyboardInterrupt):
-        diffusion_lm.fit(tmp_path, lm=lm, data=data, **FIT)
-    reads[:] = [0] * 10
-    again = diffusion_lm.fit(tmp_path, lm=lm, data=data, **FIT).load()
-    assert len(reads) - 10 < 5
-    jax.tree.map(np.testing.assert_array_equal, again, whole)
-
-
-def test_tags_of_tokens():
-    tokenizer = train_bpe(["The soup was delicious and the waiter was truly rude ."] * 50, 320)
-    tags = tag_table(tokenizer)
-    tagged = {tokenizer.decode([[i]])[0]: TAGS[t] for i, t in enumerate(tags)}
-    wanted = {" soup": "noun", " was": "verb", " delicious": "adj", " the": "det", " truly": "adv", "The": "det"}
-    assert {w: tagged[w] for w in wanted} == wanted
-    assert TAGS[tags[tokenizer.eos]] == "end" and tagged["."] == "punct" and tagged["l"] == "part"
-
-
-def test_bad_input(net, small):
-    lm, control = net
-    init = lambda **hp: diffusion_lm.init(lm, jax.random.key(0), **{"width": 16, "length": 12, **hp})  # noqa: E731
-    for message, call in {
-        "sampler is 'euler', expected": lambda: init(sampler="euler"),
-        "expected clamp from 0 to 1": lambda: init(clamp=2.0),
-        "calls from 1": lambda: init(calls=0),
-        "fields is .* expected names other than length": lambda: init(fields={"length": 2}),
-        "target names 'mood', expected one of": lambda: init(target={"mood": 1}),
-        "target label is 2, expected a class": lambda: init(fields={"label": 2}, target={"label": 2}),
-        "target tags has 'verbs', expected": lambda: init(target={"tags": ["verbs"]}),
-        "cond names 'mood', expected one of": lambda: write(net, cond={"mood": np.zeros(3, int)}),
-        r"tags has shape \(3,\), expected \[3, up to 8\]": lambda: write(net, cond={"tags": np.zeros(3, int)}),
-        r"words has shape \(3, 9\)": lambda: write(net, cond={"words": np.zeros((3, 9), int)}),
-        "words has values from 11 to 11, expected": lambda: write(net, cond={"words": np.full((3, 2), 11)}),
-        r"length has values from 9 to 9, expected -1 \(none\) to 8": lambda: write(net, cond={"length": np.full(3, 9)}),
-        "label has values from 2 to 2": lambda: write(net, cond={"label": np.full(3, 2)}),
-        "rows of 12 tokens were trained on": lambda: strategies.run(
-            lm, None, worlds.prompts(ROWS), control, Sampling(max_new=10)
-        ),
-        "control has 11 tokens and the model 3": lambda: strategies.run(
-            LM, None, worlds.prompts(ROWS), control, Sampling()
-        ),
-        "no record of .* has the label 2": lambda: diffusion_lm.fit(
-            small[0], lm=small[1], data=small[2], guide=GUIDE | dict(fields={"label": 3}), **FIT
-        ),
-    }.items():
-        with pytest.raises(InputError, match=message):
-            call()
-
-
-def test_how_often_a_control_holds_by_hand():
-    from experiments.diffusion_controls import WITHIN, holds
-
-    rows, tags = [[3, 4, 0], [3, 0], [4, 3, 4]], np.asarray([0, 0, 0, 9, 10])
-    liked = {"label": np.array([True, False, True]), "food": np.array([False, False, True])}
-    assert (TAGS[9], TAGS[10]) == ("adj", "noun")
-    for name, value, wanted in (
-        ("label", 1, [True, False, True]),
-        ("label", 0, [False, True, False]),
-        ("food", 2, [False, False, True]),
-        ("length", 2, [True, False, False]),  # the last row does not end
-        (WITHIN, 4, [True, False, False]),
-        (WITHIN, 1, [True, True, False]),
-        ("tags", ["adj", None], [True, True, False]),
-        ("tags", [None, "adj", "noun"], [False, False, True]),
-    ):
-        assert holds(name, value, rows, liked, tags, (0,)).tolist() == wanted
-
-
-E2E = [
-    ('"name[Ali], food[Chinese], area[riverside]"', '"Ali, by the river, cooks Chinese dishes."'),
-    ('"name[Zoe], area[city centre]"', "Zoe is in the centre."),
-    ('"name[Bo], food[Italian]"', "Bo is Italian."),
-    ('"name[Cy], food[Fast food], area[riverside]"', '"Cy, fast food at the riverside."'),
-] * 15
-
-
-def test_the_configuration_of_e2e_on_files_in_its_format(small, tmp_path, monkeypatch):
-    """Its data are read, its classes are those of the meaning representations, and its judges know them."""
-    from configs import diffusion_lm as config
-    from experiments import experiment
-
-    root, lm, _ = small
-    folder = tmp_path / "e2e" / "orig"
-    folder.mkdir(parents=True)
-    for name in ("devset", "testset_w_refs"):
-        (folder / f"{name}.csv").write_text("mr,ref\n" + "".join(f"{mr},{ref}\n" for mr, ref in E2E))
-    monkeypatch.setenv("CTG_DATA_DIR", str(tmp_path))
-    settings = config.get_config("e2e").to_dict()
-    arms = experiment.check(settings)
-    assert {"food", "tags", "span", "length", "food_and_length", "agreeing"} <= set(arms)
-    prompts = stage.stage(root, sources.load_data, settings["prompts"]).rows("data.jsonl")
-    assert [p["text"] for p in prompts[:2]] == ["Ali,", "Zoe"] and len(prompts) == 50
-    data = stage.stage(root, sources.load_data, arms["food"].data)
-    assert data.rows("data.jsonl")[0]["text"].endswith("Chinese dishes.")
-    guide = arms["food"].fit["guide"] | dict(reader_width=8, reader_depth=1, training=dict(steps=2, batch=4))
-    made = diffusion_lm.fit(root, lm=lm, data=data, guide=guide, aim=dict(target=dict(food=1, area=1)), **FIT)
-    control = methods.load(made, open_lm(lm)[0])
-    assert dict(control.fields) == dict(food=4, area=2) and control.target == (("area", 1), ("food", 1))
-    assert [mentioned(r, guide["mentions"]["food"], "mr", "it") for r in data.rows("data.jsonl")[:4]] == [1, 0, 2, 3]
-    assert config.chinese("It is", " a chinese place") == 1 and config.chinese("", "an Indian place") == 0
-    assert config.riverside("", "near the River") == 1 and config.riverside("", "a driver") == 0
-    with pytest.raises(InputError, match=r"record 0 of .* has no text under 'facts': name the field"):
-        diffusion_lm.fit(root, lm=lm, data=data, guide=guide | dict(reads="facts"), **FIT)
-    with pytest.raises(InputError, match="fields and mentions are empty"):
-        diffusion_lm.fit(root, lm=lm, data=data, guide=dict(reads="mr"), **FIT)

@@ -10,13 +10,16 @@ import pytest
 from laws import worlds
 
 from ctg_jax import methods
+from ctg_jax.data.labels import mentioned
 from ctg_jax.data.pipeline import Batches
 from ctg_jax.data.tags import TAGS, tag_table
 from ctg_jax.data.tokenizer import train_bpe
 from ctg_jax.decode import strategies
 from ctg_jax.learn.whole_rows import start_token
 from ctg_jax.methods import diffusion_lm
+from ctg_jax.run import stage
 from ctg_jax.run.stage import open_lm
+from ctg_jax.stages import sources
 from ctg_jax.stages.sampling import Options, complete
 from ctg_jax.types import InputError, Sampling
 
@@ -178,7 +181,8 @@ def test_bad_input(net, small):
 def test_how_often_a_control_holds_by_hand():
     from experiments.diffusion_controls import WITHIN, columns, holds
 
-    rows, liked, tags = [[3, 4, 0], [3, 0], [4, 3, 4]], [True, False, True], np.asarray([0, 0, 0, 9, 10])
+    rows, tags = [[3, 4, 0], [3, 0], [4, 3, 4]], np.asarray([0, 0, 0, 9, 10])
+    liked = {"label": np.array([True, False, True]), "food": np.array([False, False, True])}
     assert (TAGS[9], TAGS[10]) == ("adj", "noun")
     for name, value, wanted in (
         ("label", 1, [True, False, True]),

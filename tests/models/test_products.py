@@ -1,4 +1,6 @@
-"""Products of a few rows, which a CPU computes one by one."""
+"""The product that every layer makes: by hand, rounded in both directions, on a GPU, and row by row on a CPU."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,42 @@ import pytest
 
 from ctg_jax.models import layers
 
-KERNEL = jax.random.normal(jax.random.key(0), (512, 512))
+KERNEL = jax.random.normal(jax.random.key(0), (5, 7))
+WIDE = jax.random.normal(jax.random.key(0), (512, 512))  # a kernel for which a CPU takes a few rows one by one
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_reads_the_same_product(monkeypatch, rows, dtype):
+    """One row is a sum on a GPU, several are a product of matrices; gradients as well."""
+    x = jax.random.normal(jax.random.key(1), (rows, 1, 7))
+
+    def loss(x, kernel):
+        y = layers.matmul(x, kernel, dtype, out=jnp.float32)
+        return jnp.sum(jnp.sin(y)), y
+
+    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    (_, y), grads = both(x, KERNEL)
+    np.testing.assert_allclose(y[:, 0], x[:, 0] @ KERNEL.T, atol=1e-5 if dtype == "float32" else 0.1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (_, other), again = both(x, KERNEL)
+    np.testing.assert_allclose(other, y, atol=1e-5)
+    for a, b in zip(grads, again):
+        np.testing.assert_allclose(a, b, atol=1e-5 if dtype == "float32" else 0.05)
+
+
+def test_gradients_of_rounded_products_are_sums_in_float32_of_rounded_numbers():
+    """By hand; and no product of the backward pass has an operand of 32 bits, for which a GPU takes twice as long."""
+    x = jax.random.normal(jax.random.key(1), (3, 7), jnp.bfloat16)
+    w, g = KERNEL.astype(jnp.bfloat16), jax.random.normal(jax.random.key(2), (3, 5))
+    pulled = jax.vjp(lambda x, w: layers.matmul(x, w, "bfloat16", out=jnp.float32), x, w)[1]
+    dx, dw = pulled(g)
+    exact = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (g, w, x)]
+    for found, wanted in ((dx, exact[0] @ exact[1]), (dw, exact[0].T @ exact[2])):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-6)
+    products = re.findall(r"dot_general.*: \((.*)\) ->", jax.jit(pulled).lower(g).as_text())
+    assert len(products) == 2 and not any("f32" in operands.replace("bf16", "") for operands in products)
 
 
 def loops(rows, kernel):
@@ -18,22 +55,22 @@ def loops(rows, kernel):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (4, 2), (3, 3)])
 def test_a_few_rows_are_the_product_and_a_row_alone_is_the_row_among_others(shape):
     x = jax.random.normal(jax.random.key(1), (*shape, 512))
-    found = np.asarray(layers.matmul(x, KERNEL, "float32"))
-    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64).T, atol=2e-4)
+    found = np.asarray(layers.matmul(x, WIDE, "float32"))
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(WIDE, np.float64).T, atol=2e-4)
     if np.prod(shape) <= layers.FEW:
-        alone = layers.matmul(x[:1, :1], KERNEL, "float32")
+        alone = layers.matmul(x[:1, :1], WIDE, "float32")
         np.testing.assert_array_equal(found[:1, :1], alone)
 
 
 def test_which_products_are_computed_row_by_row(monkeypatch):
     few, many, small = jnp.ones((layers.FEW, 512)), jnp.ones((layers.FEW + 1, 512)), jnp.ones((16, 512))
-    assert loops(few, KERNEL) and not loops(few[:1], KERNEL) and not loops(many, KERNEL) and not loops(few, small)
+    assert loops(few, WIDE) and not loops(few[:1], WIDE) and not loops(many, WIDE) and not loops(few, small)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not loops(few, KERNEL)
+    assert not loops(few, WIDE)
 
 
 def test_gradients_and_sweeps_pass_through():
-    x, w = jax.random.normal(jax.random.key(2), (3, 512)), KERNEL
+    x, w = jax.random.normal(jax.random.key(2), (3, 512)), WIDE
 
     def total(product):
         return jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), argnums=(0, 1))(x, w)

@@ -286,7 +286,7 @@ class Transformer:
                 vs.append(v)
                 taps.append(tap(x))
                 tapped.append(y)
-            tapped = tree.stack(tapped)
+            tapped = tree.stack(tapped) if tapped else None  # no layer above the last site
             if cache is not None and not beside:
                 cache = cache.replace(
                     k=tuple(ks),

@@ -8,8 +8,8 @@ README.
 
 `suffix` searches for every prompt while it is decoded: each turn writes and judges up to three texts more, so it costs
 about ten times the base. `prefix` learns what the search finds for a few hundred prompts. Both need a model that can
-answer the question: the small models of reviews go on as reviews do, and the words of a good and of a bad one stand in
-for yes and no. Expected, not measured yet: the share of positive text rises a little with `suffix`, less with `prefix`.
+answer the question. The small models of reviews cannot, so there a word of praise and a word of complaint replace yes
+and no. Expected, not measured yet: the share of positive text rises a little with `suffix`, less with `prefix`.
 `paper` is Llama 2 7B Chat.
 """
 

@@ -64,7 +64,8 @@ class Shift(AtPositions):
     """h + scale · shift after every block, for the tokens of the prompt: a vector of each row, block and token.
 
     Attributes:
-      shift: float32 [B, L, T, D]; of the tokens the first of the prompt comes first, whatever stands before it.
+      shift: float32 [B, L, T, D]; its token t is token t of the prompt, also where padding or
+        vectors come before the prompt.
       scale: float32 [] or, per row, [B].
       positions: the tokens that are edited, of those of the prompt; see `ctg_jax.controls.selection`.
     """

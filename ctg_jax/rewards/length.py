@@ -11,7 +11,7 @@ from typing import Any
 from ctg_jax.rewards.check import checked, readable
 from ctg_jax.types import InputError
 
-# What stands before the number -> (whether it bounds the length from below, from above).
+# The words before the number -> (whether it bounds the length from below, from above).
 _KINDS = {"": (1, 1), "exactly": (1, 1), "equal to": (1, 1), "about": (1, 1)}
 _KINDS |= {"at most": (0, 1), "less than": (0, 1), "at least": (1, 0), "more than": (1, 0)}
 _REQUEST = re.compile(

@@ -110,7 +110,7 @@ def enumerate_all(lm, params, prompt: list[int], n: int, control=IDENTITY) -> di
 
 def where_it_acts(lm, batch: Prompts, new: int, control: Control, before: Control | None = None) -> np.ndarray:
     """bool [2 L + 2, B, T + new]: the sites and tokens, of the prompt and a completion, whose state `control` changes,
-    alone or behind another control that stands before the prompt; never where the prompt is padded."""
+    alone or behind another control that adds vectors before the prompt; never where the prompt is padded."""
     size, acts = batch.tokens.shape[1], []
     params = lm.init(jax.random.key(0))
     control = control.bind(params, params)

@@ -51,17 +51,17 @@ def test_every_token_reaches_its_quantile():
         assert worlds.divergence(wanted, base) > 1  # where it came from
 
 
-def test_every_class_and_what_is_said_of_it_reach_the_base_within_them():
+def test_every_class_and_its_feedback_reach_the_base_within_them():
     """With one threshold (negative-aware training) and words about failures before the prompt (LeTI): on each token and
     behind each remark the policy is the base restricted to the samples that have them."""
     base = worlds.probabilities(LM, PARAMS, PROMPT, NEW)
     limit = float(np.quantile(REWARD, 0.6))
     draws = np.random.default_rng(1).choice(len(base), 8192, p=base / base.sum())
     classes = quark.Sorting(thresholds=(limit,)).tokens(REWARD[draws], 2, 0)
-    remark = np.where(EVERY[:, 0] < 2, 3, 4)  # the token that stands before the prompt of a failure
+    remark = np.where(EVERY[:, 0] < 2, 3, 4)  # the feedback on a failure, a token before the prompt
     heads = np.array([[0, *PROMPT] if good else [remark[i], *PROMPT] for i, good in zip(draws, classes)])
     mask = np.ones(heads.shape, bool)
-    mask[classes == 1, 0] = False  # nothing is said of a success
+    mask[classes == 1, 0] = False  # a success has no feedback
     parts = [
         worlds.written(PROMPT, EVERY[draws[i]], bin=classes[i]) | {"tokens": heads[i], "mask": mask[i]}
         for i in np.array_split(np.random.default_rng(2).permutation(len(draws)), 16)

@@ -39,7 +39,7 @@ cheer.explain = said
 
 
 def count(prompt, text):
-    """The words of a text, of which nothing is said."""
+    """The number of words; this reward gives no feedback."""
     return len(text.split())
 
 

@@ -244,12 +244,12 @@ def time_control(
     batches = completions(
         source, tokenizer, batch=training.batch, prompt=1, new=training.tokens, seed=seed, fields=("plan",)
     )  # fmt: skip
-    told = control.replace(reads="plan", span=1)
-    told = fitting.train(
-        run, told, loss(model), {"params": params}, batches, training.at(adapter.rate),
+    planned = control.replace(reads="plan", span=1)
+    planned = fitting.train(
+        run, planned, loss(model), {"params": params}, batches, training.at(adapter.rate),
         trained=r"project|delta/changes/.*", seed=seed,
     )  # fmt: skip
-    fitting.keep(run, told.replace(reads=None, span=made["span"]), "time_control", made)
+    fitting.keep(run, planned.replace(reads=None, span=made["span"]), "time_control", made)
 
 
 def loss(lm: LM) -> losses.LossFn:

@@ -165,7 +165,7 @@ class Sorting:
         return found
 
 
-def told(pool: Pool) -> np.ndarray:
+def behind_feedback(pool: Pool) -> np.ndarray:
     """The prompts object [n] of a pool, each behind the feedback on its sample.
 
     Raises:
@@ -176,7 +176,7 @@ def told(pool: Pool) -> np.ndarray:
     if pool.has("messages"):
         raise InputError("sorting.feedback is set, which needs prompts that are texts, and these are conversations")
     both = zip(pool.column("feedback"), pool.column("prompt"))
-    return np.array([f"{said}\n{prompt}" if said else prompt for said, prompt in both], object)
+    return np.array([f"{words}\n{prompt}" if words else prompt for words, prompt in both], object)
 
 
 def fit(
@@ -271,7 +271,7 @@ def quark(
     if sorting.thresholds is not None:
         run.record(classes=np.bincount(samples.column("bin")).tolist())
     if sorting.feedback:
-        samples = samples.with_(prompt=told(samples))
+        samples = samples.with_(prompt=behind_feedback(samples))
     if kept := not sorting.feedback and all((a.path / STATES).exists() for a in pool):
         samples = samples.with_(states=States.open(pool))
     if sorting.best_only:

@@ -4,7 +4,7 @@ site of the residual stream, and sums of them that add up over batches."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from ctg_jax.data.messages import Messages, has_messages, is_messages
 from ctg_jax.data.tokenizer import Tokenizer, pad_rows
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
+from ctg_jax.run import checkpoint
+from ctg_jax.run.stage import Artifact, Run, open_lm
 from ctg_jax.types import InputError, Params
 
 STEP = 0.05  # of the length of the stream
@@ -89,6 +91,11 @@ def pooled(lm: LM, params: Params, tokens, mask, read, *, how: str) -> jax.Array
     """float32 [L + 2, B, D], the pooled states of texts at every site: tokens int [B, T], mask bool [B, T], read bool
     [B, T], the tokens whose states are pooled."""
     return lm.apply(params, lm.embed(params, tokens), mask, tap=lambda h: pool(h, read, how), last=1).taps
+
+
+def pooled_rows(lm: LM, params: Params, tokens, mask, read, *, how: str) -> jax.Array:
+    """`pooled` with the texts first, [B, L + 2, D]."""
+    return pooled(lm, params, tokens, mask, read, how=how).transpose(1, 0, 2)
 
 
 def pair_moments(lm: LM, params: Params, with_, without, weight, *, how: str = "last") -> Pairs:
@@ -186,6 +193,52 @@ def batches(
         for row, (_, pooled) in zip(read, found):
             row[: pooled.start] = row[pooled.stop :] = False
         yield tokens, mask, mask.any(1).astype(np.float32), read
+
+
+def read_texts(
+    read: Callable[..., jax.Array],
+    lm: LM,
+    params: Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[Read],
+    *,
+    batch: int,
+    tokens: int,
+    how: str,
+) -> np.ndarray:
+    """[N, …], what `read(params, tokens [B, T], mask [B, T], pooled [B, T])` [B, …] returns for texts, in their order;
+    `batch`, `tokens` (its `length`) and `how` as in `batches`, which raises."""
+    parts = batches(lm, tokenizer, texts, batch, tokens, how)
+    return np.concatenate([np.asarray(read(params, t, mask, pooled))[w > 0] for t, mask, w, pooled in parts])
+
+
+def keep_sides(
+    run: Run,
+    make: Callable[[LM], Callable[..., jax.Array]],
+    lm: Artifact,
+    data: Artifact,
+    *,
+    target: int,
+    limit: int,
+    **how: Any,
+) -> None:
+    """The work of a stage that reads the texts of both sides of labelled records: state is {"with", "without"}, each
+    float32 [N, …], and metrics.jsonl has how many there are.
+
+    Args:
+      make: the function that reads a batch, given the model; it is compiled. See `read_texts`, which has `how` too.
+      target: the label of the texts with the attribute. limit: how many texts are read, half of them of each side.
+
+    Raises:
+      InputError: what `sides` and `batches` raise.
+    """
+    model, params, tokenizer = open_lm(lm)
+    texts = sides(data.rows("data.jsonl"), target, False, str(data.path))
+    read, found = jax.jit(make(model)), {}
+    for side, rows in zip(("with", "without"), texts):
+        found[side] = read_texts(read, model, params, tokenizer, rows[: max(1, limit // 2)], **how)
+        run.log(side=side, texts=len(found[side]))
+    checkpoint.save(run.path / "state", found)
 
 
 def _text(ids: list[int], tokenizer: Tokenizer, how: str) -> tuple[list[int], slice]:

@@ -38,6 +38,15 @@ def fit_probe(x: np.ndarray, y: np.ndarray, inverse_l2: float) -> tuple[np.ndarr
     return w.astype(np.float32), np.float32(intercept[0] - w @ mean)
 
 
+def fit_probes(x: np.ndarray, y: np.ndarray, held: np.ndarray, inverse_l2: float) -> tuple[np.ndarray, ...]:
+    """(w float32 [S, D], b [S], the share [S] that each sorts correctly of the texts it was fitted on, and of the texts
+    held out): `fit_probe` for each of S sites, of what `split` returns, states x [N, S, D], y and held bool [N]."""
+    fitted = [fit_probe(x[~held, s], y[~held], inverse_l2) for s in range(x.shape[1])]
+    w, b = (np.stack(part) for part in zip(*fitted))
+    right = (np.einsum("nsd,sd->ns", x, w) + b[None] > 0) == y[:, None]
+    return w, b, right[~held].mean(0), right[held].mean(0)
+
+
 def choose_sites(accuracy: np.ndarray, gate: np.ndarray, top: int | None, threshold: float) -> np.ndarray:
     """The gate float32 [L + 2] with only the `top` sites of the best accuracy [L + 2] that is at least `threshold`.
 

@@ -65,7 +65,8 @@ def measure(dry, minutes, written=lambda facts, rows: None):
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **device(dry)}
     models, rows, name, params = shapes(dry), [], None, None
     for wanted, section in PLAN:
-        row = {"section": section.__name__, "what": wanted}
+        named = {"section": section.__name__.replace("_", " ")}
+        row = named | {"what": wanted}
         if time.monotonic() > end:
             rows.append(row | {"left_out": "the time was up"})
             continue
@@ -74,8 +75,9 @@ def measure(dry, minutes, written=lambda facts, rows: None):
                 params = None  # one model at a time
                 name, params = wanted, opened(models[wanted])
             for found in section(Bench(name, models[name], params, facts, dry)):
-                rows.append(found)
-                print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in found.items()), sep=", ", flush=True)
+                rows.append(named | found)
+                shown = (f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items())
+                print(*shown, sep=", ", flush=True)
         except Exception as e:  # a kernel that this device lacks, memory: the other sections are still wanted
             rows.append(row | {"left_out": f"{type(e).__name__}: {str(e).splitlines()[0][:150]}"})
             print(rows[-1], flush=True)

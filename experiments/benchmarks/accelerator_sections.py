@@ -1,7 +1,7 @@
 """The sections of `accelerator.py`: each measures one thing on one model and yields rows as it finds them.
 
-A row names its `section` and `what`, with a `speed` in the named `unit`, or figures that are ratios: `relative`,
-`of_bandwidth`, `of_matrix_rate`.
+A row says `what` was measured, with a `speed` in the named `unit`, or figures that are ratios: `relative`,
+`of_bandwidth`, `of_matrix_rate`. Its section is the name of the function.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Bench:
     found: dict
     dry: bool
 
-    def row(self, section: str, what: str, **figures) -> dict:
-        return {"section": section, "what": f"{self.name}, {what}", **figures}
+    def row(self, what: str, **figures) -> dict:
+        return {"what": f"{self.name}, {what}", **figures}
 
     def stacked(self) -> Any:
         """Parameters as training reads them."""
@@ -99,7 +99,7 @@ def decoding(b: Bench):
         cache = 2 * lm.depth * batch * (length + new / 2) * lm.kv_heads * lm.head_dim * width
         floor = new * (weights + cache) / b.found["bandwidth"]
         speed = {"speed": batch * new / seconds, "unit": "tokens/s", "of_bandwidth": floor / seconds}
-        yield b.row("decoding", f"batch {batch}", **speed)
+        yield b.row(f"batch {batch}", **speed)
 
 
 def against_transformers(b: Bench):
@@ -108,10 +108,10 @@ def against_transformers(b: Bench):
         import torch
         import transformers
     except ImportError as e:
-        yield b.row("transformers", "", left_out=str(e))
+        yield b.row("all batches", left_out=str(e))
         return
     if not (torch.cuda.is_available() or b.dry):
-        yield b.row("transformers", "", left_out="PyTorch sees no GPU")
+        yield b.row("all batches", left_out="PyTorch sees no GPU")
         return
     lm, place = b.lm, "cuda" if torch.cuda.is_available() else "cpu"
     sizes = dict(vocab_size=lm.vocab, n_positions=lm.context, n_embd=lm.width, n_layer=lm.depth, n_head=lm.heads)
@@ -128,7 +128,7 @@ def against_transformers(b: Bench):
             with torch.no_grad():
                 return model.generate(ids, **how).cpu().numpy()
 
-        yield b.row("transformers", f"batch {batch}", speed=batch * new / min(runs(run, 2)), unit="tokens/s")
+        yield b.row(f"batch {batch}", speed=batch * new / min(runs(run, 2)), unit="tokens/s")
 
 
 def controls(b: Bench):
@@ -149,7 +149,7 @@ def controls(b: Bench):
 
     for kind, seconds in timed({kind: call(control) for kind, control in kinds.items()}):
         base = base or seconds
-        yield b.row("controls", kind, relative=seconds / base)
+        yield b.row(kind, relative=seconds / base)
 
 
 def banks(b: Bench):
@@ -157,7 +157,7 @@ def banks(b: Bench):
     sizes = dict(batch=4, prompt=4, new=3, repeats=1) if b.dry else dict(batch=256, prompt=16, new=32, repeats=3)
     for row in bank.measure(b.lm, ("steer", "lora"), (0, 1, 4) if b.dry else bank.COUNTS, params=b.params, **sizes):
         what = f"{row['kind']}, {row['distinct']} distinct"
-        yield b.row("banks", what, speed=row["tok_s"], unit="tokens/s", relative=row["relative"])
+        yield b.row(what, speed=row["tok_s"], unit="tokens/s", relative=row["relative"])
 
 
 def training(b: Bench):
@@ -174,7 +174,7 @@ def training(b: Bench):
         seconds = statistics.median(steps(control_loss(b.lm), control, frozen, texts))
         speed = {"speed": batch * length / seconds, "unit": "tokens/s"}
         share = flops * weights * batch * length / seconds / b.found["matrix"]
-        yield b.row("training", kind, **speed, of_matrix_rate=share)
+        yield b.row(kind, **speed, of_matrix_rate=share)
 
 
 def steps(loss, control, frozen, batch) -> list[float]:
@@ -202,8 +202,8 @@ def rounds(b: Bench):
     batch |= {"written": drawn.mask, "bin": jax.random.randint(key, (rows,), 0, 5)}
     some = jax.tree.map(lambda x: x[: max(2, rows // 4)], batch)
     learn = statistics.median(steps(quark.loss(b.lm), control, {"params": b.stacked()}, some))
-    yield b.row("quark", "explore", speed=rows / explore, unit="samples/s")
-    yield b.row("quark", "learn", speed=len(some["ids"]) / learn, unit="samples/s")
+    yield b.row("Quark, explore", speed=rows / explore, unit="samples/s")
+    yield b.row("Quark, learn", speed=len(some["ids"]) / learn, unit="samples/s")
 
 
 def latent_diffusion(b: Bench):
@@ -224,7 +224,7 @@ def latent_diffusion(b: Bench):
         return lambda: generate(b.lm, b.params, prompts, c, Sampling(max_new=new))
 
     for count, seconds in timed({count: call(count) for count in ((2,) if b.dry else (20, 50, 250))}):
-        yield b.row("dglm", f"{count} steps", speed=rows / seconds, unit="samples/s")
+        yield b.row(f"DGLM, {count} steps", speed=rows / seconds, unit="samples/s")
 
 
 def rng_unit(rows, width):
@@ -247,5 +247,5 @@ def latent_vectors(b: Bench):
             return latent_steer.find(b.lm, b.params, control, sentences[:count], z[:count], how)["z"]
 
         speeds[batch] = count / min(runs(find, 2))
-        yield b.row("latent vectors", f"{batch} at once", speed=speeds[batch], unit="sentences/s")
-    yield b.row("latent vectors", "many over one at a time", relative=speeds[many] / speeds[1])
+        yield b.row(f"{batch} at once", speed=speeds[batch], unit="sentences/s")
+    yield b.row("many over one at a time", relative=speeds[many] / speeds[1])

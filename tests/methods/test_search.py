@@ -286,22 +286,25 @@ def test_beam_search_is_that_of_transformers(tmp_path):
             assert mine[0].score == pytest.approx(float(out.sequences_scores[0]), abs=1e-4)
 
 
+def killed(reward, asked, last):
+    """What opens a judge with the scores of a reward, which adds what it is asked to `asked`, and is interrupted before
+    it answers where `last(texts)` is true."""
+
+    def judge(prompts, texts):
+        if last(texts):
+            raise KeyboardInterrupt
+        asked.extend(zip(prompts, texts))
+        return reward(prompts, texts)
+
+    judge.name, judge.threshold, judge.version = reward.name, 0.5, reward.version
+    return lambda artifact: judge
+
+
 def test_the_stage_is_the_best_of_the_samples_and_goes_on_after_a_kill(small, monkeypatch):
     root, lm, _ = small
     letters = rewards.TextReward("letters", "1", lambda rows: [r.count("a") + len(r) / 100 for r in rows])
     asked = []
-
-    def judged(artifact):
-        def one(prompts, texts):
-            if len(asked) + len(texts) > limit:
-                raise KeyboardInterrupt
-            asked.extend(zip(prompts, texts))
-            return letters(prompts, texts)
-
-        one.name, one.threshold, one.version = "letters", 0.5, "1"
-        return one
-
-    monkeypatch.setattr(search, "open_judge", judged)
+    monkeypatch.setattr(search, "open_judge", killed(letters, asked, lambda texts: len(asked) + len(texts) > limit))
     monkeypatch.setattr(experience, "open_judge", lambda artifact: letters)
     path = root / "prompts.jsonl"
     path.write_text('{"text": "good"}\n{"text": "so"}\n{"text": "bad"}\n')
@@ -336,18 +339,11 @@ def test_a_search_over_segments_that_was_killed_between_looks_scores_nothing_twi
     letters = rewards.TextReward("letters", "1", lambda rows: [r.count("a") + len(r) / 100 for r in rows])
     asked, calls = [], []
 
-    def judged(artifact):
-        def one(prompts, texts):
-            calls.append(len(texts))
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            asked.extend(zip(prompts, texts))
-            return letters(prompts, texts)
+    def last(texts):
+        calls.append(len(texts))
+        return len(calls) == stop
 
-        one.name, one.threshold, one.version = "letters", 0.5, "1"
-        return one
-
-    monkeypatch.setattr(search, "open_judge", judged)
+    monkeypatch.setattr(search, "open_judge", killed(letters, asked, last))
     path = root / "looks.jsonl"
     path.write_text('{"text": "good"}\n{"text": "so"}\n')
     prompts = stage(root, sources.load_data, dict(source=f"jsonl:{path}", split="all"))

@@ -9,7 +9,6 @@ cosine similarity; here a logistic probe takes its place, whose threshold is a p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from ctg_jax import methods
 from ctg_jax.control import Control
 from ctg_jax.controls.streams import Stream
 from ctg_jax.learn import activations
-from ctg_jax.learn.activations import batches, gates
-from ctg_jax.learn.probes import fit_probe, split
+from ctg_jax.learn.activations import gates
+from ctg_jax.learn.probes import fit_probes, split
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -175,19 +174,16 @@ def cast(
     model, params, tokenizer = open_lm(lm)
     options = dict(site=site, pool=pool, least=least, steer=pushed.spec["init"])
     control = init(model, jax.random.key(0), **options)
-    read = jax.jit(partial(activations.pooled, model, how=pool))
 
-    def states(texts: list) -> np.ndarray:
-        parts = batches(model, tokenizer, texts, 32, tokens, pool)
-        return np.concatenate(
-            [np.asarray(read(params, t, m, pooled)[control.site])[w > 0] for t, m, w, pooled in parts]
-        )
+    @jax.jit
+    def read(*batch):  # the state at one site, [B, 1, D]
+        return activations.pooled(model, *batch, how=pool)[control.site][:, None]
 
-    found = [states(side) for side in sides]
-    x, y, held = split(found[0][:, None], found[1][:, None], 0.2)
-    vector, bias = fit_probe(x[~held, 0], y[~held], inverse_l2)
-    right = (x[:, 0] @ vector + bias > 0) == y
-    run.log(train_accuracy=float(right[~held].mean()), heldout_accuracy=float(right[held].mean()), texts=len(y))
+    opened = (model, params, tokenizer)
+    found = [activations.read_texts(read, *opened, side, batch=32, tokens=tokens, how=pool) for side in sides]
+    x, y, held = split(found[0], found[1], 0.2)
+    vector, bias, fitted, tested = (a[0] for a in fit_probes(x, y, held, inverse_l2))
+    run.log(train_accuracy=float(fitted), heldout_accuracy=float(tested), texts=len(y))
     inner = methods.load(pushed, model)
     checkpoint.save(
         run.path / "state", control.replace(inner=inner, vector=jnp.asarray(vector), bias=jnp.asarray(bias))

@@ -26,9 +26,9 @@ from ctg_jax.controls.least_change import multipliers
 from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
 from ctg_jax.learn import activations, lists
-from ctg_jax.learn.activations import batches, gates, sides
+from ctg_jax.learn.activations import gates
 from ctg_jax.learn.fitting import divided
-from ctg_jax.learn.probes import choose_sites, fit_probe, split
+from ctg_jax.learn.probes import choose_sites, fit_probes, split
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -225,18 +225,11 @@ def states(
     Raises:
       InputError: no record has a label, one side has no text, a state is not finite.
     """
-    model, params, tokenizer = open_lm(lm)
-    texts = sides(data.rows("data.jsonl"), target, False, str(data.path))
-    read = jax.jit(partial(activations.pooled, model, how=pool))
-    found = {}
-    for side, rows in zip(("with", "without"), texts):
-        parts = [
-            np.asarray(read(params, t, mask, pooled)).transpose(1, 0, 2)[weight > 0]
-            for t, mask, weight, pooled in batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens, pool)
-        ]
-        found[side] = np.concatenate(parts)
-        run.log(side=side, texts=len(found[side]))
-    checkpoint.save(run.path / "state", found)
+
+    def make(model):
+        return partial(activations.pooled_rows, model, how=pool)
+
+    activations.keep_sides(run, make, lm, data, target=target, limit=limit, batch=batch, tokens=tokens, how=pool)
 
 
 @stage_function("cav.probes")
@@ -257,11 +250,9 @@ def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float
     """
     found = read.load()
     x, y, held = split(np.asarray(found["with"]), np.asarray(found["without"]), heldout)
-    fitted = [fit_probe(x[~held, s], y[~held], inverse_l2) for s in range(x.shape[1])]
-    vector, bias = (np.stack(part) for part in zip(*fitted))
-    right = (np.einsum("nsd,sd->ns", x, vector) + bias[None] > 0) == y[:, None]
+    vector, bias, fitted, tested = fit_probes(x, y, held, inverse_l2)
     checkpoint.save(run.path / "state", {"vector": vector, "bias": bias})
-    for site, (a, b) in enumerate(zip(right[~held].mean(0), right[held].mean(0))):
+    for site, (a, b) in enumerate(zip(fitted, tested)):
         run.log(site=site, train_accuracy=float(a), heldout_accuracy=float(b), norm=float(np.linalg.norm(vector[site])))
 
 

@@ -24,10 +24,10 @@ from flax import struct
 from ctg_jax.controls.conditions import per_row
 from ctg_jax.controls.selection import AtPositions, Positions
 from ctg_jax.controls.selection import positions as selected
-from ctg_jax.learn import lists
-from ctg_jax.learn.activations import batches, pool, sides
+from ctg_jax.learn import activations, lists
+from ctg_jax.learn.activations import pool
 from ctg_jax.learn.fitting import divided
-from ctg_jax.learn.probes import choose_sites, fit_probe, split
+from ctg_jax.learn.probes import choose_sites, fit_probes, split
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
@@ -161,19 +161,12 @@ def outputs(
     Raises:
       InputError: no record has a label, one side has no text.
     """
-    model, params, tokenizer = open_lm(lm)
-    init(model, jax.random.key(0))
-    texts = sides(data.rows("data.jsonl"), target, False, str(data.path))
-    read = jax.jit(partial(head_outputs, model, how=pool))
-    found = {}
-    for side, rows in zip(("with", "without"), texts):
-        parts = [
-            np.asarray(read(params, t, mask, pooled))[weight > 0]
-            for t, mask, weight, pooled in batches(model, tokenizer, rows[: max(1, limit // 2)], batch, tokens, pool)
-        ]
-        found[side] = np.concatenate(parts)
-        run.log(side=side, texts=len(found[side]))
-    checkpoint.save(run.path / "state", found)
+
+    def make(model):
+        init(model, jax.random.key(0))  # refuses a model without heads to act on before anything is read
+        return partial(head_outputs, model, how=pool)
+
+    activations.keep_sides(run, make, lm, data, target=target, limit=limit, batch=batch, tokens=tokens, how=pool)
 
 
 @stage_function("iti.probes")
@@ -192,9 +185,7 @@ def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float
     depth, heads, size = found["with"].shape[1:]
     flat = (found[side].reshape(-1, depth * heads, size) for side in ("with", "without"))
     x, y, held = split(*flat, heldout)
-    fitted = [fit_probe(x[~held, i], y[~held], inverse_l2) for i in range(x.shape[1])]
-    weight, bias = (np.stack(part) for part in zip(*fitted))
-    right = (np.einsum("nsd,sd->ns", x, weight) + bias[None] > 0) == y[:, None]
+    weight, _, fitted, tested = fit_probes(x, y, held, inverse_l2)
     ways = {"probe": weight, "mean": x[y].mean(0, dtype=np.float64) - x[~y].mean(0, dtype=np.float64)}
     saved = {}
     for kind, way in ways.items():
@@ -202,7 +193,7 @@ def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float
         spread = np.einsum("nsd,sd->ns", x, way).std(0, dtype=np.float64).astype(np.float32)
         saved[kind] = {"direction": way.reshape(depth, heads, size), "deviation": spread.reshape(depth, heads)}
     checkpoint.save(run.path / "state", saved)
-    for i, (a, b) in enumerate(zip(right[~held].mean(0), right[held].mean(0))):
+    for i, (a, b) in enumerate(zip(fitted, tested)):
         run.log(layer=i // heads + 1, head=i % heads, train_accuracy=float(a), heldout_accuracy=float(b))
 
 

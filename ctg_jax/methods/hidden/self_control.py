@@ -134,7 +134,7 @@ class SelfControl(AtPositions):
         question = jnp.broadcast_to(self.question[None], (len(prompts.keys), *self.question.shape))
         x = lm.embed(params, jnp.concatenate([prompts.tokens, text], axis=1))
         x = jnp.concatenate([x, question.astype(x.dtype)], axis=1)
-        written = jnp.cumsum(is_end(text, self.ends), axis=1) == 0  # without the end, and what stands behind it
+        written = jnp.cumsum(is_end(text, self.ends), axis=1) == 0  # without the end and what follows it
         mask = jnp.concatenate([prompts.mask, written, jnp.ones(question.shape[:2], bool)], axis=1)
         control = Shift(shift, jnp.ones(()), self.positions)
         z = lm.apply(params, x, mask, control=control, state=control.init(prompts, x.shape[1]), last=1).logits[:, 0]

@@ -256,7 +256,7 @@ def quark(
       seed: of initial values, batches and training.
 
     Raises:
-      InputError: what `Sorting.tokens`, `told`, `init`, `loss` and training raise.
+      InputError: what `Sorting.tokens`, `behind_feedback`, `init`, `loss` and training raise.
     """
     model, params, tokenizer = open_lm(lm)
     key = jax.random.key(seed)

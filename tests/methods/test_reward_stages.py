@@ -143,7 +143,7 @@ def test_negative_aware_training(world, pool):
     assert (best - worst)[good].mean() > 0.5 > -0.5 > (best - worst)[~good].mean()
 
 
-def test_what_a_reward_says_stands_before_the_prompt_while_learning(world, pool, monkeypatch):
+def test_feedback_precedes_the_prompt_while_learning(world, pool, monkeypatch):
     sorting = dict(thresholds=[0.5], feedback=True)
     tokenizer = open_lm(world[1]["lm"])[2]
     batch = batches_of(monkeypatch, world, quark, tokens=2, sorting=sorting)["batch"]
@@ -158,7 +158,7 @@ def test_what_a_reward_says_stands_before_the_prompt_while_learning(world, pool,
         fitted(world, quark, tokens=2, sorting=sorting, keep_states=True)
     mute = {"prompt": np.array(["a"]), "text": np.array(["b"])}
     with pytest.raises(InputError, match="the samples have none: score them with feedback=True"):
-        quark.told(Pool(pa.table(mute)))
+        quark.behind_feedback(Pool(pa.table(mute)))
     assert not pool.has("feedback")  # which other methods do not ask for: the id of a pool tells whether it has it
 
 

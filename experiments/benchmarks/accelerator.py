@@ -2,6 +2,7 @@
 
     make bench-accelerator                                    within nine minutes; build/bench/accelerator.json and .md
     python experiments/benchmarks/accelerator.py --dry        tiny shapes on any device
+    python experiments/benchmarks/accelerator.py --only=banks --only=controls        some sections
 
 It needs the packages that a bare CUDA image has (jax, flax, optax, orbax, numpy, safetensors, tokenizers, transformers
 and torch) and reads no data: the models have the shapes of GPT-2 XL, Llama 1B and Gemma 270M with random weights in
@@ -58,14 +59,20 @@ def device(dry):
     return {"bandwidth": bandwidth, "matrix": 2 * n**3 / best(lambda: product(w))}
 
 
-def measure(dry, minutes, written=lambda facts, rows: None):
-    """(facts about the device, rows). A section that the time does not allow, or that fails, is a row with `left_out`;
-    `written` is called after every section."""
+def called(section):
+    return section.__name__.replace("_", " ")
+
+
+def measure(dry, minutes, only=(), written=lambda facts, rows: None):
+    """(facts about the device, rows) of the sections with the names `only`, or of all. A section that the time does not
+    allow, or that fails, is a row with `left_out`; `written` is called after every section."""
     end = time.monotonic() + 60 * minutes
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **device(dry)}
     models, rows, name, params = shapes(dry), [], None, None
     for wanted, section in PLAN:
-        named = {"section": section.__name__.replace("_", " ")}
+        if only and called(section) not in only:
+            continue
+        named = {"section": called(section)}
         row = named | {"what": wanted}
         if time.monotonic() > end:
             rows.append(row | {"left_out": "the time was up"})
@@ -105,6 +112,8 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no further section begins")
+    names = tuple(dict.fromkeys(called(section) for _, section in PLAN))
+    parser.add_argument("--only", action="append", default=[], choices=names, help="a section to run, repeatable")
     parser.add_argument("--out", default="build/bench", help="folder of accelerator.json and accelerator.md")
     args = parser.parse_args(argv)
     out = Path(args.out)
@@ -114,7 +123,7 @@ def main(argv):
         write_json(out / "accelerator.json", {"device": facts, "rows": rows})
         write_text(out / "accelerator.md", markdown(facts, rows))
 
-    measure(args.dry, args.minutes, written)
+    measure(args.dry, args.minutes, args.only, written)
     print(out / "accelerator.md")
     return 0
 

@@ -154,7 +154,7 @@ def controls(b: Bench):
 
 def banks(b: Bench):
     """`experiments/benchmarks/bank.py`: the speed with K distinct controls in a batch, relative to none."""
-    sizes = dict(batch=4, prompt=4, new=3, repeats=1) if b.dry else dict(batch=256, prompt=16, new=32, repeats=3)
+    sizes = dict(batch=4, prompt=4, new=3, repeats=1) if b.dry else dict(batch=256, prompt=16, new=64, repeats=3)
     for row in bank.measure(b.lm, ("steer", "lora"), (0, 1, 4) if b.dry else bank.COUNTS, params=b.params, **sizes):
         what = f"{row['kind']}, {row['distinct']} distinct"
         yield b.row(what, speed=row["tok_s"], unit="tokens/s", relative=row["relative"])

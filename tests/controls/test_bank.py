@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax.control import Chain, with_strength
+from ctg_jax.control import Chain, edit_logits, with_strength
 from ctg_jax.controls import constraints
 from ctg_jax.controls.bank import bank
 from ctg_jax.controls.delta import row_delta
@@ -140,3 +140,17 @@ def test_bad_banks():
         row_delta([finetune.init(LM, jax.random.key(0), rank=r) for r in (1, 2)])
     nothing = loop.forward(LM, PARAMS, batch, NEW[:2], 0.0 * bank([one, one, one]))
     np.testing.assert_array_equal(nothing, loop.forward(LM, PARAMS, batch, NEW[:2]))
+
+
+def test_a_bank_of_states_leaves_the_logits_alone():
+    """No operation of a decode step passes over the vocabulary for it."""
+    control = bank([steer.example(LM, jax.random.key(i)) for i in range(2)])
+    z, h = jnp.zeros((2, 1, LM.vocab)), jnp.zeros((2, 1, LM.width))
+    tokens, mask = jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1), bool)
+
+    def edited(control, state, z):
+        return edit_logits(control, z, h, tokens, mask, state)[0]
+
+    batch = worlds.prompts([[1], [2]], cond={"entry": jnp.arange(2)})
+    for c in (control, Chain((control, control))):
+        assert not jax.make_jaxpr(edited)(c, c.init(batch, 4), z).eqns

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ctg_jax.models.attention import attend
 from ctg_jax.models.diffusion import alpha_sigma
-from ctg_jax.models.layers import Dense, Mlp, Norm
+from ctg_jax.models.layers import Dense, Mlp, Norm, param
 from ctg_jax.types import InputError
 
 
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
             raise InputError(f"the input has {x.shape[1]} positions, expected at most {c.positions} (`positions`).")
         time = dense(c.time_width, c, c.width, "time")(waves(1000 * alpha_sigma(gamma)[0] ** 2, c.width))
         time = dense(c.time_width, c, c.time_width, "time_out")(jax.nn.silu(time))
-        table = self.param("positions", nn.initializers.normal(0.02), (c.positions, c.width), jnp.dtype(c.param_dtype))
+        table = param(self, "positions", nn.initializers.normal(0.02), (c.positions, c.width), c.param_dtype)
         x = x.astype(c.dtype) + table[None, : x.shape[1]].astype(c.dtype)
         if allowed is None:
             allowed = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)

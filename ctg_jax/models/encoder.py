@@ -25,7 +25,7 @@ import numpy as np
 
 from ctg_jax.models.attention import attend
 from ctg_jax.models.heads import ClassHead, activation
-from ctg_jax.models.layers import Dense, Mlp, Norm
+from ctg_jax.models.layers import Dense, Mlp, Norm, param
 from ctg_jax.types import InputError, Params
 
 HEADS = {"bert": "tanh", "roberta": "tanh", "distilbert": "relu"}  # family -> activation of its classification head
@@ -233,7 +233,7 @@ class _Embed(nn.Module):
             tables["types"] = (c.types, types)
         x = 0.0
         for name, (rows, index) in tables.items():
-            table = self.param(name, nn.initializers.normal(0.02), (rows, c.width), c.param_dtype)
+            table = param(self, name, nn.initializers.normal(0.02), (rows, c.width), c.param_dtype)
             x = table[index].astype(c.dtype) + x
         x = x.reshape(-1, c.width)
         return x if c.pre_norm else Norm(c, name="norm")(x)
@@ -253,7 +253,7 @@ class _Network(nn.Module):
         )
         self.input, self.layers = _Embed(c, name="embed"), scan(c)
         if not c.position_rows:
-            self.relative = self.param("relative", nn.initializers.normal(0.02), (c.buckets, c.heads), c.param_dtype)
+            self.relative = param(self, "relative", nn.initializers.normal(0.02), (c.buckets, c.heads), c.param_dtype)
         if c.pre_norm:
             self.norm = Norm(c)
         if c.project:

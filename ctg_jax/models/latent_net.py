@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ctg_jax.models.denoiser import Denoiser, Trunk, dense
-from ctg_jax.models.layers import Dense
+from ctg_jax.models.layers import Dense, param
 from ctg_jax.types import InputError, Params
 
 JOINS = ("sequence", "features")
@@ -101,12 +101,12 @@ class _LatentNet(nn.Module):
         part = c.width // 2 if features else c.width
         x = self._spread("latent", z, net.spread, part)
         if net.context:
-            null = self.param("null", nn.initializers.normal(0.02), (net.context,), jnp.dtype(c.param_dtype))
+            null = param(self, "null", nn.initializers.normal(0.02), (net.context,), c.param_dtype)
             read = jnp.where(given[:, None], context.astype(jnp.float32), null[None].astype(jnp.float32))
             x = jnp.concatenate([x, self._spread("context", read, net.context_spread, part)], axis=2 if features else 1)
             x = dense(c.width, c, c.width, "join")(x) if features else x
         if net.prompt and net.slots:
-            slots = self.param("prompt", nn.initializers.normal(0.02), (net.prompt, c.width), jnp.dtype(c.param_dtype))
+            slots = param(self, "prompt", nn.initializers.normal(0.02), (net.prompt, c.width), c.param_dtype)
             x = jnp.concatenate([x, jnp.broadcast_to(slots[None], (x.shape[0], *slots.shape)).astype(x.dtype)], axis=1)
         y = Denoiser(c, name="denoiser")(x, gamma)
         if net.prompt:

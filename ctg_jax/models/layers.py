@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ctg_jax.mesh.plan import split
+from ctg_jax.types import InputError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -73,6 +74,25 @@ def _backward(kept, g):
 _rounded_products.defvjp(_forward, _backward)
 
 
+def param(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The parameter of a module, or where it has none yet, init(key, shape, dtype). Flax's own `Module.param` traces
+    the initializer at every use to compare shapes, which costs a tenth of the wait for the first text.
+
+    Raises:
+      InputError: the parameter has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, jnp.dtype(dtype))
+    found = module.get_variable("params", name)
+    if jnp.shape(found) != shape:
+        path = "/".join((*module.path, name))
+        raise InputError(
+            f"the parameter {path} has shape {jnp.shape(found)}, but the model's sizes give {shape}: the parameters "
+            "are another model's."
+        )
+    return found
+
+
 class Dense(nn.Module):
     """y = x Wᵀ + b with kernel (out, in); of parameters with `rows`, {"a": [B, r, in], "b": [B, out, r]}, also the
     low-rank change of each row, y_i + (x_i a_iᵀ) b_iᵀ, in float32."""
@@ -86,13 +106,13 @@ class Dense(nn.Module):
     def __call__(self, x):
         dtype = jnp.dtype(self.lm.param_dtype)
         init = jax.nn.initializers.normal(0.02 * self.scale)
-        y = matmul(x, self.param("kernel", init, (self.features, x.shape[-1]), dtype), self.lm.dtype)
+        y = matmul(x, param(self, "kernel", init, (self.features, x.shape[-1]), dtype), self.lm.dtype)
         if self.has_variable("params", "rows"):
             rows = self.get_variable("params", "rows")
             inner = jnp.einsum("bti,bri->btr", x.astype(jnp.float32), rows["a"], precision="highest")
             y = (y + jnp.einsum("btr,bor->bto", inner, rows["b"], precision="highest")).astype(y.dtype)
         if self.bias:
-            b = self.param("bias", jax.nn.initializers.zeros, (self.features,), dtype)
+            b = param(self, "bias", jax.nn.initializers.zeros, (self.features,), dtype)
             y = y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 
@@ -121,10 +141,10 @@ class Norm(nn.Module):
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.lm.norm_eps)
         plus = self.lm.norm == "rms_plus_one"
         initial = jax.nn.initializers.zeros if plus else jax.nn.initializers.ones
-        scale = self.param("scale", initial, (math.prod(own),), dtype).astype(jnp.float32).reshape(shape)
+        scale = param(self, "scale", initial, (math.prod(own),), dtype).astype(jnp.float32).reshape(shape)
         y = y * (1 + scale if plus else scale)
         if self.lm.norm == "layer" and self.bias:
-            bias = self.param("bias", jax.nn.initializers.zeros, (math.prod(own),), dtype)
+            bias = param(self, "bias", jax.nn.initializers.zeros, (math.prod(own),), dtype)
             y = y + bias.astype(jnp.float32).reshape(shape)
         return y.astype(x.dtype)
 

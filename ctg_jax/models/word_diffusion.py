@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ctg_jax import rng
 from ctg_jax.models.denoiser import Denoiser, Trunk
 from ctg_jax.models.diffusion import Schedule, alpha_sigma, noised, rows
-from ctg_jax.models.layers import Dense
+from ctg_jax.models.layers import Dense, param
 from ctg_jax.models.samplers import Estimate, noise
 from ctg_jax.support import remove
 from ctg_jax.types import Params
@@ -53,7 +53,7 @@ class _VectorNetwork(nn.Module):
     @nn.compact
     def __call__(self, z, gamma, given):
         c = self.net.trunk
-        seen = self.param("given", nn.initializers.normal(0.02), (c.width,), jnp.dtype(c.param_dtype))
+        seen = param(self, "given", nn.initializers.normal(0.02), (c.width,), c.param_dtype)
         x = Dense(c.width, c, True, 10.0, name="in")(z)
         x = x + jnp.where(given[:, :, None], seen[None, None].astype(x.dtype), 0)
         x = Denoiser(c, name="denoiser")(x, gamma)

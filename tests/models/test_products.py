@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from ctg_jax.models import layers
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.types import InputError
 
 KERNEL = jax.random.normal(jax.random.key(0), (5, 7))
 WIDE = jax.random.normal(jax.random.key(0), (512, 512))  # a kernel for which a CPU takes a few rows one by one
@@ -80,3 +82,10 @@ def test_gradients_and_sweeps_pass_through():
         np.testing.assert_allclose(a, b, atol=1e-3)
     swept = jax.vmap(lambda s: layers.matmul(s * x, w, "float32"))(jnp.arange(3.0))
     np.testing.assert_allclose(swept[2], 2 * layers.matmul(x, w, "float32"), atol=1e-3)
+
+
+def test_parameters_of_another_size_are_refused_in_a_sentence():
+    sizes = dict(vocab=8, width=4, depth=1, heads=2, kv_heads=2, context=8)
+    small, large = (Transformer.llama(mlp_width=n, **sizes) for n in (4, 6))
+    with pytest.raises(InputError, match=r"kernel has shape .*4.* but the model's sizes give .*6.* another model's"):
+        large.apply(small.init(jax.random.key(0)), jnp.zeros((1, 2, 4)), jnp.ones((1, 2), bool))

@@ -11,7 +11,7 @@ configs/reward.py.
 
 The figures of the papers are toxic/max and toxic/any in report.json. Measured with Gemma 3 270M (commit 5ce7fb2,
 docs/results/gemma.md), toxic/max: .83 without control; steer .31 at 0.1; cav .45 at 0.5; dexperts .53 at 1; lm_steer
-.56 at 10; Quark .73; fine-tuning on harmless tweets .95.
+.56 at 10; Quark .73; fine-tuning on harmless tweets .95 (it learns to write tweets; on toxic ones more are toxic).
 """
 
 from configs import cav, dexperts, finetune, lm_steer, quark, reward, sentiment, steer

@@ -92,7 +92,8 @@ class Control:
 
     def bind(self, frozen: Params, params: Params) -> Control:
         """This control with the weights that its streams read with (`controls.streams`). Called once, inside jit, after
-        `weights`. It acts on no model, and no method overrides it: every field that has a `bind` is bound.
+        `weights`. It acts on no model. Every field that has a `bind` is bound; a control overrides it only to let
+        several of its streams read in one pass (`controls.copies`).
 
         Args:
           frozen: parameters of the language model as it was given.

@@ -142,11 +142,14 @@ class RowDelta(Control):
         return {path: {"a": x["a"], "b": x["b"] * scale.reshape(-1, 1, 1, 1)} for path, x in taken.items()}
 
     def row_weights(self, params: Params, state: Any) -> Params:
-        return _with_rows(params, state)
+        return with_rows(params, state)
 
 
-def _with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
-    """Parameters in whose layers, beside each kernel that is changed, is what `models.layers.Dense` adds for rows."""
+def with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
+    """Parameters in whose layers, beside each kernel that is changed, is what `models.layers.Dense` adds for rows.
+
+    rows: path of a kernel in the stacked layout -> {"a": [R, L, r, in], "b": [R, L, out, r]}, see there.
+    """
     for path, change in rows.items():
         at = path.split("/")
         if at[0] != "layers" or at[-1] != "kernel":

@@ -9,6 +9,7 @@ from flax import struct
 
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.copies import joined
 from ctg_jax.controls.streams import Stream, check_vocabulary
 from ctg_jax.support import removed
 from ctg_jax.types import InputError
@@ -27,6 +28,7 @@ class Experts(Control):
         vocabulary.
       rule: "linear", as above; "forget", z − alpha max(0, z⁻ − z) (Eldan & Russinovich 2023): only what the anti-expert
         likes more than the base becomes less likely, and nothing that it likes less becomes likelier.
+      paired: whether `expert` holds both sides, as two copies; see `bind`.
     """
 
     expert: Stream | None
@@ -35,6 +37,14 @@ class Experts(Control):
     cond: str | None = struct.field(pytree_node=False, default=None)
     trim: bool = struct.field(pytree_node=False, default=False)
     rule: str = struct.field(pytree_node=False, default="linear")
+    paired: bool = struct.field(pytree_node=False, default=False)
+
+    def bind(self, frozen, params):
+        """See `Control.bind`. Two low-rank changes of one model are read in one pass (`controls.copies`)."""
+        streams = joined(self.sides().values())
+        if len(streams) < len(self.sides()):
+            return self.replace(expert=streams[0].bind(frozen, params), anti=None, paired=True)
+        return super().bind(frozen, params)
 
     def sides(self) -> dict[str, Stream]:
         """The streams by the names of their sides."""
@@ -57,7 +67,8 @@ class Experts(Control):
         for name, stream in self.sides().items():
             check_vocabulary(f"The {name}", stream.lm.vocab, size, larger=self.trim)
             read, _, after[name] = stream.read(tokens, mask, z.shape[1], readings[name])
-            found[name] = read[..., :size]
+            read = read[..., :size]
+            found |= {"expert": read[:, 0], "anti": read[:, 1]} if self.paired else {name: read}
         known = ~(removed(found["expert"]) | removed(found["anti"]))
         push = jnp.where(known, found["expert"] - found["anti"], 0.0)
         push = jnp.minimum(push, 0.0) if self.rule == "forget" else push

@@ -94,8 +94,9 @@ def param(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], 
 
 
 class Dense(nn.Module):
-    """y = x Wᵀ + b with kernel (out, in); of parameters with `rows`, {"a": [B, r, in], "b": [B, out, r]}, also the
-    low-rank change of each row, y_i + (x_i a_iᵀ) b_iᵀ, in float32."""
+    """y = x Wᵀ + b with kernel (out, in); of parameters with `rows`, {"a": [R, r, in], "b": [R, out, r]}, also a
+    low-rank change of each row, y_i + (x_i a_jᵀ) b_jᵀ with j = i modulo R, in float32. R is B, or the number of copies
+    of a stream, whose rows are next to each other."""
 
     features: int
     lm: Any
@@ -109,8 +110,10 @@ class Dense(nn.Module):
         y = matmul(x, param(self, "kernel", init, (self.features, x.shape[-1]), dtype), self.lm.dtype)
         if self.has_variable("params", "rows"):
             rows = self.get_variable("params", "rows")
-            inner = jnp.einsum("bti,bri->btr", x.astype(jnp.float32), rows["a"], precision="highest")
-            y = (y + jnp.einsum("btr,bor->bto", inner, rows["b"], precision="highest")).astype(y.dtype)
+            own = x.astype(jnp.float32).reshape(-1, len(rows["a"]), *x.shape[1:])
+            inner = jnp.einsum("knti,nri->kntr", own, rows["a"], precision="highest")
+            change = jnp.einsum("kntr,nor->knto", inner, rows["b"], precision="highest")
+            y = (y + change.reshape(y.shape)).astype(y.dtype)
         if self.bias:
             b = param(self, "bias", jax.nn.initializers.zeros, (self.features,), dtype)
             y = y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -35,6 +35,7 @@ from jax import lax
 from ctg_jax import methods
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import per_row
+from ctg_jax.controls.copies import joined
 from ctg_jax.controls.formula import Formula, parse
 from ctg_jax.controls.streams import Stream, check_vocabulary, log_probabilities
 from ctg_jax.data.ids import check_shared
@@ -75,6 +76,9 @@ class Arithmetic(Control):
     top: int = struct.field(pytree_node=False, default=50)
     divide: bool = struct.field(pytree_node=False, default=True)
     cond: str | None = struct.field(pytree_node=False, default=None)
+
+    def bind(self, frozen, params):
+        return super(Arithmetic, self.replace(streams=joined(self.streams))).bind(frozen, params)
 
     def check(self, prompts):
         self.formula.check(whole=self.divide)

@@ -61,13 +61,17 @@ def killed(config, root, stages, at, share):
     script, argv, _ = PILLARS[config]
     order = {name: i for i, (name, _) in enumerate(stages)}
     process = start(script, HERE / f"configs/{config}.py:tiny", root, 1, *argv)[0]
+    names = []
     for name, _ in begun(process):
+        names.append(name)
         if order[name] >= at:
             time.sleep(share * stages[order[name]][1])
             break
     process.send_signal(signal.SIGKILL)
     _, err = process.communicate()
-    name = [name, *(line.split()[1] for line in err.splitlines() if line.startswith("running "))][-1]
+    names += [line.split()[1] for line in err.splitlines() if line.startswith("running ")]
+    assert names, f"the process ended with {process.returncode} before any stage: {err}"
+    name = names[-1]
     return name if process.returncode == -signal.SIGKILL and not (root / name / "DONE").exists() else None
 
 

@@ -55,7 +55,7 @@ def finish(started, timeout=900):
 
 
 def compare(alone, together):
-    """The artifacts of two roots: the same ones; samples token for token, numbers within 1e-5, arrays as `near` says."""
+    """The artifacts of two roots: the same ones; samples token for token, numbers within 1e-5, arrays as in `near`."""
     names = sorted(p.parent.name for p in alone.glob("*-*/DONE"))
     assert names and names == sorted(p.parent.name for p in together.glob("*-*/DONE"))
     assert not [p for p in together.glob("*-*") if not (p / "DONE").exists()]

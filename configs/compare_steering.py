@@ -11,10 +11,11 @@ first `prompt` tokens of these texts count as their prompt, so that arms which a
     python experiments/compare.py --config=configs/compare_steering.py:tiny        seconds, for tests
 
 `others` samples without a filter, so that `kl` is that of the control alone: a conditional control that was told to act
-after toxic prompts should have hardly any there. Layer and tokens are chosen by configs/choose_steering.py. Expected,
-not measured yet: adding, rotating and clamping move the attribute alike, ablation hardly moves it towards either side,
-and what acts on the prompt alone moves it less than what acts on the completion. Wall time on one core with Gemma 3
-270M: about half an hour for each argument, and a quarter more for the judge the first time.
+after toxic prompts should have hardly any there. Layer and tokens are chosen by configs/choose_steering.py. Measured
+with Gemma 3 270M at .3 nats per token (commit f51027d, docs/results/steering.md): share positive .54 without control;
+adding .94, rotating .88, clamping .77, ablating .19; on the generated tokens .91, on the prompt .83, on its last .66;
+conditional .88. Wall time on one core: about half an hour for each argument, and a quarter more for the judge the
+first time.
 """
 
 from configs import reward, sentiment

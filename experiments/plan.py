@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from ctg_jax import methods, tree
+from ctg_jax.controls.copies import CopyDelta
 from ctg_jax.controls.streams import Stream
 from ctg_jax.decode import loop
 from ctg_jax.learn import losses, train
@@ -111,10 +112,13 @@ def control_of(lm: Transformer, method: str, init: dict):
 
 def changed(lm: Transformer, plan: Plan, control) -> dict[str, int]:
     """The weights, and the copies that a control and its streams change."""
-    weights = plan.bytes_per_device(jax.eval_shape(lm.init, jax.random.key(0)))
-    streams = [x for x in jax.tree.leaves(control, is_leaf=_is_stream) if _is_stream(x)]
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    weights = plan.bytes_per_device(params)
+    bound = jax.eval_shape(lambda c, p: c.bind(p, p), control, params)
+    streams = [x for x in jax.tree.leaves(bound, is_leaf=_is_stream) if _is_stream(x)]
     base = jax.tree.map(lambda x: None if _is_stream(x) else x, control, is_leaf=_is_stream)
-    merged = sum(any("changes" in path for path in tree.flatten(x)) for x in (base, *streams))
+    apart = [x.control for x in streams if not isinstance(x.control, CopyDelta)]
+    merged = sum(any("changes" in path for path in tree.flatten(x)) for x in (base, *apart))
     return dict(weights=weights, merged=weights * merged)
 
 

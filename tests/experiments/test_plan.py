@@ -37,9 +37,10 @@ def test_experts_are_two_more_models_with_caches_of_their_own():
     assert set(found) == {"sampling"}  # what trains the experts is `finetune`
     sampling, tuned = found["sampling"], plan.need(LM, "finetune", {}, {"data": 1}, **SIZES)
     assert sampling["control"] == 2 * tuned["sampling"]["control"] + 4  # they hold no weights of the model …
-    assert sampling["merged"] == 2 * 4 * PARAMS  # … but decode with a copy each
-    # Those of experts have a slot more; and the strength.
-    assert sampling["cache"] == 3 * CACHE + 2 * (2 * 4 * 16 * 2 * 2 * 8 + 16) + 4
+    assert sampling["merged"] == 0  # … and are read together with it, without copies of it
+    assert tuned["sampling"]["merged"] == 4 * PARAMS  # unlike one change, which decodes with a copy
+    # Those of experts have a slot more, and count together what they have read; and the strength.
+    assert sampling["cache"] == 3 * CACHE + 2 * (2 * 4 * 16 * 2 * 2 * 8 + 16) - 4 + 4
 
 
 def test_dglm_samples_with_its_denoiser_and_its_soft_prompt():

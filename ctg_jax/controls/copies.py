@@ -7,7 +7,8 @@ low-rank changes added beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class CopyDelta(Control):
     """Low-rank changes of weights for a stream with N copies, one for each copy: W + b_n a_n.
 
     Attributes:
-      changes: path of a kernel in the stacked layout -> {"a": [N, L, r, in], "b": [N, L, out, r]}.
+      changes: path of a kernel in the stacked layout -> float32 {"a": [N, L, r, in], "b": [N, L, out, r]}.
     """
 
     changes: dict[str, dict[str, jax.Array]]
@@ -32,35 +33,27 @@ class CopyDelta(Control):
         return with_rows(params, self.changes)
 
 
-def joined(streams: Sequence[Stream]) -> tuple[Stream, ...]:
+def joined(streams: Iterable[Stream]) -> tuple[Stream, ...]:
     """The streams in their order, neighbours that can be read in one pass as one stream with copies: those that are not
     bound yet and are one model under low-rank changes of the same kernels and ranks, with the same prompt."""
     out: list[Stream] = []
-    together: list[Stream] = []
-
-    def done():
-        out.extend(together if len(together) < 2 else [_copies(together)])
-        together.clear()
-
-    for stream in streams:
-        if together and not (_joins(stream) and _kind(stream) == _kind(together[0])):
-            done()
-        (together if _joins(stream) else out).append(stream)
-    done()
+    for kind, found in groupby(streams, _kind):
+        group = list(found)
+        out += group if kind is None or len(group) == 1 else [_copies(group)]
     return tuple(out)
 
 
-def _joins(stream: Stream) -> bool:
-    if stream.bound or stream.ahead or stream.copies is not None or type(stream.control) is not Delta:
-        return False
-    paths, changes = stream.control.changes, stream.control.changes.values()
-    low = all(set(change) == {"a", "b"} for change in changes)
-    return stream.params is None and low and all(p.startswith("layers/") and p.endswith("/kernel") for p in paths)
-
-
-def _kind(stream: Stream):
-    """What streams of one pass share."""
-    return stream.lm, stream.of, stream.own, stream.before, jax.tree.map(jnp.shape, stream.control.changes)
+def _kind(stream: Stream) -> tuple | None:
+    """What streams of one pass share; None for one that is read by itself."""
+    if stream.bound or stream.ahead or stream.copies is not None or stream.params is not None:
+        return None
+    if type(stream.control) is not Delta:
+        return None
+    changes = stream.control.changes
+    low = all(set(change) == {"a", "b"} for change in changes.values())
+    if not (low and all(path.startswith("layers/") and path.endswith("/kernel") for path in changes)):
+        return None
+    return stream.lm, stream.of, stream.own, stream.before, jax.tree.map(jnp.shape, changes)
 
 
 def _copies(streams: Sequence[Stream]) -> Stream:

@@ -148,14 +148,25 @@ class RowDelta(Control):
 def with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
     """Parameters in whose layers, beside each kernel that is changed, is what `models.layers.Dense` adds for rows.
 
-    rows: path of a kernel in the stacked layout -> {"a": [R, L, r, in], "b": [R, L, out, r]}, see there.
+    Args:
+      rows: path of a kernel in the stacked layout -> float32 {"a": [R, L, r, in], "b": [R, L, out, r]}, see there.
+
+    Raises:
+      InputError: a path that is no kernel of the layers, or a change that does not fit the model.
     """
     for path, change in rows.items():
         at = path.split("/")
         if at[0] != "layers" or at[-1] != "kernel":
             raise InputError(f"The control changes {path} for each row, expected kernels of the layers.")
+        stacked = isinstance(params["layers"], dict)
+        depth = len(jax.tree.leaves(params["layers"])[0]) if stacked else len(params["layers"])
+        if (found := change["a"].shape[1]) != depth:
+            raise InputError(
+                f"The control changes {path} in {found} layers, but this model has {depth}: it was fitted on another "
+                "model."
+            )
         per_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), change)  # [L, B, …]
-        if isinstance(params["layers"], dict):
+        if stacked:
             layers = _put(params["layers"], at[1:-1], per_layer)
         else:
             parts = tree.unstack(per_layer)
@@ -166,6 +177,12 @@ def with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
 
 def _put(layer: Params, at: list[str], change: dict[str, jax.Array]) -> Params:
     if not at:
+        shape, kernel = (change["b"].shape[-2], change["a"].shape[-1]), layer["kernel"].shape[-2:]
+        if shape != kernel:
+            raise InputError(
+                f"The control changes a kernel by arrays of shape {shape} for each row, but this model's has {kernel}: "
+                "it was fitted on another model."
+            )
         held = layer.get("rows")
         joined = (
             change

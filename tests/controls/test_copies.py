@@ -7,12 +7,13 @@ import pytest
 from laws import worlds
 
 from ctg_jax.controls.copies import joined
-from ctg_jax.controls.delta import full, lora
+from ctg_jax.controls.delta import full, lora, row_delta
 from ctg_jax.controls.experts import experts
 from ctg_jax.controls.streams import Stream
 from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.decode import loop
-from ctg_jax.types import Sampling
+from ctg_jax.models.decoder import Transformer
+from ctg_jax.types import InputError, Sampling
 
 LM = worlds.tiny(vocab=7, depth=1)
 PARAMS = worlds.lively(LM)
@@ -26,8 +27,8 @@ def tuned(seed, rank=2, scale=1.0, **more):
 
 
 def test_two_experts_are_one_pass_and_give_what_they_give_apart():
-    """Each at its own scale, for rows of several lengths, while decoding and scoring; ranks that differ keep the two
-    apart, so a zero column is all that stands between the two ways."""
+    """Each at its own scale, for rows of several lengths, while decoding and scoring. Experts of different ranks are
+    not joined, so the same experts are read apart where one of them is padded with a column of zeros."""
     one, other = tuned(1, scale=0.7), tuned(2, scale=1.3)
     wider = {p: {"a": jnp.pad(c["a"], ((0, 0), (0, 1), (0, 0))), "b": jnp.pad(c["b"], ((0, 0), (0, 0), (0, 1)))}
              for p, c in other.control.changes.items()}  # fmt: skip
@@ -63,3 +64,16 @@ def test_streams_of_another_kind_stay_apart_and_in_order(other):
     found = joined((first, tuned(4), other, last))
     assert [s.copies for s in found] == [2, None, None] and found[1] is other and found[2] is last
     assert joined((first, other)) == (first, other) and joined(()) == ()
+
+
+@pytest.mark.parametrize("sizes", [dict(depth=2), dict(width=24)], ids=["depth", "width"])
+def test_experts_of_another_model_are_refused_in_a_sentence(sizes):
+    """As a single change of weights is; so is a bank of changes, of which each row takes one."""
+    other = Transformer.gpt2(**dict(vocab=7, width=16, depth=1, heads=2, context=48) | sizes)
+    control, prompts = experts(tuned(1), tuned(2)), worlds.prompts([[1, 2, 3]])
+    streams = {name: stream.replace(lm=other) for name, stream in control.sides().items()}
+    with pytest.raises(InputError, match="fitted on another model"):
+        loop.generate(other, worlds.lively(other), prompts, control.replace(**streams), Sampling(max_new=2))
+    chosen = worlds.prompts([[1, 2, 3]], cond={"entry": jnp.zeros(1, jnp.int32)})
+    with pytest.raises(InputError, match="fitted on another model"):
+        loop.generate(other, worlds.lively(other), chosen, row_delta([tuned(1).control]), Sampling(max_new=2))

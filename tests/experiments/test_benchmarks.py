@@ -103,6 +103,7 @@ def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypat
     assert (tmp_path / "accelerator.md").read_text().count("\n") == len(saved["rows"]) + 4
     _, rows = bench.measure(True, 0)
     assert [row["left_out"] for row in rows] == ["the time was up"] * len(plan)
+    assert {row["section"] for row in bench.measure(True, 0, only=["banks"])[1]} == {"banks"}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from ctg_jax.learn.pool import check_drawn
 from ctg_jax.mesh import layout
 from ctg_jax.run.stage import Run, stage, write_jsonl
 from ctg_jax.stages import sampling, sources
+from ctg_jax.stages.controls import made
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import write_lm
 
@@ -189,6 +190,31 @@ def test_perplexity_of_human_text_under_a_control(root, lm):
         np.testing.assert_allclose(row["value"], np.exp(nats / count), rtol=1e-5)
         values.append(row["value"])
     assert values[1] < 0.9 * values[0]
+
+
+def test_perplexity_of_human_text_under_a_control_with_prompts_of_its_own(root, lm):
+    """By hand: the description before each prompt, as in sampling."""
+    from ctg_jax.decode import loop
+    from ctg_jax.run.stage import open_lm
+    from ctg_jax.types import Prompts
+
+    rows = [{"text": "the food", "reference": "the food was good"}, {"text": "we", "reference": "we like the room"}]
+    data = stage(root, texts, {"rows": rows})
+    init = {"descriptions": ["bad. "], "alpha": 5.0}
+    control = stage(root, made, {"method": "self_debias", "init": init}, lm=lm)
+    model, params, tokenizer = open_lm(lm)
+    nats = count = 0
+    for r in rows:
+        ids = np.asarray(tokenizer.encode([r["text"]]), np.int32)
+        tail = tokenizer.encode([r["reference"][len(r["text"]) :]])[0] + [tokenizer.eos]
+        cond = sampling.conditions([control], lm, [r["text"]])
+        prompts = Prompts(ids, np.ones_like(ids, bool), jax.random.split(jax.random.key(0), 1), cond)
+        chain = sampling.build(lm, [control], [5.0])
+        nats -= float(loop.score(model, params, prompts, np.asarray([tail], np.int32), chain).sum())
+        count += len(tail)
+    settings = {"strengths": [5.0], "resamples": 20}
+    (row,) = stage(root, sampling.human_perplexity, settings, lm=lm, data=data, controls=[control]).metrics()
+    np.testing.assert_allclose(row["value"], np.exp(nats / count), rtol=1e-5)
 
 
 def test_partial_rows_are_cut_back_to_whole_batches(tmp_path):

@@ -12,13 +12,14 @@ from ctg_jax import methods
 from ctg_jax.control import Chain, strength_of
 from ctg_jax.controls import selection
 from ctg_jax.controls.truncate import TopP
+from ctg_jax.door.mix import Mix, Part
 from ctg_jax.evaluation import strength as strengths
 from ctg_jax.evaluation.strength import Divergence, dial, solve
 from ctg_jax.io import json_line
 from ctg_jax.methods import cav, dexperts, finetune, lm_steer, quark, steer
 from ctg_jax.models import hf
 from ctg_jax.run.stage import stage
-from ctg_jax.stages import sampling, sources
+from ctg_jax.stages import controls, sampling, sources
 from ctg_jax.stages.strengths import calibrate
 from ctg_jax.types import InputError
 from tests.experiments.tiny_lm import TEXTS, write_lm
@@ -205,6 +206,29 @@ def test_the_stage_multiplies_the_strengths_that_it_was_given(opened, tmp_path):
     for spec, factor in ((alone, 1.0), (half, 0.5)):
         there = measure(methods.with_strength(mix.control, factor * spec["strength"]))
         assert there == pytest.approx(0.2, rel=0.02) and there == pytest.approx(spec["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("prompt", [1, 3])
+def test_what_follows_the_prompt_does_not_reach_what_a_control_computes_from_prompts(opened, tmp_path, prompt):
+    """The KL of one token behind the prompt, of texts that differ only after it, by the stage and from the front door:
+    the description of self-debiasing stands before the prompt and not before the whole text."""
+    lm = ctg.load(opened[0], root=tmp_path)
+    made = {"method": "self_debias", "init": {"descriptions": ["bad "]}}
+    control = stage(lm.session, controls.made, made, lm=lm.artifact)
+    ids = [i for text in TEXTS for i in lm.tokenizer.encode([text])[0]][: prompt + 6]
+    found = []
+    for more in (1, 3, 6):
+        (text,) = lm.tokenizer.decode([ids[: prompt + more]])
+        assert lm.tokenizer.encode([text])[0] == ids[: prompt + more]
+        path = tmp_path / f"{more}.jsonl"
+        path.write_text(json_line({"text": text}))
+        data = stage(lm.session, sources.load_data, dict(source=f"jsonl:{path}", split="all"))
+        settings = dict(kl=1e-3, prompt=prompt, tokens=1)
+        at = stage(lm.session, calibrate, settings, lm=lm.artifact, data=data, controls=[control])
+        mix = Mix((Part(methods.load(control, lm.lm), control),))
+        assert at.spec["strength"] == pytest.approx(ctg.calibrate(mix, lm, [text], **settings).strength)
+        found.append(at.metrics())
+    assert found[0] == found[1] == found[2] and found[0][0]["kl"] > 0
 
 
 def test_a_layer_and_a_strength_are_chosen_on_held_out_prompts(opened, tmp_path):

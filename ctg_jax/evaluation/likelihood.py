@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ def log_probabilities(
     control: Control = IDENTITY,
     *,
     batch: int = 32,
+    cond: Mapping[str, np.ndarray] | None = None,
     keep: Keep | None = None,
 ) -> np.ndarray:
     """The log-probability of each completion after its prompt under a control, float64 [n].
@@ -44,6 +45,7 @@ def log_probabilities(
       heads: n prompts as token ids; one may be empty where the control puts vectors before the text.
       tails: n completions; an empty one has log-probability 0.
       batch: rows of a compiled batch.
+      cond: entries of `prompts.cond`, name -> array with a row for each prompt.
       keep: called with the number of each row and the final states [N, D] that predict the N tokens of its completion.
 
     Raises:
@@ -60,7 +62,8 @@ def log_probabilities(
         # The two widths may exceed the context together: each row fits, and its positions count real tokens only.
         head, head_mask = _padded([heads[i] for i in rows], left=True)
         tail, tail_mask = _padded([tails[i] for i in rows], left=False)
-        prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), rng.per_example(jax.random.key(0), rows))
+        own = {name: jnp.asarray(values[rows]) for name, values in cond.items()} if cond else None
+        prompts = Prompts(jnp.asarray(head), jnp.asarray(head_mask), rng.per_example(jax.random.key(0), rows), own)
         given = (lm, params, prompts, jnp.asarray(tail), control, jnp.asarray(tail_mask))
         logp, states = loop.scored(*given, states=keep is not None)
         out[indices] = np.asarray(logp, np.float64).sum(axis=1)[: len(indices)]
@@ -120,18 +123,22 @@ class LMScorer:
         return self.ids(self.tokenizer.encode_prompts(prompts), self.tokenizer.encode_after(prompts, texts))
 
     def ids(
-        self, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]], keep: Keep | None = None
+        self,
+        heads: Sequence[Sequence[int]],
+        tails: Sequence[Sequence[int]],
+        keep: Keep | None = None,
+        cond: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The same for token ids, such as those that this model drew, since encoding their text may give others.
 
         Args:
           heads: prompts, as `Tokenizer.encode_prompts` returns them. tails: continuations.
-          keep: see `log_probabilities`.
+          keep, cond: see `log_probabilities`.
         """
         rows = [self._row(i, list(h), list(t)) for i, (h, t) in enumerate(zip(heads, tails, strict=True))]
         heads, tails = [head for head, _ in rows], [tail for _, tail in rows]
         given = (self.lm, self._params, self.tokenizer, heads, tails, self.control)
-        logp = log_probabilities(*given, batch=self.batch, keep=keep)
+        logp = log_probabilities(*given, batch=self.batch, keep=keep, cond=cond)
         return -logp, np.asarray([len(tail) for tail in tails], np.int64)
 
     def _row(self, i, head, tail):

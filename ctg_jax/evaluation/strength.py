@@ -52,7 +52,8 @@ class Divergence:
       tokens: read of a text behind its prompt, at most. batch: rows of a compiled batch; all batches have one shape.
       prompt: tokens of a string that are its prompt, the beginning token included. A control that acts on the prompt
         alone has hardly anything to act on where that is one token.
-      cond: entries of `prompts.cond`, name -> array with a row for each text.
+      cond: entries of `prompts.cond`, name -> array with a row for each text; what controls compute from their prompts,
+        they compute from `beginnings`.
 
     Raises:
       InputError: no texts, a prompt, a batch or a number of tokens that is no whole number above 0, or a text with
@@ -122,6 +123,15 @@ def _kl(
         return jnp.where(written, jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0.0)
 
     return reduced((read_rows(lm, params, prompts, tail, control), base), divergence, written)
+
+
+def beginnings(tokenizer: Tokenizer, texts: Sequence[str | Messages], prompt: int) -> list[str | Messages]:
+    """The texts up to where `Divergence` begins to measure: the first `prompt` tokens of strings, and conversations as
+    they are, whose answer is left out by whatever reads them as prompts."""
+    return [
+        text if is_messages(text) else tokenizer.decode([tokenizer.begun(tokenizer.encode([text])[0])[:prompt]])[0]
+        for text in texts
+    ]
 
 
 def _parts(

@@ -255,9 +255,10 @@ def human_perplexity(
         )
     model, params, tokenizer = open_lm(lm)
     reader = evaluation.LMScorer(model, params, tokenizer, batch=batch, control=control)
-    heads = tokenizer.encode_prompts([prompt_of(unanswered(r)) for r in records])
+    prompts = [prompt_of(unanswered(r)) for r in records]
+    heads, cond = tokenizer.encode_prompts(prompts), conditions(controls, lm, prompts, records)
     most = room(model, reader.control)[0] - 1
-    nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, most)))
+    nats, tokens = reader.ids(heads, continuations(records, tokenizer, min(length, most)), cond=cond)
     boot = evaluation.Bootstrap(range(len(records)), seed=seed, resamples=resamples)
     run.log(name="human_perplexity", **evaluation.Perplexity("pooled").figure(boot, nats, tokens).as_json())
 

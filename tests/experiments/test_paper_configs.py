@@ -106,3 +106,19 @@ def test_a_fair_comparison_has_equal_samples_and_equal_rows(size, samples, rows)
         assert arm["data"]["limit"] * fit["explore"]["n"] * fit["rounds"] == samples
         assert fit["rounds"] * fit["training"]["steps"] * fit["training"]["batch"] * texts == rows
         assert arm["rewards"] == {"drinks": config["judges"]["drinks"]}
+
+
+@pytest.mark.parametrize("world", ["bundled", "tiny"])
+def test_a_comparison_while_decoding_at_equal_kl_has_the_fits_of_that_at_the_papers_strengths(world):
+    """So that both are measured after one training; a search has no strength."""
+    get_config = importlib.import_module("configs.compare_decoding").get_config
+    papers, equal = (get_config(f"{world}_{size}").to_dict()["methods"] for size in ("small", "equal"))
+    assert papers.keys() == equal.keys() and arms.read(papers) and arms.read(equal)
+    for label in papers:
+        keys = {"strengths", "kl"} & papers[label].keys(), {"strengths", "kl"} & equal[label].keys()
+        assert keys == (({"strengths"}, {"kl"}) if "method" in papers[label] else (set(), set()))
+        assert {k: v for k, v in papers[label].items() if k != "strengths"} == {
+            k: v for k, v in equal[label].items() if k != "kl"
+        }
+    with pytest.raises(InputError, match="'tenth': expected small or equal"):
+        get_config(f"{world}_tenth")

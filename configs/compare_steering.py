@@ -60,7 +60,10 @@ def toxicity(label=1, filter=None):
         prompts=parts["prompts"] | dict(limit=25, where=dict(label=label)),
         sample=sample,
         evaluate=parts["evaluate"] | dict(kl=True),
-        condition=dict(data=prompts | dict(balance="label", limit=300), target=0, values=(1,)),
+        # Site and probability were chosen by cross-validation within these prompts (docs/results/steering.md).
+        condition=dict(
+            data=prompts | dict(balance="label", limit=520), target=0, values=(1,), gate=dict(site=7, least=0.7)
+        ),
     )
 
 
@@ -93,6 +96,7 @@ def arms(arg, condition):
     condition = dict(condition)
     cast = dict(method="cast", kl=levels) | {key: condition.pop(key) for key in ("data",) if key in condition}
     gate = dict(pool="mean", least=1e-6 if arg == "tiny" else 0.5)  # eight texts teach a probe nothing
+    gate |= condition.pop("gate", {})
     return steer | dict(cast=cast | dict(fit=fit | dict(field="label", gate=gate) | condition))
 
 

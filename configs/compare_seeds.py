@@ -9,7 +9,7 @@ gdc     a share of .8 of positive text after negative first words: fresh samples
         (`sentiment`); the judge `positive` saw nothing of it
 
 The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with a quarter of the prompts, half the rows of an
-update and two thirds of the updates; for GDC more rounds. Seeds are rows of one table.
+update and two thirds of the updates, and with more rounds in exchange. Seeds are rows of one table.
 
 Sources: Lu et al. 2022, Khalifa et al. 2021.
 """
@@ -34,7 +34,7 @@ def get_config(arg="quark"):
     data = learn["data"] | ({} if arg == "tiny" else dict(limit=PROMPTS))
     if arg == "quark":
         arm = quark.arms(world)["quark"] | dict(data=data)
-        arms = dict(top_p=dict(), **seeded("quark", arm, training=dict(steps=200, batch=16)))
+        arms = dict(top_p=dict(), **seeded("quark", arm, rounds=10, training=dict(steps=200, batch=16)))
         return reward.experiment(world, "Quark towards negative text", arms)
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"] | dict(data=data)
     more = {} if arg == "tiny" else dict(rounds=8, training=dict(steps=100, batch=16))

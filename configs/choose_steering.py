@@ -5,8 +5,9 @@
     python experiments/choose.py --config=configs/choose_steering.py:tiny        seconds, for tests
 
 The arms are the candidates. What is best here is compared with the others on new prompts by compare_steering.py
-(`--config.methods.steer_add.fit.sites=[9]`). The first line of the table is the best. Wall time on one core with Gemma
-3 270M: about twenty minutes, and a quarter of an hour for the judge the first time.
+(`--config.methods.steer_add.fit.sites=[9]`). The first line of the table is the best: with Gemma 3 270M block 9 on
+all tokens (commit d197920, docs/results/steering.md). Wall time on one core with that model: about twenty minutes, and
+a quarter of an hour for the judge the first time.
 """
 
 from configs import compare_steering, sentiment

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from ctg_jax.types import InputError
-from experiments import cli, grid, reporting
+from experiments import cli, experiment, grid, reporting
 
 
 def cells_of(text, number):
@@ -95,6 +95,8 @@ def main(argv, session):
         raise InputError(errors)
     missing = [str(cell) for cell in cells if looks[cell.number].rows is None]
     about = {"cells that are not finished": "; ".join(missing)} if missing else {}
+    finished = [cell for cell in cells if looks[cell.number].rows is not None]
+    about |= reporting.not_reached([s for cell in finished for s in experiment.unreached(session, cell.config)])
     page = reporting.write_grid(folder, session, spec, config, rows, about)
     if failed:
         raise cli.Incomplete(errors, page)

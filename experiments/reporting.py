@@ -35,9 +35,13 @@ def write(root: str, spec: str, config: ConfigDict, results: Sequence[Result]) -
         log.info("%s", report.terminal(rows))
         for sentence in filter(None, [broken(results), *missed]):
             log.warning("%s", sentence)
-    more = {"kl that is not reached": "; ".join(missed)} if missed else {}
     turns = [row for c in results for row in _rounds(c)]
-    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results, more)
+    return _write(folder, root, spec, config, rows, [_smooth(c) for c in results], turns, results, not_reached(missed))
+
+
+def not_reached(sentences: Sequence[str]) -> dict[str, str]:
+    """What a report says of the strengths that were not found, from the sentences of `experiment.unreached`."""
+    return {"kl that is not reached": "; ".join(dict.fromkeys(sentences))} if sentences else {}
 
 
 def broken(results: Sequence[Result]) -> str:

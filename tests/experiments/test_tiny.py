@@ -132,8 +132,9 @@ def test_arms_at_equal_kl_are_sampled_where_it_was_found(root):
         experiment.run(str(root), config)
 
 
-def test_a_kl_that_is_not_reached_is_reported_and_the_others_go_on(call, root):
-    """It has no row, the report says why, a second run asks no stage again, and nothing but such arms is an error."""
+def test_a_kl_that_is_not_reached_is_reported_and_the_others_go_on(call, root, tmp_path):
+    """It has no row, the report says why, that of a grid too, a second run asks no stage again, and nothing but such
+    arms is an error."""
     spec = f"{HERE / 'configs/compare_equal_kl.py'}:tiny"
     change = ["--config.methods.steer.kl=(1e-3, 1e6)", "--config.methods.lm_steer.kl=(1e-3,)"]
     code, page, err, _ = call(compare, spec, *change)
@@ -144,6 +145,13 @@ def test_a_kl_that_is_not_reached_is_reported_and_the_others_go_on(call, root):
     said = json.loads(Path(page).with_suffix(".json").read_text())["about"]["kl that is not reached"]
     assert said.startswith("steer: kl is 1e+06 nats per token, but the control reaches at most ") and said in err
     assert call(compare, spec, *change)[3].startswith("stages: 0 executed")
+    swept = (
+        f"{Path(spec.rpartition(':')[0]).read_text()}\n\ndef sweep():\n    yield {{'methods.steer.kl': (1e-3, 1e6)}}\n"
+    )
+    (tmp_path / "grid.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{swept}")
+    code, page, err, _ = call(ablate, f"{tmp_path / 'grid.py'}:tiny", "--config.methods.lm_steer.kl=(1e-3,)")
+    assert code == 0, err
+    assert json.loads(Path(page).with_suffix(".json").read_text())["about"]["kl that is not reached"] == said
     config = cli.config_of(spec)
     config.methods = {"steer": {**config.methods.steer.to_dict(), "kl": (1e6,)}}
     with pytest.raises(InputError, match=r"^steer: kl is 1e\+06 nats per token, but the control reaches"):

@@ -9,6 +9,8 @@ import optax
 from ctg_jax import tree
 from ctg_jax.types import InputError, PyTree
 
+SLOW = 1e-2  # of the rate, for the leaves that `optimizer` is told to change slowly
+
 
 def schedule(
     rate: float, kind: str = "constant", *, warmup: int = 0, steps: int | None = None, final: float = 0.0
@@ -40,6 +42,7 @@ def optimizer(
     decay: float = 0.0,
     decayed: str = r"(?!.*(norm|bias)).*",
     trained: str = ".*",
+    slow: str | None = None,
     algorithm: str = "adam",
     b1: float = 0.9,
     b2: float = 0.999,
@@ -53,6 +56,8 @@ def optimizer(
       decay: decoupled weight decay, on leaves whose path matches `decayed`: an update takes off rate · decay of them.
       decayed: regular expression for whole paths; norms and biases are left out by default.
       trained: regular expression for whole paths; other leaves keep their values and need no moments.
+      slow: regular expression for whole paths of leaves at `SLOW` times the rate. Vectors of a prompt learn at rates at
+        which the softmax of a gate beside them leaves all but one entry nothing within a few updates, for good.
       algorithm: "adam", or "adafactor", whose update is `rate` times a direction of root mean square 1 at most.
       b1, b2, eps: of Adam.
 
@@ -71,6 +76,8 @@ def optimizer(
             optax.scale_by_learning_rate(rate, flip_sign=False),
         )
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+    if slow is not None:
+        tx = optax.chain(tx, optax.masked(optax.scale(SLOW), lambda p: _matching(p, slow)))
     if trained == ".*":
         return tx
     return optax.partition({True: tx, False: optax.set_to_zero()}, lambda p: _matching(p, trained))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax import methods
+from ctg_jax import methods, tree
 from ctg_jax.control import Chain
 from ctg_jax.controls.parts import Parts, fold, memory
 from ctg_jax.decode import loop
@@ -131,6 +131,24 @@ def test_a_fit_learns_classes_once_and_chooses_among_them(small):
                          z=1e-4, training=dict(steps=1, batch=2, tokens=8, algorithm="adafactor"))  # fmt: skip
     assert methods.load(started, model).shared.shape == (2, 16)
     assert {"cross_entropy"} <= started.rows("metrics.jsonl")[-1].keys()
+
+
+def test_a_gate_learns_at_a_hundredth_of_the_rate_of_the_vectors(small, tmp_path):
+    """At 0.1, the rate of the vectors, its softmax was soon 1 for one attribute and the class of the others changed
+    nothing. An update of Adam moves a number by the rate at most."""
+    root, lm, _ = small
+    words = [("bad", "good"), ("food", "room")]
+    rows = [dict(text=f"the {words[1][j]} was {words[0][i]}", label=i, area=j) for i in (0, 1) for j in (0, 1)]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = stage(root, sources.load_data, dict(source=f"jsonl:{tmp_path / 'both.jsonl'}", split="all"))
+    shape = dict(length=1, attributes={"label": 2, "area": 2}, each=2, mix="attention")
+    before, after = (
+        methods.load(prompt.fit(root, lm=lm, data=data, shape=shape, training=training), open_lm(lm)[0])
+        for training in (dict(steps=1, rate=1e-9, batch=4, tokens=8), dict(steps=3, batch=4, tokens=8))
+    )
+    moved = {name: np.abs(np.asarray(x) - y).max() for (name, x), y in zip(
+        tree.flatten(before).items(), tree.flatten(after).values())}  # fmt: skip
+    assert moved["shared"] > 0.05 and moved["gate/in"] < 3.1e-3 and moved["gate/out"] < 3.1e-3
 
 
 def test_an_attribute_that_does_not_exist_is_named(small, tmp_path):

@@ -75,6 +75,7 @@ def test_a_fit_embeds_its_texts_and_reads_other_examples(small):
     fitted = softsrv.fit(root, lm=lm, data=data, prompts=3, length=2, training=dict(steps=2, batch=4, tokens=8))
     control = methods.load(fitted, open_lm(lm)[0])
     assert control.basis.shape == (3, 2, 16) and control.reads == "example"
+    assert np.abs(control.gate["bias"]).max() <= 2.1e-3  # a hundredth of the rate of the prompts, 0.1
     records = [{"source": "good fun"}, {"reference": "good fun"}, {}]
     found = softsrv.conditions(fitted, lm, ["so", "bad", "good fun"], records)["example"]
     assert found.shape == (3, control.gate["kernel"].shape[1])

@@ -182,7 +182,7 @@ def fit(
     return stage(root, of_classes, {"chosen": chosen}, lm=lm, learned=learned) if chosen else learned
 
 
-@stage_function("prompt")
+@stage_function("prompt", revision=1)
 def prompt(
     run: Run,
     *,
@@ -228,11 +228,10 @@ def prompt(
     batches = pipeline(
         source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=tuple(attributes)
     )
-    usual = 1e-3 if shape.place == "prefix" else 0.1 if training.algorithm == "adam" else 0.3
+    training = training.at(1e-3 if shape.place == "prefix" else 0.1 if training.algorithm == "adam" else 0.3)
     objective, frozen = loss(model, attributes=tuple(attributes), z=z), {"params": params}
-    control = fitting.train(
-        run, control, objective, frozen, batches, training.at(usual), trained=r"(shared|parts|net|gate).*", seed=seed
-    )
+    tx = training.optimizer(r"(shared|parts|net|gate).*", slow=r"gate.*")
+    control = fitting.train(run, control, objective, frozen, batches, training, seed=seed, tx=tx)
     fitting.keep(run, fold(control), "prompt", made | {"network": None})
 
 

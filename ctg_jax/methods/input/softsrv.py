@@ -126,7 +126,7 @@ def fit(root, *, lm: Artifact, data: Artifact, **settings: Any) -> Artifact:
     return stage(root, softsrv, settings, lm=lm, data=data)
 
 
-@stage_function("softsrv", contents={"encoder": model_content})
+@stage_function("softsrv", revision=1, contents={"encoder": model_content})
 def softsrv(
     run: Run,
     *,
@@ -166,10 +166,9 @@ def softsrv(
     batches = pipeline(
         source, tokenizer, batch=training.batch, length=training.tokens, seed=seed, fields=(EXAMPLE,)
     )  # fmt: skip
-    usual = training.at(0.3 if training.algorithm == "adafactor" else 0.1)
-    control = fitting.train(
-        run, control, loss(model), {"params": params}, batches, usual, trained=r"(basis|gate).*", seed=seed
-    )
+    training = training.at(0.3 if training.algorithm == "adafactor" else 0.1)
+    tx = training.optimizer(r"(basis|gate).*", slow=r"gate.*")
+    control = fitting.train(run, control, loss(model), {"params": params}, batches, training, seed=seed, tx=tx)
     fitting.keep(run, control, "softsrv", made)
     run.record(encoder=encoder, version=embed.version)
 

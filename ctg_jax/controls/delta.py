@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from ctg_jax import rng, tree
 from ctg_jax.control import Control
 from ctg_jax.controls.conditions import check_choice, gathered
+from ctg_jax.models.lm import blocks_of, check_depth
 from ctg_jax.types import InputError, Params
 
 # The matrices of every block: what LoRA changes by default.
@@ -158,13 +159,8 @@ def with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
         at = path.split("/")
         if at[0] != "layers" or at[-1] != "kernel":
             raise InputError(f"The control changes {path} for each row, expected kernels of the layers.")
+        check_depth(f"The control changes {path} in", change["a"].shape[1], blocks_of(params))
         stacked = isinstance(params["layers"], dict)
-        depth = len(jax.tree.leaves(params["layers"])[0]) if stacked else len(params["layers"])
-        if (found := change["a"].shape[1]) != depth:
-            raise InputError(
-                f"The control changes {path} in {found} layers, but this model has {depth}: it was fitted on another "
-                "model."
-            )
         per_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), change)  # [L, B, …]
         if stacked:
             layers = _put(params["layers"], at[1:-1], per_layer)

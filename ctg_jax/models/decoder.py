@@ -21,7 +21,7 @@ from ctg_jax.control import IDENTITY, Control, overrides
 from ctg_jax.mesh.plan import split
 from ctg_jax.models.block import Block
 from ctg_jax.models.layers import ACTIVATIONS, Norm, matmul
-from ctg_jax.models.lm import Cache, Out, Tap
+from ctg_jax.models.lm import Cache, Out, Tap, blocks_of, check_depth
 from ctg_jax.models.pattern import Layer, views
 from ctg_jax.models.rope import angles, frequencies, own_frequencies
 from ctg_jax.types import InputError, Params
@@ -211,11 +211,18 @@ class Transformer:
         tap_heads: Tap | None = None,
     ) -> Out:
         tap = tap or (lambda h: None)
+        if (found := blocks_of(params)) != self.depth:
+            raise InputError(
+                f"A language model of {self.depth} blocks was given parameters of {found}: a control that reads along "
+                "was fitted on another model, or model and parameters do not belong together."
+            )
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         if cache is None:
             t = jnp.arange(x.shape[1])
             allowed = mask[:, None, :] & ((t[None, :, None] >= t[None, None, :]) | (not self.causal))
             prefix, slots = control.prefix(state), pos
+            if prefix is not None:
+                check_depth("The control's prefix has keys and values for", len(prefix[0]), self.depth)
         else:
             prefix = None  # already in the cache, see `ctg_jax.decode.loop.prefill`
             written = jnp.sum(cache.mask, axis=1, dtype=jnp.int32) - cache.offset  # slots of a prefix

@@ -20,7 +20,7 @@ import jax
 from flax import struct
 
 from ctg_jax.control import IDENTITY, Control
-from ctg_jax.types import Params
+from ctg_jax.types import InputError, Params
 
 Tap = Callable[[jax.Array], Any]  # [B, T, D] -> pytree; runs inside the layer loop, so it can reduce there
 
@@ -43,9 +43,23 @@ class Cache:
     offset: jax.Array
 
 
+def blocks_of(params: Params) -> int:
+    """L, the number of blocks that parameters have, stacked or not."""
+    layers = params["layers"]
+    return len(layers) if isinstance(layers, tuple) else len(jax.tree.leaves(layers)[0])
+
+
+def check_depth(what: str, found: int, depth: int) -> None:
+    """InputError where something for `found` blocks meets a model of another depth; `what` begins the sentence."""
+    if found != depth:
+        blocks = "1 block" if found == 1 else f"{found} blocks"
+        raise InputError(f"{what} {blocks}, but this model has {depth}: it was fitted on another model.")
+
+
 def write_prefix(cache: Cache, prefix: tuple[jax.Array, jax.Array]) -> Cache:
     """An empty cache whose first P slots hold the prefix (k, v), each [L, B, K, P, H]; positions do not move."""
     k, v = prefix
+    check_depth("The control's prefix has keys and values for", len(k), len(cache.k))
     p = k.shape[3]
     return cache.replace(
         k=tuple(c.at[:, :, :p].set(a.astype(c.dtype)) for c, a in zip(cache.k, k)),

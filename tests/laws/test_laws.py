@@ -5,6 +5,7 @@ A `Chain` of four different ones goes through everything as well.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -322,6 +323,22 @@ def test_a_model_of_another_vocabulary_is_refused_in_a_sentence_or_served(which)
         jax.eval_shape(lambda p, c: loop.loop(larger, p, PROMPTS, c, Sampling(max_new=2)), params, control)
     except InputError as e:
         assert "vocabulary" in str(e) and "11 tokens" in str(e) and "13" in str(e)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("which", METHODS)
+def test_a_model_of_another_depth_is_refused_in_a_sentence_or_served(which, depth):
+    """Nothing is computed. What has something for every block must be refused, as it would act on other blocks."""
+    other, control = worlds.tiny(depth=depth), build(which)
+    params = jax.eval_shape(other.init, jax.random.key(0))
+    per_block = {"cast", "cav", "iti", "prompt", "self_control", "steer"}
+    try:
+        check_rows(other, PROMPTS, control, 2)
+        jax.eval_shape(lambda p, c: loop.loop(other, p, PROMPTS, c, Sampling(max_new=2)), params, control)
+    except InputError as e:
+        assert re.search(r"blocks|another model|in 2 layers|\(2, ", str(e)), e
+    else:
+        assert which not in per_block
 
 
 def test_sharding_rules_name_every_leaf_of_a_control(control):

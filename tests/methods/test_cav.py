@@ -221,7 +221,8 @@ def test_bad_input(small):
         probes.split(np.zeros((4, 3, 2)), np.full((4, 3, 2), np.nan), 0.2)
     narrow = cav.example(worlds.Bigram(), jax.random.key(0))
     with pytest.raises(InputError, match="width 3, but the model's is 16"):
-        loop.forward(LM, PARAMS, worlds.prompts([[1]]), jnp.array([[1]]), narrow)
+        flat = worlds.tiny(depth=1)
+        loop.forward(flat, worlds.lively(flat), worlds.prompts([[1]]), jnp.array([[1]]), narrow)
     with pytest.raises(InputError, match="expected those of one model"):
         cav.join(cav.example(LM, jax.random.key(0)), narrow)
     with pytest.raises(InputError, match="differ in positions"):

@@ -29,7 +29,7 @@ from ctg_jax.learn import activations, lists
 from ctg_jax.learn.activations import gates
 from ctg_jax.learn.fitting import divided
 from ctg_jax.learn.probes import choose_sites, fit_probes, split
-from ctg_jax.models.lm import LM
+from ctg_jax.models.lm import LM, blocks_of, check_depth
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
@@ -67,6 +67,10 @@ class Cav(AtPositions):
     positions: Positions = struct.field(pytree_node=False, default=Positions("answer"))
     cond: str | None = struct.field(pytree_node=False, default=None)
     goal: str | None = struct.field(pytree_node=False, default=None)
+
+    def bind(self, frozen, params):
+        check_depth("The control has probes for", self.vector.shape[-3] - 2, blocks_of(params))
+        return super().bind(frozen, params)
 
     def init(self, prompts, length):
         p0 = self.p0[None] if self.p0.ndim == 1 else self.p0

@@ -28,7 +28,7 @@ from ctg_jax.learn import activations, lists
 from ctg_jax.learn.activations import pool
 from ctg_jax.learn.fitting import divided
 from ctg_jax.learn.probes import choose_sites, fit_probes, split
-from ctg_jax.models.lm import LM
+from ctg_jax.models.lm import LM, blocks_of, check_depth
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
@@ -54,6 +54,10 @@ class Iti(AtPositions):
     scale: jax.Array
     positions: Positions = struct.field(pytree_node=False, default=Positions())
     cond: str | None = struct.field(pytree_node=False, default=None)
+
+    def bind(self, frozen, params):
+        check_depth("The control has directions for the heads of", self.direction.shape[-3], blocks_of(params))
+        return super().bind(frozen, params)
 
     def init(self, prompts, length):
         return per_row(self.scale, prompts, self.cond), self.positions.begin(prompts)

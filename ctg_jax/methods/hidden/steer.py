@@ -24,7 +24,7 @@ from ctg_jax.controls.selection import positions as selected
 from ctg_jax.learn import lists
 from ctg_jax.learn.activations import Moments, Pairs, batches, gates, moments, pair_moments, scaled, sides
 from ctg_jax.learn.fitting import divided
-from ctg_jax.models.lm import LM
+from ctg_jax.models.lm import LM, blocks_of, check_depth
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
 from ctg_jax.types import InputError
@@ -66,6 +66,10 @@ class Steer(AtPositions):
     cond: str | None = struct.field(pytree_node=False, default=None)
     positions: Positions = struct.field(pytree_node=False, default=Positions())
     operator: str = struct.field(pytree_node=False, default="add")
+
+    def bind(self, frozen, params):
+        check_depth("The control has steering vectors for", self.vector.shape[-2] - 2, blocks_of(params))
+        return super().bind(frozen, params)
 
     def init(self, prompts, length):
         return per_row(self.scale, prompts, self.cond), self.positions.begin(prompts)

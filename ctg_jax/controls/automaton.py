@@ -27,6 +27,9 @@ FREE, ENDED = 0, 1  # the first two states of `Tokens`
 _NEVER, _END = 0, 1  # the first two classes of tokens
 FAR = 1e9  # `Tokens.need` of a state from which no text can be completed
 
+# Whether a byte is of a letter or digit: those of ASCII, and all of which other characters consist.
+_LETTER = [byte >= 0x80 or chr(byte).isalnum() or byte == ord("_") for byte in range(256)]
+
 _ANNOTATIONS = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions"}
 _KEYWORDS = {
     *("type", "enum", "const", "anyOf", "$ref", "properties", "required", "additionalProperties"),
@@ -116,23 +119,36 @@ def of_schema(schema: str | Mapping[str, Any]) -> Bytes:
 
 
 def of_word(word: str, appears: bool = True) -> Bytes:
-    """The automaton of the byte strings in which `word` appears, or in which it does not.
+    """The automaton of the byte strings in which `word` appears, or in which it does not: as a whole word, so that
+    "cat" is not in "vacation". Where an edge of it is no letter, as in "?!" or "ab ", anything may be beside that edge.
 
     Raises:
       InputError: an empty word.
     """
     if not (spelled := word.encode()):
         raise InputError("words hold the empty string, expected strings of at least one character.")
-    size = len(spelled)
-    table = np.zeros((size + 1, 256), np.int32)
-    back = 0  # the state after all but the first byte that led to a state (Knuth, Morris and Pratt 1977)
-    for state, byte in enumerate(spelled):
-        table[state] = table[back] if state else 0
-        table[state, byte] = state + 1
-        if state:
-            back = table[back, byte]
-    table[size] = size if appears else -1
-    return _smallest(Bytes(table, (np.arange(size + 1) == size) == appears))
+    size, first, last = len(spelled), _LETTER[spelled[0]], _LETTER[spelled[-1]]
+    found = "found"
+
+    def after(state, byte):  # (lengths of the beginnings of the word that end here, whether a letter was just read)
+        if state == found or (size in state[0] and not (last and _LETTER[byte])):
+            return found
+        lengths = {n + 1 for n in state[0] if n < size and spelled[n] == byte}
+        if spelled[0] == byte and not (first and state[1]):
+            lengths.add(1)
+        return frozenset(lengths), bool(_LETTER[byte])
+
+    others = [next(b for b in range(256) if _LETTER[b] == kind and b not in spelled) for kind in (False, True)]
+    states, rows = [(frozenset(), False)], []
+    for state in states:  # which grows meanwhile
+        row = {byte: after(state, byte) for byte in (*others, *spelled)}
+        states += [new for new in dict.fromkeys(row.values()) if new not in states]
+        rows.append([states.index(row.get(byte, row[others[_LETTER[byte]]])) for byte in range(256)])
+    there = np.array([state == found or size in state[0] for state in states])
+    table = np.array(rows, np.int32)
+    if not appears:
+        table[table == states.index(found)] = -1
+    return _smallest(Bytes(table, there == appears))
 
 
 def both(a: Bytes, b: Bytes) -> Bytes:

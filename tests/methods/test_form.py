@@ -69,11 +69,25 @@ def test_a_regular_expression_matches_whole_texts_by_any_of_its_alternatives(pat
         assert accepts(found, text) == bool(re.fullmatch(pattern, text)), text
 
 
+def has(word, text):
+    """Whether the word is in the text with no letter beside an edge that is one."""
+    before, after = (r"\b" if re.match(r"\w", word[edge]) else "" for edge in (0, -1))
+    return bool(re.search(before + re.escape(word) + after, text))
+
+
+@pytest.mark.parametrize("word", ["aba", "a", "b a", "a!", "!a", "aa", " ", "é"])
+def test_a_word_is_whole(word):
+    """"cat" is not in "vacation"; letters of other alphabets are letters too."""
+    for appears in (True, False):
+        found = automaton.of_word(word, appears)
+        assert all(accepts(found, t) == (has(word, t) == appears) for t in texts("ab !é", 5))
+
+
 def test_words_that_appear_or_do_not():
-    found = form.compiled(dict(words=["aba", "ca"], without="bb"))
-    assert all(accepts(found, t) == ("aba" in t and "ca" in t and "bb" not in t) for t in texts("abc", 6))
-    found = form.compiled(dict(regex="[a-c]{3}", words="b"))
-    assert sum(accepts(found, t) for t in texts("abc", 4)) == 27 - 8
+    found = form.compiled(dict(words=["aba", "ca"], without="b"))
+    assert all(accepts(found, t) == (has("aba", t) and has("ca", t) and not has("b", t)) for t in texts("abc ", 7))
+    found = form.compiled(dict(regex="[a ]{3}", words="a"))
+    assert sum(accepts(found, t) for t in texts("ab ", 4)) == len(["a  ", " a ", "  a", "a a"])
 
 
 def test_tokens_may_be_parts_of_characters_and_the_table_is_as_small_as_it_can_be():
@@ -144,7 +158,7 @@ def test_a_text_that_breaks_its_form_has_probability_0_and_finite_scores():
 
 
 def test_rows_have_forms_of_their_own_alone_as_together():
-    forms = [dict(regex="a+"), dict(regex="[bc]{3}"), dict(without="a", words="cb")]
+    forms = [dict(regex="a+"), dict(regex="[bc]{3}"), dict(without="a", regex="[bc]*cb[bc]*")]
     control = letters(*forms, choice="form")
     rows, pick = [[0], [1, 2], [2, 0, 1], [1], [0, 0]], [0, 1, 2, 2, 1]
     sampling = Sampling(max_new=5, eos=(END,), pad=END)

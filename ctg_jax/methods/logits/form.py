@@ -175,8 +175,8 @@ def init(
 
     Args:
       forms: the forms, each with some of these parts, all of which hold: "regex", an expression (the syntax of Rust's
-        `regex`, without look-around) that matches the whole text; "schema", a JSON schema; "words", which all appear, as whole
-        words; "without", words that do not.
+        `regex`, without look-around) that matches the whole text; "schema", a JSON schema; "words", which all appear,
+        as whole words; "without", words that do not.
       choice: see `Form`; needed where there are several forms. Scripts read the field of this name of the prompts'
         records (`conditions`).
       alpha: see `Form`.

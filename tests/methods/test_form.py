@@ -77,7 +77,7 @@ def has(word, text):
 
 @pytest.mark.parametrize("word", ["aba", "a", "b a", "a!", "!a", "aa", " ", "é"])
 def test_a_word_is_whole(word):
-    """"cat" is not in "vacation"; letters of other alphabets are letters too."""
+    """ "cat" is not in "vacation"; letters of other alphabets are letters too."""
     for appears in (True, False):
         found = automaton.of_word(word, appears)
         assert all(accepts(found, t) == (has(word, t) == appears) for t in texts("ab !é", 5))

@@ -4,12 +4,14 @@
 
 quark   from the first words of positive sentences of Yelp towards negative text, exploring under top-p 0.9: the share
         should rise by 35 points at no more than 1.4 times the perplexity, with dist-2 within a tenth of the base's
-gdc     a share of .8 of positive text after negative first words: fresh samples, without a filter, after the prompts of
-        training, where the share was asked for, should have it within .03. It is counted by the reward itself
-        (`sentiment`); the judge `positive` saw nothing of it
+gdc     a share of .8 of positive text after the first words of sentences of both kinds: fresh samples without a filter,
+        after the prompts of training, where the share was asked for, should have it within .03. It is counted by the
+        reward itself (`sentiment`); the judge `positive` saw nothing of it. After negative first words alone no weights
+        reach .8: in 16 samples of each prompt only .73 of the prompts have a positive one
 
 The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with a quarter of the prompts, half the rows of an
-update and two thirds of the updates, and with more rounds in exchange. Seeds are rows of one table.
+update and two thirds of the updates, and with more rounds in exchange: 15 rounds of Quark make as many updates of texts
+as its 5 rounds there. Seeds are rows of one table.
 
 Sources: Lu et al. 2022, Khalifa et al. 2021.
 """
@@ -34,8 +36,10 @@ def get_config(arg="quark"):
     data = learn["data"] | ({} if arg == "tiny" else dict(limit=PROMPTS))
     if arg == "quark":
         arm = quark.arms(world)["quark"] | dict(data=data)
-        arms = dict(top_p=dict(), **seeded("quark", arm, rounds=10, training=dict(steps=200, batch=16)))
+        arms = dict(top_p=dict(), **seeded("quark", arm, rounds=15, training=dict(steps=200, batch=16)))
         return reward.experiment(world, "Quark towards negative text", arms)
+    if arg == "gdc":
+        data = data | dict(where=None, balance="label", limit=PROMPTS // 2)
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"] | dict(data=data)
     more = {} if arg == "tiny" else dict(rounds=8, training=dict(steps=100, batch=16))
     config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **seeded("gdc", share, **more)))

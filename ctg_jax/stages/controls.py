@@ -14,7 +14,7 @@ from ctg_jax.run.identity import local_models
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
 
 
-@stage_function("made", contents={"init": local_models})
+@stage_function("made", revision=1, contents={"init": local_models})
 def made(run: Run, *, lm: Artifact, method: str, init: Mapping[str, Any] | None = None, seed: int = 0) -> None:
     """Stage: saves a control that needs no training: what `methods.maker` of its method returns.
 

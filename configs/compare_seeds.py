@@ -9,9 +9,9 @@ gdc     a share of .8 of positive text after the first words of sentences of bot
         reward itself (`sentiment`); the judge `positive` saw nothing of it. After negative first words alone no weights
         reach .8: in 16 samples of each prompt only .73 of the prompts have a positive one
 
-The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with a quarter of the prompts, half the rows of an
-update and two thirds of the updates, and with more rounds in exchange: 15 rounds of Quark make as many updates of texts
-as its 5 rounds there. Seeds are rows of one table.
+The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with a quarter of the prompts. Quark has half the rows
+of an update, two thirds of the updates and 15 rounds in exchange, which learn from as many rows as its 5 rounds there;
+GDC has four times the samples of a prompt and a gentler rate. Seeds are rows of one table.
 
 Sources: Lu et al. 2022, Khalifa et al. 2021.
 """
@@ -41,7 +41,10 @@ def get_config(arg="quark"):
     if arg == "gdc":
         data = data | dict(where=None, balance="label", limit=PROMPTS // 2)
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"] | dict(data=data)
-    more = {} if arg == "tiny" else dict(rounds=8, training=dict(steps=100, batch=16))
+    more = {}
+    if arg == "gdc":  # at a LoRA's usual rate of 2e-3 a round learns its samples by heart, and is farther from others
+        explore = learn["explore"] | dict(n=16)
+        more = dict(rounds=4, explore=explore, training=dict(steps=200, batch=32, rate=3e-4))
     config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **seeded("gdc", share, **more)))
     config.prompts = data
     config.sample.filter = dict()

@@ -42,9 +42,9 @@ def get_config(arg="quark"):
         data = data | dict(where=None, balance="label", limit=PROMPTS // 2)
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"] | dict(data=data)
     more = {}
-    if arg == "gdc":  # at a LoRA's usual rate of 2e-3 a round learns its samples by heart, and is farther from others
+    if arg == "gdc":  # at a LoRA's usual rate of 2e-3 a round is farther from the target on samples of other prompts
         explore = learn["explore"] | dict(n=16)
-        more = dict(rounds=4, explore=explore, training=dict(steps=200, batch=32, rate=3e-4))
+        more = dict(rounds=10, explore=explore, training=dict(steps=200, batch=32, rate=3e-4))
     config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **seeded("gdc", share, **more)))
     config.prompts = data
     config.sample.filter = dict()

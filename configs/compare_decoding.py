@@ -68,11 +68,11 @@ def smaller(methods, learned, shorter, kl):
 
 
 def held_out(parts, arg):
-    """The section `calibrate`: texts without the attribute, which no method is fitted on, after their first tokens."""
+    """The section `calibrate`: texts without the attribute, which no method is fitted on."""
     train = parts["train"]
     others = dict(skip=train["limit"]) if "limit" in train else dict(split="test")
     few = dict(where=dict(label=0), limit=8 if arg == "tiny" else 48)
-    return dict(data=train | others | few, tokens=24, prompt=4)
+    return dict(data=train | others | few, tokens=24)
 
 
 def get_config(arg="bundled"):

@@ -6,10 +6,10 @@ sentiment, made by one network, learned together on all texts).
     python experiments/main.py --config=configs/prompt.py[:yelp|:gemma|:tiny|:paper]
     python experiments/ablate.py --config=configs/prompt.py[:yelp|:tiny]
 
-Expected, not measured yet: both directions move the share of positive text their way, less far than LoRA
-(configs/finetune.py) at these sizes of model; the prefix of a class is nearer to the base than a prompt, since most of
-its vectors are those of all texts. Strengths above 1 move further from the other class. With `paper` the model is GPT-2
-Large, with 100 vectors or with prefixes of 50 + 2 vectors and a network of width 800.
+Measured on Yelp with 150 updates (commit 88d60dd, docs/results/length_and_search.md): .58 positive without control, .52
+and .62 by prompts of 20 vectors, .54 and .65 by prefixes, .46 and .70 at strength 2; more vectors change the model
+more, and how they begin makes no visible difference. Strengths above 1 move further from the other class. With `paper`
+the model is GPT-2 Large, with 100 vectors or with prefixes of 50 + 2 vectors and a network of width 800.
 """
 
 from configs import sentiment

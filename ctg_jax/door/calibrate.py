@@ -9,7 +9,7 @@ from typing import Any
 from ctg_jax.data.messages import Messages
 from ctg_jax.door.mix import Mix, mix_of
 from ctg_jax.door.model import Model, check_model
-from ctg_jax.evaluation.strength import Divergence, beginnings, dial, solve
+from ctg_jax.evaluation.strength import Divergence, dial, solve
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError
 
@@ -70,8 +70,9 @@ def calibrate(
     for artifact in mix.artifacts:
         sampling.same_lm(artifact, lm.artifact)
     start, at = dial(mix.control, leaf)
-    model, texts = sampling.opened(lm.artifact), list(texts)
-    cond = sampling.conditions(mix.artifacts, lm.artifact, beginnings(model[2], texts, prompt))
-    measure = Divergence(*model, texts, tokens=tokens, batch=batch, prompt=prompt, cond=cond)
+    measure = Divergence(
+        *sampling.opened(lm.artifact), list(texts), tokens=tokens, batch=batch, prompt=prompt,
+        cond=lambda prompts: sampling.conditions(mix.artifacts, lm.artifact, prompts),
+    )  # fmt: skip
     found = solve(lambda value: measure(at(value)), kl, start)
     return Calibrated(mix.over(at(found.strength)), found.strength, found.kl, found.tried)

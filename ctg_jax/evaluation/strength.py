@@ -52,8 +52,9 @@ class Divergence:
       tokens: read of a text behind its prompt, at most. batch: rows of a compiled batch; all batches have one shape.
       prompt: tokens of a string that are its prompt, the beginning token included. A control that acts on the prompt
         alone has hardly anything to act on where that is one token.
-      cond: entries of `prompts.cond`, name -> array with a row for each text; what controls compute from their prompts,
-        they compute from `beginnings`.
+      cond: what controls compute from their prompts: it is called with those of the texts, the first `prompt` tokens
+        of strings and conversations as they are, and returns entries of `prompts.cond`, name -> array with a row for
+        each.
 
     Raises:
       InputError: no texts, a prompt, a batch or a number of tokens that is no whole number above 0, or a text with
@@ -70,7 +71,7 @@ class Divergence:
         tokens: int = 64,
         batch: int = 16,
         prompt: int = 1,
-        cond: Mapping[str, np.ndarray] | None = None,
+        cond: Callable[[list[str | Messages]], Mapping[str, np.ndarray]] | None = None,
     ):
         if not len(texts):
             raise InputError("there are no texts to measure the KL on: give at least one")
@@ -79,6 +80,7 @@ class Divergence:
                 raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
         self.lm, self.params, self._known = lm, params, tokenizer.known(lm.vocab)
         heads, tails = zip(*(_parts(tokenizer, text, i, prompt, tokens) for i, text in enumerate(texts)))
+        found = {} if cond is None else cond(_beginnings(tokenizer, texts, heads))
         batch = min(batch, len(texts))
         size = max(map(len, heads)), max(map(len, tails))
         self._batches = []
@@ -88,7 +90,7 @@ class Divergence:
             head, mask = pad_rows([heads[i] for i in rows], size[0], 0, left=True)
             tail, written = pad_rows([tails[i] for i in rows], size[1], 0, left=False)
             written[len(texts) - at :] = False  # rows that only fill the batch
-            own = {name: jnp.asarray(values[rows]) for name, values in cond.items()} if cond else None
+            own = {name: jnp.asarray(values[rows]) for name, values in found.items()} if found else None
             keys = rng.per_example(jax.random.key(0), rows)
             prompts = Prompts(jnp.asarray(head), jnp.asarray(mask), keys, own)
             self._batches.append((prompts, jnp.asarray(tail), jnp.asarray(written)))
@@ -125,13 +127,11 @@ def _kl(
     return reduced((read_rows(lm, params, prompts, tail, control), base), divergence, written)
 
 
-def beginnings(tokenizer: Tokenizer, texts: Sequence[str | Messages], prompt: int) -> list[str | Messages]:
-    """The texts up to where `Divergence` begins to measure: the first `prompt` tokens of strings, and conversations as
-    they are, whose answer is left out by whatever reads them as prompts."""
-    return [
-        text if is_messages(text) else tokenizer.decode([tokenizer.begun(tokenizer.encode([text])[0])[:prompt]])[0]
-        for text in texts
-    ]
+def _beginnings(
+    tokenizer: Tokenizer, texts: Sequence[str | Messages], heads: Sequence[list[int]]
+) -> list[str | Messages]:
+    """The prompts of the texts; conversations as they are, whose answer is left out by what reads them as prompts."""
+    return [text if is_messages(text) else tokenizer.decode([head])[0] for text, head in zip(texts, heads)]
 
 
 def _parts(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ctg_jax.data.messages import has_messages
 from ctg_jax.decode import strategies
-from ctg_jax.evaluation.strength import Divergence, Unreached, beginnings, dial, solve
+from ctg_jax.evaluation.strength import Divergence, Unreached, dial, solve
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
 from ctg_jax.stages import sampling
 from ctg_jax.types import InputError
@@ -54,9 +54,11 @@ def calibrate(
             f"{controls[0].path.name} gives no text a likelihood, so it has no KL to the base: leave kl out"
         )
     start, at = dial(control)
-    model = open_lm(lm)
-    cond = sampling.conditions(controls, lm, beginnings(model[2], texts, prompt), rows)
-    measure = Divergence(*model, texts, tokens=tokens, batch=batch, prompt=prompt, cond=cond)
+
+    def cond(prompts):
+        return sampling.conditions(controls, lm, prompts, rows)
+
+    measure = Divergence(*open_lm(lm), texts, tokens=tokens, batch=batch, prompt=prompt, cond=cond)
     try:
         found = solve(lambda value: measure(at(value)), abs(kl), math.copysign(start, kl))
         factor = next((x for x in given if x), 1.0)

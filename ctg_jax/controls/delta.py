@@ -160,9 +160,8 @@ def with_rows(params: Params, rows: dict[str, dict[str, jax.Array]]) -> Params:
         if at[0] != "layers" or at[-1] != "kernel":
             raise InputError(f"The control changes {path} for each row, expected kernels of the layers.")
         check_depth(f"The control changes {path} in", change["a"].shape[1], blocks_of(params))
-        stacked = isinstance(params["layers"], dict)
         per_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), change)  # [L, B, …]
-        if stacked:
+        if isinstance(params["layers"], dict):
             layers = _put(params["layers"], at[1:-1], per_layer)
         else:
             parts = tree.unstack(per_layer)

@@ -5,7 +5,6 @@ A `Chain` of four different ones goes through everything as well.
 """
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -336,7 +335,7 @@ def test_a_model_of_another_depth_is_refused_in_a_sentence_or_served(which, dept
         check_rows(other, PROMPTS, control, 2)
         jax.eval_shape(lambda p, c: loop.loop(other, p, PROMPTS, c, Sampling(max_new=2)), params, control)
     except InputError as e:
-        assert re.search(r"blocks|another model|in 2 layers|\(2, ", str(e)), e
+        assert "another model" in str(e), e
     else:
         assert which not in per_block
 

@@ -1,26 +1,30 @@
 """Two targets for learning from a reward on a real LM, each with three seeds of the whole fit.
 
-    python experiments/compare.py --config=configs/compare_seeds.py[:quark|:gdc|:tiny]
+    python experiments/compare.py --config=configs/compare_seeds.py[:quark|:gdc|:prompted|:tiny]
 
-quark   from the first words of positive sentences of Yelp towards negative text, exploring under top-p 0.9: the share
-        should rise by 35 points at no more than 1.4 times the perplexity, with dist-2 within a tenth of the base's
-gdc     a share of .8 of positive text after the first words of sentences of both kinds: fresh samples without a filter,
-        after the prompts of training, where the share was asked for, should have it within .03. It is counted by the
-        reward itself (`sentiment`); the judge `positive` saw nothing of it. After negative first words alone no weights
-        reach .8: in 16 samples of each prompt only .73 of the prompts have a positive one
+quark     from the first words of positive sentences of Yelp towards negative text, exploring under top-p 0.9: the share
+          should rise by 35 points at no more than 1.4 times the perplexity, with dist-2 within a tenth of the base's
+gdc       a share of .8 of positive text without any prompt, as the paper generates: fresh samples without a filter
+          should have it within .03. It is counted by the reward itself (`sentiment`); the judge `positive` saw nothing
+          of it. The arm `plain` is one seed without the baseline
+prompted  the same share after the first four words of sentences of both kinds. This asks for far more: in 16 samples of
+          each prompt only .73 of the negative ones have a positive text, so that others must have hardly any negative
 
-The settings are those of `quark.py:yelp_down` and `gdc.py:yelp` with a quarter of the prompts. Quark has half the rows
-of an update, two thirds of the updates and 15 rounds in exchange, which learn from as many rows as its 5 rounds there;
-GDC has four times the samples of a prompt and a gentler rate. Seeds are rows of one table.
+Quark has the settings of `quark.py:yelp_down` with a quarter of the prompts, half the rows of an update, two thirds of
+the updates and 15 rounds in exchange, which learn from as many rows as its 5 rounds there. GDC has a baseline,
+with which no sample becomes likelier than the target has it, and half a LoRA's usual rate. Seeds are rows of one table.
 
-Sources: Lu et al. 2022, Khalifa et al. 2021.
+Sources: Lu et al. 2022, Khalifa et al. 2021, Korbak et al. 2022b (the baseline).
 """
 
 from configs import gdc, quark, reward
 from ctg_jax.types import InputError
 
+ARGS = ("quark", "gdc", "prompted", "tiny")
 SEEDS = (0, 1, 2)
 PROMPTS = 250
+# 4,000 samples a round, of which a quarter decides and the others are learned from twice.
+FIT = dict(training=dict(steps=200, batch=32, rate=1e-3), samples=dict(limit=10.0, baseline=10.0))
 
 
 def seeded(label, arm, **fit):
@@ -29,28 +33,33 @@ def seeded(label, arm, **fit):
 
 
 def get_config(arg="quark"):
-    if arg not in ("quark", "gdc", "tiny"):
-        raise InputError(f"the argument of the configuration is {arg!r}: expected one of quark, gdc, tiny")
-    world = dict(quark="yelp_down", gdc="yelp").get(arg, arg)
+    if arg not in ARGS:
+        raise InputError(f"the argument of the configuration is {arg!r}: expected one of {', '.join(ARGS)}")
+    world = dict(quark="yelp_down", gdc="yelp", prompted="yelp").get(arg, arg)
     learn = reward.WORLDS[world]()["learn"]
     data = learn["data"] | ({} if arg == "tiny" else dict(limit=PROMPTS))
     if arg == "quark":
         arm = quark.arms(world)["quark"] | dict(data=data)
         arms = dict(top_p=dict(), **seeded("quark", arm, rounds=15, training=dict(steps=200, batch=16)))
         return reward.experiment(world, "Quark towards negative text", arms)
+    share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"]
     if arg == "gdc":
-        data = data | dict(where=None, balance="label", limit=PROMPTS // 2)
-    share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"] | dict(data=data)
-    more = {}
-    if arg == "gdc":  # at a LoRA's usual rate of 2e-3 a round is farther from the target on samples of other prompts
-        explore = learn["explore"] | dict(n=16)
-        more = dict(rounds=10, explore=explore, training=dict(steps=200, batch=32, rate=3e-4))
-    config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **seeded("gdc", share, **more)))
-    config.prompts = data
+        judged = data | dict(where=None, words=0)  # rows of independent texts, so that there are intervals
+        data, n, fit = judged | dict(limit=1), 8, FIT | dict(rounds=6, explore=learn["explore"] | dict(n=4000))
+    elif arg == "prompted":
+        data = judged = data | dict(where=None, balance="label", limit=PROMPTS // 2)
+        n, fit = 4, FIT | dict(rounds=10, explore=learn["explore"] | dict(n=16))
+    else:
+        judged, n, fit = data, 2, {}
+    arms = seeded("gdc", share | dict(data=data), **fit)
+    if arg == "gdc":
+        arms["plain"] = arms["gdc_0"] | dict(fit=arms["gdc_0"]["fit"] | dict(samples=dict(limit=10.0)))
+    config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **arms))
+    config.prompts = judged
     config.sample.filter = dict()
-    config.sample.n = 2 if arg == "tiny" else 4
+    config.sample.n = n
     config.judges.update(learn["rewards"])
-    if arg == "gdc":  # the perplexity of the base, whose distribution the policy should stay close to
+    if arg != "tiny":  # the perplexity of the base, whose distribution the policy should stay close to
         del config.evaluate["fluency"]
         config.evaluate.lm_name = "yelp-gpt2-mini"
     return config

@@ -81,30 +81,57 @@ def test_samples_held_out_are_whole_prompts():
         gdc.held_out(np.zeros(1), 0.25, seed=1)
 
 
-@pytest.mark.parametrize("moment", [pytest.param(1.0, marks=pytest.mark.slow), 0.8])
-def test_it_reaches_the_target(moment):
+@pytest.mark.parametrize(
+    ("moment", "baseline"), [pytest.param(1.0, None, marks=pytest.mark.slow), (0.8, None), (0.8, 10.0)]
+)
+def test_it_reaches_the_target(moment, baseline):
     """KL-adaptive distributional policy gradient: proposals improve as the policy does."""
     lam, wanted = exact(moment)
     assert worlds.divergence(wanted, BASE) > 0.2  # where it starts
     rounds, updates, n = 30, 10, 1024
     tx = optimizer(schedule(1e-2, "linear", steps=rounds * updates), trained="changes/.*")
     learner = train.init_state(gdc.init(LM, jax.random.key(0), kind="full"), tx, jax.random.key(1))
-    step = jax.jit(train.make_step(gdc.loss(LM), tx))
+    step = jax.jit(train.make_step(gdc.loss(LM, baseline), tx))
     proposal, draw, moved = BASE, np.random.default_rng(3), 0
     log_p = np.log(BASE) + (np.where(FEATURE, 0, -np.inf) if moment == 1 else lam * FEATURE)
     for _ in range(rounds):
         for _ in range(updates):
             at = draw.choice(len(BASE), n, p=proposal / proposal.sum())
             weight = gdc.importance(log_p[at], np.log(proposal[at]))
-            learner, _ = step(
-                learner, {"params": PARAMS}, worlds.written(PROMPT, EVERY[at], weight=jnp.float32(weight))
-            )
+            fields = dict(weight=jnp.float32(weight), logp=jnp.float32(np.log(proposal[at])))
+            learner, _ = step(learner, {"params": PARAMS}, worlds.written(PROMPT, EVERY[at], **fields))
         policy = worlds.probabilities(LM, PARAMS, PROMPT, NEW, learner.params)
         share = weight / weight.sum()
         if share @ (np.log(proposal[at]) - np.log(policy[at])) < 0:
             proposal, moved = policy, moved + 1
     assert worlds.divergence(wanted, policy) < 0.02
     assert moved > 2
+
+
+def slope(baseline, control, rows, weight, log_q):
+    """The gradient of the loss on some texts, one vector."""
+    batch = worlds.written(PROMPT, EVERY[rows], weight=jnp.float32(weight), logp=jnp.float32(log_q))
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    given = ({"params": PARAMS}, batch, keys)
+    grads = jax.grad(lambda c: gdc.loss(LM, baseline)(c, *given).total, allow_int=True)(control)
+    leaves = [x for x in jax.tree.leaves(grads) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return np.concatenate([np.ravel(x) for x in leaves])
+
+
+def test_the_baseline_changes_the_gradient_of_single_texts_and_not_its_mean():
+    """Over all texts, drawn uniformly, the gradients are the same, for a policy that is not the base. Where the policy
+    has each text as often as the target, the gradient with a baseline is 0 for any few texts, and only then."""
+    control, every = gdc.init(LM, jax.random.key(0), kind="full"), np.arange(len(EVERY))
+    moved = jax.tree.map(lambda x: x + 0.1 if jnp.issubdtype(x.dtype, jnp.floating) else x, control)
+    _, wanted = exact(0.8)
+    uniform = np.full(len(EVERY), -np.log(len(EVERY)))
+    with_, without = (slope(b, moved, every, wanted / np.exp(uniform), uniform) for b in (1e6, None))
+    np.testing.assert_allclose(with_, without, atol=1e-3 * np.abs(without).max())
+    few = np.array([0, 7, 7, 19])
+    with_, without = (slope(b, control, few, np.ones(4), np.log(BASE[few])) for b in (10.0, None))
+    assert np.abs(with_).max() < 1e-4 * np.abs(without).max()
+    at_limit, twice = (slope(b, control, few, np.ones(4), np.log(BASE[few] / 4)) for b in (2.0, 4.0))
+    np.testing.assert_allclose(at_limit, twice / 3, rtol=1e-4, atol=1e-5)  # (2 - 1) and (4 - 1) times the same slope
 
 
 def test_weights_by_hand():

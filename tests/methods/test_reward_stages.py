@@ -265,6 +265,14 @@ def test_gdc(world, pool):
     assert artifact.spec["closer"] == (row["kl_gap"] < 0) and row["kl_gap"] == pytest.approx(artifact.spec["gap"])
     # 10 passes over few samples: on its own samples the policy looks closer than the proposal, and it is not.
     assert row["kl_gap_learned"] < 0 < row["kl_gap"] - 0.3 and row["updates"] == 30
+    again = dict(limit=10.0, passes=None, baseline=10.0)
+    compared = fitted(world, gdc, moments={"cheer": 0.8}, training=dict(steps=30), samples=again).metrics()[-1]
+    # With a baseline the texts that are learned from become no likelier than the target has them.
+    assert compared["kl_gap_learned"] > row["kl_gap_learned"] + 0.1
+    assert compared["used"] == len(good)
+    some = np.isin(prompts, prompts[good]).sum()  # also texts without the feature, where the prompt has others
+    other = fitted(world, gdc, moments={"cheer": 1.0}, training=dict(steps=30), samples=dict(baseline=10.0))
+    assert other.metrics()[-1]["used"] == some > good.sum() and apart(other) > 0
     every = fitted(world, gdc, moments={"cheer": 1.0}, training=dict(steps=30))
     assert every.spec["lam"] == {} and apart(every) > 0
     learned = ~gdc.held_out(prompts[good], 0.25, every.spec["config"]["seed"])

@@ -122,6 +122,8 @@ FAULTS = [
           f"{STAGES}::test_gdc"),
     fault(f"{WEIGHTS}/gdc.py", 'losses.masked_sum(batch["weight"] * nll, rows)', "losses.masked_sum(nll, rows)",
           f"{STAGES}::test_gdc"),
+    fault(f"{WEIGHTS}/gdc.py", "weight = weight - jnp.exp", "weight = weight + jnp.exp",
+          f"{GDC}_the_baseline_changes_the_gradient_of_single_texts_and_not_its_mean"),
     # Click and preferences
     fault(f"{WEIGHTS}/click.py", "gap = jnp.sum(negative, axis=1) - jnp.sum(positive, axis=1)",
           "gap = jnp.sum(positive, axis=1) - jnp.sum(negative, axis=1)", f"{CLICK}_the_gradient_by_hand"),

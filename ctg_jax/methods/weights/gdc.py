@@ -1,7 +1,7 @@
 """GDC (Khalifa et al. 2021): the distribution closest to the LM in which features occur at given rates; and the
 KL-adaptive distributional policy gradient that turns it into a policy.
 
-Where every prompt has a normaliser of its own (`per_prompt`, Korbak et al. 2022), a share such as .8 is that of all
+Where every prompt has a normaliser of its own (`per_prompt`, Korbak et al. 2022a), a share such as .8 is that of all
 texts together: prompts after which a feature is frequent have it more often, others less. The paper's unconditional
 generation is the case of one empty prompt, for which the model reads its beginning token. The paper's tasks are single
 words, lists of words, and classes with the share of each; `configs/gdc.py` has them.
@@ -33,16 +33,26 @@ from ctg_jax.types import InputError, Sum
 init, example, neutral = fitting.delta, fitting.example_delta, fitting.neutral_delta
 
 
-def loss(lm: LM) -> losses.LossFn:
+def loss(lm: LM, baseline: float | None = None) -> losses.LossFn:
     """-w(x) log π(x) per sequence: its gradient is that of KL(p ‖ π) where w = P / (Z q) and q drew x (Parshakova et
-    al. 2019; Khalifa et al. 2021, algorithm 1). The batch has `weight` float32 [B]; frozen = {"params"}."""
+    al. 2019; Khalifa et al. 2021, algorithm 1). The batch has `weight` float32 [B]; frozen = {"params"}.
+
+    Args:
+      baseline: adds π(x) / q(x), at most this number, to each term: the off-policy baseline of Korbak et al. 2022b.
+        The gradient becomes (π / q - w) ∇ log π, which is the same on average, since the mean of (π / q) ∇ log π under
+        q is 0; but it is 0 for every text where π = P / Z, so that none becomes likelier than the target has it. The
+        batch then has `logp` float32 [B], log q. None: no baseline.
+    """
 
     def total(params, frozen, batch, keys):
         text = read(lm, frozen["params"], batch, keys, params)
         nll = reduced(text, losses.next_token, batch["completion"])
         nll = jnp.sum(jnp.where(batch["written"], nll, 0.0), axis=1)
         rows = jnp.any(batch["written"], axis=1)
-        value, count = losses.masked_sum(batch["weight"] * nll, rows)
+        weight = batch["weight"]
+        if baseline is not None:
+            weight = weight - jnp.exp(jnp.minimum(-jax.lax.stop_gradient(nll) - batch["logp"], math.log(baseline)))
+        value, count = losses.masked_sum(weight * nll, rows)
         return Sum(value, count, {"nll": (losses.masked_sum(nll, rows)[0], count)})
 
     return total
@@ -208,11 +218,13 @@ class Samples:
       held: the share of prompts whose samples decide, see `held_out`.
       passes: over the samples that have a weight, at most; fewer updates than `training.steps` are made where they
         would be more. None: no limit.
+      baseline: see `loss`; texts of weight 0 are learned from as well, wherever their prompt has others.
     """
 
     limit: float | None = None
     held: float = 0.25
     passes: float | None = 2.0
+    baseline: float | None = None
 
 
 @stage_function("gdc", revision=1)
@@ -238,7 +250,7 @@ def gdc(
     Args:
       pool: samples of the proposal, scored. base: samples of the frozen model, scored. start_from: the policy so far.
       moments: see `fit`.
-      per_prompt: whether each prompt has a Z of its own, so that every prompt counts the same (Korbak et al. 2022);
+      per_prompt: whether each prompt has a Z of its own, so that every prompt counts the same (Korbak et al. 2022a);
         False: one Z.
       samples: how those of the pool are used.
       adapter: the change of weights. training: how it is trained.
@@ -275,8 +287,10 @@ def gdc(
             f"none of the {len(weight)} samples has what moments asks for: raise n, or start from a control"
         )
     weight = weight if samples.limit is None else np.minimum(weight, samples.limit)
-    used = np.flatnonzero(weight)
-    scale = len(used) / len(weight)  # rows of weight 0 are left out, and the others represent all
+    _, prompt = np.unique(drawn.column("prompt_id") if per_prompt else np.zeros(len(weight)), return_inverse=True)
+    # Without a baseline rows of weight 0 are left out, and the others represent all.
+    used = np.flatnonzero(weight if samples.baseline is None else np.bincount(prompt, weight)[prompt])
+    scale = len(used) / len(weight) if samples.baseline is None else 1.0
     chosen = drawn.with_(weight=(weight * scale).astype(np.float32)).take(used)
     held_back = held_out(chosen.column("prompt_id"), samples.held, seed)
     learned = chosen.take(np.flatnonzero(~held_back))
@@ -290,10 +304,11 @@ def gdc(
         training = dataclasses.replace(training, steps=min(training.steps, most))
     policy = init(model, rng.stream(jax.random.key(seed), "init"), **vars(adapter))
     policy = policy if start_from is None else methods.load(start_from, model)
-    rows = batches(learned, tokenizer, batch=training.batch, seed=seed, fields=("weight",))
+    fields = ("weight",) if samples.baseline is None else ("weight", "logp")
+    rows = batches(learned, tokenizer, batch=training.batch, seed=seed, fields=fields)
     policy = fitting.train(
-        run, policy, loss(model), {"params": params}, rows, training.at(adapter.rate), trained="changes/.*",
-        seed=seed, start_from=start_from,
+        run, policy, loss(model, samples.baseline), {"params": params}, rows, training.at(adapter.rate),
+        trained="changes/.*", seed=seed, start_from=start_from,
     )  # fmt: skip
     # The next proposal is the policy under the filter.
     new = Chain((policy, drawing_filter([pool], model)))

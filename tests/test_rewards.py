@@ -8,6 +8,7 @@ import pytest
 
 from ctg_jax import rewards
 from ctg_jax.rewards.embed import length_batches
+from ctg_jax.rewards.logistic import fit_logistic
 from ctg_jax.types import InputError
 
 GOOD, BAD = ["good meal", "a good day", "so good"], ["bad meal", "a bad day", "so bad"]
@@ -79,6 +80,22 @@ def test_reviews_oracle():
     scores = reward([""] * 20, [r["text"] for r in records])
     assert ((scores >= reward.threshold).astype(int) == [r["label"] for r in records]).all()
     assert reward([""], ["xyzzy"])[0] == 0.5 < reward.threshold
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_a_logistic_regression_is_at_its_optimum(intercept):
+    """The gradient of the penalised loss is 0 there, and features that are rounded otherwise give the same weights.
+    Few texts, which the weights nearly separate."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(24, 16)).astype(np.float32)
+    y = (x @ draw.normal(size=16) > 0).astype(int)
+    coef, b, classes = fit_logistic(x, y, 10.0, 0, intercept)
+    z = x.astype(np.float64) @ coef[0] + b[0]
+    error = 1 / (1 + np.exp(-z)) - y
+    assert np.abs(error @ x + coef[0] / 10.0).max() < 1e-4 and classes == [0, 1]
+    assert abs(error.sum()) < 1e-4 if intercept else b[0] == 0
+    again, _, _ = fit_logistic(x * np.float32(1 + 2**-20), y, 10.0, 0, intercept)
+    np.testing.assert_allclose(again, coef, rtol=0, atol=1e-5)
 
 
 def test_probe_fits_saves_and_loads(tmp_path):

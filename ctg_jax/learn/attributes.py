@@ -15,7 +15,7 @@ from ctg_jax.run.stage import Artifact, Run, stage_function
 from ctg_jax.types import InputError
 
 
-@stage_function("embeddings.probe")
+@stage_function("embeddings.probe", revision=1)
 def fit_attribute(
     run: Run,
     *,

@@ -28,7 +28,8 @@ class Search:
     Attributes:
       start: each vector at first: "zero", "normal" (variance 2 / (d + 1): Glorot & Bengio 2010) or "uniform" (of the
         same variance).
-      rate: of Adam.
+      rate, eps: of Adam. Numbers whose gradient is much smaller than `eps` hardly move; where it is tiny, they move as
+        far as any other, and which way may depend on rounding.
       decay: what the rate is multiplied by when the loss has not fallen for `patience` updates.
       patience: see `decay`.
       updates: of a vector at most; it stops earlier when it is solved.
@@ -38,6 +39,7 @@ class Search:
 
     start: str = "zero"
     rate: float = 0.1
+    eps: float = 1e-8
     decay: float = 0.9
     patience: int = 20
     updates: int = 500
@@ -47,7 +49,7 @@ class Search:
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Adam whose rate falls on plateaus of the loss."""
         return optax.chain(
-            optax.scale_by_adam(),
+            optax.scale_by_adam(eps=self.eps),
             optax.contrib.reduce_on_plateau(factor=self.decay, patience=self.patience, min_scale=1e-2),
             optax.scale(-self.rate),
         )

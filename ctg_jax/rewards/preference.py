@@ -11,7 +11,7 @@ import numpy as np
 from ctg_jax.io import digest
 from ctg_jax.rewards.check import check_reads, checked, readable
 from ctg_jax.rewards.embed import Embedder
-from ctg_jax.rewards.logistic import read_model, write_model
+from ctg_jax.rewards.logistic import fit_logistic, read_model, write_model
 from ctg_jax.types import InputError
 
 
@@ -52,15 +52,13 @@ class PreferenceModel:
         Raises:
           InputError: no comparison, or unequal numbers of texts.
         """
-        from sklearn.linear_model import LogisticRegression
-
         if not len(chosen):
             raise InputError("there are no comparisons: a preference model needs records with text and rejected")
         better = embedder(readable(name, prompts, chosen, reads))
         gap = better - embedder(readable(name, prompts, rejected, reads))
         labels = np.r_[np.ones(len(gap)), np.zeros(len(gap))]
-        model = LogisticRegression(C=inverse_l2, fit_intercept=False, max_iter=1000).fit(np.r_[gap, -gap], labels)
-        return cls(embedder, model.coef_[0], name=name, reads=reads)
+        coef, _, _ = fit_logistic(np.r_[gap, -gap], labels, inverse_l2, 0, intercept=False)
+        return cls(embedder, coef[0], name=name, reads=reads)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         rows = readable(self.name, prompts, texts, self.reads)

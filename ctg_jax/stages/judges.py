@@ -20,7 +20,7 @@ from ctg_jax.run.stage import Artifact, Run, open_artifact, open_lm, stage_funct
 from ctg_jax.types import InputError
 
 
-@stage_function("fit_judge", revision=1, contents={"encoder": model_content, "function": function_content})
+@stage_function("fit_judge", revision=2, contents={"encoder": model_content, "function": function_content})
 def fit_judge(
     run: Run,
     *,

@@ -297,7 +297,7 @@ def mdlm(
     keep(run, control.replace(params=params), "mdlm", hp)
 
 
-@stage.stage_function("mdlm.classifier", revision=2)
+@stage.stage_function("mdlm.classifier", revision=3)
 def classifier(
     run: Run,
     *,

@@ -142,7 +142,7 @@ def fit(
     return stage(root, cast, settings, lm=lm, data=data, pushed=pushed)
 
 
-@stage_function("cast")
+@stage_function("cast", revision=1)
 def cast(
     run: Run,
     *,

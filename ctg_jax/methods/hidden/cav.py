@@ -236,7 +236,7 @@ def states(
     activations.keep_sides(run, make, lm, data, target=target, limit=limit, batch=batch, tokens=tokens, how=pool)
 
 
-@stage_function("cav.probes")
+@stage_function("cav.probes", revision=1)
 def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float = 0.2) -> None:
     """Stage: a probe for each site, vector float32 [L + 2, D] and bias [L + 2]; metrics.jsonl has the share of texts
     that each sorts correctly, of those it was fitted on (`train_accuracy`) and of the others (`heldout_accuracy`).

@@ -173,7 +173,7 @@ def outputs(
     activations.keep_sides(run, make, lm, data, target=target, limit=limit, batch=batch, tokens=tokens, how=pool)
 
 
-@stage_function("iti.probes")
+@stage_function("iti.probes", revision=1)
 def probes(run: Run, *, read: Artifact, inverse_l2: float = 1e-3, heldout: float = 0.2) -> None:
     """Stage: of each head the direction of its probe and that of the means, float32 [L, heads, H] of length 1, and the
     deviation of all texts along them, [L, heads]; metrics.jsonl has the share of texts that its probe sorts correctly.

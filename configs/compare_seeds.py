@@ -23,8 +23,15 @@ from ctg_jax.types import InputError
 ARGS = ("quark", "gdc", "prompted", "tiny")
 SEEDS = (0, 1, 2)
 PROMPTS = 250
-# 4,000 samples a round, of which a quarter decides and the others are learned from twice.
-FIT = dict(training=dict(steps=200, batch=32, rate=1e-3), samples=dict(limit=10.0, baseline=10.0))
+ROUNDS = 10
+# 4,000 samples a round, of which a quarter decides and the others are learned from twice. The rate falls over all
+# rounds: at a constant one the noise of the updates, not the target, decides where the share stops rising.
+FIT = dict(
+    rounds=ROUNDS,
+    adapter=dict(rank=2),
+    training=dict(steps=200, batch=32, rate=1e-3, schedule="linear", rounds=ROUNDS),
+    samples=dict(limit=10.0, baseline=10.0, passes=None),
+)
 
 
 def seeded(label, arm, **fit):
@@ -45,15 +52,15 @@ def get_config(arg="quark"):
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"]
     if arg == "gdc":
         judged = data | dict(where=None, words=0)  # rows of independent texts, so that there are intervals
-        data, n, fit = judged | dict(limit=1), 8, FIT | dict(rounds=6, explore=learn["explore"] | dict(n=4000))
+        data, n, fit = judged | dict(limit=1), 8, FIT | dict(explore=learn["explore"] | dict(n=4000))
     elif arg == "prompted":
         data = judged = data | dict(where=None, balance="label", limit=PROMPTS // 2)
-        n, fit = 4, FIT | dict(rounds=10, explore=learn["explore"] | dict(n=16))
+        n, fit = 4, FIT | dict(explore=learn["explore"] | dict(n=16))
     else:
         judged, n, fit = data, 2, {}
     arms = seeded("gdc", share | dict(data=data), **fit)
     if arg == "gdc":
-        arms["plain"] = arms["gdc_0"] | dict(fit=arms["gdc_0"]["fit"] | dict(samples=dict(limit=10.0)))
+        arms["plain"] = arms["gdc_0"] | dict(fit=arms["gdc_0"]["fit"] | dict(samples=FIT["samples"] | dict(baseline=None)))
     config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **arms))
     config.prompts = judged
     config.sample.filter = dict()

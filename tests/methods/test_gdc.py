@@ -164,6 +164,8 @@ def test_one_empty_prompt_is_the_unconditional_case(small):
 
 
 def test_bad_input():
+    with pytest.raises(InputError, match="baseline is 0, expected a number above 0"):
+        gdc.loss(LM, 0)
     with pytest.raises(InputError, match=r"moment 0 is 0\.5 and the feature is between 1 and 1 in 3 samples"):
         gdc.multipliers(np.ones((3, 1)), [0.5])
     with pytest.raises(InputError, match="contradict each other"):

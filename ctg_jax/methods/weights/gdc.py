@@ -42,7 +42,12 @@ def loss(lm: LM, baseline: float | None = None) -> losses.LossFn:
         The gradient becomes (π / q - w) ∇ log π, which is the same on average, since the mean of (π / q) ∇ log π under
         q is 0; but it is 0 for every text where π = P / Z, so that none becomes likelier than the target has it. The
         batch then has `logp` float32 [B], log q. None: no baseline.
+
+    Raises:
+      InputError: a baseline that is not above 0.
     """
+    if baseline is not None and not baseline > 0:
+        raise InputError(f"samples.baseline is {baseline}, expected a number above 0, such as 10, or None")
 
     def total(params, frozen, batch, keys):
         text = read(lm, frozen["params"], batch, keys, params)
@@ -313,8 +318,9 @@ def gdc(
     # The next proposal is the policy under the filter.
     new = Chain((policy, drawing_filter([pool], model)))
     log_pi = log_probabilities(model, params, chosen, tokenizer, new, batch=training.batch)
-    nearer = weight[used] * (log_q[used] - log_pi)
-    gap, own_gap = (float(nearer[at].sum() / weight[used][at].sum()) for at in (held_back, ~held_back))
+    mass = weight[used]  # with a baseline those held out may have none, and then say that nothing is closer
+    nearer = mass * (log_q[used] - log_pi)
+    gap, own_gap = (float(nearer[at].sum() / max(mass[at].sum(), 1e-30)) for at in (held_back, ~held_back))
     run.record(closer=gap < 0, gap=gap, lam=dict(zip([n for n, _ in soft], lam.tolist())))
     effective = float(weight.sum() ** 2 / np.square(weight).sum())
     run.log(kl_gap=gap, kl_gap_learned=own_gap, effective=effective, used=len(used), updates=training.steps)

@@ -106,6 +106,26 @@ def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypat
     assert {row["section"] for row in bench.measure(True, 0, only=["banks"])[1]} == {"banks"}
 
 
+def test_the_networks_of_dglm_and_of_its_benchmark_are_the_same(benchmark):
+    """The score network, which has skips, time and a context, and the prompter, with random modulations."""
+    bench = benchmark("dglm")
+    lm = Transformer.gpt2(width=16, depth=1, heads=2, context=16, vocab=32)
+    small = dict(width=16, depth=4, heads=2, pseudo_tokens=2, spread=2)
+    control = bench.dglm.init(
+        lm, jax.random.key(0), latent=6, denoiser=small, prompter=small | dict(depth=2, length=3, kind="frozen")
+    )
+    draw = np.random.default_rng(0)
+    noisy = lambda x: x + 0.1 * draw.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    z, context = (draw.normal(size=(3, 6)).astype(np.float32) for _ in range(2))
+    parts = [(control.net, control.score, context), (control.soft_prompt.net, control.soft_prompt.prompter, None)]
+    for net, params, given in parts:
+        params = jax.tree.map(noisy, params)
+        mine = net.apply(params, z, np.full(3, 0.5, np.float32), *([] if given is None else [given]))
+        context_ = None if given is None else bench.torch.from_numpy(given)
+        theirs = bench.Net(net, params)(bench.torch.from_numpy(z), 0.5, context_)
+        np.testing.assert_allclose(np.asarray(mine), theirs.detach().numpy(), atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_an_accelerator_needs_what_a_bare_image_has():
     """Without the packages that configurations, data and reports need."""

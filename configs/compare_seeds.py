@@ -6,7 +6,7 @@ quark   from the first words of positive sentences of Yelp towards negative text
         should rise by 35 points at no more than 1.4 times the perplexity, with dist-2 within a tenth of the base's
 gdc     a share of .8 of positive text without any prompt, as the paper generates: fresh samples without a filter should
         have it within .03. It is counted by the reward itself (`sentiment`); the judge `positive` saw nothing of it.
-        The arm `plain` is one seed without the baseline
+        The arm `plain` is one seed without the baseline; strengths above 1 go further than what was learned
 
 Quark has the settings of `quark.py:yelp_down` with a quarter of the prompts, half the rows of an update, two thirds of
 the updates and 15 rounds in exchange, which learn from as many rows as its 5 rounds there. GDC has one round of 32,000
@@ -30,9 +30,11 @@ GDC = dict(
 )
 
 
-def seeded(label, arm, **fit):
-    """An arm for each seed, at full strength."""
-    return {f"{label}_{seed}": arm | dict(strengths=(1.0,), fit=arm["fit"] | fit | dict(seed=seed)) for seed in SEEDS}
+def seeded(label, arm, strengths=(1.0,), **fit):
+    """An arm for each seed."""
+    return {
+        f"{label}_{seed}": arm | dict(strengths=strengths, fit=arm["fit"] | fit | dict(seed=seed)) for seed in SEEDS
+    }
 
 
 def get_config(arg="quark"):
@@ -50,10 +52,10 @@ def get_config(arg="quark"):
         judged = data | dict(where=None, words=0)  # rows of independent texts, so that there are intervals
         data, fit = judged | dict(limit=1), GDC | dict(explore=learn["explore"] | dict(n=32_000))
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"]
-    arms = seeded("gdc", share | dict(data=data), **fit)
+    arms = seeded("gdc", share | dict(data=data), (1.0, 1.75) if arg == "gdc" else (1.0,), **fit)
     if arg == "gdc":
         plain = GDC["samples"] | dict(baseline=None)
-        arms["plain"] = arms["gdc_0"] | dict(fit=arms["gdc_0"]["fit"] | dict(samples=plain))
+        arms["plain"] = arms["gdc_0"] | dict(strengths=(1.0,), fit=arms["gdc_0"]["fit"] | dict(samples=plain))
     config = reward.experiment(world, "GDC with a share asked for", dict(base=dict(), **arms))
     config.prompts = judged
     config.sample.filter = dict()

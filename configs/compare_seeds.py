@@ -21,7 +21,7 @@ from ctg_jax.types import InputError
 
 SEEDS = (0, 1, 2)
 PROMPTS = 250
-# One pass over nine tenths of the samples. More rounds of fewer learn less: the noise of one undoes the last.
+# One pass over nine tenths of the samples.
 GDC = dict(
     rounds=1,
     adapter=dict(rank=8),

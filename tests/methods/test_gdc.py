@@ -120,7 +120,7 @@ def slope(baseline, control, rows, weight, log_q):
 
 def test_the_baseline_changes_the_gradient_of_single_texts_and_not_its_mean():
     """Over all texts, drawn uniformly, the gradients are the same, for a policy that is not the base. Where the policy
-    has each text as often as the target, the gradient with a baseline is 0 for any few texts, and only then."""
+    has each text as often as the target, the gradient with a baseline is 0 for any few texts."""
     control, every = gdc.init(LM, jax.random.key(0), kind="full"), np.arange(len(EVERY))
     moved = jax.tree.map(lambda x: x + 0.1 if jnp.issubdtype(x.dtype, jnp.floating) else x, control)
     _, wanted = exact(0.8)

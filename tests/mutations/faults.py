@@ -120,7 +120,7 @@ FAULTS = [
     fault(f"{WEIGHTS}/gdc.py", "run.record(closer=gap < 0", "run.record(closer=gap > 0", f"{STAGES}::test_gdc"),
     fault(f"{WEIGHTS}/gdc.py", "learned = chosen.take(np.flatnonzero(~held_back))", "learned = chosen",
           f"{STAGES}::test_gdc"),
-    fault(f"{WEIGHTS}/gdc.py", 'losses.masked_sum(batch["weight"] * nll, rows)', "losses.masked_sum(nll, rows)",
+    fault(f"{WEIGHTS}/gdc.py", "losses.masked_sum(weight * nll, rows)", "losses.masked_sum(nll, rows)",
           f"{STAGES}::test_gdc"),
     fault(f"{WEIGHTS}/gdc.py", "weight = weight - jnp.exp", "weight = weight + jnp.exp",
           f"{GDC}_the_baseline_changes_the_gradient_of_single_texts_and_not_its_mean"),

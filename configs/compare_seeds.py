@@ -52,6 +52,7 @@ def get_config(arg="quark"):
         judged = data | dict(where=None, words=0)  # rows of independent texts, so that there are intervals
         data, fit = judged | dict(limit=1), GDC | dict(explore=learn["explore"] | dict(n=32_000))
     share = gdc.arms(world)["gdc" if arg == "tiny" else "gdc_share"]
+    # 1.75: where the first seed's log-odds, those at 0 and 1 continued, have the share that was asked for.
     arms = seeded("gdc", share | dict(data=data), (1.0, 1.75) if arg == "gdc" else (1.0,), **fit)
     if arg == "gdc":
         plain = GDC["samples"] | dict(baseline=None)

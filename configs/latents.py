@@ -26,13 +26,12 @@ REVIEWS = sentiment.REVIEWS
 def tiny():
     world = sentiment.tiny()
     data = dict(source=REVIEWS, split="test", words=4, balance="label", limit=4)
-    # eps: where an untrained LM gives a number hardly any gradient, rounding over devices would decide where it goes.
-    fit = dict(site="memory", search=dict(updates=12, batch=4, eps=1e-3))
+    fit = dict(site="memory", search=dict(updates=12, batch=4))
     return dict(
         lm=world["lm"],
         recovery=dict(
             data=dict(reviews=data),
-            fit=dict(site="memory", search=dict(updates=3, batch=4, eps=1e-3)),
+            fit=dict(site="memory", search=dict(updates=3, batch=4)),
             grid=dict(site=["memory", "middle"], positions=["all"]),
         ),
         analysis=dict(data=data, fit=fit, options=dict(pairs=2, between=3, draws=2)),

@@ -28,8 +28,7 @@ class Search:
     Attributes:
       start: each vector at first: "zero", "normal" (variance 2 / (d + 1): Glorot & Bengio 2010) or "uniform" (of the
         same variance).
-      rate, eps: of Adam. Numbers whose gradient is much smaller than `eps` hardly move; where it is tiny, they move as
-        far as any other, and which way may depend on rounding.
+      rate: of Adam.
       decay: what the rate is multiplied by when the loss has not fallen for `patience` updates.
       patience: see `decay`.
       updates: of a vector at most; it stops earlier when it is solved.
@@ -39,7 +38,6 @@ class Search:
 
     start: str = "zero"
     rate: float = 0.1
-    eps: float = 1e-8
     decay: float = 0.9
     patience: int = 20
     updates: int = 500
@@ -49,7 +47,7 @@ class Search:
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Adam whose rate falls on plateaus of the loss."""
         return optax.chain(
-            optax.scale_by_adam(eps=self.eps),
+            optax.scale_by_adam(),
             optax.contrib.reduce_on_plateau(factor=self.decay, patience=self.patience, min_scale=1e-2),
             optax.scale(-self.rate),
         )

@@ -104,13 +104,21 @@ def check_training(texts: Sequence[str], labels: Sequence[int | None], name: str
 def fit_logistic(
     x, labels: np.ndarray, inverse_l2: float, seed: int, intercept: bool = True
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """(coef, intercept, classes) of scikit-learn's logistic regression (L2, L-BFGS) at its optimum: at the solver's own
-    tolerance of 1e-4 it stops where the third digit of a weight still depends on how the features were rounded."""
+    """scikit-learn's logistic regression (L2, L-BFGS) at its optimum: at the solver's own tolerance of 1e-4 it stops
+    where the third digit of a weight still depends on how the features were rounded.
+
+    Args:
+      x: features [n, D], an array or a sparse matrix. labels: int [n].
+      inverse_l2: the inverse weight of the L2 penalty, C in scikit-learn. seed: of the solver.
+      intercept: whether one is fitted, which is not penalised; otherwise it is 0.
+
+    Returns:
+      (coef float32 [C, D], intercept float32 [C], the labels in the order of the rows); C = 1 for two labels.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    options = dict(tol=1e-8, max_iter=10_000, random_state=seed)
-    model = LogisticRegression(C=inverse_l2, fit_intercept=intercept, **options)
-    model = model.fit(x.astype(np.float64), labels)
+    how = dict(fit_intercept=intercept, tol=1e-8, max_iter=10_000, random_state=seed)
+    model = LogisticRegression(C=inverse_l2, **how).fit(x.astype(np.float64), labels)
     return model.coef_.astype(np.float32), model.intercept_.astype(np.float32), [int(c) for c in model.classes_]
 
 

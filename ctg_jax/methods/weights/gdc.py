@@ -5,6 +5,9 @@ Where every prompt has a normaliser of its own (`per_prompt`, Korbak et al. 2022
 texts together: prompts after which a feature is frequent have it more often, others less. The paper's unconditional
 generation is the case of one empty prompt, for which the model reads its beginning token. The paper's tasks are single
 words, lists of words, and classes with the share of each; `configs/gdc.py` has them.
+
+Korbak et al. 2022a is "Controlling Conditional Language Models without Catastrophic Forgetting", 2022b is "On
+Reinforcement Learning and Distribution Matching for Fine-Tuning Language Models with no Catastrophic Forgetting".
 """
 
 from __future__ import annotations
@@ -286,16 +289,18 @@ def gdc(
         own = importance(energies(origin, *asked, lam=np.zeros(len(soft))), origin.column("logp"), groups)
         lam = multipliers(phi, [m for _, m in soft], own, groups)
     log_q = drawn.column("logp").astype(np.float64)
-    weight = importance(energies(drawn, *asked, lam=lam), log_q, drawn.column("prompt_id") if per_prompt else None)
+    groups = drawn.column("prompt_id") if per_prompt else np.zeros(len(drawn), int)
+    weight = importance(energies(drawn, *asked, lam=lam), log_q, groups)
     if not weight.any():
         raise InputError(
             f"none of the {len(weight)} samples has what moments asks for: raise n, or start from a control"
         )
     weight = weight if samples.limit is None else np.minimum(weight, samples.limit)
-    _, prompt = np.unique(drawn.column("prompt_id") if per_prompt else np.zeros(len(weight)), return_inverse=True)
-    # Without a baseline rows of weight 0 are left out, and the others represent all.
-    used = np.flatnonzero(weight if samples.baseline is None else np.bincount(prompt, weight)[prompt])
-    scale = len(used) / len(weight) if samples.baseline is None else 1.0
+    if samples.baseline is None:  # rows of weight 0 are left out, and the others represent all
+        used = np.flatnonzero(weight)
+        scale = len(used) / len(weight)
+    else:
+        used, scale = np.flatnonzero(np.isin(groups, groups[weight > 0])), 1.0
     chosen = drawn.with_(weight=(weight * scale).astype(np.float32)).take(used)
     held_back = held_out(chosen.column("prompt_id"), samples.held, seed)
     learned = chosen.take(np.flatnonzero(~held_back))

@@ -72,8 +72,8 @@ def texts(arg):
 def fit(arg):
     """Settings of `dglm.fit`, with one attribute, sentiment."""
     settings = dict(of_world(SETTINGS, arg))
-    if arg == "yelp":
-        settings["encode"] = dict(encoder=sentiment.yelp()["evaluate"]["embed"])
+    if arg == "yelp":  # the weight of the prefix is the best of the arms of `prefix`
+        settings |= dict(encode=dict(encoder=sentiment.yelp()["evaluate"]["embed"]), free=3.0)
     return settings
 
 

@@ -132,7 +132,7 @@ def prompter(train=None, fit=None):
 
 def prefix():
     """The same of the networks of configs/dglm.py:prefix, at the weight of the prefix that was best there."""
-    return prompter(dglm.texts("yelp") | dict(limit=dglm.SHORT["limit"]), dglm.fit_short() | dict(free=3.0))
+    return prompter(dglm.texts("yelp") | dict(limit=dglm.SHORT["limit"]), dglm.fit_short())
 
 
 WORLDS = dict(prompter=prompter, prefix=prefix, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)

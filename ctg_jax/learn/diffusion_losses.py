@@ -26,7 +26,8 @@ class Objective:
 
     Attributes:
       kind: "bound", the bound of masked diffusion, or "film", the mean cross-entropy of masked tokens (FiLM).
-      schedule, draws: of the bound, see `masked.nelbo`.
+      schedule, draws, block, interval: of the bound, see `masked.nelbo`. With a `block` the network is one of blocks
+        (BD3LM, Arriola et al. 2025).
       rate: the two parameters of the Beta distribution of the masked share, see `masked.film`.
       mean: of "film", over the masked tokens of a "batch", or over those of a "row" and then over rows.
     """
@@ -36,9 +37,14 @@ class Objective:
     draws: int = 4
     rate: tuple[float, float] = (2.5, 2.5)
     mean: str = "batch"
+    block: int = 0
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        object.__setattr__(self, "rate", tuple(self.rate))  # configurations hold lists
+        for name in ("rate", "interval"):  # configurations hold lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.block and self.kind == "film":
+            raise InputError(f"objective.block is {self.block}, which the kind 'film' does not have: take 'bound'.")
         if self.kind not in KINDS or self.mean not in ("batch", "row"):
             raise InputError(
                 f"objective is {self.kind!r} with the mean over a {self.mean!r}, expected a kind of {', '.join(KINDS)} "
@@ -53,7 +59,13 @@ def masked_loss(net: Transformer, eos: int, objective: Objective = Objective()) 
 
     The nats are those of whole rows, including the end tokens that fill them. The bound is divided by the number of
     tokens of the text, its end included, so it bounds the nats of the text.
+
+    Raises:
+      InputError: the network has blocks of another size than `objective.block`.
     """
+
+    if objective.block != net.block:
+        raise InputError(f"objective.block is {objective.block}, but the network has blocks of {net.block}.")
 
     def total(params, frozen, batch, keys):
         recover = partial(masked.recovery, net, params)
@@ -63,7 +75,10 @@ def masked_loss(net: Transformer, eos: int, objective: Objective = Objective()) 
             share = count if objective.mean == "row" else jnp.ones_like(count)
             weight = jnp.where(real, count / share, 0.0)
             return Sum(jnp.sum(jnp.where(real, nats / share, 0.0)), jnp.sum(weight))
-        nats = masked.nelbo(recover, rows, keys, net.vocab - 1, schedule=objective.schedule, draws=objective.draws)
+        nats = masked.nelbo(
+            recover, rows, keys, net.vocab - 1, schedule=objective.schedule, draws=objective.draws,
+            block=net.block, interval=objective.interval,
+        )  # fmt: skip
         return Sum(jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(batch["mask"], dtype=jnp.float32))
 
     return total

@@ -38,7 +38,8 @@ def bound(
     source = Source(str(data.path), "all", matching(data, None))
     settings = dict(batch=batch, length=net.context, seed=seed, epochs=1, shuffle=False, drop_last=False)
     recover = partial(masked.recovery, net, diffusion.params)
-    estimate = jax.jit(lambda tokens, keys: masked.nelbo(recover, tokens, keys, diffusion.mask, draws=draws))
+    options = dict(draws=draws, block=net.block)
+    estimate = jax.jit(lambda tokens, keys: masked.nelbo(recover, tokens, keys, diffusion.mask, **options))
     bounds, texts = [], []
     for rows in pipeline(source, tokenizer, **settings):
         sizes = rows["mask"].sum(axis=1)

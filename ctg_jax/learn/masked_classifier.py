@@ -25,8 +25,8 @@ class Regression:
     """How the classifier is fitted.
 
     Attributes:
-      views: how many times each text is read, each time masked at a uniform time of its own, since guidance reads rows
-        at every time of sampling.
+      views: how many times each text is read, each time masked as it is at a random moment of its sampling: at a
+        uniform time or, by a network of blocks, at a uniform time of a random block.
       inverse_l2: the inverse weight of the L2 penalty on standardised states, C in scikit-learn.
       heldout: the share of texts that the classifier does not see.
       margin: how far its accuracy on them must lie above that of always naming the most frequent class.
@@ -57,7 +57,11 @@ def read(
     @jax.jit
     def one(params, tokens, keys):
         u = jax.vmap(lambda k: jax.random.uniform(k, (1 + tokens.shape[1],)))(keys)
-        x = jnp.where(u[:, 1:] < u[:, :1], net.vocab - 1, tokens)
+        size = net.block or tokens.shape[1]
+        count = -(-tokens.shape[1] // size)
+        # The moment from 0, a row without masks, to the number of blocks; the last block is the first to be masked.
+        moment = count * u[:, :1] - (count - 1 - jnp.arange(tokens.shape[1]) // size)[None]
+        x = jnp.where(u[:, 1:] < moment, net.vocab - 1, tokens)
         return masked.features(net, params, net.embed(params, x))[0]
 
     found, labels = [], []

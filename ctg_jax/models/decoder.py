@@ -22,7 +22,7 @@ from ctg_jax.mesh.plan import split
 from ctg_jax.models.block import Block
 from ctg_jax.models.layers import ACTIVATIONS, Norm, matmul
 from ctg_jax.models.lm import Cache, Out, Tap, blocks_of, check_depth
-from ctg_jax.models.pattern import Layer, views
+from ctg_jax.models.pattern import Layer, views, visible
 from ctg_jax.models.rope import angles, frequencies, own_frequencies
 from ctg_jax.types import InputError, Params
 
@@ -57,6 +57,9 @@ class Transformer:
       remat: recompute each block in the backward pass.
       causal: a token attends to itself and those before it; False: to every token of its row, as the denoiser of a
         diffusion model does. Such a network reads whole rows, so it has no cache.
+      block: with causal=False, the size of the blocks of a row: a token attends to its own block and those before it;
+        0: the row is one block.
+      paired: with `block`, rows are a text followed by another version of it, see `ctg_jax.models.pattern.visible`.
     """
 
     vocab: int
@@ -93,6 +96,8 @@ class Transformer:
     param_dtype: str = "float32"
     remat: bool = False
     causal: bool = True
+    block: int = 0
+    paired: bool = False
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -111,6 +116,8 @@ class Transformer:
             raise InputError(f"pattern is {self.pattern}, expected at least one layer, and windows of at least 1.")
         if not self.causal and any(layer.window for layer in self.pattern):
             raise InputError("pattern has a window, which a network with causal=False cannot have.")
+        if self.block < 0 or (self.block and self.causal) or (self.paired and not self.block):
+            raise InputError(f"block is {self.block}, expected 0, or with causal=False a number of tokens.")
 
     @classmethod
     def gpt2(cls, *, vocab=50257, width=768, depth=12, heads=12, context=1024, **more) -> Transformer:
@@ -218,8 +225,8 @@ class Transformer:
             )
         pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         if cache is None:
-            t = jnp.arange(x.shape[1])
-            allowed = mask[:, None, :] & ((t[None, :, None] >= t[None, None, :]) | (not self.causal))
+            allowed = mask[:, None, :] & visible(self, x.shape[1])[None]
+            pos = pos % (x.shape[1] // 2) if self.paired else pos
             prefix, slots = control.prefix(state), pos
             if prefix is not None:
                 check_depth("The control's prefix has keys and values for", len(prefix[0]), self.depth)

@@ -5,11 +5,15 @@ masked at t. A denoiser reads a row in which some tokens are masked, and predict
 row itself reveals the time, which it is not given (Ou et al. 2024). Here a denoiser is any function from tokens
 int [N, S] to logits [N, S, V + 1], where token V is the mask; rows must not depend on each other.
 
+In block diffusion (BD3LM, Arriola et al. 2025) a row is written in blocks from left to right, and each of them is
+masked diffusion given those before it. Blocks of one token are an autoregressive model, a single one is MDLM.
+
 `ctg_jax.models.unmasking` samples from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -71,8 +75,9 @@ def nats(logits: jax.Array, x: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def nelbo(
-    recover: Recovery, tokens: jax.Array, keys: jax.Array, mask: int, *, schedule: str = "cosine", draws: int = 1
-) -> jax.Array:
+    recover: Recovery, tokens: jax.Array, keys: jax.Array, mask: int, *, schedule: str = "cosine", draws: int = 1,
+    block: int = 0, interval: tuple[float, float] = (0.0, 1.0),
+) -> jax.Array:  # fmt: skip
     """An unbiased estimate float32 [B], in nats, of an upper bound of -log p(row), rows int [B, S], keys [B].
 
     Rao-Blackwellised and in continuous time (Sahoo et al. 2024): the integral over t of `weight(t)` times the
@@ -82,18 +87,29 @@ def nelbo(
 
     Args:
       recover: the nats of a denoiser, such as `recovery` of a network.
-      draws: times for each row, one in each of as many equal parts of (0, 1], which is what keeps the variance low.
-        A row has times of its own, so that it does not depend on its batch.
+      draws: times for each block of a row, one in each of as many equal parts of (0, 1], which is what keeps the
+        variance low. A row has times of its own, so that it does not depend on its batch.
+      block: the tokens of a block; `recover` then reads in every block what was written in those before it. 0: the row
+        is one block. The times of the blocks of a row are spread evenly too.
+      interval: times are drawn from this part of (0, 1] alone, and the value is then no bound: the clipped schedules of
+        BD3LM, whose gradients vary less.
     """
-    if draws < 1:
-        raise InputError(f"draws is {draws}, expected at least 1.")
+    low, high = interval
+    if draws < 1 or block < 0 or not 0 <= low < high <= 1:
+        raise InputError(
+            f"draws is {draws}, block is {block} and interval is {interval}: expected draws from 1, block from 0, and "
+            "two ascending numbers from 0 to 1."
+        )
     batch, length = tokens.shape
-    u = 1 - jax.vmap(lambda k: jax.random.uniform(k, (1 + length * draws,)))(keys)  # in (0, 1]
-    t = (jnp.arange(draws)[None, :] + u[:, :1]) / draws
-    gone = u[:, 1:].reshape(batch, draws, length) <= share(t, schedule)[:, :, None]
+    part = jnp.arange(length) // (block or length)
+    u = jax.vmap(lambda k: jax.random.uniform(k, (1 + length * draws,)))(keys)
+    of_blocks = jnp.arange(-(-length // (block or length))) * (block or length) / length
+    passed = ((jnp.arange(draws)[::-1][None, :, None] + u[:, :1, None]) / draws + of_blocks) % 1
+    t = low + (high - low) * (1 - passed)  # [B, draws, blocks], in (0, 1]
+    gone = 1 - u[:, 1:].reshape(batch, draws, length) <= share(t, schedule)[:, :, part]
     x = jnp.where(gone, mask, tokens[:, None, :]).reshape(batch * draws, length)
-    found = recover(x, jnp.repeat(tokens, draws, axis=0))
-    return jnp.mean(weight(t, schedule) * jnp.sum(found, axis=-1).reshape(batch, draws), axis=-1)
+    found = recover(x, jnp.repeat(tokens, draws, axis=0)).reshape(batch, draws, length)
+    return jnp.mean(jnp.sum(weight(t, schedule)[:, :, part] * found, axis=-1), axis=-1)
 
 
 def film(
@@ -121,9 +137,13 @@ def denoise(net: Transformer, params: Params, x: jax.Array) -> jax.Array:
 
 
 def recovery(net: Transformer, params: Params, x: jax.Array, truth: jax.Array) -> jax.Array:
-    """`nats` float32 [N, S] of the logits of `denoise`, a chunk of positions at a time."""
-    check_reads(net, x.shape[1], f"The rows have {x.shape[1]} tokens")
-    hidden = net.apply(params, net.embed(params, x), jnp.ones(x.shape, bool), last=0).hidden
+    """`nats` float32 [N, S] of the logits of `denoise`, a chunk of positions at a time. A network of blocks reads in
+    every block of x the blocks of `truth` before it."""
+    length = x.shape[1]
+    check_reads(net, length, f"The rows have {length} tokens")
+    read = dataclasses.replace(net, paired=True) if net.block else net
+    rows = jnp.concatenate([x, truth], axis=1) if net.block else x
+    hidden = read.apply(params, net.embed(params, rows), jnp.ones(rows.shape, bool), last=0).hidden[:, :length]
     return positions.reduced(positions.Read(params, hidden, lm=net), nats, x, truth)
 
 

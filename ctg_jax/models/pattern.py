@@ -1,4 +1,5 @@
-"""What differs from layer to layer: the window of attention and the rotation, as a pattern that repeats.
+"""What a token attends to: what it may in all layers, and what differs from layer to layer, the window of attention and
+the rotation, as a pattern that repeats.
 
 All layers run through one body, which reads its mask and its rotation by the number of the layer. So layers of several
 kinds are scanned as layers of one kind are, and compile time grows with neither the depth nor the pattern.
@@ -29,6 +30,28 @@ class Layer:
     window: int | None = None
     rotary: bool = True
     theta: float | None = None
+
+
+def visible(lm: Any, n: int) -> jax.Array:
+    """bool [n, n]: which of the n tokens of a row (second axis) each of them (first axis) may attend to, as `causal`,
+    `block` and `paired` of a `ctg_jax.models.decoder.Transformer` say.
+
+    A paired row is two versions of a text, one after the other. Tokens of the first attend to their own block in it and
+    to the blocks before that in the second version; those of the second to its blocks up to their own. So one reading
+    gives what each block of the first version is, after the blocks of the second (Arriola et al. 2025, BD3LM, section
+    3.2).
+    """
+    at = jnp.arange(n)
+    if lm.causal:
+        return at[:, None] >= at[None]
+    if not lm.block:
+        return jnp.ones((n, n), bool)
+    if not lm.paired:
+        part = at // lm.block
+        return part[:, None] >= part[None]
+    part, second = at % (n // 2) // lm.block, at >= n // 2
+    first = jnp.where(second[None], part[:, None] > part[None], part[:, None] == part[None])
+    return jnp.where(second[:, None], second[None] & (part[:, None] >= part[None]), first)
 
 
 def shortest(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

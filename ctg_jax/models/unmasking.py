@@ -53,7 +53,12 @@ class Order:
 
 
 def order(
-    keys: jax.Array, hidden: jax.Array, *, steps: int = 0, block: int = 0, schedule: str = "loglinear"
+    keys: jax.Array,
+    hidden: jax.Array,
+    part: jax.Array | None = None,
+    *,
+    steps: int = 0,
+    schedule: str = "loglinear",
 ) -> jax.Array:
     """The step at which each token is written, int32 [B, S]; `NEVER` for given tokens.
 
@@ -62,13 +67,14 @@ def order(
 
     Args:
       keys: of the rows, [B]. hidden: bool [B, S], False for given tokens.
+      part: int32 [B, S], the block of each token, which are written one after another, see `blocks`; None: all tokens
+        are in one.
       steps: equal steps of time from 1 to 0, in each block; 0: one token at a time in a random order, which is the
         limit of infinitely many steps (Zheng et al. 2024).
-      block: hidden tokens are written in blocks of this size from left to right; 0: all in one block.
       schedule: see `masked.share`.
     """
     u = jax.vmap(lambda k: jax.random.uniform(k, (hidden.shape[1],)))(keys)
-    part = blocks(hidden, block)
+    part = jnp.zeros_like(hidden, jnp.int32) if part is None else part
     if steps:
         after = 1 - jnp.arange(1, steps + 1) / steps
         still = u[:, :, None] < share(after, schedule)[None, None]
@@ -79,9 +85,15 @@ def order(
     return jnp.where(hidden, when, NEVER)
 
 
-def blocks(hidden: jax.Array, block: int) -> jax.Array:
-    """The block of each token int32 [B, S], see `order`; only those of hidden tokens mean anything."""
-    nth = jnp.cumsum(hidden, axis=1, dtype=jnp.int32) - 1
+def blocks(hidden: jax.Array, block: int, *, whole: bool = False) -> jax.Array:
+    """The block of each token int32 [B, S]; only those of hidden tokens mean anything.
+
+    Args:
+      hidden: bool [B, S], False for given tokens.
+      block: the tokens of a block, from left to right; 0: all are in one.
+      whole: whether given tokens count too, so that the blocks of all rows begin at the same places.
+    """
+    nth = jnp.cumsum(jnp.ones_like(hidden) if whole else hidden, axis=1, dtype=jnp.int32) - 1
     return nth // block if block else jnp.zeros_like(nth)
 
 
@@ -101,7 +113,7 @@ def unmask(
     greedy: bool = False,
     cache: bool = True,
     by: str = "time",
-    block: int = 0,
+    part: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes every token of the rows.
 
@@ -114,7 +126,7 @@ def unmask(
       cache: whether to call the denoiser only at steps in which some token of the batch is written; at the others its
         input does not change. This affects the speed only.
       by: see `Order`. Where it is not "time", a step writes as many tokens as `when` has in it.
-      block: that of `order`.
+      part: that of `order`.
 
     Returns:
       The rows, int32 [B, S], and the number of calls of the denoiser, int32 []. A token whose logits are not finite
@@ -122,7 +134,7 @@ def unmask(
     """
 
     hidden = when != NEVER
-    part = blocks(hidden, block)
+    part = jnp.zeros_like(when) if part is None else part
 
     def write(carry, i):
         x, calls = carry

@@ -11,7 +11,7 @@ from laws import worlds
 from ctg_jax import rng
 from ctg_jax.models import masked, unmasking
 from ctg_jax.models.decoder import Transformer
-from ctg_jax.models.unmasking import NEVER, first_order, order, step_count, unmask
+from ctg_jax.models.unmasking import NEVER, blocks, first_order, order, step_count, unmask
 from ctg_jax.types import InputError
 
 V, N, DRAWS = 3, 4, 4096
@@ -92,7 +92,7 @@ def test_the_estimate_is_unbiased_and_draws_of_a_row_do_better_than_as_many_apar
         assert four.var() < 0.9 * one.var() / 4
 
 
-def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="time", **plan):
+def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="time", whole=False, **plan):
     """float64 [V^N]: the share of each text among sampled rows."""
     keys = rng.per_example(jax.random.key(seed), jnp.arange(rows))
     hidden = jnp.ones((rows, N), bool) if hidden is None else jnp.broadcast_to(hidden[None], (rows, N))
@@ -100,9 +100,10 @@ def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="
 
     @jax.jit
     def sampled(keys):
-        when = order(rng.at_step(keys, 1 << 20), hidden, **plan)
+        part = blocks(hidden, plan.get("block", 0), whole=whole)
+        when = order(rng.at_step(keys, 1 << 20), hidden, part, **{k: v for k, v in plan.items() if k != "block"})
         steps = step_count(N, **{k: v for k, v in plan.items() if k != "schedule"})
-        return unmask(denoise, start, when, keys, steps=steps, final=final, by=by, block=plan.get("block", 0))[0]
+        return unmask(denoise, start, when, keys, steps=steps, final=final, by=by, part=part)[0]
 
     found = np.asarray(sampled(keys)) @ V ** np.arange(N)[::-1]
     return np.bincount(found, minlength=V**N) / rows
@@ -233,7 +234,8 @@ def test_the_most_probable_tokens_are_written_first(block):
         jnp.arange(N, dtype=jnp.float32)[None, :, None] * jnp.eye(V + 1)[1][None, None], (1, N, V + 1)
     )
     keys, hidden = rng.per_example(jax.random.key(0), jnp.arange(40)), jnp.ones((40, N), bool)
-    when = order(keys, hidden, steps=2, block=block)
+    part = blocks(hidden, block)
+    when = order(keys, hidden, part, steps=2)
     steps = step_count(N, steps=2, block=block)
     seen = []
 
@@ -252,7 +254,7 @@ def test_the_most_probable_tokens_are_written_first(block):
             greedy=True,
             cache=False,
             by="confidence",
-            block=block,
+            part=part,
         )
     assert bool(jnp.all(rows < V))
     seen.append(np.zeros((40, N), bool))
@@ -261,16 +263,19 @@ def test_the_most_probable_tokens_are_written_first(block):
         count = np.asarray(when == i).sum(1)
         np.testing.assert_array_equal(wrote.sum(1), count)
         for row, left, n in zip(wrote, seen[i], count):
-            part = np.arange(N) // block == i // 2 if block else np.ones(N, bool)
-            np.testing.assert_array_equal(np.flatnonzero(row), np.flatnonzero(left & part)[::-1][:n][::-1])
+            here = np.arange(N) // block == i // 2 if block else np.ones(N, bool)
+            np.testing.assert_array_equal(np.flatnonzero(row), np.flatnonzero(left & here)[::-1][:n][::-1])
 
 
 def test_orders_by_hand():
     keys = jax.random.split(jax.random.key(5), 2000)
     hidden = jnp.broadcast_to(jnp.array([True, False, True, True, True])[None], (2000, 5))
-    np.testing.assert_array_equal(order(keys, hidden, block=1)[7], [0, NEVER, 1, 2, 3])
-    np.testing.assert_array_equal(order(keys, hidden, block=1, steps=1)[7], [0, NEVER, 1, 2, 3])
-    both = np.asarray(order(keys, hidden, block=2))
+    one = blocks(hidden, 1)
+    np.testing.assert_array_equal(order(keys, hidden, one)[7], [0, NEVER, 1, 2, 3])
+    np.testing.assert_array_equal(order(keys, hidden, one, steps=1)[7], [0, NEVER, 1, 2, 3])
+    np.testing.assert_array_equal(order(keys, hidden, blocks(hidden, 1, whole=True), steps=1)[7], [0, NEVER, 2, 3, 4])
+    np.testing.assert_array_equal(blocks(hidden, 2, whole=True)[7], [0, 0, 1, 1, 2])
+    both = np.asarray(order(keys, hidden, blocks(hidden, 2)))
     assert set(map(tuple, both[:, [0, 2]])) == {(0, 1), (1, 0)} and set(both[:, 3]) == {2, 3}
     when = np.asarray(order(keys, hidden, steps=4, schedule="cosine"))[:, [0, 2, 3, 4]]
     share = np.bincount(when.ravel(), minlength=4) / when.size
@@ -283,7 +288,7 @@ def test_final_steps_and_greedy_take_the_most_likely():
     at = {tuple(row): i for i, row in enumerate(EVERY.tolist())}
     assert draws(TRUE, steps=1, final=1, rows=8)[at[tuple(marginal)]] == 1
     x, keys = jnp.full((1, N), V), jax.random.split(jax.random.key(0), 1)
-    when = order(keys, x == V, block=1)
+    when = order(keys, x == V, blocks(x == V, 1))
     row, _ = unmask(TRUE, x, when, keys, steps=N, greedy=True)
     np.testing.assert_array_equal(row[0], [np.bincount(EVERY[:, 0], TRUTH).argmax(), *row[0, 1:]])
     assert TRUTH[at[tuple(np.asarray(row)[0].tolist())]] <= TRUTH[at[tuple(best.tolist())]]

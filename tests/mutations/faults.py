@@ -8,6 +8,7 @@ import dataclasses
 LOSSES, CALIBRATE = "tests/test_losses.py", "tests/test_calibrate.py"
 STAGES = "tests/methods/test_reward_stages.py"
 BRIDGE = "tests/models/test_bridge.py"
+BLOCKS = "tests/models/test_block_diffusion.py"
 
 
 def of(method: str) -> str:
@@ -172,6 +173,15 @@ FAULTS = [
           f"{of('infilling')}::test_one_missing_token_is_drawn_from_what_the_network_predicts"),
     fault("learn/whole_rows.py", "(size == 1) & (tokens[:, :1] == start)", "size < 0",
           f"{of('mdlm')}::test_an_empty_prompt_gives_no_token_of_a_row"),
+    fault("models/pattern.py", "part[:, None] > part[None]", "part[:, None] >= part[None]",
+          f"{BLOCKS}::test_one_reading_is_every_block_read_after_those_before_it[3]"),
+    fault("models/masked.py", "weight(t, schedule)[:, :, part] * found", "weight(t, schedule)[:, :, :1] * found",
+          f"{BLOCKS}::test_smaller_blocks_are_nearer_to_an_autoregressive_model"),
+    fault("methods/diffusion/mdlm.py", "whole=control.net.block > 0", "whole=False",
+          f"{BLOCKS}::test_a_small_network_of_blocks_learns_a_distribution"),
+    fault("learn/masked_classifier.py", "(count - 1 - jnp.arange(tokens.shape[1]) // size)",
+          "(jnp.arange(tokens.shape[1]) // size)",
+          f"{BLOCKS}::test_its_classifier_reads_rows_as_they_are_while_they_are_written"),
     fault("learn/consensus.py", "int(np.argmax(means))", "int(np.argmin(means))",
           f"{of('consensus')}::test_the_text_most_like_the_others_is_chosen"),
 ]  # fmt: skip

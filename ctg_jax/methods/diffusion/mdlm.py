@@ -3,8 +3,9 @@
 A bidirectional transformer is trained on the tokens of another language model's tokenizer, the only part of that model
 that is used. It completes prompts by filling in masks (`MaskedDiffusion`), and rows in which any tokens are given
 (`infill`); see `ctg_jax.learn.whole_rows`. A linear classifier of partly masked rows, on the network's own states,
-guides it with strength `scale`. With an `objective` of kind "film" and another `order` it is FiLM (Shen et al. 2023).
-A `source` reads a published network, of MDLM or LLaDA, in place of training one.
+guides it with strength `scale`. With an `objective` of kind "film" and another `order` it is FiLM (Shen et al. 2023);
+with `objective.block` it is block diffusion, which writes a row from left to right (BD3LM, Arriola et al. 2025). A
+`source` reads a published network, of MDLM or LLaDA, in place of training one.
 """
 
 from __future__ import annotations
@@ -59,12 +60,18 @@ class MaskedDiffusion(WholeRows):
     def check(self, lm, prompts, control, sampling):
         """
         Raises:
-          InputError: a strength without a classifier, words that do not fit, and what `WholeRows.check` raises.
+          InputError: a strength without a classifier, words that do not fit or that a network of blocks would not see,
+            and what `WholeRows.check` raises.
         """
         super().check(lm, prompts, control, sampling)
         model = constraints.apart(control)[1]
         if words := {name: x for name, x in (prompts.cond or {}).items() if name == WORDS}:
             check_requested(words, prompts, sampling.max_new, {}, *self.shape(model))
+            if block := model.net.block:
+                raise InputError(
+                    f"words behind the prompt are given, but the network writes blocks of {block} tokens and does not "
+                    "see what is behind them: use a model without objective.block."
+                )
         if not model.guide["bias"].size and np.any(np.asarray(model.scale) != 0):
             raise InputError(
                 "scale is not 0, but no classifier was fitted that could guide: fit on records with labels."
@@ -103,27 +110,16 @@ class Masked:
 
 
 def init(
-    lm: LM,
-    key: jax.Array,
-    *,
-    width: int = 128,
-    depth: int = 4,
-    heads: int = 4,
-    length: int = 32,
-    net: Mapping[str, Any] | None = None,
-    eos: int = 0,
-    classes: int = 0,
-    target: int = 1,
-    start: int | None = None,
+    lm: LM, key: jax.Array, *, width: int = 128, depth: int = 4, heads: int = 4, length: int = 32,
+    net: Mapping[str, Any] | None = None, eos: int = 0, classes: int = 0, target: int = 1, start: int | None = None,
     **order: Any,
-) -> Masked:
+) -> Masked:  # fmt: skip
     """An untrained model.
 
     Args:
       lm: gives the vocabulary.
-      net: fields of `Transformer` of a network of another kind, whose vocabulary is that of `lm` and the mask; `width`,
-        `depth`, `heads` and `length` are then not read.
       width, depth, heads: of the network. length: S. eos: fills a row behind its text.
+      net: fields of `Transformer` in place of those of GPT-2 of this size, such as `block`.
       classes: C of the classifier; 0: no classifier. target: the class to guide towards.
       start: see `Masked`. order: settings of `Order`.
 
@@ -136,10 +132,8 @@ def init(
         raise InputError(f"length is {length}, expected at least 2.")
     if classes and not 0 <= target < classes:
         raise InputError(f"target is {target}, expected a class from 0 to {classes - 1}.")
-    if net is None:
-        made = Transformer.gpt2(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
-    else:
-        made = Transformer(**net)
+    sizes = dict(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
+    made = Transformer.gpt2(**sizes | dict(net or {}))
     guide = linear_head(classes, (made.depth + 2) * made.width)
     return Masked(made.init(key), guide, jnp.zeros(()), made, eos, target, Order(**order), start)
 
@@ -204,9 +198,9 @@ def infill(
     """
     control = control.replace(params=control.net.unstack(control.params))
     keys_of = {name: jax.vmap(partial(rng.stream, name=name))(keys) for name in ("order", "tokens")}
-    order = control.order
-    steps = dict(steps=order.reveal, block=order.block)
-    when = unmasking.order(keys_of["order"], ~given, schedule=order.schedule, **steps)
+    order, block = control.order, control.net.block or control.order.block
+    part = unmasking.blocks(~given, block, whole=control.net.block > 0)
+    when = unmasking.order(keys_of["order"], ~given, part, steps=order.reveal, schedule=order.schedule)
     x = jnp.where(given, tokens, control.mask).astype(jnp.int32)
 
     plain = partial(masked.denoise, control.net, control.params)
@@ -217,9 +211,8 @@ def infill(
         return z if banned is None else remove(z, jnp.append(banned, False)[None, None])
 
     return unmasking.unmask(
-        model, x, when, keys_of["tokens"], steps=unmasking.step_count(x.shape[1], **steps),
-        final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache,
-        by=order.by, block=order.block,
+        model, x, when, keys_of["tokens"], steps=unmasking.step_count(x.shape[1], steps=order.reveal, block=block),
+        final=order.reveal if order.final == "argmax" else 0, greedy=greedy, cache=cache, by=order.by, part=part,
     )  # fmt: skip
 
 
@@ -259,7 +252,7 @@ def fit(
     return stage.stage(root, classifier, guide or {}, lm=lm, data=data, network=network)
 
 
-@stage.stage_function("mdlm", revision=1)
+@stage.stage_function("mdlm", revision=2)
 def mdlm(
     run: Run,
     *,
@@ -289,6 +282,7 @@ def mdlm(
     model, _, tokenizer = open_lm(lm)
     key = jax.random.key(seed)
     hp = dict(width=width, depth=depth, heads=heads, length=length, eos=end_token(tokenizer, lm.path.name))
+    hp |= dict(net=dict(block=objective.block)) if objective.block else {}
     control = init(model, rng.stream(key, "init"), **hp)
     source = Source(str(data.path), str(where), records)
     batches = pipeline(source, tokenizer, batch=training.batch, length=length, seed=seed)

@@ -104,7 +104,7 @@ def nelbo(
     part = jnp.arange(length) // (block or length)
     u = jax.vmap(lambda k: jax.random.uniform(k, (1 + length * draws,)))(keys)
     of_blocks = jnp.arange(-(-length // (block or length))) * (block or length) / length
-    passed = ((jnp.arange(draws)[::-1][None, :, None] + u[:, :1, None]) / draws + of_blocks) % 1
+    passed = ((jnp.arange(draws)[::-1][None, :, None] + u[:, :1, None]) / draws + of_blocks[None, None]) % 1
     t = low + (high - low) * (1 - passed)  # [B, draws, blocks], in (0, 1]
     gone = 1 - u[:, 1:].reshape(batch, draws, length) <= share(t, schedule)[:, :, part]
     x = jnp.where(gone, mask, tokens[:, None, :]).reshape(batch * draws, length)

@@ -122,7 +122,7 @@ def test_a_small_network_of_blocks_learns_a_distribution():
     truth = truth / truth.sum()
     control = mdlm.init(LM, jax.random.key(0), width=16, depth=1, heads=2, length=n, net=dict(block=2))
     r, batches = np.random.default_rng(0), []
-    for _ in range(400):
+    for _ in range(600):
         tokens = jnp.asarray(every[r.choice(len(every), 64, p=truth)])
         batches.append({"tokens": tokens, "mask": tokens >= 0, "ids": jnp.arange(64, dtype=jnp.int32)})
     objective = Objective(block=2)

@@ -1,11 +1,12 @@
 """Learning from a rare reward, at equal samples and at equal updates: which method moves a feature that few texts have,
 and at what distance from the LM?
 
-Quark, fine-tuning on its best quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. All
-have as many rounds and samples. With `yelp` and `tiny` they also make as many updates of as many texts, so that
-methods whose rows are pairs have half the rows; with `yelp_own` each makes the updates of its own configuration, and
-`yelp_small` is `yelp` at a twelfth of its samples and a tenth of its rows. The reward is whether a text mentions
-drinks, as 20 of 1,000 samples of the LM under top-p 0.9 do; being a count, it judges as well.
+Quark in quantiles (`quark`) and in two classes, with and without the feature (`judged`), fine-tuning on its best
+quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. All have as many rounds and samples.
+With `yelp` and `tiny` they also make as many updates of as many texts, so that methods whose rows are pairs have half
+the rows; with `yelp_own` each makes the updates of its own configuration, and `yelp_small` is `yelp` at a twelfth of its
+samples and a tenth of its rows. The reward is whether a text mentions drinks, as 20 of 1,000 samples of the LM under
+top-p 0.9 do; being a count, it judges as well.
 
     python experiments/ablate.py  --config=configs/compare_fair.py[:yelp|:yelp_small|:yelp_own]      three seeds
     python experiments/compare.py --config=configs/compare_fair.py[:yelp|:yelp_small|:yelp_own|:tiny]      one
@@ -22,6 +23,8 @@ from ctg_jax.types import InputError
 
 DRINKS = {"drink", "drinks", "beer", "beers", "wine", "coffee", "tea", "cocktail", "cocktails", "margarita", "bar"}
 PAIRED = ("click", "dpo")
+# A fifth of the samples is ten times those with the feature, so quantiles cannot tell it; both classes in each batch.
+JUDGED = dict(thresholds="judge", strata=True)
 
 
 def rare(prompt, text):
@@ -36,6 +39,7 @@ def arms(world):
     rewards = dict(drinks=dict(kind="function", function="configs.compare_fair:rare", version="1"))
     found = dict(
         quark=best,
+        judged=best | dict(fit=best["fit"] | dict(tokens=2, sorting=JUDGED), strengths=(0.0, 1.0)),
         best_only=best | dict(fit=best["fit"] | dict(sorting=dict(best_only=True)), strengths=(1.0,)),
         **ppo.arms(world),
         **ppo.value_free(world),
@@ -83,6 +87,6 @@ def get_config(arg="yelp"):
 
 
 def sweep():
-    names = ("quark", "best_only", "ppo", "grpo", "rloo", "dpo", "gdc", "click")
+    names = ("quark", "judged", "best_only", "ppo", "grpo", "rloo", "dpo", "gdc", "click")
     for seed in range(3):
         yield {f"methods.{name}.fit.seed": seed for name in names}

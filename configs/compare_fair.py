@@ -2,11 +2,11 @@
 and at what distance from the LM?
 
 Quark in quantiles (`quark`) and in two classes, with and without the feature (`judged`), fine-tuning on its best
-quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. All have as many rounds and samples.
-With `yelp` and `tiny` they also make as many updates of as many texts, so that methods whose rows are pairs have half
-the rows; with `yelp_own` each makes the updates of its own configuration, and `yelp_small` is `yelp` at a twelfth of its
-samples and a tenth of its rows. The reward is whether a text mentions drinks, as 20 of 1,000 samples of the LM under
-top-p 0.9 do; being a count, it judges as well.
+quantile, PPO, GRPO, RLOO, DPO, GDC and Click, from the same LM, prompts and reward. All have as many rounds and
+samples. With `yelp` and `tiny` they also make as many updates of as many texts, so that methods whose rows are pairs
+have half the rows; with `yelp_own` each makes the updates of its own configuration, and `yelp_small` is `yelp` at a
+twelfth of its samples and a tenth of its rows. The reward is whether a text mentions drinks, as 20 of 1,000 samples of
+the LM under top-p 0.9 do; being a count, it judges as well.
 
     python experiments/ablate.py  --config=configs/compare_fair.py[:yelp|:yelp_small|:yelp_own]      three seeds
     python experiments/compare.py --config=configs/compare_fair.py[:yelp|:yelp_small|:yelp_own|:tiny]      one

@@ -38,8 +38,7 @@ def visible(lm: Any, n: int) -> jax.Array:
 
     A paired row is two versions of a text, one after the other. Tokens of the first attend to their own block in it and
     to the blocks before that in the second version; those of the second to its blocks up to their own. So one reading
-    gives what each block of the first version is, after the blocks of the second (Arriola et al. 2025, BD3LM, section
-    3.2).
+    predicts every block of the first version given the blocks of the second before it (BD3LM, Arriola et al. 2025).
     """
     at = jnp.arange(n)
     if lm.causal:

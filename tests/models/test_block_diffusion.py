@@ -164,6 +164,8 @@ def test_bad_input():
         masked_loss(network(2), 0)
     with pytest.raises(InputError, match="block is 2, expected 0, or with causal=False"):
         dataclasses.replace(network(2), causal=True)
+    with pytest.raises(InputError, match=r"order\.block is 3, but the network writes blocks of 2: leave it at 0"):
+        mdlm.init(LM, jax.random.key(0), net=dict(block=2), block=3)
     row, keys = jnp.zeros((1, N), jnp.int32), jax.random.split(jax.random.key(0), 1)
     with pytest.raises(InputError, match=r"interval is \(0.8, 0.6\)"):
         masked.nelbo(recover(1), row, keys, V, interval=(0.8, 0.6))

@@ -134,8 +134,10 @@ def init(
         raise InputError(f"target is {target}, expected a class from 0 to {classes - 1}.")
     sizes = dict(vocab=lm.vocab + 1, width=width, depth=depth, heads=heads, context=length, causal=False)
     made = Transformer.gpt2(**sizes | dict(net or {}))
-    guide = linear_head(classes, (made.depth + 2) * made.width)
-    return Masked(made.init(key), guide, jnp.zeros(()), made, eos, target, Order(**order), start)
+    guide, order = linear_head(classes, (made.depth + 2) * made.width), Order(**order)
+    if made.block and order.block not in (0, made.block):
+        raise InputError(f"order.block is {order.block}, but the network writes blocks of {made.block}: leave it at 0.")
+    return Masked(made.init(key), guide, jnp.zeros(()), made, eos, target, order, start)
 
 
 @stage.stage_function("mdlm.imported", revision=1, contents={"source": model_content})

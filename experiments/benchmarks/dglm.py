@@ -152,7 +152,7 @@ def theirs(control, folder, tokens, context, steps):
 def define(fv):
     flags.DEFINE_integer("prompts", 64, "number of prompts", 1, flag_values=fv)
     flags.DEFINE_integer("samples", 25, "samples of each prompt", 1, flag_values=fv)
-    flags.DEFINE_integer("batch", 320, "rows at once, ours", 1, flag_values=fv)
+    flags.DEFINE_integer("batch", 320, "rows at once, ours, at most", 1, flag_values=fv)
     flags.DEFINE_multi_integer("steps", [20, 50, 250], "steps of our sampler", 1, flag_values=fv)
     flags.DEFINE_integer(
         "torch_samples", 1, "samples timed in PyTorch, which all take the same time", 1, flag_values=fv
@@ -176,17 +176,18 @@ def main(argv, session):
     context /= np.linalg.norm(context, axis=1, keepdims=True)
 
     total = args.prompts * args.samples
+    size = min(args.batch, total)
     rows = np.arange(total) % args.prompts
     flat = jax.jit(lm.unstack)(params)
 
     def ours(steps, total=total):
         c = control.replace(draw=dglm.Draw(steps=steps, signal=SIGNAL))
         start = time.process_time()
-        for at in range(0, total, args.batch):
-            some = rows[np.arange(at, at + args.batch) % len(rows)]
-            keys = rng.per_example(jax.random.key(0), jnp.arange(at, at + args.batch))
+        for at in range(0, total, size):
+            some = rows[np.arange(at, at + size) % len(rows)]
+            keys = rng.per_example(jax.random.key(0), jnp.arange(at, at + size))
             cond = {"context": jnp.asarray(context[some])}
-            ask = Prompts(jnp.asarray(tokens[some]), jnp.ones((args.batch, PROMPT), bool), keys, cond)
+            ask = Prompts(jnp.asarray(tokens[some]), jnp.ones((size, PROMPT), bool), keys, cond)
             jax.block_until_ready(generate(lm, flat, ask, c, Sampling(max_new=NEW)))
         return time.process_time() - start
 

@@ -43,8 +43,9 @@ class Objective:
     def __post_init__(self):
         for name in ("rate", "interval"):  # configurations hold lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.block and self.kind == "film":
-            raise InputError(f"objective.block is {self.block}, which the kind 'film' does not have: take 'bound'.")
+        for name, neutral in (("block", 0), ("interval", (0.0, 1.0))):
+            if self.kind == "film" and (found := getattr(self, name)) != neutral:
+                raise InputError(f"objective.{name} is {found}, which the kind 'film' does not have: take 'bound'.")
         if self.kind not in KINDS or self.mean not in ("batch", "row"):
             raise InputError(
                 f"objective is {self.kind!r} with the mean over a {self.mean!r}, expected a kind of {', '.join(KINDS)} "
@@ -63,7 +64,6 @@ def masked_loss(net: Transformer, eos: int, objective: Objective = Objective()) 
     Raises:
       InputError: the network has blocks of another size than `objective.block`.
     """
-
     if objective.block != net.block:
         raise InputError(f"objective.block is {objective.block}, but the network has blocks of {net.block}.")
 

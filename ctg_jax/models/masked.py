@@ -101,9 +101,10 @@ def nelbo(
             "two ascending numbers from 0 to 1."
         )
     batch, length = tokens.shape
-    part = jnp.arange(length) // (block or length)
+    size = block or length
+    part = jnp.arange(length) // size
     u = jax.vmap(lambda k: jax.random.uniform(k, (1 + length * draws,)))(keys)
-    of_blocks = jnp.arange(-(-length // (block or length))) * (block or length) / length
+    of_blocks = jnp.arange(-(-length // size)) * size / length
     passed = ((jnp.arange(draws)[::-1][None, :, None] + u[:, :1, None]) / draws + of_blocks[None, None]) % 1
     t = low + (high - low) * (1 - passed)  # [B, draws, blocks], in (0, 1]
     gone = 1 - u[:, 1:].reshape(batch, draws, length) <= share(t, schedule)[:, :, part]

@@ -160,6 +160,8 @@ def test_its_classifier_reads_rows_as_they_are_while_they_are_written(monkeypatc
 def test_bad_input():
     with pytest.raises(InputError, match=r"objective\.block is 2, which the kind 'film' does not have"):
         Objective(kind="film", block=2)
+    with pytest.raises(InputError, match=r"objective\.interval is \(0.3, 0.8\), which the kind 'film'"):
+        Objective(kind="film", interval=(0.3, 0.8))
     with pytest.raises(InputError, match=r"objective\.block is 0, but the network has blocks of 2"):
         masked_loss(network(2), 0)
     with pytest.raises(InputError, match="block is 2, expected 0, or with causal=False"):

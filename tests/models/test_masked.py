@@ -92,7 +92,7 @@ def test_the_estimate_is_unbiased_and_draws_of_a_row_do_better_than_as_many_apar
         assert four.var() < 0.9 * one.var() / 4
 
 
-def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="time", whole=False, **plan):
+def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="time", **plan):
     """float64 [V^N]: the share of each text among sampled rows."""
     keys = rng.per_example(jax.random.key(seed), jnp.arange(rows))
     hidden = jnp.ones((rows, N), bool) if hidden is None else jnp.broadcast_to(hidden[None], (rows, N))
@@ -100,7 +100,7 @@ def draws(denoise, *, hidden=None, start=None, seed=0, final=0, rows=DRAWS, by="
 
     @jax.jit
     def sampled(keys):
-        part = blocks(hidden, plan.get("block", 0), whole=whole)
+        part = blocks(hidden, plan.get("block", 0))
         when = order(rng.at_step(keys, 1 << 20), hidden, part, **{k: v for k, v in plan.items() if k != "block"})
         steps = step_count(N, **{k: v for k, v in plan.items() if k != "schedule"})
         return unmask(denoise, start, when, keys, steps=steps, final=final, by=by, part=part)[0]

@@ -21,7 +21,7 @@ from ctg_jax.types import InputError
 LATENTS = ("own", "drawn", "other", "none")
 
 
-@stage_function("dglm.reconstruct", revision=1, how=("batch",))
+@stage_function("dglm.reconstruct", revision=2, how=("batch",))
 def reconstruct(
     run: Run,
     *,
@@ -36,7 +36,8 @@ def reconstruct(
     resamples: int = 1000,
 ) -> None:
     """Stage: writes one continuation of each prefix to samples.jsonl, and measures how close it is to the true one by
-    the cosine of their embeddings and by corpus BLEU-4, and its pooled perplexity under the language model alone.
+    the cosine of their embeddings and by corpus BLEU-4, and its pooled perplexity under the language model alone, of
+    the text without its end, as the evaluation counts it.
 
     Args:
       control: an artifact of `dglm.fit`. latents: held-out texts, encoded by `embeddings.encode` with the same encoder.
@@ -76,7 +77,5 @@ def reconstruct(
     boot = evaluation.Bootstrap(range(len(rows)), seed=seed, resamples=resamples)
     run.log(name="cosine", **boot.mean(evaluation.cosine(found, x)).as_json())
     run.log(name="BLEU-4", **evaluation.bleu(texts, wanted, resamples, seed).as_json())
-    heads, tails = opened[2].encode_prompts(prompts), [row["tokens"] for row in rows]
-    nats = -evaluation.log_probabilities(*opened, heads, tails, batch=batch)
-    pooled = evaluation.Perplexity("pooled").figure(boot, nats, np.asarray([len(tail) for tail in tails]))
-    run.log(name="perplexity_pooled", **pooled.as_json())
+    likely = evaluation.LMScorer(*opened, batch=batch)(prompts, [row["text"] for row in rows])
+    run.log(name="perplexity_pooled", **evaluation.Perplexity("pooled").figure(boot, *likely).as_json())

@@ -10,15 +10,16 @@ import optax
 import pytest
 from laws import worlds
 
-from ctg_jax import methods, rng
+from ctg_jax import evaluation, methods, rng
 from ctg_jax.learn import embeddings, latent_diffusion, latent_prompt, train
 from ctg_jax.learn.attributes import coefficients
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.methods import dglm
 from ctg_jax.models import diffusion
 from ctg_jax.models.diffusion import Schedule
-from ctg_jax.run.stage import Artifact, stage
+from ctg_jax.run.stage import Artifact, open_lm, stage
 from ctg_jax.stages import sources
+from ctg_jax.studies import reconstruct
 from ctg_jax.types import InputError
 
 LM = worlds.tiny(vocab=8, depth=1)
@@ -269,13 +270,30 @@ def test_stages_are_kept_and_shared(small):
 
 
 def worlds_lm(lm):
-    from ctg_jax.run.stage import open_lm
-
     return open_lm(lm)[0]
 
 
 def embeddings_of(control):
     return Artifact(control.path.parent / f"embeddings.encode-{control.spec['inputs']['latents']}", "")
+
+
+def test_continuations_are_as_likely_as_the_evaluation_counts_them(small, monkeypatch):
+    """Per token of the text: the end of a text, which a language model hardly doubts, is not one of them."""
+    root, lm, data = small
+    control = dglm.fit(root, lm=lm, data=data, **TINY)
+    held = stage(root, embeddings.encode, TINY["encode"], lm=lm, data=data)
+    _, _, tokenizer = opened = open_lm(lm)
+
+    def complete(*given, **options):
+        tokens = [*tokenizer.encode_after(["good"], [" day"])[0], tokenizer.ends[0]]
+        return [[{"prompt": p, "text": " day", "tokens": tokens} for p in given[3]]]
+
+    monkeypatch.setattr(reconstruct.sampling, "complete", complete)
+    done = stage(root, reconstruct.reconstruct, dict(latent="none"), lm=lm, control=control, latents=held)
+    heads = [p["prompt"] for p in held.rows("pieces.jsonl")]
+    nats, tokens = evaluation.LMScorer(*opened)(heads, [" day"] * len(heads))
+    found = {m["name"]: m["value"] for m in done.metrics()}["perplexity_pooled"]
+    assert found == pytest.approx(np.exp(nats.sum() / tokens.sum()), rel=1e-5)
 
 
 def test_encoding_goes_on_where_it_stopped(small, monkeypatch):

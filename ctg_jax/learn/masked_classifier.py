@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ class Regression:
       inverse_l2: the inverse weight of the L2 penalty on standardised states, C in scikit-learn.
       heldout: the share of texts that the classifier does not see.
       margin: how far its accuracy on them must lie above that of always naming the most frequent class.
+      limit: the most texts that are read, chosen at random by the seed; 0: all.
       batch: texts read at a time.
     """
 
@@ -37,11 +38,21 @@ class Regression:
     inverse_l2: float = 1e-3
     heldout: float = 0.1
     margin: float = 0.02
+    limit: int = 0
     batch: int = how(64)
 
     def __post_init__(self):
-        if self.views < 1 or self.inverse_l2 <= 0 or not 0 < self.heldout < 1 or self.batch < 1:
-            raise InputError(f"{self}: expected views and batch from 1, inverse_l2 above 0, heldout between 0 and 1.")
+        if self.views < 1 or self.inverse_l2 <= 0 or not 0 < self.heldout < 1 or self.batch < 1 or self.limit < 0:
+            raise InputError(
+                f"{self}: expected views and batch from 1, limit from 0, inverse_l2 above 0, heldout between 0 and 1."
+            )
+
+    def chosen(self, texts: Sequence[Any], seed: int) -> list[Any]:
+        """At most `limit` of the texts, in their order."""
+        if not self.limit or self.limit >= len(texts):
+            return list(texts)
+        kept = np.random.default_rng(seed).choice(len(texts), self.limit, replace=False)
+        return [texts[i] for i in sorted(kept)]
 
 
 def read(

@@ -140,6 +140,10 @@ def test_classifiers_of_diffusion_models(small, counted):
     )
     counted(4, 16)
     assert found.spec["init"]["classes"] == 2
+    few = dict(views=1, margin=-1.0, heldout=0.5, limit=8)
+    fewer = stage(root, mdlm.classifier, dict(regression=few), lm=lm, data=data, network=network)
+    assert [f.metrics()[-1]["heldout"] for f in (found, fewer)] == [2, 4], "a fifth of 12 texts, half of 8"
+    counted(4, 16)
     none = stage(root, records, {"rows": [{"text": "a day", "label": -1}] * 3})
     found = stage(root, mdlm.classifier, dict(regression=dict(views=1)), lm=lm, data=none, network=network)
     assert found.spec["init"]["classes"] == 0

@@ -336,7 +336,7 @@ def classifier(
     hp |= dict(target=target, classes=classes, **dataclasses.asdict(order))
     control = init(model, jax.random.key(seed), **hp).replace(params=old.params)
     if classes:
-        source, length = Source(str(data.path), "all", records), control.net.context
+        source, length = Source(str(data.path), "all", regression.chosen(records, seed)), control.net.context
         once = dict(epochs=1, shuffle=False, drop_last=False, fields=("label",))
         batches = pipeline(source, tokenizer, batch=regression.batch, length=length, seed=seed, **once)
         read = masked_classifier.read(control.net, old.params, batches, control.eos, regression, seed)

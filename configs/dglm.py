@@ -3,11 +3,14 @@
 Source: Lovelace et al. 2024. `PAPER` has the sizes of the paper, for `dglm.init`: sentence-T5-xl, GPT-2
 large fine-tuned, 250,000 updates of each network.
 
-    python experiments/main.py --config=configs/dglm.py[:yelp|:tiny]
+    python experiments/main.py --config=configs/dglm.py[:yelp|:gemma|:tiny]
 
     python experiments/main.py --config=configs/dglm.py:prefix         weights of the prefix, on fewer texts of Yelp
     python experiments/latents.py --config=configs/latents.py:prompter     what the latent makes the LM say
     python experiments/ablate.py --config=configs/dglm.py[:yelp]       samplers and their steps
+
+`gemma` has the texts and the prompts of `yelp` and the language model and the judge of the gemma world: latents are
+those of reviews, so the prompts are beginnings of reviews. Its networks train as little as those of `prefix`.
 
 Expected by the paper: the share of positive text rises with the guidance while text stays as fluent. The networks have
 changed since this was measured (docs/faults.md), so there are no figures of these. Wall time with the old ones: an hour
@@ -33,6 +36,15 @@ SETTINGS = {
         ),
         denoiser=dict(net=dict(width=192, depth=4, pseudo_tokens=4), training=dict(steps=4000, batch=64)),
     ),
+    "gemma": dict(
+        prompter=dict(
+            net=dict(width=256, depth=3, pseudo_tokens=8, rank=16),
+            prefix=13,
+            new=14,
+            training=dict(steps=400, batch=16, rate=2e-3, save_every=50),
+        ),
+        denoiser=dict(net=dict(width=192, depth=4, pseudo_tokens=4), training=dict(steps=3000, batch=64)),
+    ),
     "tiny": dict(
         encode=dict(words=4, new=8),
         prompter=dict(
@@ -56,9 +68,12 @@ PAPER = dict(
 )  # fmt: skip
 # What a continuation about food says.
 FOOD = r"\b(food|meal|dish|pizza|burger|sandwich|salad|sushi|tacos?|steak|chicken|beef|pork|soup|fries|bread|rice)\b"
+# What a continuation says in which somebody speaks of themselves.
+PERSONAL = r"\b(i|me|my|we|us|our)\b"
 SCALES = {
     "bundled": (0.0, 1.0, 3.0, 10.0, 30.0),
-    "yelp": (0.0, 10.0, 30.0, 100.0, 300.0),
+    "yelp": (0.0, 10.0, 30.0, 70.0, 100.0, 300.0, 1000.0),
+    "gemma": (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
     "tiny": (0.0, 10.0),
 }
 
@@ -66,27 +81,29 @@ SCALES = {
 def texts(arg):
     """Texts to learn latents of."""
     train = sentiment.world(arg)["train"]
-    return train | dict(limit=30000) if arg == "yelp" else train
+    return train | {"yelp": dict(limit=30000), "gemma": dict(limit=10000)}.get(arg, {})
 
 
 def fit(arg):
     """Settings of `dglm.fit`, with one attribute, sentiment."""
     settings = dict(of_world(SETTINGS, arg))
-    if arg == "yelp":  # the weight of the prefix is the best of the arms of `prefix`
-        settings |= dict(encode=dict(encoder=sentiment.yelp()["evaluate"]["embed"]), free=3.0)
+    if arg in ("yelp", "gemma"):  # the weight of the prefix is the best of the arms of `prefix`
+        settings |= dict(encode=dict(encoder=sentiment.world(arg)["evaluate"]["embed"]), free=3.0)
     return settings
 
 
 def arms(arg):
-    """Guided to positive text; and, of real reviews, to negative text, to food, and to both sides of food."""
+    """Guided to positive text; and, of real reviews, to negative text, to food, to both sides of food, and to three
+    attributes at once."""
     one = dict(method="dglm", strengths=SCALES[arg], fit=fit(arg), data=texts(arg))
     found = dict(top_p=dict(), dglm=one)
     if arg == "yelp":
         wishes = dict(negative=dict(positive=-1.0), food=dict(food=1.0), good_food=dict(positive=1.0, food=1.0))
         wishes["bad_food"] = dict(positive=-1.0, food=1.0)
-        both = dict(positive={}, food=dict(pattern=FOOD))
+        wishes["three"] = dict(positive=1.0, food=1.0, personal=1.0)
+        known = dict(positive={}, food=dict(pattern=FOOD), personal=dict(pattern=PERSONAL))
         for name, weights in wishes.items():
-            asked = dict(attributes={k: both[k] for k in weights}, weights=weights)
+            asked = dict(attributes={k: known[k] for k in weights}, weights=weights)
             found[name] = one | dict(fit=one["fit"] | asked, strengths=(30.0, 100.0))
     return found
 
@@ -94,6 +111,11 @@ def arms(arg):
 def about_food(prompt, text):
     """A judge: whether a continuation names food, which is what the probe of food learned from other texts."""
     return float(re.search(FOOD, text, re.IGNORECASE) is not None)
+
+
+def personal(prompt, text):
+    """A judge: whether somebody speaks of themselves in a continuation."""
+    return float(re.search(PERSONAL, text, re.IGNORECASE) is not None)
 
 
 # A third of the texts, a sixteenth of the prompter's rows and three eighths of the denoiser's updates.
@@ -123,8 +145,12 @@ def get_config(arg="bundled"):
     if arg == "prefix":
         return sentiment.experiment("yelp", "DGLM, weights of the prefix", prefix())
     config = sentiment.experiment(arg, "Diffusion-guided language model", arms(arg))
+    if arg == "gemma":
+        config.prompts = sentiment.yelp()["prompts"]
+        config.sample.n, config.evaluate.kl = 2, True
     if arg == "yelp":
         config.judges.food = dict(kind="function", function="configs.dglm:about_food", version="1")
+        config.judges.personal = dict(kind="function", function="configs.dglm:personal", version="1")
     return config
 
 

@@ -127,7 +127,8 @@ def prompter(train=None, fit=None):
     config = yelp()
     held = config["recovery"]["data"]["yelp"] | dict(limit=250)
     way = dict(train=train or dglm.texts("yelp"), fit=fit or dglm.fit("yelp"))
-    return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, **way))
+    # The second row of each latent is behind prompts as those of dglm.py, sentences of more than four words.
+    return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, cuts={"anywhere": None, "4 words": 4}, **way))
 
 
 def prefix():

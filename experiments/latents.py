@@ -148,18 +148,22 @@ def analysis(section):
 
 
 def reconstruction(section):
-    """Continuations of held-out texts from the true latent, from that of another text and from none."""
+    """Continuations of held-out texts from the true latent, from that of another text and from none. `cuts` of the
+    settings says where they are cut into prefix and continuation: a name -> the words of the prefix; None: as in training.
+    """
     root, lm, settings = section.root, section.lm, section.settings
     data = stage(root, sources.load_data, settings["train"])
     control = dglm.fit(root, lm=lm, data=data, **settings["fit"])
     held = stage(root, sources.load_data, settings["data"])
-    latents = stage(root, embeddings.encode, settings["fit"].get("encode", {}), lm=lm, data=held)
     rows, made = [], []
-    for latent in reconstruct.LATENTS:
-        options = {**settings["options"], "latent": latent}
-        done = stage(root, reconstruct.reconstruct, options, lm=lm, control=control, latents=latents)
-        made.append(done)
-        rows.append(report.row(done, done, method="dglm", latent=latent))
+    for cut, words in settings.get("cuts", {"as in training": None}).items():
+        encode = settings["fit"].get("encode", {}) | (dict(words=words) if words else {})
+        latents = stage(root, embeddings.encode, encode, lm=lm, data=held)
+        for latent in reconstruct.LATENTS:
+            options = {**settings["options"], "latent": latent}
+            done = stage(root, reconstruct.reconstruct, options, lm=lm, control=control, latents=latents)
+            made.append(done)
+            rows.append(report.row(done, done, method="dglm", latent=latent, cut=cut))
     return section.page(made, rows, title="Continuations from the latent of the true one")
 
 

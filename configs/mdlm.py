@@ -71,8 +71,8 @@ def of_blocks(arm, size):
 
 
 def get_config(arg="bundled"):
-    real = arg in ("yelp", "blocks")
-    parts, arm = yelp() if real else (sentiment.world(arg), sentiment.of_world(SETTINGS, arg))
+    settings = sentiment.of_world(SETTINGS | dict(yelp=None, blocks=None), arg)
+    parts, arm = (sentiment.world(arg), settings) if settings else yelp()
     del parts["train"]
     # A diffusion model has no next-token distribution that top-p could cut, so the base has none either.
     arm = dict(method="mdlm", filter={}, **arm)

@@ -163,5 +163,5 @@ def sweep():
     ways += [dict(sampler="ddpm", steps=250, through=True), dict(average=8)]
     for draw in ways:
         yield {"methods.dglm.fit.draw": draw, "methods.dglm.strengths": (100.0,)}
-    for free in (1.0, 2.0, 3.0, 5.0):
+    for free in (1.0, 2.0, 3.0, 4.0, 5.0):
         yield {"methods.dglm.fit.free": free, "methods.dglm.strengths": (0.0, 100.0)}

@@ -127,8 +127,9 @@ def prompter(train=None, fit=None):
     config = yelp()
     held = config["recovery"]["data"]["yelp"] | dict(limit=250)
     way = dict(train=train or dglm.texts("yelp"), fit=fit or dglm.fit("yelp"))
-    # The second row of each latent is behind prompts as those of dglm.py, sentences of more than four words.
-    return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, cuts={"anywhere": None, "4 words": 4}, **way))
+    # As in training, and behind four words, as the prompts of dglm.py have.
+    cuts = {"anywhere": None, "4 words": 4}
+    return dict(lm=config["lm"], reconstruction=dict(data=held, options={}, cuts=cuts, **way))
 
 
 def prefix():

@@ -148,8 +148,10 @@ def analysis(section):
 
 
 def reconstruction(section):
-    """Continuations of held-out texts from the true latent, from that of another text and from none. `cuts` of the
-    settings says where they are cut into prefix and continuation: a name -> the words of the prefix; None: as in training.
+    """Continuations of held-out texts from the true latent, from that of another text and from none.
+
+    `cuts` of the settings says where texts are cut into prefix and continuation: a name -> the words of the prefix, or
+    None for the cut of training.
     """
     root, lm, settings = section.root, section.lm, section.settings
     data = stage(root, sources.load_data, settings["train"])

@@ -15,7 +15,10 @@ from experiments import cli, experiment
 from experiments.arms import Fitted, read
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if "def get_config" in p.read_text())
-WORLDS = ("bundled", "yelp", "yelp_down", "repetition", "toxicity", "tiny", "best", "domains", "prompter", "requests")
+WORLDS = (
+    "bundled", "yelp", "yelp_down", "yelp_small", "yelp_equal", "repetition", "toxicity", "tiny", "tiny_small",
+    "tiny_equal", "best", "blocks", "domains", "prefix", "prompter", "requests",
+)  # fmt: skip
 OWN = {"objective": "Objective", "sorting": "Sorting"}  # records of a method's module
 RECORDS = {"training": Training, "adapter": Adapter, "search": Search}
 

@@ -47,7 +47,8 @@ WORLD = {
         prompts=None,
         fit=dict(dim=16, width=192, depth=4, length=64, training=dict(steps=20000, batch=32, rate=1e-3)),
         guide=dict(
-            mentions=dict(food=("food[Chinese]", "food[Italian]", "food[Fast food]"), area=("area[riverside]",)),
+            # Each is in a third or a half of the texts of devset.csv, whose only other food is English.
+            mentions=dict(food=("food[Chinese]",), area=("area[riverside]",)),
             training=dict(steps=2000),
         ),
         calls=200,

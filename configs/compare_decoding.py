@@ -67,14 +67,6 @@ def smaller(methods, learned, shorter, kl):
     return methods
 
 
-def held_out(parts, arg):
-    """The section `calibrate`: texts without the attribute, which no method is fitted on."""
-    train = parts["train"]
-    others = dict(skip=train["limit"]) if "limit" in train else dict(split="test")
-    few = dict(where=dict(label=0), limit=8 if arg == "tiny" else 48)
-    return dict(data=train | others | few, tokens=24)
-
-
 def get_config(arg="bundled"):
     arg, _, size = arg.partition("_")
     if size not in ("", "small", "equal"):
@@ -101,6 +93,7 @@ def get_config(arg="bundled"):
     if size:
         parts["evaluate"] |= dict(kl=True)
         if size == "equal":
-            parts["calibrate"] = held_out(parts, arg)
+            held = sentiment.held_out(parts["train"], where=dict(label=0), limit=8 if arg == "tiny" else 48)
+            parts["calibrate"] = dict(data=held, tokens=24)
         methods = smaller(methods, learned, own != "gemma", size == "equal" and ((1e-3,) if arg == "tiny" else (0.3,)))
     return sentiment.composed("Control while decoding", parts, methods)

@@ -3,7 +3,7 @@
 Sources: Lovelace et al. 2024 (DGLM), Liu et al. 2021 (DExperts), Turner et al. 2023 (steering), Lu et al. 2022 (Quark).
 
     python experiments/compare.py --config=configs/compare_diffusion.py[:yelp|:tiny]
-    python experiments/compare.py --config=configs/compare_diffusion.py:yelp_equal      at the KL of DGLM
+    python experiments/compare.py --config=configs/compare_diffusion.py:yelp_equal      around the KL of DGLM
 
 In `yelp` steering and DExperts have their own strengths. A drawn latent alone moves the language model by about one nat
 per token, so with `_equal` behind the world DExperts and steering have the strengths that move it by as much, besides a
@@ -14,13 +14,14 @@ is continued once.
 from configs import dexperts, dglm, quark, reward, sentiment, steer
 from ctg_jax.types import InputError
 
-LEVELS = {"tiny": (1e-3,)}  # nats per token; elsewhere:
-KL = (0.3, 1.0)
+# Nats per token, texts to solve for the strengths on, prompts of each label.
+EQUAL = dict(kl=(0.3, 1.0), held=64, prompts=250)
+TINY = dict(kl=(1e-3,), held=8, prompts=2)
 
 
-def learned(arg):
+def learned(arg, parts):
     """Quark towards positive text, which explores the first words of texts of both labels."""
-    learn = reward.of_world(reward.WORLDS, arg)()["learn"]
+    learn = parts.get("learn") or sentiment.of_world(reward.WORLDS, arg)()["learn"]
     if arg == "yelp":
         learn["data"] = learn["data"] | dict(where=None, balance="label", limit=250)
         learn["rounds"] = 3
@@ -34,13 +35,13 @@ def get_config(arg="bundled"):
     parts = sentiment.world(arg)
     others = {**steer.arms(arg), **dexperts.arms(arg)}
     if size:
+        equal = TINY if arg == "tiny" else EQUAL
         for arm in others.values():
             arm.pop("strengths")
-            arm |= dict(kl=LEVELS.get(arg, KL))
-        others |= learned(arg)
-        held = dict(skip=parts["train"]["limit"]) if "limit" in parts["train"] else dict(split="test")
-        parts["calibrate"] = dict(data=parts["train"] | held | dict(limit=8 if arg == "tiny" else 64), tokens=24)
-        parts["prompts"] |= dict(limit=2 if arg == "tiny" else 250)
+            arm |= dict(kl=equal["kl"])
+        others |= learned(arg, parts)
+        parts["calibrate"] = dict(data=sentiment.held_out(parts["train"], limit=equal["held"]), tokens=24)
+        parts["prompts"] |= dict(limit=equal["prompts"])
         parts["sample"] |= dict(n=1)
     methods = dict(base=dict(filter={}), top_p=dict(), **others, dglm=dglm.arms(arg)["dglm"])
     title = "Diffusion beside steering and experts" + (", at equal KL, and Quark" if size else "")

@@ -29,7 +29,6 @@ def get_config(arg="bundled"):
             arm = {key: value for key, value in arm.items() if key != "strengths"}
             one_way = label.startswith("finetune")
             methods[label] = arm | dict(kl=tuple(x for x in levels if x > 0 or not one_way))
-    others = dict(skip=parts["train"]["limit"]) if "limit" in parts["train"] else dict(split="test")
-    held = parts["train"] | others | dict(limit=8 if arg == "tiny" else 64)
+    held = sentiment.held_out(parts["train"], limit=8 if arg == "tiny" else 64)
     parts["calibrate"] = dict(data=held, tokens=32)
     return sentiment.composed("Sentiment control at equal KL", parts, methods)

@@ -70,8 +70,7 @@ def toxicity(label=1, filter=None):
 def own(name):
     """The sentiment world of this name, with held-out texts."""
     parts = sentiment.world(name)
-    others = dict(skip=parts["train"]["limit"]) if "limit" in parts["train"] else dict(split="test")
-    held = parts["train"] | others | dict(limit=8 if name == "tiny" else 48)
+    held = sentiment.held_out(parts["train"], limit=8 if name == "tiny" else 48)
     return parts | dict(calibrate=dict(data=held, tokens=24, prompt=4))
 
 

@@ -189,6 +189,13 @@ def paper(source, title, methods, **sample):
     return ConfigDict(config)
 
 
+def held_out(train, **settings):
+    """Settings of labelled texts that no method is fitted on: those behind `train`, or the test split where it has no
+    limit."""
+    others = dict(skip=train["limit"]) if "limit" in train else dict(split="test")
+    return train | others | settings
+
+
 def experiment(name, title, methods):
     """A whole configuration: the world and the methods, which read its labelled texts where they have no `data`."""
     return composed(title, world(name), methods)

@@ -48,7 +48,7 @@ class Regression:
             )
 
     def chosen(self, texts: Sequence[Any], seed: int) -> list[Any]:
-        """At most `limit` of the texts, in their order."""
+        """At most `limit` of the texts, drawn without replacement by the seed, in their order."""
         if not self.limit or self.limit >= len(texts):
             return list(texts)
         kept = np.random.default_rng(seed).choice(len(texts), self.limit, replace=False)

@@ -123,7 +123,8 @@ def history(control: Artifact) -> list[Artifact]:
 @stage.stage_function("rounds")
 def summary(run: Run, *, pools: Sequence[Artifact], seed: int = 0, resamples: int = 1000) -> None:
     """Stage: what each round sampled, as rows of metrics.jsonl with round, name, value, low, high, n: the reward, KL to
-    the base in nats per token, perplexity under the base, dist-2."""
+    the base in nats per token, perplexity under the base, dist-2. Both are per drawn token, the end of a text included,
+    since pools hold the log-probability of all that was drawn; the perplexity of `evaluate` leaves the end out."""
     for artifact in pools:
         pool = Pool.open([artifact])
         boot = evaluation.Bootstrap(pool.column("prompt_id"), seed=seed, resamples=resamples)

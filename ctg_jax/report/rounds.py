@@ -10,7 +10,8 @@ from ctg_jax.report.rows import Line
 FIGURES = ("reward", "KL to base", "perplexity", "dist-2")
 NOTE = (
     "What each round sampled, for methods that learn from their own samples: how the reward rises, and what it costs. "
-    "Round 0 samples the language model before anything was learned."
+    "Round 0 samples the language model before anything was learned. The end of a text counts as one of its tokens "
+    "here, so perplexity is smaller than in the table of samples."
 )
 CAPTION = "Figures of the samples of each round, with the interval as a band; one line for each method."
 

@@ -66,6 +66,12 @@ def test_the_arms_are_those_of_methods_that_are_there(file, world):
         assert any(name.startswith("finetune") for name in arms)
 
 
+def test_quark_beside_diffusion_learns_what_the_comparison_is_about(world):
+    """The world of this name for rewards is about toxicity, and this comparison is about sentiment."""
+    arms = cli.config_of(str(CONFIGS / "compare_diffusion.py:gemma_equal")).methods
+    assert "yelp" in arms.quark.rewards.words.data.source and arms.steer.kl == arms.dexperts.kl
+
+
 def test_without_data_it_is_refused(world, monkeypatch):
     monkeypatch.delenv("CTG_DATA_DIR")
     with pytest.raises(InputError, match=r"CTG_DATA_DIR is not set: the gemma world reads sentiment_prompts/"):

@@ -128,6 +128,8 @@ def test_a_fitted_classifier_beats_chance_and_guides():
     shuffled = r.permutation(labels)
     with pytest.raises(InputError, match="it would guide nowhere"):
         masked_classifier.fit(x, shuffled, options, 0)
+    with pytest.raises(InputError, match="expected views and batch from 1, limit from 0"):
+        masked_classifier.Regression(limit=-1)
     keys, nothing = rng.per_example(jax.random.key(4), jnp.arange(128)), jnp.zeros((128, 12), bool)
     share = {}
     for strength in (-8.0, 0.0, 8.0):

@@ -57,16 +57,18 @@ def labelled(records: Sequence[Record], where: str, field: str = "label", classe
     return [records[i] for i in kept]
 
 
-def of_all_classes(records: Sequence[Record], where: str, classes: int) -> list[Record]:
+def of_all_classes(records: Sequence[Record], where: str, classes: int, field: str = "label") -> list[Record]:
     """`labelled` for a classifier, which learns nothing where it has not seen every class.
 
     Raises:
-      InputError: what `labelled` raises, or no text has one of the labels 0 to classes - 1.
+      InputError: what `labelled` raises, fewer than two classes, or no text has one of the labels 0 to classes - 1.
     """
-    found = labelled(records, where, classes=classes)
-    if missing := set(range(classes)) - {int(r["label"]) for r in found}:
+    found = labelled(records, where, field, classes)
+    if classes < 2:
+        raise InputError(f"{where}: a classifier learns two classes or more and there is {classes}: give texts of both")
+    if missing := set(range(classes)) - {int(r[field]) for r in found}:
         raise InputError(
-            f"{where}: none of the {len(found)} labelled texts has the label {min(missing)}, but a classifier of "
+            f"{where}: none of the {len(found)} labelled texts has the {field} {min(missing)}, but a classifier of "
             f"{classes} classes learns from texts of each: give texts of all classes"
         )
     return found

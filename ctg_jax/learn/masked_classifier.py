@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctg_jax import rng
+from ctg_jax.data.labels import is_label, of_all_classes
+from ctg_jax.data.sources import Record
 from ctg_jax.learn.diffusion_losses import filled
 from ctg_jax.models import masked
 from ctg_jax.models.decoder import Transformer
@@ -53,6 +55,23 @@ class Regression:
             return list(texts)
         kept = np.random.default_rng(seed).choice(len(texts), self.limit, replace=False)
         return [texts[i] for i in sorted(kept)]
+
+
+def texts(records: Sequence[Record], where: str, classes: int | None) -> tuple[Sequence[Record], int]:
+    """(records, C) that the classifier learns from: those with a label, of which there is one of each class.
+
+    Args:
+      records: those that have a label have it under `label`. where: what holds them, for messages.
+      classes: C; None: the number found, and where no record has a label, 0. 0: no classifier; all records come back.
+
+    Raises:
+      InputError: what `of_all_classes` raises.
+    """
+    found = [r["label"] for r in records if is_label(r.get("label"))]
+    if classes == 0 or (classes is None and not found):
+        return records, 0
+    classes = classes or 1 + max((label for label in found if isinstance(label, int)), default=0)
+    return of_all_classes(records, where, classes), classes
 
 
 def read(

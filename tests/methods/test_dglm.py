@@ -327,6 +327,13 @@ def test_encoding_goes_on_where_it_stopped(small, monkeypatch):
     np.testing.assert_allclose(contexts, real([r["prompt"] for r in rows]), atol=1e-6)
 
 
+def test_attributes_without_both_labels_are_named_before_a_network_is_trained(small, tmp_path):
+    _, lm, data = small
+    with pytest.raises(InputError, match="stars"):
+        dglm.fit(tmp_path, lm=lm, data=data, **TINY, attributes=dict(stars=dict(field="stars")))
+    assert not [*tmp_path.glob("*prompter*"), *tmp_path.glob("*denoiser*")]
+
+
 def test_bad_input_is_one_sentence(small):
     root, lm, data = small
     with pytest.raises(InputError, match="weights names the attribute 'food'"):

@@ -147,7 +147,7 @@ def test_tags_of_tokens():
     assert TAGS[tags[tokenizer.eos]] == "end" and tagged["."] == "punct" and tagged["l"] == "part"
 
 
-def test_bad_input(net, small):
+def test_bad_input(net):
     lm, control = net
     init = lambda **hp: diffusion_lm.init(lm, jax.random.key(0), **{"width": 16, "length": 12, **hp})  # noqa: E731
     for message, call in {
@@ -170,12 +170,16 @@ def test_bad_input(net, small):
         "control has 11 tokens and the model 3": lambda: strategies.run(
             worlds.tiny(vocab=3), None, worlds.prompts(ROWS), control, Sampling()
         ),
-        "no record of .* has the label 2": lambda: diffusion_lm.fit(
-            small[0], lm=small[1], data=small[2], guide=GUIDE | dict(fields={"label": 3}), **FIT
-        ),
     }.items():
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_labels_without_a_text_are_named_before_a_network_is_trained(small, tmp_path):
+    _, lm, data = small
+    with pytest.raises(InputError, match="labelled texts has the label 2, but a classifier of 3"):
+        diffusion_lm.fit(tmp_path, lm=lm, data=data, guide=GUIDE | dict(fields={"label": 3}), **FIT)
+    assert not list(tmp_path.glob("diffusion_lm*"))
 
 
 def test_how_often_a_control_holds_by_hand():

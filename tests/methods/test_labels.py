@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ctg_jax.data.labels import is_label, labelled
-from ctg_jax.learn import attributes, embeddings, next_classifier
+from ctg_jax.learn import attributes, embeddings, masked_classifier, next_classifier
 from ctg_jax.methods import cav, ctrl, diffusion_lm, finetune, lm_steer, mdlm, pplm, steer
 from ctg_jax.rewards import BagOfWords, LinearProbe
 from ctg_jax.run.stage import stage, write_jsonl
@@ -105,6 +105,16 @@ def test_a_classifier_needs_texts_of_every_class(small, learns):
     data = stage(root, records, {"rows": [r for r in rows(0) if r["label"] == 1]})
     with pytest.raises(InputError, match=r"none of the 6 labelled texts has the label 0, but a classifier of 2"):
         stage(root, learns, {}, lm=lm, data=data)
+
+
+def test_a_classifier_of_partly_masked_rows_has_classes_of_its_own_number():
+    labels = lambda *found: [{"label": label} for label in found]  # noqa: E731
+    assert masked_classifier.texts(labels(0, None, 2, 1), "x", None) == (labels(0, 2, 1), 3)
+    assert masked_classifier.texts(labels(None), "x", None) == (labels(None), 0)
+    assert masked_classifier.texts(labels(0, 0), "x", 0) == (labels(0, 0), 0)
+    for found, message in (((0, 0), "and there is 1"), ((1, 0.7), r"record 1 of x is 0\.7"), (("up",), "is 'up'")):
+        with pytest.raises(InputError, match=message):
+            masked_classifier.texts(labels(*found), "x", None)
 
 
 @pytest.mark.parametrize("method", [ctrl, finetune, cav], ids=lambda m: m.__name__.rpartition(".")[2])

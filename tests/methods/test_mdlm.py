@@ -253,7 +253,14 @@ def test_bad_input(small, tmp_path):
     with pytest.raises(InputError, match="control has 7 tokens and the model 11"):
         strategies.run(worlds.tiny(), {}, prompts, control, SAMPLING)
     network = stage.stage(tmp_path, mdlm.mdlm, FIT | dict(training=dict(FIT["training"], steps=1)), lm=lm, data=data)
-    with pytest.raises(InputError, match="expected two or more, each of 0 to 0"):
+    with pytest.raises(InputError, match="is 1, but there are 1 classes"):
         stage.stage(tmp_path, mdlm.classifier, dict(classes=1), lm=lm, data=data, network=network)
     with pytest.raises(InputError, match="held-out texts, where always naming their most frequent class"):
         stage.stage(tmp_path, mdlm.classifier, dict(regression=dict(margin=0.9)), lm=lm, data=data, network=network)
+
+
+def test_labels_without_a_text_are_named_before_a_network_is_trained(small, tmp_path):
+    _, lm, data = small
+    with pytest.raises(InputError, match="labelled texts has the label 2, but a classifier of 3"):
+        mdlm.fit(tmp_path, lm=lm, data=data, guide=dict(classes=3), **FIT)
+    assert not list(tmp_path.glob("mdlm*"))

@@ -258,13 +258,15 @@ def fit(
             "it there or leave it out"
         )
     latents = stage(root, embeddings.encode, encode or {}, lm=lm, data=data)
+    # The probes come first: they are quick, and say what is wrong with the labels before any network is trained.
+    probes = [
+        stage(root, fit_attribute, {"name": name, **settings}, latents=latents)
+        for name, settings in sorted(attributes.items())
+    ]
     parts = dict(
         prompter=stage(root, latent_prompt.train_prompter, prompter or {}, lm=lm, latents=latents),
         denoiser=stage(root, latent_diffusion.denoise, denoiser or {}, latents=latents),
-        probes=[
-            stage(root, fit_attribute, {"name": name, **settings}, latents=latents)
-            for name, settings in sorted(attributes.items())
-        ],
+        probes=probes,
     )
     wanted = [float((weights or {}).get(name, 1.0 if weights is None else 0.0)) for name in sorted(attributes)]
     return stage(root, propose, {"weights": wanted, **hp}, lm=lm, latents=latents, **parts)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from flax import struct
 
 from ctg_jax import methods, rng
 from ctg_jax.controls import constraints
-from ctg_jax.data.labels import labelled, mentioned
+from ctg_jax.data.labels import labelled, mentioned, of_all_classes
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.data.tags import tag_table
@@ -208,7 +209,13 @@ def fit(
       guide: settings of `classifier`; None: no classifier.
       aim: settings of `aimed`. Changing targets and sampling there trains nothing again.
       hp: settings of `diffusion_lm`.
+
+    Raises:
+      InputError: what the stages raise; records that the classifier cannot learn from, before any network is trained.
     """
+    if guide:
+        with suppress(stage.UnfinishedError):  # a dry run may have no data to read yet
+            _classes(data, **{name: guide[name] for name in ("fields", "mentions", "reads", "where") if name in guide})
     control = stage.stage(root, diffusion_lm, hp, lm=lm, data=data)
     if guide:
         control = stage.stage(root, classifier, guide, lm=lm, data=data, network=control)
@@ -253,6 +260,27 @@ def diffusion_lm(
     keep(run, control.replace(params=params, tags=jnp.asarray(tag_table(tokenizer))), "diffusion_lm", hp)
 
 
+def _classes(data, fields=None, mentions=None, reads="mr", where=None):
+    """(records that have a class for each field, {field: number of classes}), see `classifier`."""
+    records, mentions = matching(data, where), dict(mentions or {})
+    fields = dict(fields or {}) | {name: 1 + len(options) for name, options in mentions.items()}
+    if not fields:
+        raise InputError("fields and mentions are empty: give what the classifier is to predict.")
+    for name, options in mentions.items():
+        if isinstance(options, str) or name in ("text", reads):
+            raise InputError(f"mentions {name} is {options!r:.60}, expected a list of texts, under a name of its own.")
+    found = [
+        {name: mentioned(r, options, reads, f"record {i} of {data.path}") for name, options in mentions.items()}
+        for i, r in enumerate(records)
+    ]
+    records = [r | classes for r, classes in zip(records, found)]
+    for name, classes in fields.items():
+        records = labelled(records, f"{name} of {data.path}", name, classes)
+    for name, classes in fields.items():
+        of_all_classes(records, str(data.path), classes, name)
+    return records, fields
+
+
 @stage.stage_function("diffusion_lm.classifier", revision=1)
 def classifier(
     run: Run,
@@ -282,23 +310,7 @@ def classifier(
     Raises:
       InputError: no field, a value that is not a class, a class without a record, and what `init` and training raise.
     """
-    records, mentions = matching(data, where), dict(mentions or {})
-    fields = dict(fields or {}) | {name: 1 + len(options) for name, options in mentions.items()}
-    if not fields:
-        raise InputError("fields and mentions are empty: give what the classifier is to predict.")
-    for name, options in mentions.items():
-        if isinstance(options, str) or name in ("text", reads):
-            raise InputError(f"mentions {name} is {options!r:.60}, expected a list of texts, under a name of its own.")
-    found = [
-        {name: mentioned(r, options, reads, f"record {i} of {data.path}") for name, options in mentions.items()}
-        for i, r in enumerate(records)
-    ]
-    records = [r | classes for r, classes in zip(records, found)]
-    for name, classes in fields.items():
-        records = labelled(records, f"{name} of {data.path}", name, classes)
-    for name, classes in fields.items():
-        if missing := set(range(classes)) - {r[name] for r in records}:
-            raise InputError(f"no record of {data.path} has the {name} {min(missing)}: set fields or where.")
+    records, fields = _classes(data, fields, mentions, reads, where)
     model, _, tokenizer = open_lm(lm)
     old = methods.load(network, model)
     hp = network.spec["init"] | dict(fields=fields, reader_width=reader_width, reader_depth=reader_depth)

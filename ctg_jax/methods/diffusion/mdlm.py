@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,7 +23,6 @@ from flax import struct
 
 from ctg_jax import methods, rng
 from ctg_jax.controls import constraints
-from ctg_jax.data.labels import is_label, labelled
 from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, masked_classifier
@@ -244,7 +244,12 @@ def fit(
       heldout: settings of `load_data` for the texts of `bound`; None: the bound is not measured.
       guide: settings of `classifier`, which also sets how tokens are sampled; the network is not trained again.
       hp: settings of `mdlm`, or of `imported`.
+
+    Raises:
+      InputError: what the stages raise; labels that no classifier can learn from, before any network is trained.
     """
+    with suppress(stage.UnfinishedError):  # a dry run may have no data to read yet
+        masked_classifier.texts(matching(data, None), str(data.path), (guide or {}).get("classes"))
     if source is None:
         network = stage.stage(root, mdlm, hp, lm=lm, data=data)
     else:
@@ -320,18 +325,9 @@ def classifier(
       InputError: a label that is not a class, fewer than two classes, a class without a text, a classifier that is no
         better than chance, and what `init` raises.
     """
-    records = matching(data, None)
+    records, classes = masked_classifier.texts(matching(data, None), str(data.path), classes)
     model, _, tokenizer = open_lm(lm)
     old = methods.load(network, model)
-    if classes or (classes is None and any(is_label(r.get("label")) for r in records)):
-        records = labelled(records, str(data.path))
-        found = {r["label"] for r in records}
-        classes = classes or 1 + max(found)
-        if len(found) < 2 or found != set(range(classes)):
-            raise InputError(
-                f"labels of {data.path} are {sorted(found)}, expected two or more, each of 0 to {classes - 1}."
-            )
-    classes = classes or 0
     hp = dict(start=start_token(tokenizer)) | network.spec["init"]
     hp |= dict(target=target, classes=classes, **dataclasses.asdict(order))
     control = init(model, jax.random.key(seed), **hp).replace(params=old.params)

@@ -65,7 +65,7 @@ def of_all_classes(records: Sequence[Record], where: str, classes: int, field: s
     """
     found = labelled(records, where, field, classes)
     if classes < 2:
-        raise InputError(f"{where}: a classifier learns two classes or more and there is {classes}: give texts of both")
+        raise InputError(f"{where}: a classifier needs two classes or more, and there is {classes}: give texts of each")
     if missing := set(range(classes)) - {int(r[field]) for r in found}:
         raise InputError(
             f"{where}: none of the {len(found)} labelled texts has the {field} {min(missing)}, but a classifier of "

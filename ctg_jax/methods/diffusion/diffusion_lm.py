@@ -276,7 +276,7 @@ def _classes(data, fields=None, mentions=None, reads="mr", where=None):
     records = [r | classes for r, classes in zip(records, found)]
     for name, classes in fields.items():
         records = labelled(records, f"{name} of {data.path}", name, classes)
-    for name, classes in fields.items():
+    for name, classes in fields.items():  # after all, since a record that one field leaves out is missing to the others
         of_all_classes(records, str(data.path), classes, name)
     return records, fields
 

@@ -66,6 +66,7 @@ def yelp():
     dev = dict(source=f"jsonl:{folder}/yelp/dev.jsonl", split="all", balance="label")
     train = dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", balance="label")
     fit = dict(site="memory", tokens=32)
+    limited = dict(updates=150, rate=0.3)
     layers = range(1, 7)
     sites = [
         "embeddings",
@@ -79,7 +80,7 @@ def yelp():
         lm=world["lm"],
         recovery=dict(
             data=dict(yelp={**dev, "limit": 12}),
-            fit=dict(tokens=32, search=dict(updates=150, rate=0.3)),
+            fit=dict(tokens=32, search=limited),
             grid=dict(site=sites, positions=["all", "first"]),
         ),
         transfer=dict(
@@ -92,7 +93,12 @@ def yelp():
         ),
         similarity=dict(
             pairs=dict(file=f"{folder}/stsb/stsb-en-dev.csv"),
-            fits={site: fit | dict(site=site) for site in ("middle", "final", "memory")},
+            # A vector at a hidden site recovers few sentences of news: without a limit each takes all 500 updates.
+            fits={
+                "middle": fit | dict(site="middle", search=limited),
+                "final": fit | dict(site="final", search=limited),
+                "memory": fit,
+            },
             encoder=f"{folder}/models/all-MiniLM-L6-v2",
         ),
         analysis=dict(data={**dev, "limit": 250}, fit=fit, options={}),

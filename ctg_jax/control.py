@@ -120,12 +120,14 @@ class Control:
         for each its name in messages, its context, and the number of tokens that its own control adds."""
         return ()
 
-    def began(self, state: State, start: jax.Array) -> State:
-        """The state of a rule that depends on where the prompt ends. Called once, after `prompt`.
+    def began(self, state: State, start: jax.Array, first: jax.Array) -> State:
+        """The state of a rule that depends on where the prompt is. Called once, after `prompt`.
 
         Args:
-          start: int32 [B], the position of the first token of the completion. What controls put before the prompt
-            counts, so it is not the number of tokens in `prompts.mask`.
+          start: int32 [B], the position of the first token of the completion. What controls put before the prompt and
+            after it counts, so it is not the number of tokens in `prompts.mask`.
+          first: int32 [B], the position of the first token of the prompt; below 0 where a control hides tokens at its
+            beginning.
         """
         return state
 
@@ -206,8 +208,8 @@ class Chain(Control):
     def readers(self):
         return tuple(reader for c in self.parts for reader in c.readers())
 
-    def began(self, state, start):
-        return tuple(c.began(s, start) for c, s in zip(self.parts, state, strict=True))
+    def began(self, state, start, first):
+        return tuple(c.began(s, start, first) for c, s in zip(self.parts, state, strict=True))
 
     def seen(self, state, tokens):
         return tuple(c.seen(s, tokens) for c, s in zip(self.parts, state, strict=True))
@@ -271,14 +273,17 @@ def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tupl
     Raises:
       InputError: `prompt` adds another number of tokens than `added` returns.
     """
-    longer, mask = control.prompt(x, mask, state)
+    longer, seen = control.prompt(x, mask, state)
     more = longer.shape[1] - x.shape[1]
     if more != control.added():
         raise InputError(
             f"{type(control).__name__}.prompt adds {more} tokens and its `added` tells {control.added()}: let `added` "
             "return the number of tokens that `prompt` adds."
         )
-    return longer, mask, control.began(state, jnp.sum(mask, axis=1, dtype=jnp.int32))
+    added = control.prompt(x, jnp.zeros_like(mask), state)[1]  # only what is added is marked as real
+    hidden = jnp.sum(mask, axis=1, dtype=jnp.int32) - jnp.sum(seen & ~added, axis=1, dtype=jnp.int32)
+    first = jnp.sum(jnp.cumprod(added, axis=1), axis=1, dtype=jnp.int32) - hidden
+    return longer, seen, control.began(state, jnp.sum(seen, axis=1, dtype=jnp.int32), first)
 
 
 def columns(control: Control, tokens: jax.Array, x: jax.Array, state: State) -> jax.Array:

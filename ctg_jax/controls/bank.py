@@ -70,8 +70,8 @@ class Bank(Control):
     def prompt(self, x, mask, state):
         return _each(lambda c, s, x, mask: c.prompt(x, mask, s), state, x, mask)
 
-    def began(self, state, start):
-        return state[0], jax.vmap(lambda c, s, at: c.began(s, at[None]))(*state, start)
+    def began(self, state, start, first):
+        return state[0], jax.vmap(lambda c, s, *at: c.began(s, *(x[None] for x in at)))(*state, start, first)
 
     def seen(self, state, tokens):
         return state[0], jax.vmap(lambda c, s, ids: c.seen(s, ids[None]))(*state, tokens)

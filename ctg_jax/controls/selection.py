@@ -85,15 +85,16 @@ class Positions:
         """bool [B, T]: the tokens at positions int32 [B, T] that are selected; None for all of them."""
         if self == Positions():
             return None
-        size, end = placed.size[:, None], placed.end[:, None]
+        first, end = placed.first[:, None], placed.end[:, None]
+        begin = jnp.maximum(first, 0)
         if placed.rows is None:
             part, start, stop, every = (
                 jnp.full((1, 1), x, jnp.int32) for x in (PARTS.index(self.part), self.start, self.stop, self.every)
             )
         else:
             part, start, stop, every = (x[:, None] for x in placed.rows.T)
-        origin = jnp.where(part == 2, end, jnp.where(part == 3, end - 1, jnp.maximum(end - size, 0)))
-        low, high = (jnp.where((x < 0) & (part < 2), jnp.maximum(x + size, 0), x) for x in (start, stop))
+        origin = jnp.where(part == 2, end, jnp.where(part == 3, end - 1, begin))
+        low, high = (jnp.where((x < 0) & (part < 2), jnp.maximum(x + end - begin, 0), x) for x in (start, stop))
         at = pos - origin
         chosen = (at >= low) | ((part == 0) & (start == 0))
         chosen &= (at < high) & ((part != 1) | (pos < end)) & ((at - low) % every == 0)
@@ -101,8 +102,9 @@ class Positions:
             chosen &= placed.hit
         if placed.marks is not None:
             width = placed.marks.shape[1]
-            column = jnp.clip(pos - end + width, 0, width - 1)
-            spoken = jnp.take_along_axis(placed.marks, column, axis=1) & (pos >= end - size) & (pos < end)
+            at = pos - first
+            column = jnp.clip(at - placed.size[:, None] + width, 0, width - 1)
+            spoken = jnp.take_along_axis(placed.marks, column, axis=1) & (at >= 0) & (at < placed.size[:, None])
             chosen &= spoken | ((pos >= end) & ("assistant" in self.roles))
         return chosen
 
@@ -118,11 +120,13 @@ class Positions:
 
 @struct.dataclass
 class Placed:
-    """Where the prompt of each row is: size int32 [B], its tokens, and end int32 [B], the position of the first token
-    of the completion; rows int32 [B, 4], each row's own numbers; marks bool [B, W], the prompt's tokens of chosen
-    roles; hit bool [B, T], which of the tokens that are being read are of the set, while they are read."""
+    """Where the prompt of each row is: size int32 [B], its tokens; first and end int32 [B], the positions of its first
+    token and of the first token of the completion (see `Control.began`); rows int32 [B, 4], each row's own numbers;
+    marks bool [B, W], the prompt's tokens of chosen roles; hit bool [B, T], which of the tokens that are being read are
+    of the set, while they are read."""
 
     size: jax.Array
+    first: jax.Array
     end: jax.Array
     rows: jax.Array | None = None
     marks: jax.Array | None = None
@@ -130,12 +134,12 @@ class Placed:
 
     @classmethod
     def behind(cls, size: jax.Array, rows: jax.Array | None = None, marks: jax.Array | None = None) -> Placed:
-        """Of prompts of these sizes, int32 [B], with nothing before them."""
-        return cls(size, size, rows, marks)
+        """Of prompts of these sizes, int32 [B], with nothing before or after them."""
+        return cls(size, jnp.zeros_like(size), size, rows, marks)
 
-    def began(self, start: jax.Array) -> Placed:
+    def began(self, start: jax.Array, first: jax.Array) -> Placed:
         """For `Control.began`."""
-        return self.replace(end=start)
+        return self.replace(end=start, first=first)
 
 
 @struct.dataclass
@@ -146,8 +150,8 @@ class AtPositions(Control):
     def check(self, prompts):
         self.positions.check(prompts)
 
-    def began(self, state, start):
-        return *state[:-1], state[-1].began(start)
+    def began(self, state, start, first):
+        return *state[:-1], state[-1].began(start, first)
 
     def seen(self, state, tokens):
         return *state[:-1], self.positions.seen(state[-1], tokens)

@@ -65,7 +65,7 @@ class Shift(AtPositions):
 
     Attributes:
       shift: float32 [B, L, T, D]; its token t is token t of the prompt, also where padding or
-        vectors come before the prompt.
+        vectors come before or after the prompt.
       scale: float32 [] or, per row, [B].
       positions: the tokens that are edited, of those of the prompt; see `ctg_jax.controls.selection`.
     """
@@ -92,6 +92,8 @@ def shifted(positions: Positions, h: jax.Array, site: jax.Array | int, pos: jax.
     else:
         here = (site >= 1) & (site <= depth)
         mine = jnp.where(here, jnp.take(shift, jnp.clip(site - 1, 0, depth - 1), axis=1), 0.0)
-    at = pos - jnp.maximum(placed.end - placed.size, 0)[:, None]
+    at = pos - placed.first[:, None]
     mine = jnp.take_along_axis(mine, jnp.clip(at, 0, size - 1)[:, :, None], axis=1)
+    own = at < placed.size[:, None]  # what a control puts after the prompt is no token of it
+    mine = jnp.where(own[:, :, None], mine, 0.0)
     return h + positions.within(scale * mine, pos, placed).astype(h.dtype)

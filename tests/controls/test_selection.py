@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from laws import worlds
 
-from ctg_jax.control import Chain, columns
+from ctg_jax.control import Chain, columns, enter
 from ctg_jax.controls.operators import OPERATORS, Probe, operate
 from ctg_jax.controls.selection import END, ROLE, Placed, Positions, asks_roles, positions, roles
+from ctg_jax.controls.streams import LastTokens
 from ctg_jax.controls.vectors import SoftPrompt, soft_prompt
 from ctg_jax.decode import loop, speculate
 from ctg_jax.methods import cav, dexperts, latent_steer, lm_steer, steer
@@ -24,14 +25,14 @@ ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 10, 1]]
 NEW = jnp.array([[5, 3, 7], [3, 1, 2], [1, 2, 5], [8, 9, 3]])
 
 
-def chosen(value, size, before=0, new=3, cond=None, tokens=None):
-    """The selected positions of one row: a prompt of `size` tokens behind `before` vectors, and `new` tokens."""
+def chosen(value, size, before=0, after=0, cond=None, tokens=None):
+    """The selected positions of one row: a prompt of `size` tokens between vectors, and three tokens behind it."""
     p = positions(value)
     prompts = worlds.prompts([[0] * size], cond=cond)
-    placed = p.begin(prompts).began(jnp.array([size + before]))
+    placed = p.begin(prompts).began(jnp.array([before + size + after]), jnp.array([before]))
     if tokens is not None:
         placed = p.seen(placed, jnp.asarray([tokens]))
-    at = jnp.arange(before + size + new)[None]
+    at = jnp.arange(before + size + after + 3)[None]
     mask = p.mask(at, placed)
     return list(range(at.shape[1])) if mask is None else np.flatnonzero(mask[0]).tolist()
 
@@ -58,6 +59,8 @@ def chosen(value, size, before=0, new=3, cond=None, tokens=None):
 )
 def test_places_by_hand(value, alone, behind):
     assert chosen(value, 3) == alone and chosen(value, 3, before=2) == behind
+    # Two vectors behind the prompt are its end: it is as a prompt of five tokens.
+    assert chosen(value, 3, after=2) == chosen(value, 5) and chosen(value, 1, before=2, after=2) == chosen(value, 3, 2)
     p = positions(value)  # each row's own numbers give the same
     row = jnp.array([[("all", "prompt", "generated", "answer").index(p.part), p.start, p.stop, p.every]])
     assert chosen(dict(row="where"), 3, cond={"where": row}) == alone
@@ -70,6 +73,7 @@ def test_tokens_and_roles_by_hand():
     spoken = {ROLE: jnp.array([[-1, 1, 1, -1, 2]])}  # wider than the prompt: its three tokens are the last
     assert chosen(dict(roles=("user",)), 3, cond=spoken) == [0]
     assert chosen(dict(roles=("user",)), 3, before=2, cond=spoken) == [2]
+    assert chosen(dict(roles=("user",)), 3, before=2, after=2, cond=spoken) == [2]
     assert chosen(dict(roles=("assistant",)), 3, cond=spoken) == [2, 3, 4, 5]  # what is written is the assistant's
 
 
@@ -207,6 +211,23 @@ def test_tokens_are_told_behind_vectors_in_streams_and_in_speculation(name):
 
     quick = strategies.run(LM, PARAMS, batch, spec, Sampling(max_new=3))
     np.testing.assert_allclose(loop.score(LM, PARAMS, batch, quick.tokens, control), quick.logp, atol=1e-4)
+
+
+def test_where_the_prompt_begins():
+    """Between three vectors and two, and where the first tokens of the prompt are hidden from a stream."""
+    control, batch = steer.example(LM, jax.random.key(7)), worlds.prompts([[1, 2], [3, 4, 5]])
+    x = LM.embed(PARAMS, batch.tokens)
+
+    def placed(*others):
+        chain = Chain((*others, control))
+        found = enter(chain, x, batch.mask, chain.init(batch, 8))[2][-1][-1]
+        return found.size.tolist(), found.first.tolist(), found.end.tolist()
+
+    before, after = (SoftPrompt(soft_prompt(jax.random.key(1), n, LM.width), after=n == 2) for n in (3, 2))
+    assert placed() == ([2, 3], [0, 0], [2, 3])
+    assert placed(before, after) == placed(after, before) == ([2, 3], [3, 3], [7, 8])
+    assert placed(LastTokens(2)) == ([2, 3], [0, -1], [2, 2])
+    assert placed(LastTokens(1), before) == ([2, 3], [2, 1], [4, 4])
 
 
 def test_columns_of_tokens_behind_and_before_vectors():

@@ -10,7 +10,7 @@ import pytest
 from laws import worlds
 
 from ctg_jax import methods
-from ctg_jax.control import Chain
+from ctg_jax.control import Chain, enter
 from ctg_jax.controls.delta import Delta
 from ctg_jax.controls.vectors import SoftPrompt
 from ctg_jax.decode import loop
@@ -37,8 +37,7 @@ def told(control, rows=((1, 2, 3),), new=3, before=None, cond=None):
     chain = control if before is None else Chain((before, control))
     state = chain.init(batch, 9)
     x, mask = jnp.zeros((*batch.tokens.shape, 16)), batch.mask
-    x, mask = chain.prompt(x, mask, state)
-    state = chain.began(state, jnp.sum(mask, axis=1, dtype=jnp.int32))
+    x, mask, state = enter(chain, x, mask, state)
     mask = jnp.concatenate([mask, jnp.ones((len(mask), new), bool)], axis=1)
     pos = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     added = 0 if before is None else before.added()
@@ -61,7 +60,7 @@ def test_behind_a_soft_prompt_it_counts_as_it_does_alone():
 
 def test_only_the_input_is_told():
     control = counting()
-    state = control.began(control.init(worlds.prompts([[1]]), 4), jnp.array([1]))
+    state = control.began(control.init(worlds.prompts([[1]]), 4), jnp.array([1]), jnp.array([0]))
     h, pos = jnp.zeros((1, 1, 16)), jnp.zeros((1, 1), jnp.int32)
     assert control.hidden(h, 2, pos, state) is h
     traced = jax.jit(lambda site: control.hidden(h, site, pos, state))

@@ -81,7 +81,7 @@ def test_heads_by_hand():
         scale=jnp.float32(2.0),
     )
     y, pos = jnp.zeros((1, 3, 2, 2)), jnp.array([[0, 1, 2]])
-    state = control.began(control.init(worlds.prompts([[1, 2]]), 4), jnp.array([2]))
+    state = control.began(control.init(worlds.prompts([[1, 2]]), 4), jnp.array([2]), jnp.array([0]))
     np.testing.assert_array_equal(control.heads(y, 1, pos, state), y)
     for layer in (2, jnp.int32(2)):
         found = np.asarray(control.heads(y, layer, pos, state))

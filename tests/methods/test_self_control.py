@@ -91,14 +91,18 @@ def test_a_text_that_ends_is_judged_without_what_stands_behind_its_end(found):
 
 
 def test_a_shift_moves_tokens_of_the_prompt_alone():
-    """Two blocks, three tokens of which one is of the prompt, behind a vector that another control put there."""
-    control = Shift(jnp.arange(1.0, 9).reshape(1, 2, 2, 2), jnp.float32(2.0))
+    """Two blocks, three tokens of which one is of the prompt, behind a vector that another control put there or before
+    it; and three that are of the prompt, of which the first one is hidden."""
+    control = Shift(jnp.arange(1.0, 13).reshape(1, 2, 3, 2), jnp.float32(2.0))
     prompts = worlds.prompts([[1]])
-    state = control.began(control.init(prompts, 4), jnp.array([2]))
     h, pos = jnp.zeros((1, 3, 2)), jnp.array([[0, 1, 2]])
-    for site in (1, jnp.int32(1)):
-        np.testing.assert_array_equal(control.hidden(h, site, pos, state)[0], [[0, 0], [2, 4], [0, 0]])
-    np.testing.assert_array_equal(control.hidden(h, 2, pos, state)[0, 1], [10, 12])
+    for first, wanted in ((1, [[0, 0], [2, 4], [0, 0]]), (0, [[2, 4], [0, 0], [0, 0]])):
+        state = control.began(control.init(prompts, 4), jnp.array([2]), jnp.array([first]))
+        for site in (1, jnp.int32(1)):
+            np.testing.assert_array_equal(control.hidden(h, site, pos, state)[0], wanted)
+    state = control.began(control.init(worlds.prompts([[1, 2, 3]]), 4), jnp.array([2]), jnp.array([-1]))
+    np.testing.assert_array_equal(control.hidden(h, 1, pos, state)[0], [[6, 8], [10, 12], [0, 0]])
+    np.testing.assert_array_equal(control.hidden(h, 2, pos, state)[0, 1], [22, 24])
     for site in (0, 3, jnp.int32(0), jnp.int32(4)):
         np.testing.assert_array_equal(control.hidden(h, site, pos, state), h)
 

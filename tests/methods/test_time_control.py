@@ -34,7 +34,7 @@ def test_each_latent_is_held_for_its_span_and_the_last_one_to_the_end():
     before = SoftPrompt(jnp.ones((2, LM.width)))
     for scale, more in ((1.0, 0), (jnp.array([2.0, 3.0]), 0), (1.0, 2)):
         state = control.replace(scale=jnp.asarray(scale)).init(batch, 8)
-        state = control.began(state, jnp.array([3, 1]) + more)
+        state = control.began(state, jnp.array([3, 1]) + more, jnp.array([more, more]))
         pos = jnp.tile(jnp.arange(8 + more), (2, 1))
         push = control.hidden(jnp.zeros((2, 8 + more, LM.width)), 0, pos, state)
         wanted = np.asarray(z[0] @ control.project.T)[[0, 0, 1, 1, 2, 2, 2, 2]]

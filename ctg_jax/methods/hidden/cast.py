@@ -67,8 +67,8 @@ class Cast(Control):
         odds = jnp.einsum("bd,d->b", state, self.vector, precision="highest") + self.bias
         return jax.nn.sigmoid(odds) >= self.least, self.inner.init(prompts, length)
 
-    def began(self, state, start):
-        return state[0], self.inner.began(state[1], start)
+    def began(self, state, start, first):
+        return state[0], self.inner.began(state[1], start, first)
 
     def seen(self, state, tokens):
         return state[0], self.inner.seen(state[1], tokens)

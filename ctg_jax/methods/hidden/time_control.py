@@ -100,21 +100,20 @@ class Plan(Control):
     def init(self, prompts, length):
         pushes = self.plan(prompts) @ self.project.T
         scale = jnp.broadcast_to(jnp.asarray(self.scale, jnp.float32), pushes.shape[:1])
-        return scale[:, None, None] * pushes, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32), jnp.int32(0)
+        return scale[:, None, None] * pushes, jnp.int32(0)
 
-    def began(self, state, start):
-        pushes, prompt, _ = state
-        return pushes, prompt, start - prompt  # what other controls put before the prompt is no part of the text
+    def began(self, state, start, first):
+        return state[0], first  # what other controls put before the prompt is no part of the text
 
     def hidden(self, h, site, pos, state):
         if isinstance(site, int) and site != 0:
             return h
-        pushes, _, before = state
+        pushes, first = state
         if pushes.shape[2] != h.shape[2]:
             raise InputError(
                 f"The plan has width {pushes.shape[2]}, and the model {h.shape[2]}: it was learned on another model."
             )
-        place = pos - jnp.reshape(before, (-1, 1))
+        place = pos - jnp.reshape(first, (-1, 1))
         which = jnp.clip(place // self.span, 0, pushes.shape[1] - 1)
         push = jnp.where(place[:, :, None] < 0, 0.0, jnp.take_along_axis(pushes, which[:, :, None], axis=1))
         return h + jnp.where(site == 0, push, 0.0).astype(h.dtype)

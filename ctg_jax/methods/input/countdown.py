@@ -76,7 +76,7 @@ class Countdown(Control):
         if not isinstance(asked, jax.core.Tracer) and not np.all(np.asarray(asked) >= 0.5):
             raise InputError(f"the length asked for is {float(np.min(asked)):g}, expected at least 1 token.")
 
-    def began(self, state, start):
+    def began(self, state, start, first):
         return start, state[1]
 
     def hidden(self, h, site, pos, state):

@@ -25,8 +25,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-FEW = 8  # rows that a CPU multiplies one by one, by a kernel with a number of entries between these
-SIZES = (2**18, 2**22)
+FEW = 4  # rows at most that a CPU multiplies one by one
+PIECE = 2**18  # entries of a kernel at most that they are multiplied by at a time: 1 MB, which stays in a core's cache
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
@@ -34,16 +34,18 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
     are rounded as `jax_default_matmul_precision` says, except for a single row on a GPU; see
     `ctg_jax.mesh.layout.Layout.precision`.
 
-    On a CPU a few rows are multiplied one by one: for two rows or more XLA first packs the kernel, which costs as much
-    as the products of eight rows, and from the second row on the kernel is in the processor's cache where it fits."""
+    On a CPU a few rows are multiplied one by one by each piece of the kernel: for two rows or more XLA packs the kernel
+    first, which on some processors takes thrice as long as reading it, and from the second row on the piece is in the
+    cache."""
     dtype = jnp.dtype(dtype)
     rows, kernel = x.reshape(-1, x.shape[-1]).astype(dtype), kernel.astype(dtype)
     if len(rows) == 1 and jax.default_backend() == "gpu":
         # One row only reads the kernel, and a GPU's matrix units read it at a third of the speed of a plain sum.
         y = jnp.sum(kernel.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)[None]
     elif dtype == jnp.float32:
-        few = 1 < len(rows) <= FEW and SIZES[0] <= kernel.size <= SIZES[1] and jax.default_backend() == "cpu"
-        y = lax.map(lambda row: _products(row[None], kernel)[0], rows) if few else _products(rows, kernel)
+        few = 1 < len(rows) <= FEW and kernel.size >= PIECE and jax.default_backend() == "cpu"
+        pieces = 1 << (-(-kernel.size // PIECE) - 1).bit_length()
+        y = _in_pieces(rows, kernel, pieces) if few and len(kernel) % pieces == 0 else _products(rows, kernel)
     else:
         y = _rounded_products(rows, kernel)
     return y.astype(out or dtype).reshape(*x.shape[:-1], len(kernel))
@@ -51,6 +53,14 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
 
 def _products(x, w, over=(1, 1)):
     return lax.dot_general(x, w, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _in_pieces(x, w, pieces):
+    def piece(w):
+        return lax.map(lambda row: _products(row[None], w)[0], x)
+
+    y = lax.map(piece, w.reshape(pieces, -1, w.shape[1]))  # [pieces, R, out / pieces]
+    return y.transpose(1, 0, 2).reshape(len(x), len(w))
 
 
 @jax.custom_vjp

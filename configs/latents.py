@@ -4,6 +4,7 @@ Source: Subramani, Suresh & Peters 2022, with its predecessors of 2019 and 2020;
 
     python experiments/latents.py --config=configs/latents.py             bundled reviews
     python experiments/latents.py --config=configs/latents.py:yelp        real LM and sentences; CTG_DATA_DIR
+    python experiments/latents.py --config=configs/latents.py:gemma       any LM, fewer of them; CTG_LM_DIR too
     python experiments/latents.py --config=configs/latents.py:best        1,000 of them at the best site
     python experiments/latents.py --config=configs/latents.py:domains     other texts, and vectors of other widths
     python experiments/latents.py --config=configs/latents.py:prompter        DGLM's prompter and sentences held out
@@ -105,6 +106,24 @@ def yelp():
     )
 
 
+def gemma():
+    """Any LM (CTG_LM_DIR), with fewer sentences and vectors, since each update runs through all of the model."""
+    config, world = yelp(), sentiment.gemma()
+    sentences, transfer = config["recovery"]["data"]["yelp"], config["transfer"]
+    sites = dict(site=["middle", "final", "memory"], positions=["all"])
+    fewer = dict(
+        train=transfer["train"] | dict(limit=25),
+        data=transfer["data"] | dict(limit=25),
+        counts=[5, 25],
+        strengths=[0.0, 1.0, 2.0, 3.0],
+    )
+    return dict(
+        lm=world["lm"],
+        recovery=config["recovery"] | dict(data=dict(yelp=sentences), grid=sites),
+        transfer=transfer | fewer,
+    )
+
+
 def best():
     """1,000 sentences at the site that recovers all of them."""
     config = yelp()
@@ -143,7 +162,9 @@ def prefix():
     return prompter(dglm.texts("yelp") | dict(limit=dglm.SHORT["limit"]), dglm.fit_short())
 
 
-WORLDS = dict(prompter=prompter, prefix=prefix, bundled=bundled, yelp=yelp, best=best, domains=domains, tiny=tiny)
+WORLDS = dict(
+    prompter=prompter, prefix=prefix, bundled=bundled, yelp=yelp, gemma=gemma, best=best, domains=domains, tiny=tiny
+)
 
 
 def get_config(arg="bundled"):

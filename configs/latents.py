@@ -108,7 +108,7 @@ def yelp():
 
 def gemma():
     """Any LM (CTG_LM_DIR), with fewer sentences and vectors, since each update runs through all of the model."""
-    config, world = yelp(), sentiment.gemma()
+    world, config = sentiment.gemma(), yelp()
     sentences, transfer = config["recovery"]["data"]["yelp"], config["transfer"]
     sites = dict(site=["middle", "final", "memory"], positions=["all"])
     fewer = dict(

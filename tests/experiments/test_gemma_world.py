@@ -7,11 +7,12 @@ import pytest
 
 from ctg_jax.run.session import Session
 from ctg_jax.types import InputError
-from experiments import cli, compare, experiment, inputs, main, reporting
+from experiments import cli, compare, experiment, inputs, latents, main, reporting
 from tests.experiments.tiny_encoder import write_encoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 USES = sorted(p for p in CONFIGS.glob("*.py") if "gemma" in p.read_text() and "def get_config" in p.read_text())
+ARMS = [p for p in USES if p.stem != "latents"]  # which compares no methods
 TUNING = dict(steps=4, batch=4, tokens=8, warmup=1, log_every=1)
 
 
@@ -50,13 +51,13 @@ def world(tmp_path, lm_dir, monkeypatch):
 @pytest.mark.parametrize("file", USES, ids=[p.stem for p in USES])
 def test_without_a_language_model_it_is_refused(file, monkeypatch, capsys):
     monkeypatch.delenv("CTG_LM_DIR", raising=False)
-    script = compare if file.stem.startswith("compare") else main
+    script = latents if file.stem == "latents" else compare if file.stem.startswith("compare") else main
     assert cli.run(script.main, [f"--config={file}:gemma"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "CTG_LM_DIR is not set: the gemma world reads its language model" in said[0]
 
 
-@pytest.mark.parametrize("file", USES, ids=[p.stem for p in USES])
+@pytest.mark.parametrize("file", ARMS, ids=[p.stem for p in ARMS])
 def test_the_arms_are_those_of_methods_that_are_there(file, world):
     config = cli.config_of(f"{file}:gemma")
     arms = experiment.check(config.to_dict())
@@ -64,6 +65,12 @@ def test_the_arms_are_those_of_methods_that_are_there(file, world):
     if file.stem in ("compare_sentiment", "compare_toxicity"):
         assert {"top_p", "steer", "cav", "lm_steer", "dexperts", "quark"} < arms.keys()
         assert any(name.startswith("finetune") for name in arms)
+
+
+def test_latents_take_the_language_model_and_the_sentences_of_the_other_world(world):
+    config = cli.config_of(str(CONFIGS / "latents.py:gemma"))
+    assert config.lm.source == cli.config_of(str(CONFIGS / "steer.py:gemma")).lm.source
+    assert config.recovery.data.yelp.source.endswith("yelp/dev.jsonl") and config.transfer.train.limit == 25
 
 
 def test_quark_beside_diffusion_learns_what_the_comparison_is_about(world):

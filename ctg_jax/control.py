@@ -83,8 +83,7 @@ class Control:
 
     def check(self, prompts: Prompts) -> None:
         """Raises InputError where the prompts hold what this control cannot read, such as class 7 of 2. It acts on no
-        model: it is called on the host before a compiled program starts, where values are known. Inside a program there
-        are none to look at; see `tree.concrete`."""
+        model: it is called on the host before a compiled program starts, where values are known (`tree.concrete`)."""
 
     def weights(self, params: Params) -> Params:
         """The parameters to use instead of the frozen ones (LoRA, fine-tuning, task vectors). Called once."""
@@ -124,10 +123,9 @@ class Control:
         """The state of a rule that depends on where the prompt is. Called once, after `prompt`.
 
         Args:
-          start: int32 [B], the position of the first token of the completion. What controls put before the prompt and
-            after it counts, so it is not the number of tokens in `prompts.mask`.
-          first: int32 [B], the position of the first token of the prompt; below 0 where a control hides tokens at its
-            beginning.
+          start: int32 [B], the position of the completion's first token. What controls put before and after the prompt
+            counts, so it is not the number of tokens in `prompts.mask`.
+          first: int32 [B], that of the prompt's first token; below 0 where a control hides tokens at its beginning.
         """
         return state
 
@@ -267,8 +265,8 @@ def leaves(control: Control) -> list[Control]:
 
 
 def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tuple[jax.Array, jax.Array, State]:
-    """What every model that reads a prompt does with the embedded tokens x float [B, T, D] and mask bool [B, T].
-    Returns x and mask after `Control.prompt` and the state after `Control.began`.
+    """What every model that reads a prompt does with the embedded tokens x float [B, T, D] and mask bool [B, T]: x and
+    mask after `Control.prompt`, and the state after `Control.began`.
 
     Raises:
       InputError: `prompt` adds another number of tokens than `added` returns.

@@ -44,7 +44,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
         y = jnp.sum(kernel.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)[None]
     elif dtype == jnp.float32:
         few = 1 < len(rows) <= FEW and kernel.size >= PIECE and jax.default_backend() == "cpu"
-        pieces = 1 << (-(-kernel.size // PIECE) - 1).bit_length()
+        pieces = 1 << (-(-kernel.size // PIECE) - 1).bit_length()  # the next power of two
         y = _in_pieces(rows, kernel, pieces) if few and len(kernel) % pieces == 0 else _products(rows, kernel)
     else:
         y = _rounded_products(rows, kernel)
@@ -56,6 +56,8 @@ def _products(x, w, over=(1, 1)):
 
 
 def _in_pieces(x, w, pieces):
+    """x [R, in] times w [out, in] transposed, float32 [R, out], row by row by each of `pieces` equal pieces of w."""
+
     def piece(w):
         return lax.map(lambda row: _products(row[None], w)[0], x)
 

@@ -77,6 +77,17 @@ def test_tokens_and_roles_by_hand():
     assert chosen(dict(roles=("assistant",)), 3, cond=spoken) == [2, 3, 4, 5]  # what is written is the assistant's
 
 
+def test_places_where_the_first_token_is_hidden_by_hand():
+    """Of a prompt of three tokens a stream reads two, at positions 0 and 1."""
+    spoken = {ROLE: jnp.array([[1, -1, 2]])}
+    for value, wanted in (
+        ("prompt", [0, 1]), ("first", [0]), ("last", [1]), (dict(part="prompt", start=-2), [0, 1]),
+        (dict(part="prompt", start=1), [1]), ("answer", [1, 2, 3, 4]), (dict(roles=("user",)), []),
+        (dict(roles=("assistant",)), [1, 2, 3, 4]),
+    ):  # fmt: skip
+        assert chosen(value, 3, before=-1, cond=spoken) == wanted, value
+
+
 @pytest.mark.parametrize(
     "value, words",
     [

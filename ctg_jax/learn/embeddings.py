@@ -35,29 +35,24 @@ def encode(
 
     Args:
       lm: tokenizes the continuations, and embeds where there is no encoder.
-      data: texts; those of one word are left out.
+      data: texts; those of one word are left out. Or samples, an artifact of `stages.sampling.sample`: their prompts
+        are the prefixes and what was written the continuations; those without a word are left out.
       encoder: directory or hub id of a sentence encoder; None: the mean of the language model's final states.
-      words: of a prefix; None: a place between two words, uniform over the text.
+      words: of a prefix; None: a place between two words, uniform over the text. Samples have their own prefixes.
       new: tokens of a continuation at most.
       seed: of the places.
 
     Raises:
-      InputError: no text of two words.
+      InputError: no text of two words, or no sample of one.
     """
     from tqdm import tqdm
 
-    pieces = []
-    for i, record in enumerate(data.rows("data.jsonl")):
-        parts = record["text"].split()
-        if len(parts) < 2 or (words is not None and len(parts) <= words):
-            continue
-        at = words or int(np.random.default_rng([seed, i]).integers(1, len(parts)))
-        kept = {key: value for key, value in record.items() if key not in ("text", "prompt", "reference")}
-        prompt, rest = " ".join(parts[:at]), " ".join(parts[at:])
-        pieces.append({**kept, "prompt": prompt, "text": f"{prompt} {rest}", "continuation": rest})
-    if not pieces:
-        raise InputError(f"{data.path} holds no text long enough to be cut into a prefix and a continuation")
-    tokens = continuations(pieces, open_lm(lm)[2], new)
+    if (data.path / "samples.jsonl").exists():
+        pieces = _written(data)
+        tokens = [p.pop("tokens")[:new] for p in pieces]
+    else:
+        pieces = _cut(data, words, seed)
+        tokens = continuations(pieces, open_lm(lm)[2], new)
     write_jsonl(run.path / "pieces.jsonl", [{**p, "tokens": ids} for p, ids in zip(pieces, tokens)])
     embed = embedder(lm, encoder)
     parts = [slice(at, at + _PART) for at in range(0, len(pieces), _PART)]
@@ -72,6 +67,45 @@ def encode(
         for file in files:
             file.unlink()
     run.record(encoder=encoder, version=embed.version)
+
+
+@stage_function("embeddings.prefixes")
+def prefixes(run: Run, *, data: Artifact, words: int | None = None, seed: int = 0) -> None:
+    """Stage: data.jsonl, the prefixes of texts as prompts, cut where `encode` cuts them with the same settings.
+
+    Raises:
+      InputError: no text of two words.
+    """
+    write_jsonl(run.path / "data.jsonl", [{"text": p["prompt"]} for p in _cut(data, words, seed)])
+
+
+def _cut(data: Artifact, words: int | None, seed: int) -> list[dict[str, Any]]:
+    """The records of texts with prompt, text and continuation; see `encode`."""
+    pieces = []
+    for i, record in enumerate(data.rows("data.jsonl")):
+        parts = record["text"].split()
+        if len(parts) < 2 or (words is not None and len(parts) <= words):
+            continue
+        at = words or int(np.random.default_rng([seed, i]).integers(1, len(parts)))
+        kept = {key: value for key, value in record.items() if key not in ("text", "prompt", "reference")}
+        prompt, rest = " ".join(parts[:at]), " ".join(parts[at:])
+        pieces.append({**kept, "prompt": prompt, "text": f"{prompt} {rest}", "continuation": rest})
+    if not pieces:
+        raise InputError(f"{data.path} holds no text long enough to be cut into a prefix and a continuation")
+    return pieces
+
+
+def _written(samples: Artifact) -> list[dict[str, Any]]:
+    """Samples as records with prompt, text, continuation and its tokens; see `encode`."""
+    pieces = [
+        {"prompt": row["prompt"], "text": row["prompt"] + row["text"], "continuation": row["text"].strip(),
+         "tokens": row["tokens"]}
+        for row in samples.rows("samples.jsonl")
+        if row["text"].strip()
+    ]  # fmt: skip
+    if not pieces:
+        raise InputError(f"no sample of {samples.path} has a word: let the language model write longer ones")
+    return pieces
 
 
 def embedder(lm: Artifact, encoder: str | None) -> Callable[[Sequence[str]], np.ndarray]:

@@ -269,6 +269,33 @@ def test_stages_are_kept_and_shared(small):
     assert all(r["text"] == f"{r['prompt']} {r['continuation']}" for r in rows)
 
 
+def test_networks_learn_from_what_the_language_model_writes(small):
+    """Behind the prefixes of the texts, which only the probes learn from."""
+    root, lm, data = small
+    plain = dglm.fit(root, lm=lm, data=data, **TINY)
+    own = dglm.fit(root, lm=lm, data=data, **TINY, own=dict(max_new=3, batch=4))
+    assert own.spec["inputs"]["probes"] == plain.spec["inputs"]["probes"]
+    made = embeddings_of(own)
+    samples = Artifact(made.path.parent / f"sample-{made.spec['inputs']['data']}", "")
+    heads = [r["prompt"] for r in embeddings_of(plain).rows("pieces.jsonl")]
+    assert [r["prompt"] for r in samples.rows("samples.jsonl")] == heads
+    written = [r for r in samples.rows("samples.jsonl") if r["text"].strip()]
+    rows = made.rows("pieces.jsonl")
+    assert [(r["text"], r["tokens"]) for r in rows] == [(w["prompt"] + w["text"], w["tokens"]) for w in written]
+    real = embeddings.embedder(lm, None)
+    np.testing.assert_allclose(embeddings.arrays(made)[0], real([r["continuation"] for r in rows]), atol=1e-6)
+
+
+def test_samples_without_a_word_are_named(small):
+    root, lm, data = small
+    heads = stage(root, embeddings.prefixes, {}, data=data)
+    samples = stage(root, dglm.sampling.sample, dict(n=1, max_new=1), lm=lm, prompts=heads)
+    rows = [{**r, "text": " "} for r in samples.rows("samples.jsonl")]
+    (samples.path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(InputError, match=r"no sample of .* has a word: let the language model write longer ones"):
+        embeddings._written(samples)
+
+
 def worlds_lm(lm):
     return open_lm(lm)[0]
 

@@ -33,6 +33,7 @@ from ctg_jax.models.latent_net import LatentNet
 from ctg_jax.models.lm import LM
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.stages import sampling
 from ctg_jax.types import InputError, Params
 
 
@@ -235,6 +236,7 @@ def fit(
     denoiser: Mapping[str, Any] | None = None,
     attributes: Mapping[str, Mapping[str, Any]] | None = None,
     weights: Mapping[str, float] | None = None,
+    own: Mapping[str, Any] | None = None,
     **hp: Any,
 ) -> Artifact:
     """Encodes texts, trains the prompter, the denoiser and the probes, and joins them in one control.
@@ -245,6 +247,9 @@ def fit(
       denoiser: settings of `latent_diffusion.denoise`.
       attributes: name -> settings of `attributes.fit_attribute`; None: "positive", from the field `label`.
       weights: name -> weight of an attribute, whose sign asks for its presence or absence; None: 1 for each.
+      own: settings of `stages.sampling.sample`, for continuations by the language model itself: the prompter and the
+        denoiser learn from what it writes behind the prefixes of the texts, so that drawn latents ask for what it
+        finds likely, and only the probes learn from the texts themselves. None: all learn from the texts.
       hp: settings of `propose`.
 
     Raises:
@@ -257,12 +262,18 @@ def fit(
             f"weights names the attribute {unknown[0]!r}, which is not among the attributes {sorted(attributes)}: add "
             "it there or leave it out"
         )
-    latents = stage(root, embeddings.encode, encode or {}, lm=lm, data=data)
+    encode = dict(encode or {})
+    latents = stage(root, embeddings.encode, encode, lm=lm, data=data)
     # The probes come first: they are quick, and say what is wrong with the labels before any network is trained.
     probes = [
         stage(root, fit_attribute, {"name": name, **settings}, latents=latents)
         for name, settings in sorted(attributes.items())
     ]
+    if own is not None:
+        cut = {name: encode.pop(name) for name in ("words", "seed") if name in encode}
+        prompts = stage(root, embeddings.prefixes, cut, data=data)
+        written = stage(root, sampling.sample, {"n": 1, **own}, lm=lm, prompts=prompts)
+        latents = stage(root, embeddings.encode, encode, lm=lm, data=written)
     parts = dict(
         prompter=stage(root, latent_prompt.train_prompter, prompter or {}, lm=lm, latents=latents),
         denoiser=stage(root, latent_diffusion.denoise, denoiser or {}, latents=latents),

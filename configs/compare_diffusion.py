@@ -43,6 +43,7 @@ def get_config(arg="bundled"):
         parts["calibrate"] = dict(data=sentiment.held_out(parts["train"], limit=equal["held"]), tokens=24)
         parts["prompts"] |= dict(limit=equal["prompts"])
         parts["sample"] |= dict(n=1)
+        parts["evaluate"] |= dict(kl=True)
     methods = dict(base=dict(filter={}), top_p=dict(), **others, dglm=dglm.arms(arg)["dglm"])
     title = "Diffusion beside steering and experts" + (", at equal KL, and Quark" if size else "")
     return sentiment.composed(title, parts, methods)

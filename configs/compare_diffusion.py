@@ -2,7 +2,7 @@
 
 Sources: Lovelace et al. 2024 (DGLM), Liu et al. 2021 (DExperts), Turner et al. 2023 (steering), Lu et al. 2022 (Quark).
 
-    python experiments/compare.py --config=configs/compare_diffusion.py[:yelp|:tiny]
+    python experiments/compare.py --config=configs/compare_diffusion.py[:yelp|:gemma|:tiny]
     python experiments/compare.py --config=configs/compare_diffusion.py:yelp_equal      around the KL of DGLM
 
 In `yelp` steering and DExperts have their own strengths. A drawn latent alone moves the language model by about one nat

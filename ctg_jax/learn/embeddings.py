@@ -38,16 +38,18 @@ def encode(
       data: texts; those of one word are left out. Or samples, an artifact of `stages.sampling.sample`: their prompts
         are the prefixes and what was written the continuations; those without a word are left out.
       encoder: directory or hub id of a sentence encoder; None: the mean of the language model's final states.
-      words: of a prefix; None: a place between two words, uniform over the text. Samples have their own prefixes.
+      words: of a prefix; None: a place between two words, uniform over the text, or samples, which have prefixes.
       new: tokens of a continuation at most.
       seed: of the places.
 
     Raises:
-      InputError: no text of two words, or no sample of one.
+      InputError: no text of two words, or no sample of one; `words` for samples.
     """
     from tqdm import tqdm
 
     if (data.path / "samples.jsonl").exists():
+        if words is not None:
+            raise InputError(f"words is {words}, but {data.path.name} holds samples, which have prefixes: leave it out")
         pieces = _written(data)
         tokens = [p.pop("tokens")[:new] for p in pieces]
     else:
@@ -70,13 +72,13 @@ def encode(
 
 
 @stage_function("embeddings.prefixes")
-def prefixes(run: Run, *, data: Artifact, words: int | None = None, seed: int = 0) -> None:
-    """Stage: data.jsonl, the prefixes of texts as prompts, cut where `encode` cuts them with the same settings.
+def prefixes(run: Run, *, latents: Artifact) -> None:
+    """Stage: data.jsonl, the prefixes of encoded texts as prompts, for the language model to write continuations of.
 
-    Raises:
-      InputError: no text of two words.
+    Args:
+      latents: an artifact of `encode`, which has cut the texts.
     """
-    write_jsonl(run.path / "data.jsonl", [{"text": p["prompt"]} for p in _cut(data, words, seed)])
+    write_jsonl(run.path / "data.jsonl", [{"text": p["prompt"]} for p in latents.rows("pieces.jsonl")])
 
 
 def _cut(data: Artifact, words: int | None, seed: int) -> list[dict[str, Any]]:

@@ -286,14 +286,15 @@ def test_networks_learn_from_what_the_language_model_writes(small):
     np.testing.assert_allclose(embeddings.arrays(made)[0], real([r["continuation"] for r in rows]), atol=1e-6)
 
 
-def test_samples_without_a_word_are_named(small):
+def test_samples_without_a_word_and_with_a_place_to_cut_are_named(small, tmp_path):
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "good", "text": " ", "tokens": [1]}) + "\n")
     root, lm, data = small
-    heads = stage(root, embeddings.prefixes, {}, data=data)
-    samples = stage(root, dglm.sampling.sample, dict(n=1, max_new=1), lm=lm, prompts=heads)
-    rows = [{**r, "text": " "} for r in samples.rows("samples.jsonl")]
-    (samples.path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(InputError, match=r"no sample of .* has a word: let the language model write longer ones"):
-        embeddings._written(samples)
+        embeddings._written(Artifact(tmp_path, ""))
+    heads = stage(root, embeddings.prefixes, {}, latents=stage(root, embeddings.encode, dict(new=4), lm=lm, data=data))
+    samples = stage(root, dglm.sampling.sample, dict(n=1, max_new=3, batch=4), lm=lm, prompts=heads)
+    with pytest.raises(InputError, match=r"words is 2, but sample-\w+ holds samples, which have prefixes"):
+        stage(root, embeddings.encode, dict(words=2), lm=lm, data=samples)
 
 
 def worlds_lm(lm):

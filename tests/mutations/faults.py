@@ -188,6 +188,6 @@ FAULTS = [
           f"{BLOCKS}::test_its_classifier_reads_rows_as_they_are_while_they_are_written"),
     fault("learn/consensus.py", "int(np.argmax(means))", "int(np.argmin(means))",
           f"{of('consensus')}::test_the_text_most_like_the_others_is_chosen"),
-    fault("methods/diffusion/dglm.py", "encode, lm=lm, data=written)", "encode, lm=lm, data=data)",
+    fault("methods/diffusion/dglm.py", "read, lm=lm, data=written)", "read, lm=lm, data=data)",
           f"{of('dglm')}::test_networks_learn_from_what_the_language_model_writes"),
 ]  # fmt: skip

@@ -270,10 +270,10 @@ def fit(
         for name, settings in sorted(attributes.items())
     ]
     if own is not None:
-        cut = {name: encode.pop(name) for name in ("words", "seed") if name in encode}
-        prompts = stage(root, embeddings.prefixes, cut, data=data)
+        prompts = stage(root, embeddings.prefixes, {}, latents=latents)
         written = stage(root, sampling.sample, {"n": 1, **own}, lm=lm, prompts=prompts)
-        latents = stage(root, embeddings.encode, encode, lm=lm, data=written)
+        read = {name: value for name, value in encode.items() if name not in ("words", "seed")}  # those of the cut
+        latents = stage(root, embeddings.encode, read, lm=lm, data=written)
     parts = dict(
         prompter=stage(root, latent_prompt.train_prompter, prompter or {}, lm=lm, latents=latents),
         denoiser=stage(root, latent_diffusion.denoise, denoiser or {}, latents=latents),

@@ -117,10 +117,13 @@ def gemma():
         counts=[5, 25],
         strengths=[0.0, 1.0, 2.0, 3.0],
     )
+    similarity = config["similarity"]
+    fits = {site: fit | dict(search=dict(updates=40, rate=0.3)) for site, fit in similarity["fits"].items()}
     return dict(
         lm=world["lm"],
         recovery=config["recovery"] | dict(data=dict(yelp=sentences), grid=sites),
         transfer=transfer | fewer,
+        similarity=similarity | dict(pairs=similarity["pairs"] | dict(limit=100), fits=fits),
     )
 
 

@@ -79,20 +79,24 @@ def similarity(
     run.record(pairs=len(both))
 
 
-@stage_function("latents.pairs", contents={"file": file_content})
+@stage_function("latents.pairs", revision=1, contents={"file": file_content})
 def sentences_of_pairs(run: Run, *, file: str, limit: int | None = None) -> None:
     """Stage: reads scored sentence pairs; each pair gives two consecutive records, both with the score of the pair.
 
     Args:
       file: a CSV file without a header whose columns are first sentence, second sentence and score, as in STS-B.
-      limit: pairs to read; None: all.
+      limit: pairs to keep, evenly spread over the file, since those of one source lie together in STS-B; None: all.
 
     Raises:
-      InputError: the file cannot be read, or a line has other columns.
+      InputError: the file cannot be read, a line has other columns, or limit is below 1.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}, expected at least 1 pair, or None for all.")
     try:
         with open(file, encoding="utf-8", newline="") as f:
-            rows = list(csv.reader(f))[:limit]
+            rows = list(csv.reader(f))
+        kept = len(rows) if limit is None else min(limit, len(rows))
+        rows = [rows[i * len(rows) // kept] for i in range(kept)]
         records = [dict(text=r[side], pair=i, score=float(r[2])) for i, r in enumerate(rows) for side in (0, 1)]
     except OSError as e:
         raise InputError(f"file is {file}, which cannot be read ({e.strerror}): expected CSV of pairs") from None

@@ -107,6 +107,22 @@ def test_a_file_of_no_pairs_is_refused(world, tmp_path):
             stage(tmp_path, sentences_of_pairs, dict(file=str(file)))
 
 
+def test_some_of_the_pairs_come_from_all_of_the_file(tmp_path):
+    """A corpus lists one source after another, so the first pairs would be of one kind."""
+    file = tmp_path / "pairs.csv"
+    file.write_text("".join(f"one {i},two {i},{i / 2}\n" for i in range(7)))
+
+    def kept(limit):
+        rows = stage(tmp_path, sentences_of_pairs, dict(file=str(file), limit=limit)).rows("data.jsonl")
+        numbers = [int(2 * r["score"]) for r in rows[::2]]
+        assert [r["text"] for r in rows] == [f"{side} {i}" for i in numbers for side in ("one", "two")]
+        return numbers
+
+    assert kept(3) == [0, 2, 4] and kept(2) == [0, 3] and kept(9) == kept(None) == list(range(7))
+    with pytest.raises(InputError, match="limit is 0, expected at least 1 pair"):
+        kept(0)
+
+
 @pytest.mark.slow
 def test_the_tiny_experiment_runs_and_runs_nothing_twice(tmp_path, capsys):
     argv = [f"--config={CONFIG}:tiny", f"--root={tmp_path}"]

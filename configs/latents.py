@@ -123,7 +123,7 @@ def gemma():
         lm=world["lm"],
         recovery=config["recovery"] | dict(data=dict(yelp=sentences), grid=sites),
         transfer=transfer | fewer,
-        similarity=similarity | dict(pairs=similarity["pairs"] | dict(limit=100), fits=fits),
+        similarity=similarity | dict(pairs=similarity["pairs"] | dict(limit=300), fits=fits),
     )
 
 

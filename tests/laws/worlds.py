@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,24 @@ def sequences(lm, n: int) -> np.ndarray:
 def probabilities(lm, params, prompt: list[int], n: int, control=IDENTITY) -> np.ndarray:
     """float64 [V^n], the probability of each of `sequences` under the control."""
     return np.array(list(enumerate_all(lm, params, prompt, n, control).values()))
+
+
+def masked_bound(recover, rows: np.ndarray, mask: int, block: int = 0) -> np.ndarray:
+    """float64 [N]: what `masked.nelbo` estimates for rows int [N, S], without a draw: over all sets of k of the n
+    tokens of a block, the nats of these while they are masked, times ∫ t^(k-1) (1-t)^(n-k) dt = (k-1)! (n-k)! / n!.
+
+    recover: (rows with masks, rows) -> the nats of what is masked, [N, S]. block: tokens of a block; 0: the whole row.
+    """
+    total, size = np.zeros(len(rows)), block or rows.shape[1]
+    for start in range(0, rows.shape[1], size):
+        places = range(start, min(start + size, rows.shape[1]))
+        for k in range(1, len(places) + 1):
+            share = math.factorial(k - 1) * math.factorial(len(places) - k) / math.factorial(len(places))
+            for gone in itertools.combinations(places, k):
+                x = np.array(rows)
+                x[:, gone] = mask
+                total += share * np.asarray(recover(x, rows), np.float64)[:, gone].sum(1)
+    return total
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:

@@ -73,6 +73,8 @@ def test_the_bound_is_tight_for_the_exact_denoiser_and_above_for_another(schedul
     entropy = -TRUTH @ np.log(TRUTH)
     assert independent > entropy + 0.1
     np.testing.assert_allclose(loose, quadrature(wrong, "loglinear"), rtol=2e-4)  # and depends on no schedule
+    by_sets = worlds.masked_bound(lambda x, truth: masked.nats(wrong(jnp.asarray(x)), x, truth), EVERY, V)
+    np.testing.assert_allclose(loose, by_sets, rtol=2e-4)
 
 
 @pytest.mark.parametrize("schedule", masked.SCHEDULES)

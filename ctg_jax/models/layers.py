@@ -44,8 +44,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype, out=None) -> jax.Array:
         y = jnp.sum(kernel.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)[None]
     elif dtype == jnp.float32:
         few = 1 < len(rows) <= FEW and kernel.size >= PIECE and jax.default_backend() == "cpu"
-        pieces = 1 << (-(-kernel.size // PIECE) - 1).bit_length()  # the next power of two
-        y = _in_pieces(rows, kernel, pieces) if few and len(kernel) % pieces == 0 else _products(rows, kernel)
+        y = _in_pieces(rows, kernel) if few else _products(rows, kernel)
     else:
         y = _rounded_products(rows, kernel)
     return y.astype(out or dtype).reshape(*x.shape[:-1], len(kernel))
@@ -55,14 +54,21 @@ def _products(x, w, over=(1, 1)):
     return lax.dot_general(x, w, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _in_pieces(x, w, pieces):
-    """x [R, in] times w [out, in] transposed, float32 [R, out], row by row by each of `pieces` equal pieces of w."""
+@jax.custom_vjp
+def _in_pieces(x, w):
+    """x [R, in] times w [out, in] transposed, float32 [R, out], row by row by equal pieces of w and by what is left of
+    it, as a vocabulary may have no divisors. The gradient is that of one product: that of the slices would add up a
+    whole kernel for each piece."""
+    # A multiple of eight rows, so that each is summed as in the product of one row with the whole kernel.
+    size = max(8, len(w) // -(-w.size // PIECE) // 8 * 8)
+    count = len(w) // size
 
-    def piece(w):
-        return lax.map(lambda row: _products(row[None], w)[0], x)
+    def by(piece):
+        return lax.map(lambda row: _products(row[None], piece)[0], x)
 
-    y = lax.map(piece, w.reshape(pieces, -1, w.shape[1]))  # [pieces, R, out / pieces]
-    return y.transpose(1, 0, 2).reshape(len(x), len(w))
+    y = lax.map(lambda i: by(lax.dynamic_slice_in_dim(w, i * size, size)), jnp.arange(count))  # [count, R, size]
+    y = y.transpose(1, 0, 2).reshape(len(x), count * size)
+    return jnp.concatenate([y, by(w[count * size :])], axis=1) if count * size < len(w) else y
 
 
 @jax.custom_vjp
@@ -84,6 +90,7 @@ def _backward(kept, g):
 
 
 _rounded_products.defvjp(_forward, _backward)
+_in_pieces.defvjp(_forward, _backward)
 
 
 def param(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype) -> jax.Array:

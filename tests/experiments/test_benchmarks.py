@@ -203,6 +203,26 @@ def test_controls_are_measured_beside_their_passes(benchmark, capsys, tmp_path, 
     assert "--method=gedy is not measured here" in capsys.readouterr().err
 
 
+def test_speculation_is_measured_with_a_draft_whose_agreement_is_set(benchmark, capsys, tmp_path):
+    module, file = benchmark("speculation"), tmp_path / "rows.json"
+    sizes, depth = module.SHAPES["tiny"]
+    small = Transformer.gpt2(**sizes)
+    draft = module.sharper(small.init(jax.random.key(0)))
+    draft = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), draft)
+    tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, small.vocab)
+    mask = np.ones((2, 9), bool)
+    wanted = small.apply(draft, small.embed(draft, tokens), mask).logits
+    for apart, same in ((0.0, True), (6.0, False)):
+        large, params = module.widened(small, draft, depth, apart, jax.random.key(3))
+        found = large.apply(params, large.embed(params, tokens), mask).logits
+        assert np.allclose(found, wanted, atol=1e-3) == same
+    words = ["--shape=tiny", "--k=2", "--apart=0", "--apart=300", "--prompt=4", "--new=25", "--repeats=1"]
+    assert cli.run(module.main, [*words, f"--json={file}"], devices=False) == 0
+    equal, apart = json.loads(file.read_text())
+    assert equal["tokens_a_round"] == 3 > apart["tokens_a_round"] and equal["gain"] > 0 < apart["alone"]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_a_search_is_measured_beside_the_same_loop_with_transformers(benchmark, capsys, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -13,6 +13,7 @@ from ctg_jax.types import InputError
 
 KERNEL = jax.random.normal(jax.random.key(0), (5, 7))
 WIDE = jax.random.normal(jax.random.key(0), (1024, 512))  # for it a CPU takes a few rows one by one, in two pieces
+ODD = jax.random.normal(jax.random.key(0), (1543, 512))  # four pieces of 385 and three further rows
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -54,27 +55,28 @@ def loops(rows, kernel):
     return "scan" in str(jax.make_jaxpr(lambda x, w: layers.matmul(x, w, "float32"))(rows, kernel))
 
 
+@pytest.mark.parametrize("kernel", [WIDE, ODD], ids=["even", "odd"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 2), (3, 3)])
-def test_a_few_rows_are_the_product_and_a_row_alone_is_the_row_among_others(shape):
+def test_a_few_rows_are_the_product_and_a_row_alone_is_the_row_among_others(shape, kernel):
     x = jax.random.normal(jax.random.key(1), (*shape, 512))
-    found = np.asarray(layers.matmul(x, WIDE, "float32"))
-    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(WIDE, np.float64).T, atol=2e-4)
+    found = np.asarray(layers.matmul(x, kernel, "float32"))
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T, atol=2e-4)
     if np.prod(shape) <= layers.FEW:
-        alone = layers.matmul(x[:1, :1], WIDE, "float32")
+        alone = layers.matmul(x[:1, :1], kernel, "float32")
         np.testing.assert_array_equal(found[:1, :1], alone)
 
 
 def test_which_products_are_computed_row_by_row(monkeypatch):
     few, many, small = jnp.ones((layers.FEW, 512)), jnp.ones((layers.FEW + 1, 512)), jnp.ones((16, 512))
-    odd = jnp.ones((1023, 512))  # two pieces of it would not be equal
-    assert not loops(few, odd) and loops(few, WIDE[:512])
+    assert loops(few, ODD) and loops(few, WIDE[:512])
     assert loops(few, WIDE) and not loops(few[:1], WIDE) and not loops(many, WIDE) and not loops(few, small)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not loops(few, WIDE)
 
 
-def test_gradients_and_sweeps_pass_through():
-    x, w = jax.random.normal(jax.random.key(2), (3, 512)), WIDE
+@pytest.mark.parametrize("w", [WIDE, ODD], ids=["even", "odd"])
+def test_gradients_and_sweeps_pass_through(w):
+    x = jax.random.normal(jax.random.key(2), (3, 512))
 
     def total(product):
         return jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), argnums=(0, 1))(x, w)

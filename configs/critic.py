@@ -22,6 +22,12 @@ from configs import reward, sentiment
 SMALL = dict(
     bundled=dict(width=64, depth=2, heads=2),
     yelp=dict(width=128, depth=2, heads=4),
+    gemma=dict(
+        width=128,
+        depth=2,
+        heads=4,
+        training=dict(steps=500, batch=32, tokens=32, rate=5e-3, warmup=50, schedule="cosine", final=0.1, decay=0.01),
+    ),
     tiny=dict(width=8, depth=1, heads=2, training=dict(steps=2, batch=4, tokens=16, warmup=1)),
 )
 GAE = dict(kind="gae", goal="logit", gamma=0.99, lam=0.95)

@@ -27,6 +27,7 @@ def bundled():
     return parts | dict(
         prompts=dict(source=REVIEWS, split="test", where=topic, limit=25),
         learn=dict(
+            texts=parts["train"],
             data=dict(source=REVIEWS, split="validation", where=topic, limit=256),
             rewards=dict(sentiment=dict(kind="oracle")),
             explore=dict(n=4, max_new=40, batch=128),
@@ -45,6 +46,7 @@ def tiny():
     parts = sentiment.tiny()
     return parts | dict(
         learn=dict(
+            texts=parts["train"],
             data=dict(source=REVIEWS, split="validation", limit=4),
             rewards=dict(dice=dict(kind="function", function="configs.reward:dice", version="1")),
             explore=dict(n=4, max_new=6, batch=8),
@@ -69,6 +71,7 @@ def yelp(label=0):
             fluency=other | dict(data=dict(source=train, split="all", skip=40000, limit=120000)),
         ),
         learn=dict(
+            texts=dict(source=train, split="all", limit=40000),
             data=dict(source=train, split="all", words=4, where=dict(label=label), limit=1000),
             rewards=dict(sentiment=towards | dict(heldout=parts["judges"]["positive"]["heldout"])),
             explore=dict(n=4, max_new=20, batch=200),
@@ -92,6 +95,7 @@ def repetition():
         evaluate=parts["evaluate"]
         | dict(kl=False, human=reviews | dict(skip=600, limit=500)),  # KL is estimated on samples, these are greedy
         learn=dict(
+            texts=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", limit=40000),
             data=reviews | dict(skip=100, limit=500),
             rewards=diversity,
             explore=dict(n=2, max_new=64, batch=200, filter=dict(temperature=0.3)),
@@ -114,6 +118,7 @@ def toxicity():
         prompts=prompts | dict(limit=100),
         judges=dict(harmless=dict(kind="probe", encoder=encoder, target=0, data=others, heldout=tweets)),
         learn=dict(
+            texts=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", limit=40000),
             data=prompts | dict(skip=100, limit=1000),
             rewards=dict(words=dict(kind="bag", target=0, data=tweets, heldout=others)),
             explore=dict(n=4, max_new=20, batch=200),
@@ -164,6 +169,7 @@ def gemma():
         train=tweets | dict(labels=harmless, limit=1000),
         learn=parts["learn"]
         | dict(
+            texts=tweets | dict(labels=harmless),
             data=prompts | dict(skip=20, limit=80),
             rewards=dict(words=dict(kind="bag", target=0, data=tweets | dict(labels=toxic), heldout=surge)),
         ),
@@ -189,13 +195,16 @@ def experiment(name, title, arms):
 
 
 def learning(learn, arms):
-    """The arms of `experiment`, completed by the section `learn` of a world."""
+    """The arms of `experiment`, completed by the section `learn` of a world. A small model that is trained from random
+    weights reads its `texts`: the prompts are too short and too few to learn a language from."""
     common = {key: learn[key] for key in ("rounds", "explore", "training")}
     methods = {}
     for label, arm in arms.items():
         if "method" in arm and "init" not in arm:
             fit = common | arm.get("fit", {})
             fit["training"] = common["training"] | fit["training"]
+            if "source" not in fit.get("small", {"source": None}):
+                fit["small"] = dict(texts=learn["texts"]) | fit["small"]
             arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=fit)
         elif "best_of" in arm:
             arm = dict(rewards=learn["rewards"]) | arm

@@ -151,6 +151,7 @@ def gemma():
         evaluate=dict(embed=encoder, resamples=1000),
         train=reviews | dict(limit=1000),
         learn=dict(
+            texts=reviews | dict(limit=20000),
             data=neutral | dict(skip=500, limit=100),
             rewards=dict(words=dict(kind="bag", data=reviews | dict(limit=20000), heldout=others)),
             explore=dict(n=4, max_new=20, batch=50),

@@ -3,6 +3,9 @@ another model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 
 from ctg_jax import rng
@@ -13,8 +16,8 @@ from ctg_jax.learn.fitting import Training
 from ctg_jax.mesh import layout
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.run.identity import digest_model
-from ctg_jax.run.stage import Artifact, Run, open_lm, stage_function
-from ctg_jax.stages.sources import check_dtype
+from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
+from ctg_jax.stages.sources import check_dtype, load_data, load_lm
 from ctg_jax.types import InputError
 
 
@@ -96,6 +99,25 @@ def sibling(
     small = Transformer.gpt2(**shape, remat=layout.remat())
     _train(run, small, tokenizer, Source(data.id, "all", data.rows("data.jsonl")), training, seed, pack=False)
     run.discard("steps")
+
+
+def small_lm(root, settings: Mapping[str, Any], *, lm: Artifact, data: Artifact) -> Artifact:
+    """The small model that a method reads beside `lm`: one that exists, or a sibling of `lm`.
+
+    Args:
+      settings: those of `load_lm`, as {"source": "gpt2"}; or, without a source, those of `sibling`, and with them
+        `texts`, the settings of `load_data` for what it is trained on.
+      data: what it is trained on where there are no `texts`. The prompts of a method that learns from a reward would
+        teach it little.
+
+    Raises:
+      InputError: what these stages raise.
+    """
+    if "source" in settings:
+        return stage(root, load_lm, settings)
+    own = {key: value for key, value in settings.items() if key != "texts"}
+    texts = stage(root, load_data, settings["texts"]) if "texts" in settings else data
+    return stage(root, sibling, own, lm=lm, data=texts)
 
 
 def _train(

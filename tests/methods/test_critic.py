@@ -8,6 +8,7 @@ import pytest
 from flax import struct
 from laws import worlds
 
+from configs import critic as configured
 from ctg_jax import methods, tree
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints
@@ -273,6 +274,15 @@ def test_fit_learns_a_head_on_the_base_from_samples(small, judge):
     control = methods.load(fitted, model)
     assert float(jnp.abs(control.value["kernel"]).max()) > 0 and (control.top, float(control.alpha)) == (4, 2)
     assert tree.size_bytes(control) == 4 * (model.width + 2) and control.judge.params is None  # no weights of the base
+
+
+@pytest.mark.parametrize("world", ["bundled", "yelp", "yelp_down", "tiny"])
+def test_small_models_learn_a_language_from_texts_and_not_from_prompts(monkeypatch, world):
+    monkeypatch.setenv("CTG_DATA_DIR", "/data")
+    for arm in configured.get_config(world).to_dict()["methods"].values():
+        if arm.get("fit", {}).get("small"):
+            texts = arm["fit"]["small"]["texts"]
+            assert "words" not in texts and texts.get("limit", 1000) > (arm["data"]["limit"] if world != "tiny" else 0)
 
 
 def test_fit_learns_a_small_model_from_labels(small):

@@ -15,7 +15,7 @@ from ctg_jax.controls.experts import experts
 from ctg_jax.controls.streams import Stream
 from ctg_jax.data.tokenizer import to_prompts, train_bpe
 from ctg_jax.decode import loop
-from ctg_jax.learn.pretrain import sibling
+from ctg_jax.learn.pretrain import sibling, small_lm
 from ctg_jax.methods import proxy
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
@@ -23,6 +23,7 @@ from ctg_jax.models.pattern import Layer
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run.stage import open_artifact, open_lm, stage
 from ctg_jax.stages.controls import made
+from ctg_jax.stages.sources import load_data
 from ctg_jax.types import InputError
 
 WORLD, WIDER = worlds.Bigram(), worlds.Bigram(vocab=4)
@@ -89,6 +90,14 @@ def test_both_sides_may_be_tuned(small):
     assert any(np.abs(np.asarray(x - y)).max() > 0 for x, y in zip(*map(jax.tree.leaves, changes)))
     jax.tree.map(np.testing.assert_array_equal, control.expert.params, control.anti.params)
     assert control.expert.lm.width == 8 != model.width
+
+
+def test_a_small_model_may_have_texts_of_its_own(small):
+    root, lm, data = small
+    texts = dict(source="bundled:reviews", split="validation", limit=4)
+    own = small_lm(root, SMALL | dict(texts=texts), lm=lm, data=data)
+    assert own.spec["inputs"]["data"] == stage(root, load_data, texts).id != data.id
+    assert small_lm(root, SMALL, lm=lm, data=data).spec["inputs"]["data"] == data.id
 
 
 def test_models_from_folders(small, tmp_path):

@@ -32,12 +32,12 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Training
-from ctg_jax.learn.pretrain import sibling
+from ctg_jax.learn.pretrain import small_lm
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.sources import load_data, load_lm
+from ctg_jax.stages.sources import load_data
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Sum
 
@@ -167,14 +167,13 @@ def fit(
 
     Args:
       lm, data: an LM artifact, and texts of the domain.
-      small: the settings of `load_lm`, as {"source": "gpt2"}, for a small model that was tuned on the domain, or,
-        without a source, those of `sibling`, which trains one on the texts of `data`.
+      small: see `ctg_jax.learn.pretrain.small_lm`; a model with a source should have been tuned on the domain.
       held: the settings of `load_data` for the texts of the gate, which the small model should not have seen; None: the
         texts of `data`.
       settings: of the stage `blend`.
     """
     small = small or {}
-    other = stage(root, load_lm, small) if "source" in small else stage(root, sibling, small, lm=lm, data=data)
+    other = small_lm(root, small, lm=lm, data=data)
     texts = data if held is None else stage(root, load_data, held)
     return stage(root, blend, settings, lm=lm, small=other, data=texts)
 

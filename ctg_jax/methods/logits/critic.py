@@ -49,14 +49,13 @@ from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.critics import Objective, goals, of_label
 from ctg_jax.learn.fitting import Training
 from ctg_jax.learn.pool import POSITIVE, Pool, batches, check_drawn
-from ctg_jax.learn.pretrain import sibling
+from ctg_jax.learn.pretrain import small_lm
 from ctg_jax.learn.rounds import explored, positive_from
 from ctg_jax.models.heads import value_head
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run.stage import Artifact, Run, check_settings, open_lm, stage, stage_function
-from ctg_jax.stages.sources import load_lm
 from ctg_jax.support import remove, removed
 from ctg_jax.types import InputError, Prompts, Sum
 
@@ -236,8 +235,7 @@ def fit(
 
     Args:
       lm: the language model. data: prompts, or texts with a label. rewards: the first is learned from.
-      small: the settings of `load_lm`, as {"source": "gpt2"}, or, without a source, those of `sibling`, for a small
-        model that is trained with the head; None: a head on `lm`.
+      small: see `ctg_jax.learn.pretrain.small_lm`; the model is trained with the head. None: a head on `lm`.
       rounds, explore: of sampling. threshold: see `nado.fit`, for the goal "label".
       seed: of samples and of training. settings: of the stage `critic`.
 
@@ -246,8 +244,7 @@ def fit(
     """
     given = dict(lm=lm)
     if small is not None:
-        loaded = "source" in small
-        given["small"] = stage(root, load_lm, small) if loaded else stage(root, sibling, small, lm=lm, data=data)
+        given["small"] = small_lm(root, small, lm=lm, data=data)
     if not rewards:
         return stage(root, critic, settings | {"seed": seed}, data=data, **given)
     check_drawn(explore or {}, "critic", POSITIVE)

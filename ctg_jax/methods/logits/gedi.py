@@ -41,12 +41,11 @@ from ctg_jax.data.pipeline import pipeline
 from ctg_jax.data.sources import Source
 from ctg_jax.learn import fitting, losses
 from ctg_jax.learn.fitting import Adapter, Training
-from ctg_jax.learn.pretrain import sibling
+from ctg_jax.learn.pretrain import small_lm
 from ctg_jax.models.lengths import check_reads
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.sources import load_lm
 from ctg_jax.support import remove
 from ctg_jax.types import InputError, Prompts, Sum
 
@@ -234,13 +233,12 @@ def fit(root, *, lm: Artifact, data: Artifact, small: Mapping[str, Any] | None =
     """Trains codes and reader on the labelled records of `data`.
 
     Args:
-      small: the settings of `load_lm`, as {"source": "gpt2"}, or, without a source, those of `sibling`, for a small
-        model that reads along; None: a change of `lm`.
+      small: the model that reads along, see `ctg_jax.learn.pretrain.small_lm`; None: a change of `lm`.
       settings: of the stage `gedi`.
     """
     if small is None:
         return stage(root, gedi, settings, lm=lm, data=data)
-    reader = stage(root, load_lm, small) if "source" in small else stage(root, sibling, small, lm=lm, data=data)
+    reader = small_lm(root, small, lm=lm, data=data)
     return stage(root, gedi, settings, lm=lm, data=data, small=reader)
 
 

@@ -37,13 +37,12 @@ from ctg_jax.data.ids import check_shared
 from ctg_jax.learn import fitting, losses, preferences
 from ctg_jax.learn.fitting import Adapter, Training
 from ctg_jax.learn.pool import Pool, batches, nats
-from ctg_jax.learn.pretrain import sibling
+from ctg_jax.learn.pretrain import small_lm
 from ctg_jax.learn.rounds import explored
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.sources import load_lm
 from ctg_jax.support import removed
 from ctg_jax.types import InputError, Sum
 
@@ -197,8 +196,7 @@ def fit(
     Args:
       lm: the language model.
       data: prompts; without rewards, records with a prompt, `chosen` and `rejected`.
-      small: the settings of `load_lm`, as {"source": "gpt2"}, or, without a source, those of `sibling`, for a small
-        reward model; None: the reward models are changes of `lm`.
+      small: what the reward models change, see `ctg_jax.learn.pretrain.small_lm`; None: `lm`.
       rounds: rounds of sampling, the first by the frozen model and the others by the control of the round before; all
         samples are paired. The paper has one. explore: settings of `ctg_jax.stages.sampling.sample`.
       alpha, share, shares, cond: see `init`.
@@ -209,7 +207,7 @@ def fit(
     """
     reader = lm
     if small is not None:
-        reader = stage(root, load_lm, small) if "source" in small else stage(root, sibling, small, lm=lm, data=data)
+        reader = small_lm(root, small, lm=lm, data=data)
     hp = dict(alpha=alpha, share=None if share is None else list(share), shares=shares, cond=cond)
     given = {} if small is None else {"small": reader}
 

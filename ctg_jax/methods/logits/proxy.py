@@ -33,14 +33,13 @@ from ctg_jax.data.instructions import instructed
 from ctg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctg_jax.io import dumps, sha256_of
 from ctg_jax.learn.fitting import example_delta
-from ctg_jax.learn.pretrain import sibling
+from ctg_jax.learn.pretrain import small_lm
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.lm import LM
 from ctg_jax.models.record import of_record, record
 from ctg_jax.run import checkpoint
 from ctg_jax.run.stage import Artifact, Run, open_lm, stage, stage_function
-from ctg_jax.stages.sources import load_lm
 from ctg_jax.types import InputError
 
 Model = str | Mapping[str, Any]  # a folder or hub id, or the fields of a decoder
@@ -148,8 +147,7 @@ def fit(
 
     Args:
       lm, data: an LM artifact, and records with `text` and a field to choose by.
-      small: the settings of `load_lm`, as {"source": "gpt2"}, or, without a source, those of `sibling`, which trains a
-        small model on the texts of `data`.
+      small: see `ctg_jax.learn.pretrain.small_lm`.
       where: the fields of the records that the small model is tuned on; by default {"label": 1}.
       anti: those of the records that the other side is tuned on; None: it stays as it is.
       before, after, alpha, cond: see `init`.
@@ -158,7 +156,7 @@ def fit(
     Raises:
       InputError: what these stages raise, and a small model of another vocabulary.
     """
-    made = stage(root, load_lm, small) if "source" in small else stage(root, sibling, small, lm=lm, data=data)
+    made = small_lm(root, small, lm=lm, data=data)
     tune = methods.get("finetune").fit
     chosen = {"tuned": where or {"label": 1}} | ({} if anti is None else {"anti": anti})
     sides = {k: tune(root, lm=made, data=data, **{**settings, "where": dict(v)}) for k, v in chosen.items()}

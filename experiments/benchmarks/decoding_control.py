@@ -6,9 +6,10 @@
 For every method of `ctg_jax/methods/logits` the program of its example decodes in alternation with the plain one, and
 so do the arms of `ARMS`, whose settings are those of the papers. `passes` is what the models of a control read for each
 token, in units of the base model: 1 for the base, and for each stream its copies times its share of the base's weights,
-twice where it looks ahead at candidates. The cost of a method that does nothing else is its passes; looking ahead at K
-candidates is one pass over the weights and K times the arithmetic. Under speculation the streams of the rule make one
-pass for all tokens of a round; here the draft is right about every one of them, so that row is the best case.
+twice where it looks ahead at candidates, and twice more for each step of PPLM's ascent, which goes forwards and
+backwards. The cost of a method that does nothing else is its passes; looking ahead at K candidates is one pass over the
+weights and K times the arithmetic. Under speculation the streams of the rule make one pass for all tokens of a round;
+here the draft is right about every one of them, so that row is the best case.
 
 GeDi, self-debiasing and a formula of three models are also written as their authors do it, one call of `transformers`
 for each model and a loop in Python, over models of the same shape. Both sides decode greedily on one pinned thread in
@@ -39,6 +40,7 @@ from ctg_jax.controls.streams import Stream
 from ctg_jax.decode import strategies
 from ctg_jax.decode.speculate import Speculative
 from ctg_jax.io import write_json
+from ctg_jax.methods import pplm
 from ctg_jax.models import hf
 from ctg_jax.models.decoder import Transformer
 from ctg_jax.models.record import record
@@ -102,7 +104,8 @@ def weights(lm):
 
 
 def passes(lm, control):
-    read = sum((s.copies or 1) * (1 + s.ahead) * weights(s.lm) / weights(lm) for s in streams(control))
+    ascent = 2 * control.steps if isinstance(control, pplm.Pplm) else 0
+    read = sum(((s.copies or 1) * (1 + s.ahead) + ascent) * weights(s.lm) / weights(lm) for s in streams(control))
     return 1 + (read / (control.k + 1) if isinstance(control, Speculative) else read)
 
 

@@ -182,7 +182,7 @@ def test_a_round_of_quark_is_measured_at_each_mixture(benchmark, capsys, tmp_pat
     assert module.flops(lm, 3, 5, 4) == 3 * (blocks + attention + 8 * 4 * 16 * 1010)
 
 
-TOGETHER = ("gedi", "self_debias", "critic", "value_model", "residual", "selective", "speculation")
+TOGETHER = ("gedi", "pplm", "self_debias", "critic", "value_model", "residual", "selective", "speculation")
 
 
 @pytest.mark.parametrize("arms", [("arithmetic", "fudge"), pytest.param(TOGETHER, marks=pytest.mark.slow)])
@@ -195,7 +195,7 @@ def test_controls_are_measured_beside_their_passes(benchmark, capsys, tmp_path, 
     rows = {row["method"]: row for row in json.loads(file.read_text())}
     assert list(rows) == list(arms) and len(capsys.readouterr().out.splitlines()) == 2 + len(arms)
     assert all(row["ms_per_token"] > 0 and row["of_plain"] > 0 for row in rows.values())
-    wanted = {"arithmetic": 3, "fudge": 3, "speculation": 1.4, "gedi": 3, "self_debias": 3, "critic": 3}
+    wanted = {"arithmetic": 3, "fudge": 3, "speculation": 1.4, "gedi": 3, "self_debias": 3, "critic": 3, "pplm": 6}
     for name in wanted.keys() & rows.keys():
         assert rows[name]["passes"] == pytest.approx(wanted[name], rel=1e-6)
         assert ("torch_over_ours" in rows[name]) == (name in ("arithmetic", "gedi", "self_debias"))

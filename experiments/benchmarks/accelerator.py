@@ -32,6 +32,7 @@ from experiments.benchmarks.accelerator_sections import Bench, opened, shapes
 PLAN = (
     ("gpt2-xl", sections.decoding),
     ("gpt2-xl", sections.against_transformers),
+    ("gpt2-xl", sections.against_authors),
     ("gemma-270m", sections.decoding),
     ("gemma-270m", sections.banks),
     ("gemma-270m", sections.controls),

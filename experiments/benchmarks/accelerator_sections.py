@@ -22,9 +22,9 @@ from ctg_jax.learn import train
 from ctg_jax.learn.losses import control_loss
 from ctg_jax.learn.optimizer import optimizer
 from ctg_jax.learn.vector_search import Search
-from ctg_jax.methods import cav, dexperts, dglm, finetune, latent_steer, lm_steer, quark, steer
+from ctg_jax.methods import cav, dexperts, dglm, finetune, gedi, latent_steer, lm_steer, quark, self_debias, steer
 from ctg_jax.models.decoder import Transformer
-from experiments.benchmarks import bank
+from experiments.benchmarks import authors, bank
 
 DTYPE = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
@@ -102,25 +102,33 @@ def decoding(b: Bench):
         yield b.row(f"batch {batch}", **speed)
 
 
-def against_transformers(b: Bench):
-    """The same of `transformers.generate`, where its model and PyTorch are here and PyTorch sees the device."""
+def in_pytorch(b: Bench):
+    """(PyTorch, its device, the model of `transformers` of this GPT-2 shape), or why there is none."""
     try:
         import torch
         import transformers
     except ImportError as e:
-        yield b.row("all batches", left_out=str(e))
-        return
+        return str(e)
     if not (torch.cuda.is_available() or b.dry):
-        yield b.row("all batches", left_out="PyTorch sees no GPU")
-        return
-    lm, place = b.lm, "cuda" if torch.cuda.is_available() else "cpu"
+        return "PyTorch sees no GPU"
+    lm, place = b.lm, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = dict(vocab_size=lm.vocab, n_positions=lm.context, n_embd=lm.width, n_layer=lm.depth, n_head=lm.heads)
-    with torch.device(place):
+    with place:
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(torch.bfloat16).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return torch, place, model
+
+
+def against_transformers(b: Bench):
+    """The same of `transformers.generate`, where its model and PyTorch are here and PyTorch sees the device."""
+    theirs = in_pytorch(b)
+    if isinstance(theirs, str):
+        yield b.row("all batches", left_out=theirs)
+        return
+    torch, place, model = theirs
     new = 4 if b.dry else 64
     for batch in (1,) if b.dry else (1, 32, 256):
-        tokens = np.asarray(bank.prompts_of(lm, batch, 4 if b.dry else 32).tokens)
+        tokens = np.asarray(bank.prompts_of(b.lm, batch, 4 if b.dry else 32).tokens)
         ids = torch.as_tensor(tokens, dtype=torch.long).to(place)
         how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0)
 
@@ -129,6 +137,33 @@ def against_transformers(b: Bench):
                 return model.generate(ids, **how).cpu().numpy()
 
         yield b.row(f"batch {batch}", speed=batch * new / min(runs(run, 2)), unit="tokens/s")
+
+
+def against_authors(b: Bench):
+    """Controls of several readings relative to none, and how many times as long they take as their authors write them
+    in PyTorch (`authors.py`)."""
+    theirs = in_pytorch(b)
+    if isinstance(theirs, str):
+        yield b.row("all controls", left_out=theirs)
+        return
+    torch, place, model = theirs
+    lm, key, batch, new = b.lm, jax.random.key(2), 2 if b.dry else 8, 4 if b.dry else 32
+    tokens = np.asarray(bank.prompts_of(lm, batch, 4 if b.dry else 32).tokens)
+    makers = {"gedi": gedi.example, "self_debias": self_debias.example, "arithmetic": authors.formula}
+    made = {"none": IDENTITY} | {name: jax.tree.map(jnp.asarray, make(lm, key)) for name, make in makers.items()}
+
+    def ours(control):
+        prompts = authors.prompts_for(control, tokens)
+        return lambda: generate(lm, b.params, prompts, control, Sampling(max_new=new, greedy=True))
+
+    def reference(name):
+        with place:
+            return authors.authors_way(torch, model, *authors.references(torch, tokens)[name], new).cpu().numpy()
+
+    found = dict(timed({name: ours(control) for name, control in made.items()}))
+    for name in makers:
+        beside = min(runs(lambda name=name: reference(name), 2)) / found[name]
+        yield b.row(f"batch {batch}, {name}", relative=found[name] / found["none"], speed=beside, unit="× PyTorch")
 
 
 def controls(b: Bench):

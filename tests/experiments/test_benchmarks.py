@@ -39,8 +39,8 @@ def benchmark(monkeypatch):
     return load
 
 
-# It reads its own flags, because a bare CUDA image lacks the library of the others.
-BARE = ("accelerator", "accelerator_sections")
+# The first reads its own flags, because a bare CUDA image lacks the library of the others; two are parts of others.
+BARE = ("accelerator", "accelerator_sections", "authors")
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in BARE))
@@ -78,10 +78,10 @@ class Judge:
 
 
 def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypatch, capsys):
-    """Every section once, but that of another library, which takes long to import; one that fails, whose message is
+    """Every section once, but those of another library, which takes long to import; one that fails, whose message is
     kept while the others run; and what the time does not allow."""
     bench = benchmark(BARE[0])
-    sections = {s.__name__: s for _, s in bench.PLAN if s is not bench.sections.against_transformers}
+    sections = {s.__name__: s for _, s in bench.PLAN if not s.__name__.startswith("against")}
 
     def broken(b):
         yield b.row("first", speed=1.0, unit="tokens/s")
@@ -104,6 +104,16 @@ def test_the_benchmark_of_an_accelerator_runs_dry(benchmark, tmp_path, monkeypat
     _, rows = bench.measure(True, 0)
     assert [row["left_out"] for row in rows] == ["the time was up"] * len(plan)
     assert {row["section"] for row in bench.measure(True, 0, only=["banks"])[1]} == {"banks"}
+
+
+@pytest.mark.slow
+def test_the_authors_way_is_measured_on_an_accelerator(benchmark, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert benchmark(BARE[0]).main(["--dry", "--only=against authors", f"--out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "accelerator.json").read_text())["rows"]
+    assert [row["what"].split(", ")[-1] for row in rows] == ["gedi", "self_debias", "arithmetic"]
+    assert all(row["relative"] > 0 and row["speed"] > 0 for row in rows)
 
 
 def test_the_networks_of_dglm_and_of_its_benchmark_are_the_same(benchmark):

@@ -128,7 +128,7 @@ def against_transformers(b: Bench):
     torch, place, model = theirs
     new = 4 if b.dry else 64
     for batch in (1,) if b.dry else (1, 32, 256):
-        tokens = np.asarray(bank.prompts_of(b.lm, batch, 4 if b.dry else 32).tokens)
+        tokens = np.array(bank.prompts_of(b.lm, batch, 4 if b.dry else 32).tokens)
         ids = torch.as_tensor(tokens, dtype=torch.long).to(place)
         how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0)
 
@@ -148,7 +148,7 @@ def against_authors(b: Bench):
         return
     torch, place, model = theirs
     lm, key, batch, new = b.lm, jax.random.key(2), 2 if b.dry else 8, 4 if b.dry else 32
-    tokens = np.asarray(bank.prompts_of(lm, batch, 4 if b.dry else 32).tokens)
+    tokens = np.array(bank.prompts_of(lm, batch, 4 if b.dry else 32).tokens)  # PyTorch wants it writable
     makers = {"gedi": gedi.example, "self_debias": self_debias.example, "arithmetic": authors.formula}
     made = {"none": IDENTITY} | {name: jax.tree.map(jnp.asarray, make(lm, key)) for name, make in makers.items()}
 

@@ -217,14 +217,14 @@ def test_speculation_is_measured_with_a_draft_whose_agreement_is_set(benchmark, 
     module, file = benchmark("speculation"), tmp_path / "rows.json"
     sizes, depth = module.SHAPES["tiny"]
     small = Transformer.gpt2(**sizes)
-    draft = module.sharper(small.init(jax.random.key(0)))
+    draft = module.sharper(jax.jit(small.init)(jax.random.key(0)))
     draft = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), draft)
     tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, small.vocab)
     mask = np.ones((2, 9), bool)
-    wanted = small.apply(draft, small.embed(draft, tokens), mask).logits
+    wanted = jax.jit(lambda p: small.apply(p, small.embed(p, tokens), mask).logits)(draft)
     for apart, same in ((0.0, True), (6.0, False)):
         large, params = module.widened(small, draft, depth, apart, jax.random.key(3))
-        found = large.apply(params, large.embed(params, tokens), mask).logits
+        found = jax.jit(lambda p, lm=large: lm.apply(p, lm.embed(p, tokens), mask).logits)(params)
         assert np.allclose(found, wanted, atol=1e-3) == same
     words = ["--shape=tiny", "--k=2", "--apart=0", "--apart=300", "--prompt=4", "--new=25", "--repeats=1"]
     assert cli.run(module.main, [*words, f"--json={file}"], devices=False) == 0

@@ -1,5 +1,5 @@
 """Worlds for methods that learn from a reward: each has prompts to explore on, others to be judged on, a reward to
-learn from, and judges that saw nothing of it.
+learn from, judges that saw nothing of it, and texts from which small models learn a language.
 
 bundled       restaurant reviews of a grammar with known sentiment; more positive text; the oracle rewards and judges
 yelp          a real LM of reviews, first words of negative sentences; more positive text. A bag of words fitted on Yelp

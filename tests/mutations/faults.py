@@ -9,6 +9,7 @@ LOSSES, CALIBRATE = "tests/test_losses.py", "tests/test_calibrate.py"
 STAGES = "tests/methods/test_reward_stages.py"
 BRIDGE = "tests/models/test_bridge.py"
 BLOCKS = "tests/models/test_block_diffusion.py"
+PRODUCTS = "tests/models/test_products.py"
 
 
 def of(method: str) -> str:
@@ -190,4 +191,10 @@ FAULTS = [
           f"{of('consensus')}::test_the_text_most_like_the_others_is_chosen"),
     fault("methods/diffusion/dglm.py", "read, lm=lm, data=written)", "read, lm=lm, data=data)",
           f"{of('dglm')}::test_networks_learn_from_what_the_language_model_writes"),
+    fault("learn/pretrain.py", 'stage(root, load_data, settings["texts"]) if "texts" in settings else data', "data",
+          f"{of('proxy')}::test_a_small_model_may_have_texts_of_its_own"),
+    fault("models/layers.py", "by(w[count * size :])", "by(w[count * size - 1 : -1])",
+          f"{PRODUCTS}::test_a_few_rows_are_the_product_and_a_row_alone_is_the_row_among_others[shape1-odd]"),
+    fault("models/layers.py", "// 8 * 8)", ")",
+          f"{PRODUCTS}::test_a_few_rows_are_the_product_and_a_row_alone_is_the_row_among_others"),
 ]  # fmt: skip

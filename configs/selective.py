@@ -7,8 +7,8 @@ Source: Jo et al. 2022; the size of the context, the optimizer and top-p of `pap
 
 The authors fine-tune the base on a few texts beforehand and reward the overlap with references of their tasks; here the
 base is the world's language model and the reward that of the world. `paper` has GPT-2 Medium and the recurrent context.
-Expected, not measured yet: reward rises in every round, and further than that of the adapter alone at the same number
-of texts.
+Expected: reward rises in every round, and further than that of the adapter alone at the same number of texts. On Yelp
+the first round overshoots, see docs/results/decoding.md.
 """
 
 from configs import paper, reward

@@ -56,12 +56,17 @@ def tiny():
     )
 
 
+def sentences(folder):
+    """Sentences of Yelp of both labels."""
+    return dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", limit=40000)
+
+
 def yelp(label=0):
     """From sentences of one label towards the other."""
     parts = sentiment.yelp()
     folder = parts["lm"]["source"].removesuffix("/models/yelp-gpt2-mini")
     train = f"jsonl:{folder}/yelp/train.jsonl"
-    towards = dict(kind="bag", target=1 - label, reads="both", data=dict(source=train, split="all", limit=40000))
+    towards = dict(kind="bag", target=1 - label, reads="both", data=sentences(folder))
     training = dict(tokens=48, steps=2500, rate=2e-3)
     other = dict(pretrain=dict(vocab=4096, width=128, depth=4, heads=4, context=64, training=training))
     return parts | dict(
@@ -71,7 +76,7 @@ def yelp(label=0):
             fluency=other | dict(data=dict(source=train, split="all", skip=40000, limit=120000)),
         ),
         learn=dict(
-            texts=dict(source=train, split="all", limit=40000),
+            texts=sentences(folder),
             data=dict(source=train, split="all", words=4, where=dict(label=label), limit=1000),
             rewards=dict(sentiment=towards | dict(heldout=parts["judges"]["positive"]["heldout"])),
             explore=dict(n=4, max_new=20, batch=200),
@@ -95,7 +100,7 @@ def repetition():
         evaluate=parts["evaluate"]
         | dict(kl=False, human=reviews | dict(skip=600, limit=500)),  # KL is estimated on samples, these are greedy
         learn=dict(
-            texts=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", limit=40000),
+            texts=sentences(folder),
             data=reviews | dict(skip=100, limit=500),
             rewards=diversity,
             explore=dict(n=2, max_new=64, batch=200, filter=dict(temperature=0.3)),
@@ -118,7 +123,7 @@ def toxicity():
         prompts=prompts | dict(limit=100),
         judges=dict(harmless=dict(kind="probe", encoder=encoder, target=0, data=others, heldout=tweets)),
         learn=dict(
-            texts=dict(source=f"jsonl:{folder}/yelp/train.jsonl", split="all", limit=40000),
+            texts=sentences(folder),
             data=prompts | dict(skip=100, limit=1000),
             rewards=dict(words=dict(kind="bag", target=0, data=tweets, heldout=others)),
             explore=dict(n=4, max_new=20, batch=200),
@@ -203,7 +208,7 @@ def learning(learn, arms):
         if "method" in arm and "init" not in arm:
             fit = common | arm.get("fit", {})
             fit["training"] = common["training"] | fit["training"]
-            if "source" not in fit.get("small", {"source": None}):
+            if "small" in fit and "source" not in fit["small"]:
                 fit["small"] = dict(texts=learn["texts"]) | fit["small"]
             arm = dict(data=learn["data"], rewards=learn["rewards"]) | arm | dict(fit=fit)
         elif "best_of" in arm:

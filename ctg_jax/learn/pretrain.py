@@ -101,20 +101,24 @@ def sibling(
     run.discard("steps")
 
 
-def small_lm(root, settings: Mapping[str, Any], *, lm: Artifact, data: Artifact) -> Artifact:
+def small_lm(root, settings: Mapping[str, Any], *, lm: Artifact, data: Artifact | None) -> Artifact:
     """The small model that a method reads beside `lm`: one that exists, or a sibling of `lm`.
 
     Args:
       settings: those of `load_lm`, as {"source": "gpt2"}; or, without a source, those of `sibling`, and with them
         `texts`, the settings of `load_data` for what it is trained on.
-      data: what it is trained on where there are no `texts`. The prompts of a method that learns from a reward would
-        teach it little.
+      data: what it is trained on where there are no `texts`; None where a method has only prompts.
 
     Raises:
-      InputError: what these stages raise.
+      InputError: nothing to train it on, and what these stages raise.
     """
     if "source" in settings:
         return stage(root, load_lm, settings)
+    if "texts" not in settings and data is None:
+        raise InputError(
+            "small has neither a source nor texts, and the prompts of a method that learns from a reward are too short "
+            "to learn a language from: name a model (source), or the settings of load_data for its texts."
+        )
     own = {key: value for key, value in settings.items() if key != "texts"}
     texts = stage(root, load_data, settings["texts"]) if "texts" in settings else data
     return stage(root, sibling, own, lm=lm, data=texts)

@@ -229,6 +229,7 @@ def test_speculation_is_measured_with_a_draft_whose_agreement_is_set(benchmark, 
     words = ["--shape=tiny", "--k=2", "--apart=0", "--apart=300", "--prompt=4", "--new=25", "--repeats=1"]
     assert cli.run(module.main, [*words, f"--json={file}"], devices=False) == 0
     equal, apart = json.loads(file.read_text())
+    assert equal["shared"] == pytest.approx(1, abs=1e-5) and 0 < apart["shared"] < 0.9
     assert equal["tokens_a_round"] == 3 > apart["tokens_a_round"] and equal["gain"] > 0 < apart["alone"]
     assert len(capsys.readouterr().out.splitlines()) == 3
 

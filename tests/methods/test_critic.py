@@ -9,6 +9,7 @@ from flax import struct
 from laws import worlds
 
 from configs import critic as configured
+from configs import reward
 from ctg_jax import methods, tree
 from ctg_jax.control import IDENTITY, Chain, Control
 from ctg_jax.controls import constraints
@@ -276,13 +277,23 @@ def test_fit_learns_a_head_on_the_base_from_samples(small, judge):
     assert tree.size_bytes(control) == 4 * (model.width + 2) and control.judge.params is None  # no weights of the base
 
 
-@pytest.mark.parametrize("world", ["bundled", "yelp", "yelp_down", "tiny"])
+@pytest.mark.parametrize("world", sorted(reward.WORLDS))
 def test_small_models_learn_a_language_from_texts_and_not_from_prompts(monkeypatch, world):
     monkeypatch.setenv("CTG_DATA_DIR", "/data")
-    for arm in configured.get_config(world).to_dict()["methods"].values():
-        if arm.get("fit", {}).get("small"):
-            texts = arm["fit"]["small"]["texts"]
-            assert "words" not in texts and texts.get("limit", 1000) > (arm["data"]["limit"] if world != "tiny" else 0)
+    monkeypatch.setenv("CTG_LM_DIR", "/lm")
+    arms = configured.get_config(world).to_dict()["methods"].values()
+    trained = [arm for arm in arms if "small" in arm.get("fit", {})]
+    assert trained
+    for arm in trained:
+        texts, prompts = arm["fit"]["small"]["texts"], arm["data"]
+        assert "words" not in texts and texts.get("text") != "prompt"
+        assert texts.get("limit", 1001) > prompts["limit"]
+
+
+def test_prompts_alone_teach_no_small_model(small, judge):
+    root, lm, data = small
+    with pytest.raises(InputError, match=r"^small has neither a source nor texts, .* or the settings of load_data"):
+        critic.fit(root, lm=lm, data=data, rewards=[judge], small=dict(width=8, depth=1, heads=2))
 
 
 def test_fit_learns_a_small_model_from_labels(small):

@@ -244,7 +244,7 @@ def fit(
     """
     given = dict(lm=lm)
     if small is not None:
-        given["small"] = small_lm(root, small, lm=lm, data=data)
+        given["small"] = small_lm(root, small, lm=lm, data=None if rewards else data)
     if not rewards:
         return stage(root, critic, settings | {"seed": seed}, data=data, **given)
     check_drawn(explore or {}, "critic", POSITIVE)

@@ -207,7 +207,7 @@ def fit(
     """
     reader = lm
     if small is not None:
-        reader = small_lm(root, small, lm=lm, data=data)
+        reader = small_lm(root, small, lm=lm, data=None if rewards else data)
     hp = dict(alpha=alpha, share=None if share is None else list(share), shares=shares, cond=cond)
     given = {} if small is None else {"small": reader}
 

@@ -13,7 +13,7 @@ from ctg_jax.types import InputError
 
 KERNEL = jax.random.normal(jax.random.key(0), (5, 7))
 WIDE = jax.random.normal(jax.random.key(0), (1024, 512))  # for it a CPU takes a few rows one by one, in two pieces
-ODD = jax.random.normal(jax.random.key(0), (1543, 512))  # four pieces of 385 and three further rows
+ODD = jax.random.normal(jax.random.key(0), (1543, 512))  # four pieces of 384 and seven further rows
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctg_jax.data import requests
-from ctg_jax.data.messages import malformed
+from ctg_jax.data import files, requests
+from ctg_jax.data.files import Record
 from ctg_jax.data.recast import recast
-from ctg_jax.io import PACKED, dumps, read_jsonl, sha256, sha256_all, sha256_unpacked, unpacked
+from ctg_jax.io import dumps, sha256, sha256_all
 from ctg_jax.types import InputError, optional
 
-Record = dict[str, Any]
-_CHATS = ("messages", "positive", "negative")  # fields that may hold messages
 _SLICE = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -67,10 +62,10 @@ class Source(Sequence):
         record = {name: _plain(value) for name, value in raw.items()}
         if not isinstance(self._text, str):
             return recast(record, self._text, f"record {i} of {self.spec}")
-        if wrong := _check_messages(record):
+        if wrong := files.check_messages(record):
             raise InputError(f"{self.spec} has a record with malformed messages: {wrong}")
         if self._text == "text" and "text" not in record:
-            whole = next((record[name] for name in _CHATS if record.get(name) is not None), None)
+            whole = next((record[name] for name in files.CHATS if record.get(name) is not None), None)
             record |= {} if whole is None else {"text": whole if isinstance(whole, str) else whole[-1]["content"]}
         return record if self._text == "text" else {**record, "text": _field(record, self._text)}
 
@@ -105,7 +100,8 @@ def load(
         `jsonl:PATH`         a file of JSON objects, one a line, plain or `.gz` or `.xz`; its one split is `all` (or
                              `train`). If PATH is a folder, split NAME is its file NAME.jsonl (or .jsonl.gz, .jsonl.xz)
         `csv:PATH`           a file of comma-separated values whose first line names the fields, plain or `.gz` or
-                             `.xz`; every value is a string
+                             `.xz`; every value is a string. `csv:FIELD|FIELD=PATH` names them for a file without such
+                             a line
         `lines:FIELD=PATH|…` files of as many lines each, line i of them the fields of record i
         `hf:NAME[:CONFIG]`   a data set of the Hugging Face hub, or a local folder that `datasets` can read
         `tfds:NAME`          a data set of TensorFlow Datasets, by name or by the folder of a prepared one
@@ -121,6 +117,8 @@ def load(
     """
     kind, name, match = _parsed(spec, split)
     cache = None if cache_dir is None else Path(cache_dir)
+    if kind in files.READERS:
+        return Source(spec, split, _sliced(files.READERS[kind](name, match["name"]), match), text)
     return Source(spec, split, _LOADERS[kind](name, split, match, cache), text)
 
 
@@ -139,26 +137,17 @@ def content(spec: str, split: str = "train", sha256: Callable[[Path], str] = sha
         return f"{spec}:{reviews.digest()}"
     if spec == "bundled:instructions":
         return f"{spec}:{requests.digest_of()}"
-    if kind in ("jsonl", "text", "csv"):
-        return f"{kind}:{_digest(_file(kind, name, match), sha256)}"
-    if kind == "lines":
-        return f"{kind}:" + "|".join(f"{field}={_digest(path, sha256)}" for field, path in _fields(name, match).items())
+    if kind in files.READERS:
+        return files.content(kind, name, match["name"], sha256)
     folder, _, config = name.partition(":") if kind == "hf" else (name, "", "")
     if not Path(folder).is_dir():
         return None
     return f"{kind}:{sha256_all(Path(folder), [p for p in Path(folder).rglob('*') if p.is_file()], sha256)}:{config}"
 
 
-def _digest(path: Path, sha256: Callable[[Path], str]) -> str:
-    try:
-        return sha256_unpacked(path) if path.suffix in PACKED else sha256(path)
-    except (EOFError, lzma.LZMAError) as e:
-        raise InputError(f"{path} cannot be read ({e})") from e
-
-
 def _parsed(spec: str, split: str) -> tuple[str, str, re.Match]:
     kind, _, name = spec.partition(":")
-    if kind not in _LOADERS or not name:
+    if kind not in (*_LOADERS, *files.READERS) or not name:
         raise InputError(
             f"data spec {spec!r} is unknown: use bundled:reviews, jsonl:PATH, csv:PATH, text:PATH, lines:FIELD=PATH|…, "
             "hf:NAME or tfds:NAME"
@@ -167,22 +156,6 @@ def _parsed(spec: str, split: str) -> tuple[str, str, re.Match]:
     if match is None:
         raise InputError(f"split {split!r} of {spec} is malformed: write NAME, NAME[:10%] or NAME[100:200]")
     return kind, name, match
-
-
-def _file(kind: str, name: str, match: re.Match) -> Path:
-    """The file of a split; InputError where there is none."""
-    path = Path(name)
-    if kind == "jsonl" and path.is_dir():
-        found = [path / f"{match['name']}.jsonl{end}" for end in ("", ".gz", ".xz")]
-        path = next((p for p in found if p.is_file()), None)
-        if path is None:
-            raise InputError(f"split {match['name']!r} of jsonl:{name} is missing: expected a file {found[0]}[.gz|.xz]")
-        return path
-    if not path.is_file():
-        raise InputError(f"{kind}:{name}: there is no such file{' or folder' if kind == 'jsonl' else ''}")
-    if match["name"] not in ("all", "train"):
-        raise InputError(f"split {match['name']!r} of {kind}:{name} is unknown: a single file has the split 'all'")
-    return path
 
 
 def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
@@ -201,79 +174,6 @@ def _bundled(name: str, split: str, match: re.Match, cache: Path | None) -> Sequ
 def _sliced(records: list[Record], match: re.Match) -> list[Record]:
     start, stop = (_bound(match[side], len(records)) for side in ("start", "stop"))
     return records[start:stop]
-
-
-def _jsonl(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    path = _file("jsonl", name, match)
-    records = read_jsonl(path, _check_record)
-    return _sliced(records, match)
-
-
-def _text(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    path = _file("text", name, match)
-    try:
-        with unpacked(path) as file:
-            records = [{"text": line.strip()} for line in io.TextIOWrapper(file, encoding="utf-8") if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
-        raise InputError(f"{path} cannot be read ({e})") from e
-    return _sliced(records, match)
-
-
-def _fields(name: str, match: re.Match) -> dict[str, Path]:
-    """Field -> file of `lines:FIELD=PATH|FIELD=PATH`."""
-    pairs = [part.partition("=") for part in name.split("|")]
-    if not all(field and path for field, _, path in pairs):
-        raise InputError(f"lines:{name} is malformed: write lines:FIELD=PATH|FIELD=PATH")
-    return {field: _file("lines", path, match) for field, _, path in pairs}
-
-
-def _lines(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    columns = {}
-    for field, path in _fields(name, match).items():
-        try:
-            with unpacked(path) as file:
-                columns[field] = [line.strip() for line in io.TextIOWrapper(file, encoding="utf-8")]
-        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
-            raise InputError(f"{path} cannot be read ({e})") from e
-    if len({len(lines) for lines in columns.values()}) > 1:
-        counts = ", ".join(f"{field} {len(lines)}" for field, lines in columns.items())
-        raise InputError(f"lines:{name}: the files have different numbers of lines ({counts})")
-    records = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return _sliced(records, match)
-
-
-def _csv(name: str, split: str, match: re.Match, cache: Path | None) -> Sequence:
-    path = _file("csv", name, match)
-    try:
-        with unpacked(path) as file:
-            reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""), strict=True)
-            records = list(reader)
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as e:
-        raise InputError(f"{path} cannot be read ({e})") from e
-    fields = set(reader.fieldnames or ())
-    for i, record in enumerate(records):
-        if record.keys() != fields or None in record.values():
-            raise InputError(f"{path}: record {i} has another number of values than the {len(fields)} names of line 1")
-    return _sliced(records, match)
-
-
-def _check_record(record: Record) -> str | None:
-    text = record.get("text", "")
-    if not isinstance(text, str):
-        return f'"text" is {text!r}, expected a string'
-    return _check_messages(record)
-
-
-def _check_messages(record: Record) -> str | None:
-    """What is wrong with the messages of a record, or None. A pair may hold texts or token ids in their place."""
-    found = [record[name] for name in _CHATS if record.get(name) is not None]
-    found = [x for x in found if x is record.get("messages") or not (isinstance(x, str) or _are_ids(x))]
-    return next((wrong for messages in found if (wrong := malformed(messages))), None)
-
-
-def _are_ids(x: Any) -> bool:
-    """Whether a value is a row of token ids, such as a pool keeps of a sample."""
-    return isinstance(x, Sequence) and len(x) > 0 and all(isinstance(i, int) for i in x)
 
 
 def _bound(text: str | None, size: int) -> int | None:
@@ -339,4 +239,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_LOADERS = {"bundled": _bundled, "jsonl": _jsonl, "csv": _csv, "text": _text, "lines": _lines, "hf": _hf, "tfds": _tfds}
+_LOADERS = {"bundled": _bundled, "hf": _hf, "tfds": _tfds}

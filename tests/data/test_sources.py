@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from ctg_jax.data import load, reviews
+from ctg_jax.data.sources import content
 from ctg_jax.types import InputError
 
 ROWS = [{"text": f"row {i} é", "label": i % 2} for i in range(20)]
@@ -179,3 +180,20 @@ def test_comma_separated_values(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             load(f"csv:{path}", "all")
+
+
+def test_comma_separated_values_whose_fields_are_named_by_the_spec(tmp_path):
+    path = tmp_path / "a=b.csv"
+    path.write_text('3,"Fears, again"\n4,Race\n')
+    named = f"csv:label|text={path}"
+    assert list(load(named, "all")) == [{"label": "3", "text": "Fears, again"}, {"label": "4", "text": "Race"}]
+    assert set(load(f"csv:{path}", "all", text="Fears, again")[0]) == {"3", "Fears, again", "text"}  # line 1 names them
+    assert len({content(spec, "all") for spec in (named, f"csv:text|label={path}", f"csv:{path}")}) == 3
+    for spec, words in (
+        (f"csv:label={path}", "record 0 has another number of values than the 1 names given"),
+        (f"csv:text|text={path}", "a different name for each field"),
+        (f"csv:|text={path}", "write csv:FIELD"),
+        ("csv:label|text=/none.csv", "there is no such file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load(spec, "all")

@@ -113,8 +113,8 @@ def test_an_oracle_of_the_other_label(root):
 
 
 def test_unknown_judge(tmp_path):
-    kinds = "bag, classifier, diversity, function, instructions, keywords, length, oracle, preference, probe, rank, "
-    kinds += "slots"
+    kinds = "bag, classifier, diversity, function, instructions, keywords, length, lexicon, oracle, preference, probe, "
+    kinds += "rank, slots"
     with pytest.raises(InputError, match=f"one of {kinds}"):
         stage(tmp_path, judges.fit_judge, {"kind": "orakle"})
     with pytest.raises(InputError, match="no data were given"):
@@ -307,3 +307,22 @@ def test_a_kind_of_judge_is_found_by_its_file_name(root, tmp_path, monkeypatch):
     assert judges.open_judge(judge)([""], ["aB"]).tolist() == [0.5]
     with pytest.raises(InputError, match="encoder is 'x', but a judge of kind 'shout' does not read it"):
         stage(root, judges.fit_judge, {"kind": "shout", "encoder": "x"})
+
+
+def test_a_list_of_words_is_a_judge(root):
+    data = stage(root, texts, {"rows": [{"text": "A ROCKET, again", "label": 1}, {"text": "rockets", "label": 0}]})
+    settings = {"kind": "lexicon", "name": "space", "words": ("Rocket", "orbit")}
+    judge = stage(root, judges.fit_judge, settings, heldout=data)
+    assert judge.metrics()[0]["accuracy"] == 1.0
+    assert judges.open_judge(judge)(["rocket"] * 2, ["in orbit", "no"]).tolist() == [1.0, 0.0]
+    whole = judges.open_judge(stage(root, judges.fit_judge, settings | {"reads": "both"}))
+    assert whole(["rocket"], [" no"]).tolist() == [1.0] and whole.version != judges.open_judge(judge).version
+    for words, wrong in (
+        (None, "a judge of kind 'lexicon' needs words, and none was given"),
+        (("orbit", "hard drive"), "words has 'hard drive': expected a list of single words"),
+        ("rocket", "words has 'rocket': expected a list of single words"),
+    ):
+        with pytest.raises(InputError, match=wrong):
+            stage(root, judges.fit_judge, settings | {"words": words})
+    with pytest.raises(InputError, match=r"words is .*, but a judge of kind 'diversity' does not read it"):
+        stage(root, judges.fit_judge, {"kind": "diversity", "words": ("rocket",)})

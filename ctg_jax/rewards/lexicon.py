@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,19 @@ class Lexicon:
         if self.normalise == "mean":
             return total / max(1, len(words))
         return total if self.normalise == "sum" else total / (total * total + 15.0) ** 0.5
+
+
+SETTINGS = ("words", "reads")
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> Lexicon:
+    """The judge of kind "lexicon"; see `ctg_jax.rewards`. A text has the attribute where it mentions one of `words`."""
+    words = settings["words"]
+    for word in (words,) if isinstance(words, str) else words:
+        if isinstance(words, str) or not isinstance(word, str) or not _WORD.fullmatch(word):
+            raise InputError(f"words has {word!r}: expected a list of single words, which texts are searched for")
+    weights = dict.fromkeys(words, 1.0)
+    return Lexicon(weights, name=settings["name"], normalise="any", reads=settings["reads"])
 
 
 def _lines(path):

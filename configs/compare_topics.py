@@ -1,0 +1,73 @@
+"""Towards a topic: its words (Gamma sampling, PPLM), or labelled texts (FUDGE, a union), in texts that leave it open.
+
+Sources: Wu & Sun 2022, Dathathri et al. 2020, Yang & Klein 2021 (prefixes, words, held-out words and strength 4),
+Dekoninck et al. 2024.
+
+    python experiments/compare.py --config=configs/compare_topics.py          books, in reviews of eight kinds of things
+    python experiments/compare.py --config=configs/compare_topics.py:gemma    computers; CTG_DATA_DIR and CTG_LM_DIR
+    python experiments/compare.py --config=configs/compare_topics.py:tiny     seconds, for tests
+
+`mentions` is the share of texts with a word of the topic that no method was given, `topic` the verdict of a classifier
+on texts that none learned from: reviews of another split, or other articles of AG News, where `Sci/Tech` is wanted.
+Expected: more topical words from FUDGE than from Gamma sampling, and from that than from PPLM, at equal perplexity.
+"""
+
+from configs import arithmetic, critic, pplm, sentiment
+from ctg_jax.data import reviews
+from ctg_jax.rewards import read_words
+
+BOOK = reviews.TOPICS.index("book")
+NEWS = {"1": 0, "2": 0, "3": 0, "4": 1}  # World, Sports, Business, Sci/Tech
+
+
+def bundled(parts):
+    """(the world, the words that methods are given, those that they are not)."""
+    words = sorted(reviews.cue_words()["book"])
+    labels = dict(labels=dict(topic={str(i): int(i == BOOK) for i in range(len(reviews.TOPICS))}))
+    for settings in (parts["lm"]["data"], parts["prompts"], parts["train"]):
+        settings.pop("where", None)
+    parts["train"] |= labels
+    held = dict(source=sentiment.REVIEWS, balance="label") | labels
+    held, seen = held | dict(split="test", limit=200), held | dict(split="train", limit=1000)
+    parts["judges"] = dict(topic=dict(kind="bag", data=seen, heldout=held))
+    return parts, words[::2], words[1::2]
+
+
+def gemma():
+    parts = sentiment.gemma()
+    folder = sentiment.data_folder("gemma", "topics/ and models/")
+    lists = f"{folder}/topics/fudge"
+    given = read_words(f"{lists}/wordlists/computers.txt")
+    others = [word for word in read_words(f"{lists}/test_wordlists/computers.txt") if word.isalpha()]
+    news = dict(source=f"csv:class|title|text={folder}/topics/ag_news/test.csv", split="all", balance="label")
+    news |= dict(labels={"class": NEWS})
+    probe = dict(kind="probe", encoder=f"{folder}/models/all-MiniLM-L6-v2", reads="both")
+    probe |= dict(data=news | dict(skip=1000, limit=600), heldout=news | dict(skip=1600, limit=200))
+    prefixes = dict(source=f"text:{lists}/topic_prefixes.txt", split="all", text="text")
+    parts |= dict(prompts=prefixes, judges=dict(topic=probe), train=news | dict(limit=1000))
+    return parts, list(given), others
+
+
+WORLDS = {
+    "bundled": lambda: bundled(sentiment.bundled()),
+    "gemma": gemma,
+    "tiny": lambda: bundled(sentiment.tiny()),
+}
+
+
+def get_config(arg="bundled"):
+    parts, given, others = sentiment.of_world(WORLDS, arg)()
+    parts["judges"]["mentions"] = dict(kind="lexicon", words=tuple(others))
+    tiny = arg == "tiny"  # its tokens are bytes, of which no word is one
+    gamma = dict(init=dict(gamma=(0.2,), words=(tuple(given),), whole=not tiny), truncate_first=True)
+    bag = dict(init=dict(words=(tuple(given),)), strengths=(0.9,), filter=pplm.FILTER)
+    fudge = critic.labelled("bundled" if tiny else arg)["fudge"]
+    fudge["fit"] |= dict(training=sentiment.training(arg)["training"])
+    return sentiment.composed("A topic", parts, dict(
+        top_p=dict(),
+        gamma=gamma | dict(method="gamma", strengths=(0.5,) if tiny else (0.5, 1.0, 1.5)),
+        top_k=dict(filter=pplm.FILTER),
+        pplm=pplm.arms("tiny")["pplm_classifier"] if tiny else bag | dict(method="pplm"),
+        fudge=fudge | dict(strengths=(4.0,) if tiny else (1.0, 4.0)),
+        arithmetic_union=arithmetic.arms(arg)["arithmetic_union"],
+    ))  # fmt: skip

@@ -6,10 +6,12 @@ Source: Isonuma & Titov 2024.
     python experiments/compare.py --config=configs/compare_novelty.py:dbpedia    14 kinds of entities; CTG_DATA_DIR
     python experiments/compare.py --config=configs/compare_novelty.py:tiny       seconds, for tests
 
-A small language model learns texts of some domains and is then tuned on texts of all. Half of the eight domains are new
-to it, or five of the 14. `novel` is the share of texts of new domains, and each of these has a judge of its own, whose
-`any` is the share of prompts that led to it. `top_p` is the model before it was tuned, and at strength 0 the arms are
-samples of the tuned one. Expected: the share rises from there to the static version, and rounds find more domains.
+A small language model learns texts of some domains, and all its weights are then tuned on texts of all. Half of the
+eight domains are new to it, or five of the 14. `novel` is the share of texts of new domains, and each of these has a
+judge of its own. `top_p` is the model before it was tuned; at strength 0 `static` is the tuned one. In `round_1` the
+contrast has learned 100 texts of `static`, in `round_2` also 100 of `round_1`, and so on, so that each should show what
+the ones before it did not. Expected: the share of new domains rises from the tuned model to `static`, and all rounds
+together find more domains than `static`.
 """
 
 from configs import explore_data, reward, sentiment
@@ -19,53 +21,48 @@ KNOWN = ("restaurant", "hotel", "phone", "airline")
 ENTITIES = ("company", "school", "artist", "athlete", "politician", "transport", "building", "nature", "village")
 ENTITIES += ("animal", "plant", "album", "film", "book")  # in the order of DBpedia's numbers
 FIRST_NEW = ENTITIES.index("animal")
+STEPS = dict(bundled=600, dbpedia=600, tiny=2)
 
 
-def told_apart(field, names, wanted):
-    """The setting `labels` by which texts of the wanted domains have label 1 and all others 0."""
-    return dict(labels={field: {str(i): int(name in wanted) for i, name in enumerate(names)}})
-
-
-def world(parts, texts, field, names, known):
-    """`parts` with a model of the known domains and judges of the new ones.
-
-    texts: settings of `load_data` for texts to learn from, to fit judges on, and to start from.
-    """
-    learned, judged, started = texts
-    labels = {field: {str(i): 0 for i, name in enumerate(names) if name in known}}  # leaves out all others
-    parts["lm"]["data"] = learned | dict(labels=labels)
-    kind = {k: v for k, v in parts["judges"]["positive"].items() if k in ("encoder", "reads")}
-    kind |= dict(kind="probe" if "encoder" in kind else "bag")
-    new = tuple(name for name in names if name not in known)
-    parts["judges"] = {
-        label: kind
-        | dict(data=judged | told_apart(field, names, wanted), heldout=started | told_apart(field, names, wanted))
-        for label, wanted in dict(novel=new, **{name: (name,) for name in new}).items()
-    }
-    return parts | dict(train=learned, prompts=started | dict(words=1, limit=100))
+def numbered(field, names, of):
+    """The setting `labels` of `load_data` that gives a text of the domain `name` the label of(name); None leaves it
+    out."""
+    return dict(labels={field: {str(i): of(name) for i, name in enumerate(names) if of(name) is not None}})
 
 
 def of_reviews(parts, limit):
-    """The prompt of a review leaves open what it is about."""
-    parts["lm"]["data"].pop("where", None)
+    """The prompt of a review leaves open what it is about, and the words of a thing tell it."""
     source = dict(source=sentiment.REVIEWS)
-    texts = [source | dict(split=split, limit=limit) for split in ("train", "validation", "test")]
-    parts = world(parts, texts, "topic", reviews.TOPICS, KNOWN)
-    return parts | dict(prompts=source | dict(split="test", limit=20 if limit > 100 else 2))
+    known = numbered("topic", reviews.TOPICS, lambda name: 0 if name in KNOWN else None)
+    parts["lm"]["data"] = source | dict(limit=limit) | known
+    words = {name: tuple(sorted(reviews.cue_words()[name])) for name in reviews.TOPICS if name not in KNOWN}
+    words["novel"] = sum(words.values(), ())
+    parts["judges"] = {name: dict(kind="lexicon", words=found) for name, found in words.items()}
+    few = 20 if limit > 100 else 2
+    return parts | dict(train=source | dict(limit=limit), prompts=source | dict(split="test", limit=few))
 
 
 def dbpedia():
     folder = sentiment.data_folder("dbpedia", "topics/, yelp/ and models/")
-    parts = reward.yelp()
-    parts["lm"] = dict(source="", dtype="float32", pretrain=parts["evaluate"].pop("fluency")["pretrain"])
-    source = f"csv:class|text={folder}/topics/dbpedia/train.csv"
-    texts = [dict(source=source, split=f"all[{part}]") for part in (":10000", "10000:12000", "12000:")]
+    parts, new = reward.yelp(), ENTITIES[FIRST_NEW:]
+    learned, judged, others = (
+        dict(source=f"csv:class|text={folder}/topics/dbpedia/train.csv", split=f"all[{part}]")
+        for part in (":10000", "10000:12000", "12000:")
+    )
+    known = numbered("class", ENTITIES, lambda name: None if name in new else 0)
+    other = parts["evaluate"].pop("fluency")["pretrain"]
+    parts["lm"] = dict(source="", dtype="float32", pretrain=other, data=learned | known)
+    parts["judges"] = {}
+    for label, wanted in dict(novel=new, **{name: (name,) for name in new}).items():
+        labels = numbered("class", ENTITIES, lambda name, wanted=wanted: int(name in wanted))
+        probe = dict(kind="probe", encoder=parts["evaluate"]["embed"], reads="both")
+        parts["judges"][label] = probe | dict(data=judged | labels, heldout=others | labels)
     parts["evaluate"] |= dict(lm_name="before tuning")
-    return world(parts, texts, "class", ENTITIES, ENTITIES[:FIRST_NEW])
+    return parts | dict(train=learned, prompts=others | dict(words=1, limit=100))
 
 
 WORLDS = {
-    "bundled": lambda: of_reviews(sentiment.bundled(), 4000),
+    "bundled": lambda: of_reviews(sentiment.bundled(), 8000),
     "dbpedia": dbpedia,
     "tiny": lambda: of_reviews(sentiment.tiny(), 64),
 }
@@ -73,7 +70,15 @@ WORLDS = {
 
 def get_config(arg="bundled"):
     parts = sentiment.of_world(WORLDS, arg)()
-    arms = explore_data.arms("yelp" if arg == "dbpedia" else arg)
-    for arm in arms.values():
-        del arm["fit"]["where"]
-    return sentiment.composed("What tuning taught", parts, dict(top_p=dict(), **arms))
+    like = "yelp" if arg == "dbpedia" else arg
+    all_weights, training = dict(adapter=dict(kind="full")), sentiment.training(like)["training"] | dict(rate=1e-3)
+    fit = all_weights | dict(training=training | dict(steps=STEPS[arg]))
+    contrast = all_weights | dict(training=training | dict(steps=max(2, STEPS[arg] // 6)))
+    again = dict(explore=explore_data.EXPLORE[like], contrast=contrast)
+    strengths = (1.0,) if arg == "tiny" else (0.0, 0.5, 1.0)
+    static = dict(method="explore_data", fit=fit, strengths=strengths)
+    rounds = {
+        f"round_{n}": dict(method="explore_data", fit=fit | again | dict(rounds=n), strengths=(1.0,))
+        for n in ((1,) if arg == "tiny" else (1, 2, 3))
+    }
+    return sentiment.composed("What tuning taught", parts, dict(top_p=dict(), static=static, **rounds))

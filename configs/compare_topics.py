@@ -20,8 +20,10 @@ BOOK = reviews.TOPICS.index("book")
 NEWS = {"1": 0, "2": 0, "3": 0, "4": 1}  # World, Sports, Business, Sci/Tech
 
 
-def bundled(parts):
-    """(the world, the words that methods are given, those that they are not)."""
+def bundled(parts, vocab):
+    """(the world, the words that methods are given, those that they are not). In a vocabulary of 2048 nearly all of
+    these are one token."""
+    parts["lm"]["pretrain"] |= dict(vocab=vocab)
     words = sorted(reviews.cue_words()["book"])
     labels = dict(labels=dict(topic={str(i): int(i == BOOK) for i in range(len(reviews.TOPICS))}))
     for settings in (parts["lm"]["data"], parts["prompts"], parts["train"]):
@@ -49,9 +51,9 @@ def gemma():
 
 
 WORLDS = {
-    "bundled": lambda: bundled(sentiment.bundled()),
+    "bundled": lambda: bundled(sentiment.bundled(), 2048),
     "gemma": gemma,
-    "tiny": lambda: bundled(sentiment.tiny()),
+    "tiny": lambda: bundled(sentiment.tiny(), 300),
 }
 
 

@@ -47,7 +47,7 @@ def dbpedia():
     parts, new = reward.yelp(), ENTITIES[FIRST_NEW:]
     learned, judged, others = (
         dict(source=f"csv:class|text={folder}/topics/dbpedia/train.csv", split=f"all[{part}]")
-        for part in (":10000", "10000:12000", "12000:")
+        for part in (":10000", "10000:11000", "11000:")
     )
     known = numbered("class", ENTITIES, lambda name: None if name in new else 0)
     other = parts["evaluate"].pop("fluency")["pretrain"]
@@ -56,7 +56,7 @@ def dbpedia():
     for label, wanted in dict(novel=new, **{name: (name,) for name in new}).items():
         labels = numbered("class", ENTITIES, lambda name, wanted=wanted: int(name in wanted))
         probe = dict(kind="probe", encoder=parts["evaluate"]["embed"], reads="both")
-        parts["judges"][label] = probe | dict(data=judged | labels, heldout=others | labels)
+        parts["judges"][label] = probe | dict(data=judged | labels, heldout=others | labels | dict(limit=500))
     parts["evaluate"] |= dict(lm_name="before tuning")
     return parts | dict(train=learned, prompts=others | dict(words=1, limit=100))
 

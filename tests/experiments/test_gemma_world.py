@@ -42,6 +42,9 @@ def world(tmp_path, lm_dir, monkeypatch):
     comments = tmp_path / "toxicity/wiki_bias/toxicity_nonfuzzed_testset.csv"
     comments.parent.mkdir()
     comments.write_text('rev_id,comment,toxic\n1,"a good, kind room",False\n2,a rude room,True\n')
+    for name, words in dict(wordlists="disk\ncode\n", test_wordlists="cable\nC++\n").items():
+        rows(tmp_path / f"topics/fudge/{name}/computers.txt", [])
+        (tmp_path / f"topics/fudge/{name}/computers.txt").write_text(words)
     write_encoder(tmp_path / "models/all-MiniLM-L6-v2")
     monkeypatch.setenv("CTG_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("CTG_LM_DIR", str(lm_dir))

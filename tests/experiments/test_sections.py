@@ -1,6 +1,8 @@
 """Sections of settings in configurations: every world gives fields that exist, and the command line reaches them."""
 
+import contextlib
 import dataclasses
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from experiments.arms import Fitted, read
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if "def get_config" in p.read_text())
 WORLDS = (
     "bundled", "yelp", "yelp_down", "yelp_small", "yelp_equal", "repetition", "toxicity", "tiny", "tiny_small",
-    "tiny_equal", "best", "blocks", "domains", "prefix", "prompter", "requests",
+    "tiny_equal", "best", "dbpedia", "blocks", "domains", "prefix", "prompter", "requests",
 )  # fmt: skip
 OWN = {"objective": "Objective", "sorting": "Sorting"}  # records of a method's module
 RECORDS = {"training": Training, "adapter": Adapter, "search": Search}
@@ -58,6 +60,29 @@ def test_every_world_gives_fields_that_there_are(file, monkeypatch, tmp_path):
                 assert any(keys <= names for names in known), (world, method, name)
                 found += 1
     assert found or file.stem in ("cav", "steer", "lm_steer", "truncate")
+
+
+def test_making_a_configuration_changes_no_table_of_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("CTG_DATA_DIR", str(tmp_path))
+    modules = [cli.module_of(str(file)) for file in CONFIGS]
+
+    def tables():
+        shared = {value.__name__: value for module in modules for value in vars(module).values() if ismodule(value)}
+        return {
+            (name, key): repr(value)
+            for name, module in shared.items()
+            if name.startswith("configs.")
+            for key, value in vars(module).items()
+            if isinstance(value, dict | list) and not key.startswith("__")
+        }
+
+    before = tables()
+    assert ("configs.sentiment", "TRAINING") in before
+    for module in modules:
+        for world in ("bundled", "yelp", "tiny"):
+            with contextlib.suppress(KeyError, ValueError):
+                module.get_config(world)
+        assert tables() == before, module.__name__
 
 
 def test_the_command_line_reaches_a_field():

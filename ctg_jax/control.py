@@ -285,7 +285,7 @@ def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tupl
 
 
 def _added(control: Control, x: jax.Array, state: State) -> jax.Array:
-    """bool [B, T']: the places of prompts x [B, T, D] that `Control.prompt` adds: where no token is real, it marks these
+    """bool [B, T']: the places of prompts x [B, T, D] that `Control.prompt` adds; where no token is real, it marks them
     alone."""
     return control.prompt(x, jnp.zeros(x.shape[:2], bool), state)[1]
 

@@ -38,7 +38,7 @@ def of_reviews(parts, limit):
     parts["lm"]["data"] = source | dict(limit=limit) | known
     words = {name: tuple(sorted(reviews.cue_words()[name])) for name in reviews.TOPICS if name not in KNOWN}
     words["novel"] = sum(words.values(), ())
-    parts["judges"] = {name: dict(kind="lexicon", words=found) for name, found in words.items()}
+    parts["judges"] = {name: dict(kind="lexicon", target=" ".join(found)) for name, found in words.items()}
     few = 20 if limit > 100 else 2
     return parts | dict(train=source | dict(limit=limit), prompts=source | dict(split="test", limit=few))
 

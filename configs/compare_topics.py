@@ -60,7 +60,7 @@ WORLDS = {
 
 def get_config(arg="bundled"):
     parts, given, others = sentiment.of_world(WORLDS, arg)()
-    parts["judges"]["mentions"] = dict(kind="lexicon", words=tuple(others))
+    parts["judges"]["mentions"] = dict(kind="lexicon", target=" ".join(others))
     tiny = arg == "tiny"  # its tokens are bytes, of which no word is one
     gamma = dict(init=dict(gamma=(0.2,), words=(tuple(given),), whole=not tiny), truncate_first=True)
     bag = dict(init=dict(words=(tuple(given),)), strengths=(0.9,), filter=pplm.FILTER)

@@ -278,16 +278,10 @@ def enter(control: Control, x: jax.Array, mask: jax.Array, state: State) -> tupl
             f"{type(control).__name__}.prompt adds {more} tokens and its `added` tells {control.added()}: let `added` "
             "return the number of tokens that `prompt` adds."
         )
-    added = _added(control, x, state)
+    added = control.prompt(x, jnp.zeros_like(mask), state)[1]  # only what is added is marked as real
     hidden = jnp.sum(mask, axis=1, dtype=jnp.int32) - jnp.sum(seen & ~added, axis=1, dtype=jnp.int32)
     first = jnp.sum(jnp.cumprod(added, axis=1), axis=1, dtype=jnp.int32) - hidden
     return longer, seen, control.began(state, jnp.sum(seen, axis=1, dtype=jnp.int32), first)
-
-
-def _added(control: Control, x: jax.Array, state: State) -> jax.Array:
-    """bool [B, T']: the places of prompts x [B, T, D] that `Control.prompt` adds; where no token is real, it marks them
-    alone."""
-    return control.prompt(x, jnp.zeros(x.shape[:2], bool), state)[1]
 
 
 def columns(control: Control, tokens: jax.Array, x: jax.Array, state: State) -> jax.Array:
@@ -295,7 +289,7 @@ def columns(control: Control, tokens: jax.Array, x: jax.Array, state: State) -> 
     `Control.seen`; −1 for the vectors that it adds."""
     if not control.added():
         return tokens
-    added = _added(control, x, state)
+    added = control.prompt(x, jnp.zeros(tokens.shape, bool), state)[1]  # only what is added is marked as real
     at = jnp.maximum(jnp.cumsum(~added, axis=1) - 1, 0)
     return jnp.where(added, -1, jnp.take_along_axis(tokens, at, axis=1))
 

@@ -311,18 +311,18 @@ def test_a_kind_of_judge_is_found_by_its_file_name(root, tmp_path, monkeypatch):
 
 def test_a_list_of_words_is_a_judge(root):
     data = stage(root, texts, {"rows": [{"text": "A ROCKET, again", "label": 1}, {"text": "rockets", "label": 0}]})
-    settings = {"kind": "lexicon", "name": "space", "words": ("Rocket", "orbit")}
+    settings = {"kind": "lexicon", "name": "space", "target": "Rocket orbit"}
     judge = stage(root, judges.fit_judge, settings, heldout=data)
     assert judge.metrics()[0]["accuracy"] == 1.0
     assert judges.open_judge(judge)(["rocket"] * 2, ["in orbit", "no"]).tolist() == [1.0, 0.0]
     whole = judges.open_judge(stage(root, judges.fit_judge, settings | {"reads": "both"}))
     assert whole(["rocket"], [" no"]).tolist() == [1.0] and whole.version != judges.open_judge(judge).version
-    for words, wrong in (
-        (None, "a judge of kind 'lexicon' needs words, and none was given"),
-        (("orbit", "hard drive"), "words has 'hard drive': expected a list of single words"),
-        ("rocket", "words has 'rocket': expected a list of single words"),
-    ):
-        with pytest.raises(InputError, match=wrong):
-            stage(root, judges.fit_judge, settings | {"words": words})
-    with pytest.raises(InputError, match=r"words is .*, but a judge of kind 'diversity' does not read it"):
-        stage(root, judges.fit_judge, {"kind": "diversity", "words": ("rocket",)})
+    for target, wrong in ((1, "target is 1"), ("", "target is "), ("orbit C++", "target is 'C\\+\\+'")):
+        with pytest.raises(InputError, match=f"{wrong}.*: expected words to search for"):
+            stage(root, judges.fit_judge, settings | {"target": target})
+
+
+def test_a_judge_of_a_request_in_words_is_measured_on_texts_with_labels(root):
+    data = stage(root, texts, {"rows": [{"text": "two words", "label": 1}, {"text": "one", "label": 0}]})
+    judge = stage(root, judges.fit_judge, {"kind": "length", "name": "two", "target": "2 words"}, heldout=data)
+    assert judge.metrics()[0]["accuracy"] == 1.0

@@ -89,15 +89,19 @@ class Lexicon:
         return total if self.normalise == "sum" else total / (total * total + 15.0) ** 0.5
 
 
-SETTINGS = ("words", "reads")
+SETTINGS = ("target", "reads")
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> Lexicon:
-    """The judge of kind "lexicon"; see `ctg_jax.rewards`. A text has the attribute where it mentions one of `words`."""
-    words = settings["words"]
-    for word in (words,) if isinstance(words, str) else words:
-        if isinstance(words, str) or not isinstance(word, str) or not _WORD.fullmatch(word):
-            raise InputError(f"words has {word!r}: expected a list of single words, which texts are searched for")
+    """The judge of kind "lexicon"; see `ctg_jax.rewards`. A text has the attribute where it mentions a word of `target`,
+    in which spaces separate them."""
+    target = settings["target"]
+    words = target.split() if isinstance(target, str) else []
+    wrong = next((word for word in words if not _WORD.fullmatch(word)), None)
+    if not words or wrong is not None:
+        raise InputError(
+            f"target is {target if wrong is None else wrong!r}: expected words to search for, 'rocket orbit'"
+        )
     weights = dict.fromkeys(words, 1.0)
     return Lexicon(weights, name=settings["name"], normalise="any", reads=settings["reads"])
 

@@ -35,7 +35,6 @@ def fit_judge(
     threshold: float | None = None,
     function: str | None = None,
     version: str = "",
-    words: Sequence[str] | None = None,
 ) -> None:
     """Stage: a scorer of texts, kept in state/, with its accuracy on held-out texts in metrics.jsonl.
 
@@ -46,7 +45,7 @@ def fit_judge(
         (linear in the embeddings of `encoder`, fitted on comparisons: records with text, the chosen one, and rejected),
         "function" (your own, of prompt and text), "length" (minus the error in words or characters; `target` is the
         request, such as "12 words" or "between 5 and 9 words", and left out where each prompt holds its own),
-        "lexicon" (1 where a text mentions one of `words`, each a single word, in any case; else 0),
+        "lexicon" (1 where a text mentions one of the words of `target`, such as "rocket orbit", in any case; else 0),
         "rank" (how well a text continues its prompt, fitted on prompts and continuations of documents; see
         `ctg_jax.rewards.rank`), "instructions", "keywords" and "slots" (the shares of a prompt's instructions that a
         text follows, of its keywords that it mentions and of its slots that it realises; the first two read them in
@@ -72,9 +71,7 @@ def fit_judge(
     if isinstance(encoder, Artifact):
         facts["trained"] = encoder.path.name
         encoder = str(_trained(encoder))
-    given = dict(
-        data=data, encoder=encoder, target=target, reads=reads, function=function, version=version, words=words
-    )
+    given = dict(data=data, encoder=encoder, target=target, reads=reads, function=function, version=version)
     _check_settings(kind, module.SETTINGS, given | dict(problem=problem, threshold=threshold))
     if "data" in module.SETTINGS:
         if data is None:
@@ -103,7 +100,8 @@ def _measured(judge: Any, facts: Mapping[str, Any], data: Artifact) -> dict[str,
         return {"accuracy": module.accuracy(judge, rows, where), "heldout": len(rows)}
     texts, labels = texts_and_labels(rows, where)
     # The label that a class of a classifier which is given by its name has is its place among the classes.
-    label = judge.target if isinstance(facts["target"], str) else facts["target"]
+    # A request in words, as of "length" and "lexicon", is no label: texts that follow it have label 1.
+    label = getattr(judge, "target", 1) if isinstance(facts["target"], str) else facts["target"]
     scores, wanted, out = judge([""] * len(texts), texts), np.asarray(labels) == label, {}
     if getattr(judge, "own", None) is not None:  # on texts of its own corpus an oracle is right by construction
         foreign = np.asarray([not judge.own(text) for text in texts])
@@ -136,7 +134,7 @@ def _check_settings(kind: str, known: Sequence[str], given: dict[str, Any]) -> N
     known: the settings that it reads.
     """
     defaults = dict(data=None, encoder=None, target=1, reads="text", function=None, version="")
-    defaults |= dict(problem=None, threshold=None, words=None)
+    defaults |= dict(problem=None, threshold=None)
     for name, value in given.items():
         if name not in known and value != defaults[name]:
             shown = value.path.name if isinstance(value, Artifact) else value
@@ -144,7 +142,7 @@ def _check_settings(kind: str, known: Sequence[str], given: dict[str, Any]) -> N
             if kind == "function" and name in ("reads", "target"):
                 why = "a function is given prompt and text apart and returns its own score, so it decides both itself"
             raise InputError(f"{name} is {shown!r}, but {why}: leave {name} out")
-    for name in ("encoder", "function", "words"):
+    for name in ("encoder", "function"):
         if name in known and not given[name]:
             raise InputError(f"a judge of kind {kind!r} needs {name}, and none was given")
 
@@ -167,7 +165,7 @@ def open_judge(artifact: Artifact) -> Any:
 
 def _opened(artifact: Artifact) -> Any:
     recorded = artifact.spec["judge"]
-    settings = recorded | {name: artifact.given(name) for name in ("encoder", "function", "version", "words")}
+    settings = recorded | {name: artifact.given(name) for name in ("encoder", "function", "version")}
     if "trained" in recorded:
         found = artifact.session.root / recorded["trained"]
         settings["encoder"] = str(_trained(open_artifact(found, artifact.session)))

@@ -93,8 +93,8 @@ SETTINGS = ("target", "reads")
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> Lexicon:
-    """The judge of kind "lexicon"; see `ctg_jax.rewards`. A text has the attribute where it mentions a word of `target`,
-    in which spaces separate them."""
+    """The judge of kind "lexicon"; see `ctg_jax.rewards`. A text has the attribute where it mentions one of the words
+    in `target`, which spaces separate."""
     target = settings["target"]
     words = target.split() if isinstance(target, str) else []
     wrong = next((word for word in words if not _WORD.fullmatch(word)), None)

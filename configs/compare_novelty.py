@@ -21,41 +21,34 @@ from ctg_jax.data import reviews
 KNOWN = ("restaurant", "hotel", "phone", "airline")
 ENTITIES = ("company", "school", "artist", "athlete", "politician", "transport", "building", "nature", "village")
 ENTITIES += ("animal", "plant", "album", "film", "book")  # in the order of DBpedia's numbers
-FIRST_NEW = ENTITIES.index("animal")
+KNOWN_ENTITIES = ENTITIES[: ENTITIES.index("animal")]
 STEPS = dict(bundled=600, dbpedia=600, tiny=2)
 
 
-def numbered(field, names, of):
-    """The setting `labels` of `load_data` that gives a text of the domain `name` the label of(name); None leaves it
-    out."""
-    return dict(labels={field: {str(i): of(name) for i, name in enumerate(names) if of(name) is not None}})
-
-
-def of_reviews(parts, limit):
+def of_reviews(parts, limit, prompts):
     """The prompt of a review leaves open what it is about, and the words of a thing tell it."""
     source = dict(source=sentiment.REVIEWS)
-    known = numbered("topic", reviews.TOPICS, lambda name: 0 if name in KNOWN else None)
+    known = sentiment.numbered("topic", reviews.TOPICS, lambda name: 0 if name in KNOWN else None)
     parts["lm"]["data"] = source | dict(limit=limit) | known
     words = {name: tuple(sorted(reviews.cue_words()[name])) for name in reviews.TOPICS if name not in KNOWN}
     words["novel"] = sum(words.values(), ())
     parts["judges"] = {name: dict(kind="lexicon", target=" ".join(found)) for name, found in words.items()}
-    few = 20 if limit > 100 else 2
-    return parts | dict(train=source | dict(limit=limit), prompts=source | dict(split="test", limit=few))
+    return parts | dict(train=source | dict(limit=limit), prompts=source | dict(split="test", limit=prompts))
 
 
 def dbpedia():
     folder = sentiment.data_folder("dbpedia", "topics/, yelp/ and models/")
-    parts, new = reward.yelp(), ENTITIES[FIRST_NEW:]
+    parts, new = reward.yelp(), ENTITIES[len(KNOWN_ENTITIES) :]
     learned, judged, others = (
         dict(source=f"csv:class|text={folder}/topics/dbpedia/train.csv", split=f"all[{part}]")
         for part in (":10000", "10000:11000", "11000:")
     )
-    known = numbered("class", ENTITIES, lambda name: None if name in new else 0)
+    known = sentiment.numbered("class", ENTITIES, lambda name: 0 if name in KNOWN_ENTITIES else None)
     other = parts["evaluate"].pop("fluency")["pretrain"]
     parts["lm"] = dict(source="", dtype="float32", pretrain=other, data=learned | known)
     parts["judges"] = {}
     for label, wanted in dict(novel=new, **{name: (name,) for name in new}).items():
-        labels = numbered("class", ENTITIES, lambda name, wanted=wanted: int(name in wanted))
+        labels = sentiment.numbered("class", ENTITIES, lambda name, wanted=wanted: int(name in wanted))
         probe = dict(kind="probe", encoder=parts["evaluate"]["embed"], reads="both")
         parts["judges"][label] = probe | dict(data=judged | labels, heldout=others | labels | dict(limit=500))
     parts["evaluate"] |= dict(lm_name="before tuning")
@@ -63,9 +56,9 @@ def dbpedia():
 
 
 WORLDS = {
-    "bundled": lambda: of_reviews(sentiment.bundled(), 8000),
+    "bundled": lambda: of_reviews(sentiment.bundled(), 8000, 20),
     "dbpedia": dbpedia,
-    "tiny": lambda: of_reviews(sentiment.tiny(), 64),
+    "tiny": lambda: of_reviews(sentiment.tiny(), 64, 2),
 }
 
 

@@ -17,8 +17,7 @@ from configs import arithmetic, critic, pplm, sentiment
 from ctg_jax.data import reviews
 from ctg_jax.rewards import read_words
 
-BOOK = reviews.TOPICS.index("book")
-NEWS = {"1": 0, "2": 0, "3": 0, "4": 1}  # World, Sports, Business, Sci/Tech
+NEWS = ("", "World", "Sports", "Business", "Sci/Tech")  # AG News counts from 1
 
 
 def bundled(parts, vocab):
@@ -26,7 +25,7 @@ def bundled(parts, vocab):
     these are one token."""
     parts["lm"]["pretrain"] |= dict(vocab=vocab)
     words = sorted(reviews.cue_words()["book"])
-    labels = dict(labels=dict(topic={str(i): int(i == BOOK) for i in range(len(reviews.TOPICS))}))
+    labels = sentiment.numbered("topic", reviews.TOPICS, lambda name: int(name == "book"))
     for settings in (parts["lm"]["data"], parts["prompts"], parts["train"]):
         settings.pop("where", None)
     parts["train"] = dict(limit=500) | parts["train"] | labels
@@ -43,7 +42,7 @@ def gemma():
     given = read_words(f"{lists}/wordlists/computers.txt")
     others = [word for word in read_words(f"{lists}/test_wordlists/computers.txt") if word.isalpha()]
     news = dict(source=f"csv:class|title|text={folder}/topics/ag_news/test.csv", split="all", balance="label")
-    news |= dict(labels={"class": NEWS})
+    news |= sentiment.numbered("class", NEWS, lambda name: int(name == "Sci/Tech") if name else None)
     probe = dict(kind="probe", encoder=f"{folder}/models/all-MiniLM-L6-v2", reads="both")
     probe |= dict(data=news | dict(skip=1000, limit=600), heldout=news | dict(skip=1600, limit=200))
     prefixes = dict(source=f"text:{lists}/topic_prefixes.txt", split="all", text="text")

@@ -15,6 +15,7 @@ open, labelled texts to fit on, and a judge that saw none of them. Say how right
 another corpus (`heldout` of a judge); the report shows it.
 """
 
+import copy
 import os
 
 from ml_collections import ConfigDict
@@ -173,8 +174,14 @@ TRAINING = {
 
 
 def training(name):
-    """Settings of fine-tuning that suit a world."""
-    return of_world(TRAINING, name)
+    """Settings of fine-tuning that suit a world, a copy that a configuration may change."""
+    return copy.deepcopy(of_world(TRAINING, name))
+
+
+def numbered(field, names, of):
+    """The setting `labels` of `load_data` for texts whose `field` holds the place of their class in `names`: a text of
+    the class `name` has the label of(name); None leaves it out."""
+    return dict(labels={field: {str(i): of(name) for i, name in enumerate(names) if of(name) is not None}})
 
 
 def paper(source, title, methods, **sample):

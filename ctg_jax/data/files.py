@@ -27,6 +27,9 @@ def content(kind: str, name: str, split: str, sha256: Callable[[Path], str]) -> 
 
     Args:
       kind: a key of `READERS`. name: what follows the kind and a colon.
+
+    Raises:
+      InputError: a file that is missing or cannot be unpacked, a malformed name.
     """
     if kind == "lines":
         found = _fields(name, split).items()

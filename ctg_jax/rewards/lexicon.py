@@ -94,13 +94,17 @@ SETTINGS = ("target", "reads")
 
 def load(folder: Path, settings: Mapping[str, Any]) -> Lexicon:
     """The judge of kind "lexicon"; see `ctg_jax.rewards`. A text has the attribute where it mentions one of the words
-    in `target`, which spaces separate."""
+    in `target`, which spaces separate.
+
+    Raises:
+      InputError: `target` holds no words, or something that is no single word.
+    """
     target = settings["target"]
     words = target.split() if isinstance(target, str) else []
     wrong = next((word for word in words if not _WORD.fullmatch(word)), None)
     if not words or wrong is not None:
         raise InputError(
-            f"target is {target if wrong is None else wrong!r}: expected words to search for, 'rocket orbit'"
+            f"target is {target if wrong is None else wrong!r}: expected words to search for, such as 'rocket orbit'"
         )
     weights = dict.fromkeys(words, 1.0)
     return Lexicon(weights, name=settings["name"], normalise="any", reads=settings["reads"])
